@@ -1,0 +1,137 @@
+"""What all configs share: every default, once, and the argument after the file name.
+
+A config file has `get_config(arg)`, which takes `base()`, changes what its task needs
+and returns plain data. `--config.optimizer.lr=1e-3` overrides one value; a name that
+does not exist here fails.
+"""
+
+from types import SimpleNamespace
+
+from ml_collections import ConfigDict
+
+# First match wins; lr and wd are factors of optimizer.lr and optimizer.weight_decay.
+# What moves the eigenvalues, the step size and B of a state-space model is sensitive: a
+# smaller rate and no decay (https://arxiv.org/abs/2111.00396,
+# https://arxiv.org/abs/2208.04933).
+GROUPS = [
+    (
+        r".*/(log_dt|log_step|A_re|A_im|Lambda_re|Lambda_im"
+        r"|nu_log|theta_log|gamma_log|B)",
+        dict(lr=0.25, wd=0.0, optional=True),
+    ),
+    (r".*/(bias|recurrent_bias|scale|D)", dict(lr=1.0, wd=0.0)),
+    (r".*", dict(lr=1.0, wd=1.0)),
+]
+
+
+def base() -> ConfigDict:
+    """Every key that a run reads, with its default."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            model=dict(
+                layer="s4d",  # a name in layers.LAYERS or the dotted path of a class
+                layer_args=ConfigDict(),
+                features=64,
+                depth=4,
+                encoder="",  # "" and 0: from the dataset
+                vocab_size=0,
+                length=0,
+                outputs=0,
+                head="mean",  # mean, last, token, retrieval
+                norm="layer",  # layer, batch
+                prenorm=True,
+                gate="glu",  # glu, gelu, full_glu, half_glu1, half_glu2
+                dropout=0.0,
+                tie_dropout=True,
+                dtype="float32",
+                remat=False,
+            ),
+            data=dict(
+                name="digits",
+                workers=0,  # processes that prepare batches; 0: the main process
+            ),
+            optimizer=dict(
+                lr=1e-3,
+                weight_decay=0.05,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                schedule="cosine",  # cosine, constant, inverse_sqrt
+                warmup=0,  # steps
+                floor=0.0,  # share of lr at the end of the cosine
+                clip=1.0,  # global gradient norm; 0: no clipping
+            ),
+            groups=GROUPS,
+            train=dict(
+                steps=1000,
+                batch_size=64,
+                eval_batch_size=0,  # 0: batch_size
+                eval_every=200,
+                log_every=50,
+                checkpoint_every=500,
+                label_smoothing=0.0,
+                ema=0.0,  # decay of the averaged weights; 0: none
+                accumulate=1,  # gradients averaged before one update
+            ),
+            mesh=dict(data=-1, fsdp=1, sequence=1),  # -1: the devices that are left
+        )
+    )
+
+
+def parse_arg(arg: str, **defaults) -> SimpleNamespace:
+    """Parses what follows the colon in `--config configs/pixels.py:digits,layer=s5`.
+
+    Args:
+        arg: words separated by commas: `name=value`, or a value alone, as first word
+        and
+            for the first name.
+        **defaults: name -> default, whose type the values take. A tuple lists the
+        choices
+            of a name, its default first.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        ValueError: an unknown name or choice, a name given twice, or a value of another
+            type.
+    """
+    choices = {k: v for k, v in defaults.items() if isinstance(v, tuple)}
+    values = {k: v[0] if k in choices else v for k, v in defaults.items()}
+    given = set()
+    for position, word in enumerate(arg.split(",") if arg else []):
+        name, equals, text = word.partition("=")
+        if not equals and position == 0:
+            name, text = next(iter(defaults)), word
+        if name not in defaults or (not equals and position) or name in given:
+            reason = "is given twice" if name in given else "is not valid"
+            raise ValueError(f"config argument {word!r} {reason}; {_usage(defaults)}")
+        given.add(name)
+        values[name] = _typed(name, text, values[name], choices.get(name))
+    return SimpleNamespace(**values)
+
+
+def _typed(name, text, default, choices):
+    types = {"true": True, "false": False} if isinstance(default, bool) else None
+    try:
+        value = types[text.lower()] if types else type(default)(text)
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"config argument {name} must be of type {type(default).__name__}, "
+            f"got {text!r}"
+        ) from None
+    if choices and value not in choices:
+        raise ValueError(
+            f"config argument {name} must be one of "
+            f"{', '.join(map(str, choices))}, got {text!r}"
+        )
+    return value
+
+
+def _usage(defaults) -> str:
+    def value(default):
+        return "|".join(map(str, default)) if isinstance(default, tuple) else default
+
+    words = ", ".join(f"{name}={value(default)}" for name, default in defaults.items())
+    return f"valid are {words}; the first may stand without its name"

@@ -1,0 +1,91 @@
+"""Complex numbers as tuples of real arrays: (re,) where real, (re, im) where complex.
+
+Backends compute on pairs: Triton and Pallas have no complex type, XLA's CPU code for split
+arithmetic is faster, and a gradient on pairs has no conjugation convention to get wrong.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Pair = tuple[jax.Array, ...]
+
+
+def split(x: jax.Array) -> Pair:
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+
+
+def join(pair: Pair) -> jax.Array:
+    return jax.lax.complex(*pair) if len(pair) == 2 else pair[0]
+
+
+def cast(pair: Pair, dtype) -> Pair:
+    return tuple(part.astype(dtype) for part in pair)
+
+
+def widen(pair: Pair, parts: int) -> Pair:
+    """The pair with a zero imaginary part added where `parts` asks for one."""
+    return pair if len(pair) >= parts else (pair[0], jnp.zeros_like(pair[0]))
+
+
+def mul(p: Pair, q: Pair) -> Pair:
+    if len(p) == 1:
+        return tuple(p[0] * part for part in q)
+    if len(q) == 1:
+        return tuple(part * q[0] for part in p)
+    return p[0] * q[0] - p[1] * q[1], p[0] * q[1] + p[1] * q[0]
+
+
+def conj(p: Pair) -> Pair:
+    return p if len(p) == 1 else (p[0], -p[1])
+
+
+def add(p: Pair, q: Pair) -> Pair:
+    """p + q, where p is at least as wide as q."""
+    return tuple(
+        part + q[i] if i < len(q) else part for i, part in enumerate(p)
+    )
+
+
+def scale(p: Pair, factor) -> Pair:
+    return tuple(part * factor for part in p)
+
+
+def exp(p: Pair) -> Pair:
+    size = jnp.exp(p[0])
+    return (size,) if len(p) == 1 else (size * jnp.cos(p[1]), size * jnp.sin(p[1]))
+
+
+def powers(log_z: Pair, count: int) -> Pair:
+    """exp(l log_z) for l < count along a new last axis.
+
+    Built by doubling: the table is extended by z^(2^k) = exp(2^k log_z). Scaling by a power of
+    two is exact, so no phase l * Im(log_z) is ever rounded and the error grows with log2(l)
+    instead of l.
+    """
+    return _table(log_z, jnp.arange(count, dtype=log_z[0].dtype))
+
+
+@jax.custom_jvp
+def _table(log_z: Pair, index: jax.Array) -> Pair:
+    """exp(index log_z); index = 0, 1, 2, ... carries the length and its own dtype."""
+    count = index.shape[0]
+    table = tuple(
+        jnp.full((*part.shape, 1), float(i == 0), part.dtype) for i, part in enumerate(log_z)
+    )
+    size = 1
+    while size < count:
+        step = tuple(part[..., None] for part in exp(scale(log_z, float(size))))
+        more = mul(tuple(part[..., : count - size] for part in table), step)
+        table = tuple(
+            jnp.concatenate([old, new], -1) for old, new in zip(table, more, strict=True)
+        )
+        size *= 2
+    return table
+
+
+@_table.defjvp
+def _table_jvp(primals, tangents):
+    log_z, index = primals
+    table = _table(log_z, index)
+    moved = tuple(part[..., None] * index for part in tangents[0])
+    return table, mul(table, moved)

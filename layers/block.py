@@ -1,0 +1,115 @@
+"""Residual block around a mixer: norm, mixer, gate, dropout, residual."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from layers.common import dense
+
+
+def gelu(y, features, drop, dtype):
+    """drop(gelu(y)) (S5)."""
+    return drop(nn.gelu(y))
+
+
+def glu(y, features, drop, dtype):
+    """W1 g * sigmoid(W2 g), g = drop(gelu(y)) (S4; S5 calls it full_glu)."""
+    out = dense(2 * features, "gate", dtype)(drop(nn.gelu(y)))
+    value, gate = jnp.split(out, 2, axis=-1)
+    return drop(value * nn.sigmoid(gate))
+
+
+def half_glu1(y, features, drop, dtype):
+    """drop(g * sigmoid(W g)), g = drop(gelu(y)) (S5)."""
+    g = drop(nn.gelu(y))
+    return drop(g * nn.sigmoid(dense(features, "gate", dtype)(g)))
+
+
+def half_glu2(y, features, drop, dtype):
+    """drop(y * sigmoid(W g)), g = drop(gelu(y)) (S5)."""
+    g = drop(nn.gelu(y))
+    return drop(y * nn.sigmoid(dense(features, "gate", dtype)(g)))
+
+
+GATES = {
+    "gelu": gelu,
+    "glu": glu,
+    "full_glu": glu,
+    "half_glu1": half_glu1,
+    "half_glu2": half_glu2,
+}
+
+NORMS = ("layer", "batch", "rms")
+
+
+class Norm(nn.Module):
+    """Layer, root-mean-square or batch normalisation over the last axis.
+
+    Batch statistics are taken over existing tokens only, so padding changes nothing.
+    """
+
+    kind: str
+    dtype: jnp.dtype = jnp.float32
+    momentum: float = 0.95
+
+    @nn.compact
+    def __call__(self, x, mask=None, train=False):
+        """x [B, L, H], mask [B, L] or None -> [B, L, H]."""
+        if self.kind == "layer":
+            return nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        if self.kind == "rms":
+            return nn.RMSNorm(dtype=self.dtype, name="norm")(x)
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=self.momentum,
+            dtype=self.dtype,
+            name="norm",
+        )(x, mask=None if mask is None else mask[..., None])
+
+
+class Block(nn.Module):
+    """x + drop(gate(mixer(norm(x)))), or norm(x + ...) after the residual.
+
+    Attributes:
+        mixer: makes the mixer, any layer of the contract `x, state, sequence, train`.
+        features: H.
+        norm: one of `NORMS`; prenorm: before the mixer, else after the residual.
+        gate: a key of `GATES`.
+        dropout: rate; tie_dropout: one mask for all tokens of a sequence.
+        dtype: of activations.
+        norm_momentum: of the running batch statistics.
+    """
+
+    mixer: Callable[[], nn.Module]
+    features: int
+    norm: str = "layer"
+    prenorm: bool = True
+    gate: str = "glu"
+    dropout: float = 0.0
+    tie_dropout: bool = True
+    dtype: jnp.dtype = jnp.float32
+    norm_momentum: float = 0.95
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H] and the mixer's state."""
+        mask = None if sequence is None else sequence.mask
+        norm = Norm(self.norm, self.dtype, self.norm_momentum, name="norm")
+
+        def drop(y):
+            axes = (1,) if self.tie_dropout else ()
+            return nn.Dropout(self.dropout, axes)(y, deterministic=not train)
+
+        y = norm(x, mask, train) if self.prenorm else x
+        y, state = self.mixer(name="mixer")(y, state, sequence, train)
+        y = x + GATES[self.gate](y, self.features, drop, self.dtype)
+        if not self.prenorm:
+            y = norm(y, mask, train)
+        return y, state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """The mixer's initial state."""
+        return self.mixer().init_state(batch_size)
+

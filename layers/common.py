@@ -1,0 +1,72 @@
+"""Parts that two or more layers share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def logical(init, *axes):
+    """`init` whose parameter carries the logical axis names `axes` (for sharding)."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+def constant(value):
+    """Initialiser from a NumPy array, computed in float64 and cast once."""
+
+    def init(key, shape, dtype=jnp.float32):
+        del key
+        return jnp.asarray(np.broadcast_to(value, shape), dtype)
+
+    return init
+
+
+def complex_normal(std=1.0):
+    """[..., 2] real pairs of a complex normal with E|z|^2 = std^2."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.normal(key, shape, dtype) * (std / np.sqrt(2))
+
+    return init
+
+
+def dense(features, name, dtype, axes=("embed", "mlp"), **fields):
+    """`nn.Dense` with logical axes on its kernel and bias."""
+    return nn.Dense(
+        features,
+        name=name,
+        dtype=dtype,
+        kernel_init=logical(nn.initializers.lecun_normal(), *axes),
+        bias_init=logical(nn.initializers.zeros_init(), axes[1]),
+        **fields,
+    )
+
+
+def check_state(state, expected):
+    """Raises a `ValueError` naming `state` unless it is None or has the structure,
+    shapes of `expected` (what `init_state` returns for this batch)."""
+    if state is None:
+        return
+    found = jax.tree.map(jnp.shape, state)
+    wanted = jax.tree.map(jnp.shape, expected)
+    if found != wanted:
+        raise ValueError(
+            f"state: must be None or what init_state gives, {wanted}, got {found}"
+        )
+
+
+def no_state(layer, state):
+    """A bidirectional layer reads the future, so it has no state to be given."""
+    if state is not None:
+        raise ValueError(
+            f"state: a bidirectional {layer} has none; pass None or set "
+            "bidirectional=False"
+        )
+
+
+def no_initial_state(layer):
+    """The error of `init_state` on a bidirectional layer."""
+    return ValueError(
+        f"bidirectional: {layer} has no recurrent mode with bidirectional=True; "
+        "init_state needs bidirectional=False"
+    )

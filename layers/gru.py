@@ -1,0 +1,72 @@
+"""GRU, the recurrent baseline (https://arxiv.org/abs/1406.1078)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers.common import check_state, dense, logical
+from ssm import sequence as seq
+
+
+class GRU(nn.Module):
+    """Gated recurrent unit, sequential in every mode:
+
+        r, z = sigmoid(W_r u + U_r h), sigmoid(W_z u + U_z h)
+        c    = tanh(W_c u + r (U_c h + b))
+        h[t] = (1 - z) c + z h[t-1],   y = h
+
+    Elapsed times have no meaning for it: `dt` is a `ValueError`.
+
+    Attributes:
+        features: H, of the input, the state and the output.
+        dtype: of the output; the recurrence runs in float32.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], state [B, H]. `ValueError` for a wrong shape or a
+        dt."""
+        del train
+        sequence = seq.check(x, sequence)
+        if x.shape[-1] != self.features or x.ndim != 3:
+            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
+        if sequence.dt is not None:
+            raise ValueError("dt: a GRU has no notion of elapsed time; pass None")
+        check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
+        state = self.init_state(x.shape[0]) if state is None else state
+        H = self.features
+        U = self.param(
+            "recurrent_kernel",
+            logical(nn.initializers.orthogonal(), "embed", "mlp"),
+            (H, 3 * H),
+        )
+        bias = self.param(
+            "recurrent_bias", logical(nn.initializers.zeros_init(), "mlp"), (H,)
+        )
+        u = seq.zero_masked(x.astype(jnp.float32), sequence)
+        gates = dense(3 * H, "input", jnp.float32)(u)
+
+        def step(h, token):
+            gate, exists, reset = token
+            if reset is not None:
+                h = jnp.where(reset[:, None], 0.0, h)
+            (r, z, c), (hr, hz, hc) = jnp.split(gate, 3, -1), jnp.split(h @ U, 3, -1)
+            r, z = nn.sigmoid(r + hr), nn.sigmoid(z + hz)
+            new = (1 - z) * jnp.tanh(c + r * (hc + bias)) + z * h
+            h = new if exists is None else jnp.where(exists[:, None], new, h)
+            return h, h
+
+        tokens = (gates, sequence.mask, sequence.reset)
+        state, y = jax.lax.scan(
+            step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tokens)
+        )
+        y = seq.zero_masked(jnp.swapaxes(y, 0, 1), sequence)
+        return y.astype(self.dtype), state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros [B, H] float32."""
+        return jnp.zeros((batch_size, self.features), jnp.float32)

@@ -1,0 +1,93 @@
+"""LRU, the linear recurrent unit (https://arxiv.org/abs/2303.06349)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.common import check_state, logical
+from ssm import recurrence, spectra, stability
+from ssm import sequence as seq
+
+
+class LRU(nn.Module):
+    """x[t] = lam x[t-1] + gamma (B u[t]), y[t] = Re(C x[t]) + D u[t].
+
+    lam = exp(-exp(nu_log) + i exp(theta_log)) lies inside the unit disc whatever the
+    parameters; gamma = exp(gamma_log) starts at sqrt(1 - |lam|^2). Elapsed time dt
+    raises lam to the power dt and leaves gamma unchanged.
+
+    Attributes:
+        features: H.
+        state_size: P, complex.
+        r_min, r_max: |lam|^2 is initially uniform in [r_min^2, r_max^2].
+        max_phase: initial phases are uniform in [0, max_phase].
+        dtype: of the output; parameters and states are float32 or better.
+    """
+
+    features: int
+    state_size: int = 64
+    r_min: float = 0.0
+    r_max: float = 1.0
+    max_phase: float = 2 * np.pi
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], state [B, P] complex. `ValueError` for a wrong
+        shape."""
+        del train
+        sequence = seq.check(x, sequence)
+        if x.shape[-1] != self.features or x.ndim != 3:
+            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
+        check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
+        log_lam, gamma, B, C, D = self._parameters()
+        u = seq.zero_masked(x.astype(jnp.float32), sequence)
+
+        def rule(elapsed):
+            return log_lam if elapsed is None else log_lam * elapsed, gamma
+
+        y, state = recurrence.mixed(
+            rule, B, C, u, state, seq.elapsed(sequence), sequence.reset
+        )
+        y = seq.zero_masked(y + D * u, sequence)
+        return y.astype(self.dtype), state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros [B, P] complex64."""
+        return jnp.zeros((batch_size, self.state_size), jnp.complex64)
+
+    def _parameters(self):
+        H, P = self.features, self.state_size
+        # One draw gives nu, theta and gamma, so that gamma fits the modulus at start.
+        ring = functools.partial(
+            spectra.lru_ring,
+            P=P,
+            r_min=self.r_min,
+            r_max=self.r_max,
+            max_phase=self.max_phase,
+        )
+        key = self.make_rng("params") if self.is_initializing() else None
+        names = ("nu_log", "theta_log", "gamma_log")
+        nu_log, theta_log, gamma_log = (
+            self.param(name, logical(lambda _, i=i: ring(key)[i], "state"))
+            for i, name in enumerate(names)
+        )
+        normal = nn.initializers.normal
+        B = self.param(
+            "B", logical(normal((2 * H) ** -0.5), "state", "embed", None), (P, H, 2)
+        )
+        C = self.param(
+            "C", logical(normal(P**-0.5), "embed", "state", None), (H, P, 2)
+        )
+        D = self.param("D", logical(normal(1.0), "embed"), (H,))
+        return (
+            stability.ring(nu_log, theta_log),
+            jnp.exp(gamma_log),
+            stability.from_pair(B),
+            stability.from_pair(C),
+            D,
+        )

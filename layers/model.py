@@ -1,0 +1,197 @@
+"""Encoder, stack and head: a whole model under the contract of a single mixer."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers.block import Norm
+from layers.common import check_state, dense, logical
+from layers.stack import Stack
+from ssm import sequence as seq
+
+ENCODERS = ("scalar", "token", "image")
+HEADS = ("mean", "last", "token", "retrieval")
+
+
+class Encoder(nn.Module):
+    """Inputs to features [B, L, H].
+
+    "scalar": float [B, L] or [B, L, C], a linear map. "token": int [B, L], an embedding
+    of `vocab_size` rows. "image": [B, h, w, C] read row by row as L = h w pixels, uint8
+    scaled to [0, 1].
+    """
+
+    kind: str
+    features: int
+    vocab_size: int = 0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        if self.kind == "token":
+            if not jnp.issubdtype(x.dtype, jnp.integer):
+                raise ValueError(f"inputs: tokens must be integers, got {x.dtype}")
+            init = logical(nn.initializers.normal(1.0), "vocab", "embed")
+            return nn.Embed(
+                self.vocab_size,
+                self.features,
+                dtype=self.dtype,
+                embedding_init=init,
+                name="embedding",
+            )(x)
+        if self.kind == "scalar" and x.ndim == 2:
+            x = x[..., None]
+        if x.dtype == jnp.uint8:
+            x = x.astype(jnp.float32) / 255.0
+        return dense(self.features, "project", self.dtype, ("channel", "embed"))(x)
+
+
+class PoolState(NamedTuple):
+    """What a pooled head has seen since the last reset."""
+
+    features: jax.Array  # [B, H] sum ("mean") or last features ("last")
+    count: jax.Array  # [B] number of tokens
+
+
+class Model(nn.Module):
+    """inputs -> encoder -> stack of blocks -> head.
+
+    A pooled head answers for everything seen since the last reset, across calls too, so
+    feeding the tokens one by one ends at the answer for the whole sequence.
+
+    Attributes:
+        stack: makes the `Stack`.
+        features: H.
+        outputs: width of the output (classes, vocabulary or regression targets).
+        encoder: one of `ENCODERS`; vocab_size: for "token".
+        head: one of `HEADS`. "mean" and "last" pool over the true length; "token"
+            answers at every token; "retrieval" compares two documents, inputs
+            [B, 2, L, ...], by [u, v, u - v, u v] of their means.
+        norm: norm before the head ("" for none, where blocks end in a norm).
+        dtype: of activations; outputs are float32.
+    """
+
+    stack: type[Stack]
+    features: int
+    outputs: int
+    encoder: str = "scalar"
+    vocab_size: int = 0
+    head: str = "mean"
+    norm: str = "layer"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs, state=None, sequence=None, train=False):
+        """inputs (see `Encoder`) -> y, state.
+
+        y [B, outputs] for a pooled head, [B, L, outputs] for "token"; state is None for
+        a model with a bidirectional layer. `ValueError` for a wrong rank or shape, L = 0,
+        or a mask, reset or dt that is not [B, L].
+        """
+        if self.head == "retrieval":
+            inputs, sequence = _two_documents(inputs, sequence)
+        inputs = self._flat(inputs)
+        sequence = seq.check(inputs, sequence, "inputs")
+        stack = self.stack(name="stack")
+        if state is not None:
+            expected = jax.eval_shape(lambda: self._stateful(stack, inputs.shape[0]))
+            check_state(state, expected)
+        # Compact once here and every layer finds only right padding.
+        inputs, sequence, restore = seq.compact(inputs, sequence)
+        x = Encoder(
+            self.encoder, self.features, self.vocab_size, self.dtype, name="encoder"
+        )(inputs)
+        x = seq.zero_masked(x, sequence)
+        x, stack_state = stack(
+            x, None if state is None else state["stack"], sequence, train
+        )
+        if self.norm:
+            x = Norm(self.norm, self.dtype, name="norm")(x, sequence.mask, train)
+        x = x.astype(jnp.float32)
+        if self.head == "token":
+            y = restore(dense(self.outputs, "head", jnp.float32, ("embed", "out"))(x))
+            return y, {"stack": stack_state}
+        before = None if state is None else state["pool"]
+        pooled, pool = _pool(x, sequence, before, self.head)
+        return self._answer(pooled), {"stack": stack_state, "pool": pool}
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """The state before the first token. `ValueError` without a recurrent mode."""
+        documents = 2 * batch_size if self.head == "retrieval" else batch_size
+        return self._stateful(self.stack(), documents)
+
+    @nn.nowrap
+    def _stateful(self, stack, batch_size):
+        state = {"stack": stack.init_state(batch_size)}
+        if self.head != "token":
+            state["pool"] = PoolState(
+                jnp.zeros((batch_size, self.features)), jnp.zeros((batch_size,))
+            )
+        return state
+
+    @nn.nowrap
+    def _flat(self, inputs):
+        ranks = {"scalar": (2, 3), "token": (2,), "image": (4,)}[self.encoder]
+        if inputs.ndim not in ranks:
+            shapes = {
+                "scalar": "[B, L] or [B, L, C]",
+                "token": "[B, L]",
+                "image": "[B, h, w, C]",
+            }
+            raise ValueError(
+                f"inputs: the {self.encoder} encoder takes {shapes[self.encoder]}, got "
+                f"shape {inputs.shape}"
+            )
+        if self.encoder == "image":
+            return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+        return inputs
+
+    def _answer(self, pooled):
+        if self.head == "retrieval":
+            u, v = pooled[0::2], pooled[1::2]
+            pooled = jnp.concatenate([u, v, u - v, u * v], axis=-1)
+            pooled = nn.gelu(
+                dense(self.features, "compare", jnp.float32, ("mlp", "embed"))(pooled)
+            )
+        return dense(self.outputs, "head", jnp.float32, ("embed", "out"))(pooled)
+
+
+def _two_documents(inputs, sequence):
+    """[B, 2, L, ...] -> [2B, L, ...], and so for every field of the sequence."""
+    if inputs.ndim < 3 or inputs.shape[1] != 2:
+        raise ValueError(
+            f"inputs: the retrieval head takes [B, 2, L, ...], got {inputs.shape}"
+        )
+
+    def merge(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    return merge(inputs), jax.tree.map(merge, sequence)
+
+
+def _pool(x, sequence, before, head):
+    """Mean or last of the existing tokens since the last reset, [B, H], and the state."""
+    B, L, _ = x.shape
+    mask = jnp.ones((B, L), bool) if sequence.mask is None else sequence.mask
+    if before is None:
+        before = PoolState(jnp.zeros_like(x[:, 0]), jnp.zeros((B,), x.dtype))
+    if sequence.reset is not None:
+        segment = jnp.cumsum(sequence.reset, axis=1)
+        mask = mask & (segment == segment[:, -1:])
+        fresh = segment[:, -1] > 0
+        before = PoolState(
+            jnp.where(fresh[:, None], 0.0, before.features),
+            jnp.where(fresh, 0.0, before.count),
+        )
+    here = jnp.sum(mask, axis=1, dtype=x.dtype)
+    count = before.count + here
+    if head == "last":
+        last = jnp.max(jnp.where(mask, jnp.arange(L), 0), axis=1)
+        found = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        features = jnp.where((here > 0)[:, None], found, before.features)
+        return features, PoolState(features, count)
+    total = before.features + jnp.sum(jnp.where(mask[..., None], x, 0.0), axis=1)
+    return total / jnp.maximum(count, 1.0)[:, None], PoolState(total, count)

@@ -1,0 +1,92 @@
+"""A stack of blocks: whole repetitions of a pattern in `nn.scan`, the rest unrolled."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+TRAIN = 4  # position of `train` in __call__, counting self: static under nn.remat
+
+
+class Repetition(nn.Module):
+    """One pass over the pattern, the body of the scan."""
+
+    pattern: tuple[Callable[[], nn.Module], ...]
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, states, sequence, train):
+        new = []
+        for i, make in enumerate(self.pattern):
+            block = _block(make, f"block_{i}", self.remat)
+            x, state = block(x, states[i], sequence, train)
+            new.append(state)
+        return x, tuple(new)
+
+
+class Stack(nn.Module):
+    """`depth` blocks that follow `pattern`, with one state per block.
+
+    The compiled program holds one copy of the pattern whatever the depth: parameters
+    and states of the repeated part carry a leading axis "layers".
+
+    Attributes:
+        pattern: makes the blocks of one repetition, in order.
+        depth: number of blocks, not necessarily a multiple of the pattern.
+        remat: recompute each block in the backward pass.
+    """
+
+    pattern: tuple[Callable[[], nn.Module], ...]
+    depth: int
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], state {"repeated": .., "rest": ..}."""
+        repeats, rest = divmod(self.depth, len(self.pattern))
+        if state is None:
+            state = {
+                "repeated": (None,) * len(self.pattern),
+                "rest": (None,) * rest,
+            }
+        new = {"repeated": (), "rest": ()}
+        if repeats:
+            scanned = nn.scan(
+                Repetition,
+                variable_axes={"params": 0, "batch_stats": 0, "buffers": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, new["repeated"] = scanned(self.pattern, self.remat, name="repeated")(
+                x, state["repeated"], sequence, train
+            )
+        for i in range(rest):
+            block = _block(self.pattern[i], f"rest_{i}", self.remat)
+            x, last = block(x, state["rest"][i], sequence, train)
+            new["rest"] += (last,)
+        return x, new
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Initial states; `ValueError` if any block has no recurrent mode."""
+        repeats, rest = divmod(self.depth, len(self.pattern))
+        states = [make().init_state(batch_size) for make in self.pattern]
+
+        def stacked(leaf):
+            return jnp.broadcast_to(leaf, (repeats, *leaf.shape))
+
+        return {
+            "repeated": jax.tree.map(stacked, tuple(states)) if repeats else (),
+            "rest": tuple(states[:rest]),
+        }
+
+
+def _block(make, name, remat):
+    if not remat:
+        return make(name=name)
+    block = make.func
+    rematerialised = nn.remat(block, prevent_cse=False, static_argnums=(TRAIN,))
+    return rematerialised(*make.args, **make.keywords, name=name)

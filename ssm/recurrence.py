@@ -1,0 +1,196 @@
+"""One linear system, four modes: step, scan, chunked, convolution.
+
+A bank of H independent systems with n modes each (S4D), `Diagonal(log_a, b, c)`:
+
+    h[t] = a^elapsed[t] h[t-1] + w(elapsed[t]) b u[t]        [B, H, n]
+    y[t] = Re sum_n c h[t]                                   [B, H]
+
+w(e) = (a^e - 1) / (a - 1) is the exact hold: an input that lasts e steps weighs like e
+repeated steps, so w(0) = 0 (a masked token) and w(1) = 1. All modes return (y, state)
+and agree to rounding; `tests/test_recurrence.py` holds them to it.
+
+`mixed` is the multi-input system of S5 and the LRU, whose P states are shared by all
+features. `varying` discretises per token, for rules whose gaps are not a power of a.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels import contracted_scan, fft_conv, linear_scan, vandermonde_transpose
+from ssm import filters
+from ssm.discretize import expm1_ratio
+from ssm.sequence import align_right
+
+CHUNK = 128  # tokens whose states exist at once in the chunked forms
+
+
+class Diagonal(NamedTuple):
+    """A discrete bank of diagonal systems; log_a, b, c are [H, n], real or complex."""
+
+    log_a: jax.Array
+    b: jax.Array
+    c: jax.Array
+
+
+def hold(log_a, elapsed):
+    """w(e) = (a^e - 1) / (a - 1), finite as a -> 1. Shapes broadcast."""
+    return elapsed * expm1_ratio(elapsed * log_a) / expm1_ratio(log_a)
+
+
+def step(system, u, state, elapsed=None, reset=None):
+    """One token. u [B, H], state [B, H, n], elapsed and reset [B] -> y [B, H], state."""
+    log_a, b, c = system
+    if reset is not None:
+        state = jnp.where(reset[:, None, None], 0, state)
+    if elapsed is None:
+        a, weight = jnp.exp(log_a), b
+    else:
+        e = elapsed[:, None, None]
+        a, weight = jnp.exp(e * log_a), hold(log_a, e) * b
+    state = a * state + weight * u[:, :, None]
+    return jnp.sum(c * state, axis=-1).real, state
+
+
+def scan(system, u, state=None, elapsed=None, reset=None):
+    """All states at once, [B, L, H, n]: the definition, for short calls and for reading.
+
+    u [B, L, H], state [B, H, n], elapsed and reset [B, L] -> y [B, L, H], state.
+    """
+    log_a, b, c = system
+    if elapsed is None:
+        a, x = jnp.exp(log_a), b * u[..., None]
+    else:
+        e = elapsed[:, :, None, None]
+        a, x = jnp.exp(e * log_a), hold(log_a, e) * b * u[..., None]
+    h, state = linear_scan(a, x, state, reset)
+    return jnp.sum(c * h, axis=-1).real, state
+
+
+def chunked(system, u, state=None, elapsed=None, reset=None):
+    """The same in memory O(L H + H n): states live only inside a chunk. Any state,
+    reset and elapsed time; shapes as in `scan`."""
+    return contracted_scan(*system, u, elapsed, state, reset)
+
+
+def convolution(system, u, mask=None, skip=None):
+    """y = K * u (+ skip u) by FFT. No state enters, no reset and no gap may lie inside.
+
+    Args:
+        u: [B, L, H], zero where masked.
+        mask: [B, L] with padding on the right only; it concerns the final state, which
+            is that of the last existing token.
+        skip: [H] feed-through D, or None.
+
+    Returns:
+        y [B, L, H] and the final state [B, H, n], which costs nothing when unused.
+    """
+    log_a, b, c = system
+    y, _ = fft_conv(u, filters.diagonal(log_a, b, c, u.shape[1]), skip=skip)
+    aligned = u if mask is None else align_right(u, mask)
+    backwards = jnp.flip(aligned.astype(y.dtype), axis=1).swapaxes(1, 2)
+    return y, b * vandermonde_transpose(backwards, log_a)
+
+
+def varying(rule, B, c, u, state=None, elapsed=None, reset=None, chunk=CHUNK):
+    """A bank whose discretisation is evaluated at every token's own step.
+
+    rule(elapsed [B, T, 1, 1]) -> (log_a, gain), each broadcastable to [B, T, H, n];
+    B, c [H, n]; everything else as in `scan`. Memory of one chunk of states.
+    """
+    if state is None:
+        state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
+
+    def body(state, u, elapsed, reset):
+        log_a, gain = rule(elapsed[:, :, None, None])
+        h, state = linear_scan(jnp.exp(log_a), gain * B * u[..., None], state, reset)
+        return state, jnp.sum(c * h, axis=-1).real
+
+    return _in_chunks(body, state, u, elapsed, reset, chunk)
+
+
+def mixed(
+    rule,
+    B,
+    C,
+    u,
+    state=None,
+    elapsed=None,
+    reset=None,
+    *,
+    reverse=False,
+    chunk=CHUNK,
+):
+    """x[t] = a[t] x[t-1] + gain[t] (B u[t]), y[t] = Re(C x[t]): S5 and the LRU.
+
+    Each chunk is one matmul, one scan and one matmul; [B, L, P] never exists, forward
+    or backward.
+
+    Args:
+        rule: rule(None) -> (log_a, gain) [P] for regular tokens; rule(elapsed
+            [B, T, 1]) -> [B, T, P] for elapsed times.
+        B, C: [P, H] and [H, P] complex.
+        u: [B, L, H], zero where masked.
+        state: [B, P] complex or None; elapsed, reset: [B, L] or None.
+        reverse: run from the last token to the first; a reset at t then cuts the link
+            from t to t-1, the same link as forward.
+
+    Returns:
+        y [B, L, H] and the final state [B, P].
+    """
+    if state is None:
+        state = jnp.zeros((u.shape[0], C.shape[1]), C.dtype)
+    into = jnp.concatenate([B.real, B.imag]).T  # [H, 2P]: one real matmul, not two
+    out = jnp.concatenate([C.real.T, -C.imag.T])  # [2P, H]
+    P = C.shape[1]
+
+    def body(state, u, elapsed, reset):
+        log_a, gain = rule(None if elapsed is None else elapsed[:, :, None])
+        bu = u @ into
+        x = gain * jax.lax.complex(bu[..., :P], bu[..., P:])
+        x, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
+        if reverse and reset is not None:  # the link out of this chunk's first token
+            state = jnp.where(reset[:, :1], 0, state)
+        return state, jnp.concatenate([x.real, x.imag], axis=-1) @ out
+
+    return _in_chunks(body, state, u, elapsed, reset, chunk, reverse)
+
+
+def _in_chunks(
+    body: Callable, state, u, elapsed, reset, chunk: int, reverse: bool = False
+):
+    """Runs body(state, u, elapsed, reset) -> (state, y) over pieces of the length axis,
+    keeping only the states between pieces for the backward pass."""
+    whole = (u.shape[1] // chunk) * chunk
+    pieces = (u, elapsed, reset)
+    if u.shape[1] <= chunk:
+        state, y = body(state, *pieces)
+        return y, state
+
+    body = jax.checkpoint(body)
+    rest = jax.tree.map(lambda x: x[:, whole:], pieces)
+    stacked = jax.tree.map(lambda x: _split(x[:, :whole], chunk), pieces)
+
+    def over(state):
+        state, y = jax.lax.scan(
+            lambda s, piece: body(s, *piece), state, stacked, reverse=reverse
+        )
+        return state, y.swapaxes(0, 1).reshape(u.shape[0], whole, *y.shape[3:])
+
+    if whole == u.shape[1]:
+        state, y = over(state)
+        return y, state
+    if reverse:
+        state, last = body(state, *rest)
+        state, first = over(state)
+    else:
+        state, first = over(state)
+        state, last = body(state, *rest)
+    return jnp.concatenate([first, last], axis=1), state
+
+
+def _split(x, chunk):
+    """[B, L, ...] -> [L / chunk, B, chunk, ...]."""
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)

@@ -1,0 +1,159 @@
+"""What accompanies a sequence: which tokens exist, where it starts anew, when they came.
+
+`mask`   a masked token (False) does not exist: the state passes it unchanged and its
+         output is 0, wherever it stands.
+`reset`  the state starts anew before this token; on a masked token it applies to the
+         next one that exists (in a later call, if there is none in this one).
+`dt`     time since the previous token in units of the nominal step; 1 equals None.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mask", "reset", "dt"],
+    meta_fields=["compacted"],
+)
+@dataclass(frozen=True)
+class Sequence:
+    """Optional companions of x [B, L, ...].
+
+    Attributes:
+        mask: [B, L] bool, True where a token exists.
+        reset: [B, L] bool, True where the state starts anew before the token.
+        dt: [B, L] float > 0, elapsed time relative to the nominal step.
+        compacted: static; True promises that masked tokens stand only at the end.
+    """
+
+    mask: jax.Array | None = None
+    reset: jax.Array | None = None
+    dt: jax.Array | None = None
+    compacted: bool = False
+
+
+def check(x, sequence, name="x"):
+    """Raises a `ValueError` naming the argument unless x is [B, L >= 1, ...] and every
+    field of `sequence` is [B, L] of the right kind. Returns a Sequence (empty for None).
+    """
+    if x.ndim < 2:
+        raise ValueError(f"{name}: must be [B, L, ...], got shape {x.shape}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name}: the length L must be at least 1, got shape {x.shape}")
+    if sequence is None:
+        return Sequence()
+    if not isinstance(sequence, Sequence):
+        raise ValueError(
+            f"sequence: must be a ssm.Sequence or None, got {type(sequence).__name__}"
+        )
+    for field, kind in (("mask", jnp.bool_), ("reset", jnp.bool_), ("dt", jnp.floating)):
+        value = getattr(sequence, field)
+        if value is None:
+            continue
+        if value.shape != x.shape[:2]:
+            raise ValueError(
+                f"{field}: must have shape [B, L] = {x.shape[:2]}, got {value.shape}"
+            )
+        if not jnp.issubdtype(value.dtype, kind):
+            raise ValueError(
+                f"{field}: must be {kind.__name__.rstrip('_')}, got {value.dtype}"
+            )
+    return sequence
+
+
+def elapsed(sequence):
+    """Time since the previous token with 0 on masked ones [B, L], or None if regular.
+
+    Elapsed time 0 leaves a held-input state exactly as it was, so the mask needs no
+    other treatment in a scan (besides a zero input where the input is an impulse).
+    """
+    if sequence.mask is None:
+        return sequence.dt
+    dt = jnp.ones(sequence.mask.shape, jnp.float32)
+    if sequence.dt is not None:
+        dt = sequence.dt.astype(jnp.promote_types(sequence.dt.dtype, jnp.float32))
+    return jnp.where(sequence.mask, dt, 0.0)
+
+
+def zero_masked(x, sequence):
+    """x [B, L, ...] with masked tokens set to exactly 0 (also where they were NaN)."""
+    if sequence.mask is None:
+        return x
+    mask = sequence.mask.reshape(sequence.mask.shape + (1,) * (x.ndim - 2))
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def lengths(mask):
+    """Number of existing tokens per row, [B] int32."""
+    return jnp.sum(mask, axis=1, dtype=jnp.int32)
+
+
+def compact(x, sequence):
+    """Moves existing tokens to the front, in order, so that only right padding is left.
+
+    Returns x [B, L, ...] with masked tokens zeroed, the matching Sequence (resets of
+    masked tokens moved onto the next existing one, or onto the first padding), and
+    `restore`, which scatters [B, L, ...] back to the original places with 0 on masked
+    tokens. Without a mask nothing moves.
+    """
+    if sequence.mask is None:
+        return x, sequence, lambda y: y
+    if sequence.compacted:
+        return zero_masked(x, sequence), sequence, lambda y: zero_masked(y, sequence)
+
+    order = jnp.argsort(~sequence.mask, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    gather = _gather_along_length(order)
+    count = lengths(sequence.mask)
+    mask = jnp.arange(sequence.mask.shape[1]) < count[:, None]
+    moved = Sequence(
+        mask=mask,
+        reset=_compact_reset(sequence, gather, count),
+        dt=None if sequence.dt is None else jnp.where(mask, gather(sequence.dt), 1.0),
+        compacted=True,
+    )
+
+    def restore(y):
+        return zero_masked(_gather_along_length(back)(y), sequence)
+
+    return zero_masked(gather(x), moved), moved, restore
+
+
+def _gather_along_length(index) -> Callable:
+    def gather(x):
+        expanded = index.reshape(index.shape + (1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, expanded, axis=1)
+
+    return gather
+
+
+def _compact_reset(sequence, gather, count):
+    """A real token resets if any reset stood after the previous real token, up to it."""
+    if sequence.reset is None:
+        return None
+    segment = jnp.cumsum(sequence.reset, axis=1)
+    moved = gather(segment)
+    # Padding takes the segment in which the row ends, so that a reset behind the last
+    # real token stays on the first padding and reaches the final state.
+    position = jnp.arange(moved.shape[1])
+    moved = jnp.where(position < count[:, None], moved, segment[:, -1:])
+    previous = jnp.concatenate([jnp.zeros_like(moved[:, :1]), moved[:, :-1]], axis=1)
+    return moved > previous
+
+
+def align_right(x, mask):
+    """Rolls every row of a right-padded x [B, L, ...] so that its padding comes first:
+    the last existing token then stands at L - 1. Padding must already be zero."""
+    shift = mask.shape[1] - lengths(mask)
+    index = (jnp.arange(mask.shape[1]) - shift[:, None]) % mask.shape[1]
+    return _gather_along_length(index)(x)
+
+
+def take(sequence, start, stop):
+    """The Sequence of tokens start .. stop-1."""
+    return jax.tree.map(lambda field: field[:, start:stop], sequence)

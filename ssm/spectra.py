@@ -1,0 +1,109 @@
+"""Initial eigenvalues and timescales. NumPy float64 where nothing is random."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssm import hippo
+
+
+def s4d_lin(n):
+    """S4D-Lin: lam_j = -1/2 - i pi j."""
+    return -0.5 - 1j * np.pi * np.arange(n)
+
+
+def s4d_inv(n):
+    """S4D-Inv, the asymptotic of LegS: lam_j = -1/2 - i (N/pi) (N/(2j+1) - 1), N = 2n."""
+    N = 2 * n
+    return -0.5 - 1j * (N / np.pi) * (N / (2 * np.arange(n) + 1) - 1)
+
+
+def s4d_inv2(n):
+    """S4D-Inv2: lam_j = -1/2 - i (N/pi) (N/(j+1) - 1), N = 2n."""
+    N = 2 * n
+    return -0.5 - 1j * (N / np.pi) * (N / (np.arange(n) + 1) - 1)
+
+
+def s4d_quad(n):
+    """S4D-Quad: lam_j = -1/2 - i (1 + 2j)^2 / pi."""
+    return -0.5 - 1j * (1 + 2 * np.arange(n)) ** 2 / np.pi
+
+
+def s4d_legs(n):
+    """S4D-LegS: the eigenvalues of the normal part of HiPPO-LegS of size N = 2n."""
+    return hippo.hippo_n(2 * n)[0]
+
+
+def s4d_real(n):
+    """S4D-Real: lam_j = -(j + 1), as complex numbers with imaginary part 0."""
+    return -(1.0 + np.arange(n)) + 0j
+
+
+SPECTRA = {
+    "lin": s4d_lin,
+    "inv": s4d_inv,
+    "inv2": s4d_inv2,
+    "quad": s4d_quad,
+    "legs": s4d_legs,
+    "real": s4d_real,
+}
+
+
+def s4d(name, n):
+    """Initial lam [n] complex128 of a diagonal system with n conjugate pairs.
+
+    Source: https://arxiv.org/abs/2206.11893. `ValueError` for an unknown name.
+    """
+    if name not in SPECTRA:
+        raise ValueError(f"init: unknown spectrum {name!r}; may be {sorted(SPECTRA)}")
+    return SPECTRA[name](n)
+
+
+def s5_blocks(state_size, blocks):
+    """HiPPO-N in J = `blocks` blocks of size state_size / J.
+
+    Returns lam [P], V [state_size, P] and its left inverse V* [P, state_size], with
+    P = state_size / 2 conjugate pairs. Source: https://arxiv.org/abs/2208.04933.
+    `ValueError` unless `blocks` divides state_size into even sizes.
+    """
+    if blocks < 1 or state_size % blocks or (state_size // blocks) % 2:
+        raise ValueError(
+            f"blocks: must divide state_size={state_size} into even sizes, got {blocks}"
+        )
+    lam, V = hippo.hippo_n(state_size // blocks)
+    size, half = V.shape
+    full = np.zeros((state_size, blocks * half), np.complex128)
+    for j in range(blocks):
+        full[j * size : (j + 1) * size, j * half : (j + 1) * half] = V
+    return np.tile(lam, blocks), full, full.conj().T
+
+
+def lru_ring(key, P, r_min=0.0, r_max=1.0, max_phase=2 * np.pi):
+    """LRU: |lam|^2 uniform in [r_min^2, r_max^2], phase uniform in [0, max_phase].
+
+    Returns nu_log, theta_log, gamma_log [P] with |lam| = exp(-exp(nu_log)), phase
+    exp(theta_log), and gamma = sqrt(1 - |lam|^2) the input normalisation.
+    Source: https://arxiv.org/abs/2303.06349.
+    """
+    if not 0 <= r_min < r_max <= 1:
+        raise ValueError(
+            f"r_min, r_max: need 0 <= r_min < r_max <= 1, got {r_min}, {r_max}"
+        )
+    radius, phase = jax.random.split(key)
+    tiny = 1e-7  # keeps nu_log and theta_log finite at the ends of the intervals
+    square = jax.random.uniform(radius, (P,), minval=tiny, maxval=1 - tiny)
+    square = square * (r_max**2 - r_min**2) + r_min**2
+    nu = -0.5 * jnp.log(square)
+    theta = max_phase * jax.random.uniform(phase, (P,), minval=tiny)
+    gamma_log = 0.5 * jnp.log(-jnp.expm1(-2 * nu))
+    return jnp.log(nu), jnp.log(theta), gamma_log
+
+
+def log_dt(key, shape, dt_min=1e-3, dt_max=1e-1):
+    """log dt, log-uniform in [dt_min, dt_max]: a memory of about 1/dt tokens, so take
+    dt_min near 1 / (longest scale) and dt_max near 1 / (shortest)."""
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(
+            f"dt_min, dt_max: need 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
+        )
+    return jax.random.uniform(key, shape, minval=np.log(dt_min), maxval=np.log(dt_max))

@@ -1,0 +1,65 @@
+"""Unconstrained parameters of stable eigenvalues, and complex numbers as real pairs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOOR = 1e-4  # the smallest decay rate that an inverse transform represents
+
+
+class Positive(NamedTuple):
+    """A map R -> (0, inf) and its inverse (NumPy, for initial values)."""
+
+    forward: callable
+    inverse: callable
+
+
+POSITIVE = {
+    "exp": Positive(jnp.exp, np.log),
+    "softplus": Positive(jax.nn.softplus, lambda x: x + np.log(-np.expm1(-x))),
+    "relu": Positive(lambda x: jax.nn.relu(x) + FLOOR, lambda x: x - FLOOR),
+    "sigmoid": Positive(jax.nn.sigmoid, lambda x: np.log(x) - np.log1p(-x)),
+    "none": Positive(lambda x: x, lambda x: x),
+}
+
+
+def positive(name):
+    """The transform called `name`; a `ValueError` lists the valid names."""
+    if name not in POSITIVE:
+        raise ValueError(f"transform: unknown {name!r}; may be {sorted(POSITIVE)}")
+    return POSITIVE[name]
+
+
+def inverse(name, rate):
+    """The parameter whose transform is `rate` (NumPy float64), with rates below FLOOR
+    raised to it first. `sigmoid` reaches only rates below 1."""
+    rate = np.maximum(np.asarray(rate, np.float64), FLOOR)
+    if name == "sigmoid" and np.any(rate >= 1):
+        raise ValueError(
+            f"transform: 'sigmoid' represents rates below 1, got {rate.max():.3g}"
+        )
+    return positive(name).inverse(rate)
+
+
+def clip_real(lam, bound=-FLOOR):
+    """lam with its real part at most `bound`: no mode may grow over a long rollout."""
+    return jax.lax.complex(jnp.minimum(lam.real, bound), lam.imag)
+
+
+def ring(nu_log, theta_log):
+    """LRU: log lam = -exp(nu_log) + i exp(theta_log), so |lam| < 1. Shape kept.
+    Source: https://arxiv.org/abs/2303.06349."""
+    return jax.lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log))
+
+
+def to_pair(z):
+    """[...] complex -> [..., 2] real: how complex parameters are stored, so that
+    optimisers see R^2 (JAX's complex gradient is the conjugate one)."""
+    return jnp.stack([jnp.real(z), jnp.imag(z)], axis=-1)
+
+
+def from_pair(pair):
+    """[..., 2] real -> [...] complex."""
+    return jax.lax.complex(pair[..., 0], pair[..., 1])

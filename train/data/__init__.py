@@ -1,0 +1,41 @@
+"""Datasets by name: `load(config.data)` returns a `pipeline.Dataset`."""
+
+import inspect
+from collections.abc import Mapping
+
+from train.data import arrays, digits
+from train.data.pipeline import Dataset
+
+DATASETS = {
+    "digits": digits.load,
+    "arrays": arrays.load,
+}
+
+# Read by the training loop, not by a dataset.
+LOOP_KEYS = ("name", "workers")
+
+
+def load(config: Mapping) -> Dataset:
+    """The dataset `config["name"]`, built from the other keys of `config`.
+
+    Args:
+        config: "name", a key of DATASETS, and that dataset's own arguments ("workers"
+            is left to the caller).
+
+    Raises:
+        ValueError: an unknown name or an argument that the dataset does not have.
+    """
+    name = config["name"]
+    if name not in DATASETS:
+        raise ValueError(
+            f"data.name must be one of {', '.join(sorted(DATASETS))}, got {name!r}"
+        )
+    arguments = {key: config[key] for key in config if key not in LOOP_KEYS}
+    valid = inspect.signature(DATASETS[name]).parameters
+    unknown = sorted(set(arguments) - set(valid))
+    if unknown:
+        raise ValueError(
+            f"data: {', '.join(unknown)} is no argument of the dataset {name!r}, "
+            f"which has {', '.join(valid)}"
+        )
+    return DATASETS[name](**arguments)

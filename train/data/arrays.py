@@ -1,0 +1,370 @@
+"""The user's own arrays, from one NPZ or CSV file.
+
+NPZ (`numpy.savez(path, inputs=..., targets=...)`), n sequences of up to L tokens:
+
+    inputs   [n, L] or [n, L, C] numbers, or [n, L] integers: tokens
+    targets  [n] integers: the class of each sequence
+             [n, L] integers: the class of each token, -1 where there is none
+             [n] or [n, K] floats: what to regress per sequence
+             [n, L] or [n, L, K] floats: what to regress per token
+    mask     [n, L] bool, True where a token is real; or lengths [n]  (optional)
+    reset    [n, L] bool, True where the state starts anew             (optional)
+    dt       [n, L] floats above 0, time since the token before        (optional)
+    split    [n] of "train", "validation", "test"                      (optional)
+
+CSV, separated by commas: one sequence per row, its numbers in time order and then, as
+the last cell that is not empty, its target. Rows may differ in length; short ones are
+padded on the right. A first row whose last cell is not a number is a header.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+
+from train.data import pipeline
+
+KEYS = ("inputs", "targets", "mask", "lengths", "reset", "dt", "split")
+ENCODERS = ("scalar", "token")
+LOSSES = ("classification", "token", "regression")
+
+
+def load(
+    path: str = "",
+    encoder: str = "",
+    loss: str = "",
+    vocab_size: int = 0,
+    outputs: int = 0,
+    validation: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+) -> pipeline.Dataset:
+    """The sequences of one file, divided into train, validation and test.
+
+    Args:
+        path: an .npz or .csv file, laid out as this module's docstring says.
+        encoder: "scalar" or "token"; "" takes integer inputs of an NPZ as tokens and
+        all
+            others as numbers.
+        loss: "classification", "token" or "regression"; "" regresses targets that are
+            floats, else classifies.
+        vocab_size: number of tokens; 0 takes the largest one plus 1.
+        outputs: number of classes; 0 takes the largest one plus 1. Regression counts
+        its
+            own.
+        validation, test: fractions: test of all sequences, validation of the rest.
+        Classes
+            keep their proportions. Not read where the file has "split".
+        seed: of the division.
+
+    Raises:
+        ValueError: a file that cannot be read so; names the file, the key or the row
+        and
+            column, what stands there and what may.
+    """
+    source = _File(path)
+    source.check_choice("encoder", encoder, ("", *ENCODERS))
+    source.check_choice("loss", loss, ("", *LOSSES))
+    raw = _READERS[source.suffix](source)
+    inputs, vocab_size = _inputs(source, raw["inputs"], encoder, vocab_size)
+    mask = _mask(source, raw, inputs.shape[:2])
+    targets, outputs, loss = _targets(source, raw["targets"], mask, loss, outputs)
+    arrays = {"inputs": inputs, "targets": targets, "mask": mask}
+    arrays |= _optional(source, raw, mask)
+    if "split" in raw:
+        indices = _given_split(source, raw["split"], len(inputs))
+    else:
+        labels = targets if loss == "classification" else None
+        indices = _drawn_split(source, len(inputs), validation, test, seed, labels)
+    if not len(indices["train"]):
+        raise source.error("split", "leaves no sequence to train on")
+    spec = {
+        "encoder": "token" if vocab_size else "scalar",
+        "length": inputs.shape[1],
+        "channels": inputs.shape[2] if inputs.ndim == 3 else 1,
+        "vocab_size": vocab_size,
+        "outputs": outputs,
+        "loss": loss,
+    }
+    return pipeline.Dataset(spec, pipeline.split_rows(arrays, indices))
+
+
+class _File:
+    """The file's path, and errors that name it."""
+
+    def __init__(self, path: str):
+        if not path:
+            raise ValueError(
+                "data.path must name an .npz or .csv file, such as "
+                "--config.data.path=my.npz; it is empty"
+            )
+        self.path = Path(path).expanduser()
+        self.suffix = self.path.suffix.lower()
+        if self.suffix not in _READERS:
+            raise ValueError(
+                f"data.path must end in {' or '.join(_READERS)}, got {path!r}"
+            )
+        if not self.path.is_file():
+            raise ValueError(f"data.path: there is no file {path!r}")
+
+    def error(self, key: str, message: str) -> ValueError:
+        return ValueError(f"{self.path}: {key} {message}")
+
+    def check_choice(self, name: str, value: str, choices) -> None:
+        if value not in choices:
+            raise ValueError(
+                f"data.{name} must be one of {', '.join(map(repr, choices))}, "
+                f"got {value!r}"
+            )
+
+
+def _read_npz(source: _File) -> dict[str, np.ndarray]:
+    try:
+        with np.load(source.path, allow_pickle=False) as file:
+            raw = {key: file[key] for key in file.files}
+    except Exception as error:  # zipfile, zlib, header and pickle errors share no class
+        raise ValueError(
+            f"{source.path}: not a readable NPZ of plain arrays ({error}); write it "
+            "with numpy.savez, every key an array of numbers"
+        ) from error
+    missing = [key for key in ("inputs", "targets") if key not in raw]
+    if missing:
+        raise source.error(
+            missing[0], f"is missing; the file has {', '.join(raw) or 'no key'}"
+        )
+    unknown = [key for key in raw if key not in KEYS]
+    if unknown:
+        raise source.error(unknown[0], f"is no known key; those are {', '.join(KEYS)}")
+    count = len(np.atleast_1d(raw["inputs"]))
+    for key, array in raw.items():
+        if array.ndim == 0 or len(array) != count:
+            raise source.error(
+                key,
+                f"has shape {array.shape}, but inputs has {count} sequences on its "
+                "first axis",
+            )
+    if "mask" in raw and "lengths" in raw:
+        raise source.error("lengths", "and mask say the same: give one of them")
+    return raw
+
+
+def _read_csv(source: _File) -> dict[str, np.ndarray]:
+    rows, targets, written = [], [], []
+    for line, cells in _csv_lines(source):
+        *sequence, target = cells
+        rows.append([_number(source, line, i, cell) for i, cell in enumerate(sequence)])
+        targets.append(_number(source, line, len(sequence), target))
+        written.append(target)
+        while rows[-1] and rows[-1][-1] is None:  # a spreadsheet's filling
+            rows[-1].pop()
+        if None in rows[-1]:
+            raise source.error(
+                f"row {line}, column {rows[-1].index(None) + 1}",
+                "is empty inside the sequence; it may be a number",
+            )
+        if not rows[-1]:
+            raise source.error(
+                f"row {line}", "needs at least one input before its target"
+            )
+    if not rows:
+        raise ValueError(f"{source.path}: has no sequence")
+    lengths = np.array([len(row) for row in rows])
+    inputs = np.zeros((len(rows), lengths.max()))
+    for row, numbers in zip(inputs, rows, strict=True):
+        row[: len(numbers)] = numbers
+    whole = all(cell.strip().lstrip("+-").isdigit() for cell in written)
+    targets = np.array(targets, np.int64 if whole else np.float64)
+    return {"inputs": inputs, "targets": targets, "lengths": lengths}
+
+
+def _csv_lines(source: _File):
+    """Yields (row number from 1, cells up to the last that is not empty)."""
+    try:
+        with open(source.path, newline="", encoding="utf-8-sig") as file:
+            for line, cells in enumerate(csv.reader(file), 1):
+                while cells and not cells[-1].strip():
+                    cells.pop()
+                if cells and not (line == 1 and _is_header(cells)):
+                    yield line, cells
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{source.path}: not a UTF-8 CSV file ({error})") from error
+
+
+def _is_header(cells: list[str]) -> bool:
+    try:
+        float(cells[-1])
+    except ValueError:
+        return True
+    return False
+
+
+def _number(source: _File, line: int, column: int, cell: str) -> float | None:
+    if not cell.strip():
+        return None
+    where = f"row {line}, column {column + 1}"
+    try:
+        number = float(cell)
+    except ValueError:
+        raise source.error(where, f"is {cell!r}; it may be a number") from None
+    if not math.isfinite(number):
+        raise source.error(where, f"is {cell.strip()}; it may be a finite number")
+    return number
+
+
+_READERS = {".npz": _read_npz, ".csv": _read_csv}
+
+
+def _inputs(source: _File, inputs, encoder: str, vocab_size: int):
+    """Inputs as float32 or int32, and the vocabulary's size (0 for numbers)."""
+    if inputs.ndim not in (2, 3):
+        raise source.error(
+            "inputs", f"has shape {inputs.shape}; it may be [n, L] or [n, L, C]"
+        )
+    if 0 in inputs.shape:
+        raise source.error(
+            "inputs", f"has shape {inputs.shape}; every axis may be 1 or longer"
+        )
+    _check_numbers(source, "inputs", inputs)
+    if not encoder:
+        whole = inputs.dtype.kind in "iu" and inputs.ndim == 2
+        encoder = "token" if whole else "scalar"
+    if encoder == "scalar":
+        return inputs.astype(np.float32), 0
+    if inputs.ndim != 2:
+        raise source.error("inputs", f"has shape {inputs.shape}; tokens may be [n, L]")
+    return _whole_numbers(source, "inputs", inputs, 0, vocab_size)
+
+
+def _mask(source: _File, raw, shape: tuple[int, int]) -> np.ndarray:
+    length = shape[1]
+    if "mask" in raw:
+        mask = _flags(source, "mask", raw["mask"], shape)
+    elif "lengths" in raw:
+        lengths = raw["lengths"]
+        if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+            raise source.error(
+                "lengths",
+                f"is {lengths.dtype} {lengths.shape}; it may be integers [n]",
+            )
+        if lengths.min() < 1 or lengths.max() > length:
+            raise source.error(
+                "lengths",
+                f"lies in [{lengths.min()}, {lengths.max()}]; it may lie in "
+                f"[1, {length}]",
+            )
+        mask = np.arange(length) < lengths[:, None]
+    else:
+        mask = np.ones(shape, bool)
+    empty = np.flatnonzero(~mask.any(axis=1))
+    if len(empty):
+        raise source.error(
+            "mask", f"has no True in row {empty[0]}; a sequence needs a real token"
+        )
+    return mask
+
+
+def _targets(source: _File, targets, mask, loss: str, outputs: int):
+    """Targets as int32 or float32, the number of outputs and the loss."""
+    _check_numbers(source, "targets", targets)
+    per_token = targets.shape[1:2] == mask.shape[1:]
+    if not loss:
+        kinds = {True: "token" if per_token else "classification", False: "regression"}
+        loss = kinds[targets.dtype.kind in "iu"]
+    if loss == "regression":
+        if targets.ndim > (3 if per_token else 2) or 0 in targets.shape:
+            raise source.error(
+                "targets",
+                f"has shape {targets.shape}; a regression's may be [n], [n, K], "
+                "[n, L] or [n, L, K]",
+            )
+        single = targets.ndim == (2 if per_token else 1)
+        return targets.astype(np.float32), 1 if single else targets.shape[-1], loss
+    if loss == "token" and targets.shape == mask.shape:
+        real = np.where(mask, targets, -1)
+        return *_whole_numbers(source, "targets", real, -1, outputs), loss
+    if loss == "classification" and targets.ndim == 1:
+        return *_whole_numbers(source, "targets", targets, 0, outputs), loss
+    raise source.error(
+        "targets",
+        f"is {targets.dtype} {targets.shape}; it may be [n] for the loss "
+        "classification, [n, L] for token, and floats for regression",
+    )
+
+
+def _optional(source: _File, raw, mask) -> dict[str, np.ndarray]:
+    arrays = {}
+    if "reset" in raw:
+        arrays["reset"] = _flags(source, "reset", raw["reset"], mask.shape)
+    if "dt" in raw:
+        dt = raw["dt"]
+        _check_numbers(source, "dt", dt)
+        if dt.shape != mask.shape:
+            raise source.error(
+                "dt", f"has shape {dt.shape}; it may be [n, L] = {mask.shape}"
+            )
+        if dt[mask].min() <= 0:
+            raise source.error(
+                "dt", f"has the value {dt[mask].min()}; it may be above 0"
+            )
+        arrays["dt"] = np.where(mask, dt, 1).astype(np.float32)
+    return arrays
+
+
+def _given_split(source: _File, split, count: int) -> dict[str, np.ndarray]:
+    unknown = sorted(set(map(str, split.reshape(-1))) - set(pipeline.SPLITS))
+    if split.ndim != 1 or unknown:
+        raise source.error(
+            "split",
+            f"is {split.dtype} {split.shape}"
+            + (f" with {unknown[0]!r}" if unknown else "")
+            + f"; it may be [n] of {', '.join(pipeline.SPLITS)}",
+        )
+    return {name: np.flatnonzero(split == name) for name in pipeline.SPLITS}
+
+
+def _drawn_split(source: _File, count, validation, test, seed, labels):
+    try:
+        return pipeline.split_indices(count, validation, test, seed, labels)
+    except ValueError as error:
+        raise ValueError(
+            f"{source.path}: its {count} sequences cannot be divided: {error}; change "
+            "data.validation or data.test (0: no such part), or give an NPZ a key split"
+        ) from error
+
+
+def _check_numbers(source: _File, key: str, array) -> None:
+    if array.dtype.kind not in "biuf":
+        raise source.error(key, f"is of dtype {array.dtype}; it may be numbers")
+    if array.dtype.kind == "f":
+        bad = np.argwhere(~np.isfinite(array))
+        if len(bad):
+            index = tuple(int(i) for i in bad[0])
+            raise source.error(
+                key,
+                f"is {array[index]} at {list(index)}; all its numbers may be finite",
+            )
+
+
+def _flags(source: _File, key: str, array, shape) -> np.ndarray:
+    if array.shape != shape or not np.isin(array, (0, 1)).all():
+        raise source.error(
+            key,
+            f"is {array.dtype} {array.shape}; it may be bool [n, L] = {shape}",
+        )
+    return array.astype(bool)
+
+
+def _whole_numbers(source: _File, key: str, array, lowest: int, size: int):
+    """The array as int32 in [lowest, size), and size, which 0 leaves to the array."""
+    if not np.array_equal(array, np.rint(array)):
+        raise source.error(key, "has fractions; it may be whole numbers")
+    low, high = int(array.min()), int(array.max())
+    if low < lowest or (size and high >= size):
+        highest = f"{size - 1}" if size else "any number"
+        raise source.error(
+            key, f"lies in [{low}, {high}]; it may lie between {lowest} and {highest}"
+        )
+    if high < 0:
+        raise source.error(key, "has no class at all, only -1")
+    return array.astype(np.int32), size or high + 1

@@ -1,0 +1,277 @@
+"""What every dataset is: splits, an endless training stream, finite evaluation.
+
+A batch is a dict of NumPy arrays: "inputs", "targets", "mask" [B, L] (True where a
+token is real) and, where the data have them, "reset" [B, L] and "dt" [B, L].
+"""
+
+import dataclasses
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+SPLITS = ("train", "validation", "test")
+ORPHAN_POLL_SECONDS = 1.0
+
+Example = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+
+class Rows:
+    """Random access to the rows of arrays that share their first axis."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = dict(arrays)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._arrays.values())))
+
+    def __getitem__(self, index) -> Example:
+        return {name: array[index] for name, array in self._arrays.items()}
+
+
+def split_rows(
+    arrays: Mapping[str, np.ndarray], indices: Mapping[str, np.ndarray]
+) -> dict[str, Rows]:
+    """One `Rows` for each split that has at least one row."""
+    return {
+        split: Rows({name: array[rows] for name, array in arrays.items()})
+        for split, rows in indices.items()
+        if len(rows)
+    }
+
+
+def split_indices(
+    count: int,
+    validation: float,
+    test: float,
+    seed: int,
+    labels: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Draws the test part from everything, then validation from what is left.
+
+    Args:
+        count: number of examples.
+        validation: fraction of the examples left after the test part was cut off.
+        test: fraction of all examples.
+        seed: of the draw.
+        labels: [count] classes whose proportions every part keeps, or None.
+
+    Raises:
+        ValueError: a fraction outside [0, 1), or a class too rare to be divided.
+    """
+    from sklearn.model_selection import train_test_split  # 0.5 s, only needed here
+
+    parts, rest = {}, np.arange(count)
+    for name, fraction in (("test", test), ("validation", validation)):
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{name} must be a fraction in [0, 1), got {fraction}")
+        parts[name] = rest[:0]
+        if fraction > 0:
+            rest, parts[name] = train_test_split(
+                rest,
+                test_size=fraction,
+                random_state=seed,
+                stratify=None if labels is None else labels[rest],
+            )
+    return {"train": rest, **parts}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Splits of examples and what a model has to know about them.
+
+    Attributes:
+        spec: {"encoder", "length", "channels", "vocab_size", "outputs", "loss"}, from
+            which `layers.build` fills in what the config leaves open.
+        sources: split name -> random-access examples.
+        augment: (example, numpy Generator) -> example, on training examples only.
+        finish: example -> {"inputs", "targets", "mask", ...}, on every example.
+    """
+
+    spec: dict
+    sources: Mapping[str, Sequence[Example]]
+    augment: Callable[[Example, np.random.Generator], Example] | None = None
+    finish: Callable[[Example], Example] | None = None
+
+    def num_examples(self, split: str) -> int:
+        """How many examples `split` has."""
+        return len(self._source(split))
+
+    def train(self, batch_size: int, seed: int, workers: int = 0) -> "TrainIterator":
+        """The endless stream of training batches; a function of its arguments only.
+
+        Every epoch is a new permutation that holds each example once. Batches are cut
+        from the endless stream, so that one may span two epochs and nothing is dropped.
+
+        Args:
+            batch_size: examples in a batch, at most those of the training split.
+            seed: of the permutations and the augmentation.
+            workers: processes that prepare batches; 0 prepares them in this one. The
+                stream does not depend on it.
+
+        Raises:
+            ValueError: an argument outside these bounds.
+        """
+        source = self._source("train")
+        if not 1 <= batch_size <= len(source):
+            raise ValueError(
+                f"batch_size must be between 1 and {len(source)}, the number of "
+                f"training examples, got {batch_size}"
+            )
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {workers}")
+        return TrainIterator(
+            self._stream(source, batch_size, seed),
+            {"seed": seed, "batch_size": batch_size, "num_examples": len(source)},
+            workers,
+        )
+
+    def evaluation(self, split: str, batch_size: int) -> "Evaluation":
+        """The batches of `split`, in order, all of one shape.
+
+        The last batch is filled up with copies of its last row whose mask is all
+        False: they are harmless to a model and have no weight in a loss. So a batch may
+        be larger than the split.
+
+        Raises:
+            ValueError: an unknown split, or a batch_size below 1.
+        """
+        source = self._source(split)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        return Evaluation(source, self.finish, batch_size)
+
+    def _source(self, split: str) -> Sequence[Example]:
+        if split not in self.sources:
+            raise ValueError(
+                f"split must be one of {', '.join(self.sources)}, got {split!r}"
+            )
+        return self.sources[split]
+
+    def _stream(self, source, batch_size: int, seed: int) -> grain.MapDataset:
+        # Grain's epoch e is shuffled by seed + e: without the hash, the runs of
+        # neighbouring seeds would see one another's permutations.
+        shuffle_seed, augment_seed = map(
+            int, np.random.SeedSequence(seed).generate_state(2)
+        )
+        stream = grain.MapDataset.source(source).shuffle(shuffle_seed).repeat()
+        if self.augment is not None:
+            stream = stream.random_map(self.augment, seed=augment_seed)
+        if self.finish is not None:
+            stream = stream.map(self.finish)
+        return stream.batch(batch_size)
+
+
+class TrainIterator(Iterator[Batch]):
+    """Endless batches whose position is a small, JSON-able state.
+
+    The state is the number of batches taken and what the stream is a function of; the
+    number of workers is no part of it, so that a run may resume with another.
+    """
+
+    def __init__(self, stream: grain.MapDataset, identity: dict, workers: int):
+        self._stream = stream
+        self._identity = identity
+        self._workers = workers
+        self._taken = 0
+        self._batches = None
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._start()
+        batch = next(self._batches)
+        self._taken += 1
+        # A worker's arrays lie in shared memory, which fails to free itself where the
+        # interpreter ends before the last batch is dropped: out of it at once.
+        return {name: np.array(array) for name, array in batch.items()}
+
+    def get_state(self) -> dict[str, int]:
+        """The position: the next batch after `set_state(state)` is the next one now."""
+        return {"batches": self._taken, **self._identity}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Moves to a position that `get_state` returned.
+
+        Raises:
+            ValueError: the state of another stream (seed, batch size or data differ).
+        """
+        for name, value in self._identity.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"this data stream has {name} {value}, the saved one had "
+                    f"{state[name]}: resume with the settings the run began with"
+                )
+        self.close()
+        self._taken = int(state["batches"])
+
+    def close(self) -> None:
+        """Ends the worker processes; the next `next` starts them anew."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _start(self) -> grain.DatasetIterator:
+        # One thread keeps the order and prepares the next batch during a step; Grain's
+        # default of 16 only competes with the computation for the cores.
+        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        batches = self._stream[self._taken :].to_iter_dataset(reading)
+        if self._workers:
+            # Grain asks absl for its flags when it starts a worker; outside of a
+            # program run by absl (a notebook, a test) nobody has parsed them.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers),
+                worker_init_fn=functools.partial(_end_with_parent, os.getpid()),
+            )
+        return iter(batches)
+
+
+class Evaluation:
+    """A finite, repeatable sequence of batches; see `Dataset.evaluation`."""
+
+    def __init__(self, source, finish, batch_size: int):
+        self._source = source
+        self._finish = finish
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._source) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._source), self._batch_size):
+            stop = min(start + self._batch_size, len(self._source))
+            examples = [self._source[i] for i in range(start, stop)]
+            if self._finish is not None:
+                examples = [self._finish(example) for example in examples]
+            yield _padded_batch(examples, self._batch_size)
+
+
+def _padded_batch(examples: list[Example], batch_size: int) -> Batch:
+    missing = batch_size - len(examples)
+    rows = examples + [examples[-1]] * missing
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch["mask"][len(examples) :] = False
+    return batch
+
+
+def _end_with_parent(parent: int, index: int, count: int) -> None:
+    """Arms this worker process (number `index` of `count`) to end when `parent` has.
+
+    Grain's workers wait for room in their queue for ever, also when nobody reads it any
+    more. A parent-death signal is no remedy: it is bound to the thread that started the
+    worker, and Grain starts workers in threads that end before their process does.
+    """
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name=f"orphan-{index}/{count}").start()

@@ -1,0 +1,125 @@
+"""Losses as sums and weights, so that batches of any size and padding can be added up.
+
+`make(spec)` returns `loss_fn(outputs, batch) -> (loss_sum, weight, metric_sums)`; the
+mean loss and the mean metrics over batches are the ratios of the totals to the total
+weight. Everything is computed in float32, whatever the dtype of the outputs.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+LossFn = Callable[
+    [jax.Array, Mapping[str, jax.Array]],
+    tuple[jax.Array, jax.Array, dict[str, jax.Array]],
+]
+
+IGNORED = -1  # a target that is not to be predicted
+
+
+def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
+    """The loss that `spec["loss"]` names.
+
+    - "classification": -log softmax(outputs)[targets], outputs [B, K], targets int [B];
+    a
+      row whose mask is all False has no weight. Metric: accuracy.
+    - "token": the same per token, outputs [B, L, K], targets int [B, L]; a token has a
+      weight where its mask is True and its target is not -1. Metric: accuracy.
+    - "regression": mean over the K outputs of (outputs - targets)^2. Per sequence,
+    outputs
+      [B, K], targets [B, K] or [B]; or per real token, outputs [B, L, K], targets
+      [B, L, K] or [B, L]. Metric: absolute_error.
+
+    Args:
+        spec: of the dataset; only "loss" is read.
+        label_smoothing: share e of the probability that goes to all K classes alike:
+        the
+            loss becomes (1 - e) * loss + e * mean_k(-log softmax(outputs)[k]).
+
+    Raises:
+        ValueError: an unknown loss, a label_smoothing outside [0, 1) or not 0 for a
+            regression; and by the loss itself, for outputs and targets that do not fit.
+    """
+    losses = {
+        "classification": _classification,
+        "token": _token,
+        "regression": _regression,
+    }
+    loss = spec["loss"]
+    if loss not in losses:
+        raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    if loss == "regression":
+        if label_smoothing:
+            raise ValueError(
+                f"label_smoothing must be 0 for a regression, got {label_smoothing}"
+            )
+        return _regression
+    return lambda outputs, batch: losses[loss](outputs, batch, label_smoothing)
+
+
+def _classification(outputs, batch, label_smoothing):
+    _check_shapes(outputs, batch["targets"], 1)
+    real = batch["mask"].any(axis=-1)
+    return _cross_entropy(outputs, batch["targets"], real, label_smoothing)
+
+
+def _token(outputs, batch, label_smoothing):
+    _check_shapes(outputs, batch["targets"], 2)
+    real = batch["mask"] & (batch["targets"] != IGNORED)
+    return _cross_entropy(outputs, batch["targets"], real, label_smoothing)
+
+
+def _check_shapes(outputs, targets, rank: int) -> None:
+    if targets.ndim != rank or outputs.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"outputs {outputs.shape} do not fit targets {targets.shape}: class "
+            "targets are [B] with outputs [B, K] (model.head mean or last), token "
+            "targets are [B, L] with outputs [B, L, K] (model.head token)"
+        )
+
+
+def _cross_entropy(outputs, targets, real, label_smoothing):
+    logits = _where(real, outputs.astype(jnp.float32))
+    targets = jnp.where(real, targets, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if label_smoothing:
+        uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
+    correct = logits.argmax(axis=-1) == targets
+    return _sums(losses, real, {"accuracy": correct})
+
+
+def _regression(outputs, batch):
+    targets, mask = batch["targets"], batch["mask"]
+    if targets.ndim == outputs.ndim - 1:
+        targets = targets[..., None]
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"outputs {outputs.shape} do not fit targets {batch['targets'].shape}: one "
+            "target per sequence is [B] or [B, K] with outputs [B, K] (model.head mean "
+            "or last), one per token is [B, L] or [B, L, K] with outputs [B, L, K] "
+            "(model.head token)"
+        )
+    real = mask if outputs.ndim == 3 else mask.any(axis=-1)
+    outputs = _where(real, outputs.astype(jnp.float32))
+    targets = _where(real, targets.astype(jnp.float32))
+    squared = optax.squared_error(outputs, targets).mean(axis=-1)
+    absolute = jnp.abs(outputs - targets).mean(axis=-1)
+    return _sums(squared, real, {"absolute_error": absolute})
+
+
+def _where(real, values):
+    # Before the loss, not after it: a NaN at padding would pass jnp.where backwards.
+    return jnp.where(real[..., None], values, 0)
+
+
+def _sums(losses, real, metrics):
+    def total(values):
+        return jnp.sum(jnp.where(real, values, 0), dtype=jnp.float32)
+
+    sums = {name: total(values) for name, values in metrics.items()}
+    return total(losses), jnp.sum(real, dtype=jnp.float32), sums

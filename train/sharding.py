@@ -1,0 +1,52 @@
+"""Where arrays live: the mesh, and the placement of batches and state on it."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "sequence")
+
+
+def make_mesh(config: Mapping) -> Mesh:
+    """The mesh `config.mesh`, over all devices; -1 stands for the devices that are left.
+
+    Raises:
+        ValueError: sizes that do not multiply to the number of devices, or an axis other
+            than "data" larger than 1, which nothing is sharded over so far.
+    """
+    devices = jax.devices()
+    sizes = [config["mesh"][axis] for axis in AXES]
+    for axis, size in zip(AXES[1:], sizes[1:], strict=True):
+        if size != 1:
+            raise ValueError(f"mesh.{axis} must be 1, got {size}: only data is sharded")
+    if sizes[0] == -1:
+        sizes[0] = len(devices)
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh.data must be -1 or the number of devices {len(devices)}, "
+            f"got {sizes[0]}"
+        )
+    return Mesh(np.array(devices).reshape(sizes), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def check_batch_size(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises a `ValueError` unless every device gets as many rows in every micro-batch."""
+    devices = mesh.shape["data"]
+    if size < 1 or size % (devices * accumulate):
+        parts = f"the {devices} devices of mesh.data"
+        if accumulate > 1:
+            parts += f" times train.accumulate = {accumulate}"
+        raise ValueError(f"{name} must be a positive multiple of {parts}, got {size}")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a batch on the mesh, its rows spread over the axis "data"."""
+    return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))

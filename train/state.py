@@ -1,0 +1,107 @@
+"""What a run trains and a checkpoint holds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from flax.core import meta
+from jax.sharding import Mesh
+
+from train import sharding
+
+COLLECTIONS = ("params", "batch_stats", "buffers")
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+        step: int32 [], updates made so far.
+        params, batch_stats, buffers: collections of the model ({} where it has none).
+        opt_state: of the optimizer.
+        ema: the averaged params, or None where `train.ema` is 0.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    buffers: Any
+    opt_state: Any
+    ema: Any
+
+    def variables(self) -> dict[str, Any]:
+        """What evaluation applies the model with: the averaged weights if there are."""
+        params = self.params if self.ema is None else self.ema
+        return {"params": params} | self.collections()
+
+    def collections(self) -> dict[str, Any]:
+        """The model's collections that are not trained, without the empty ones."""
+        rest = {"batch_stats": self.batch_stats, "buffers": self.buffers}
+        return {name: value for name, value in rest.items() if value}
+
+
+def init_variables(model: nn.Module, batch: Mapping, key: jax.Array) -> dict[str, Any]:
+    """The model's first variables, without the boxes of logical axis names.
+
+    Args:
+        model: obeys the contract of `layers.build.build`.
+        batch: a batch, of whose "inputs" only shape and dtype matter.
+        key: of the random numbers.
+
+    Raises:
+        ValueError: a collection that TrainState does not know.
+    """
+    inputs = batch["inputs"]
+    zeros = jnp.zeros((1, *inputs.shape[1:]), inputs.dtype)
+    variables = meta.unbox(model.init({"params": key}, zeros))
+    unknown = sorted(set(variables) - set(COLLECTIONS))
+    if unknown:
+        raise ValueError(
+            f"the model's collections must be among {', '.join(COLLECTIONS)}, "
+            f"got {', '.join(unknown)}"
+        )
+    return variables
+
+
+def param_shapes(model: nn.Module, batch: Mapping):
+    """The tree of the shapes of the parameters; computes nothing."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(lambda key: init_variables(model, batch, key), key)
+    return variables["params"]
+
+
+def create(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    sample_batch: Mapping,
+    seed: int,
+    mesh: Mesh,
+    ema: bool = False,
+) -> TrainState:
+    """The state at step 0, created where it will live."""
+
+    def init():
+        variables = init_variables(model, sample_batch, jax.random.key(seed))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            buffers=variables.get("buffers", {}),
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if ema else None,
+        )
+
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state: the target of a restore."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )

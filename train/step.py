@@ -1,0 +1,150 @@
+"""One update and one evaluation, as pure functions of state and batch."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from ssm.sequence import Sequence
+from train import sharding
+from train.losses import LossFn
+from train.state import TrainState
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    loss_fn: LossFn,
+    config: Mapping,
+    padded: bool = True,
+    state_sharding=None,
+) -> Callable[[TrainState, Mapping], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted (state, batch) -> (state, metrics); the given state is used up.
+
+    The gradient is that of sum(loss) / sum(weight) over the whole batch. Over
+    `train.accumulate` micro-batches it is the same number, with less memory: only batch
+    statistics and dropout see that the batch was cut. The random numbers of step n are
+    those of fold_in(key(seed), n).
+
+    With `train.ema` = d > 0 the averaged weights follow as d * ema + (1 - d) * params,
+    where d grows from 0.1 as (1 + n) / (10 + n) until it is `train.ema`: the first
+    weights are soon forgotten.
+
+    Args:
+        model: obeys the contract of `layers.build.build`.
+        optimizer: of all parameters.
+        loss_fn: (outputs, batch) -> (loss_sum, weight, metric_sums).
+        config: the run's, of which "seed" and "train" are read.
+        padded: whether real examples may have masked tokens. Without any, the model is
+            spared the mask; padding examples have no weight in the loss either way.
+        state_sharding: of the new state; None leaves it to the compiler.
+
+    Returns:
+        The step. Its metrics are the means "loss", those of `loss_fn`, and "grad_norm",
+        before clipping.
+    """
+    seed, decay = config["seed"], config["train"]["ema"]
+    accumulate = config["train"]["accumulate"]
+
+    def sums(params, collections, batch, key):
+        (outputs, _), collections = model.apply(
+            {"params": params, **collections},
+            batch["inputs"],
+            sequence=_sequence(batch, padded),
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(collections),
+        )
+        loss, weight, metrics = loss_fn(outputs, batch)
+        return loss, ({"loss": loss, "weight": weight, **metrics}, collections)
+
+    gradient = jax.grad(sums, has_aux=True)
+
+    def accumulated(params, collections, batch, key):
+        def add(carry, part):
+            batch, index = part
+            grads, (totals, collections) = gradient(
+                params, carry[2], batch, jax.random.fold_in(key, index)
+            )
+            grads, totals = jax.tree.map(jnp.add, carry[:2], (grads, totals))
+            return (grads, totals, collections), None
+
+        parts = jax.tree.map(lambda x: _cut(x, accumulate), dict(batch))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradient, params, collections, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        carry = (zeros[0], zeros[1][0], collections)
+        carry, _ = jax.lax.scan(add, carry, (parts, jnp.arange(accumulate)))
+        return carry[0], carry[1:]
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        compute = gradient if accumulate == 1 else accumulated
+        grads, (totals, collections) = compute(
+            state.params, state.collections(), batch, key
+        )
+        metrics = _means(totals)
+        grads = jax.tree.map(lambda g: g / totals["weight"], grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+            ema = optax.incremental_update(params, ema, 1 - d)
+        state = state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, ema=ema, **collections
+        )
+        return state, metrics | {"grad_norm": optax.global_norm(grads)}
+
+    out_shardings = None if state_sharding is None else (state_sharding, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def make_eval_step(
+    model: nn.Module, loss_fn: LossFn, padded: bool = True
+) -> Callable[[Mapping, Mapping], dict[str, jax.Array]]:
+    """The jitted (variables, batch) -> sums "loss", "weight" and those of `loss_fn`."""
+
+    def eval_step(variables, batch):
+        outputs, _ = model.apply(
+            variables, batch["inputs"], sequence=_sequence(batch, padded)
+        )
+        loss, weight, metrics = loss_fn(outputs, batch)
+        return {"loss": loss, "weight": weight, **metrics}
+
+    return jax.jit(eval_step)
+
+
+def evaluate(
+    eval_step: Callable, variables: Mapping, batches: Iterable[Mapping], mesh: Mesh
+) -> dict[str, float]:
+    """Means over all examples of `batches`; padding examples do not count."""
+    totals = None
+    for batch in batches:
+        sums = eval_step(variables, sharding.place(batch, mesh))
+        totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+    return {name: float(x) for name, x in jax.device_get(_means(totals)).items()}
+
+
+@jax.jit
+def all_finite(state: TrainState) -> jax.Array:
+    """Whether no number of the state is infinite or not a number."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
+
+
+def _sequence(batch: Mapping, padded: bool) -> Sequence:
+    mask = batch["mask"] if padded else None
+    return Sequence(mask=mask, reset=batch.get("reset"), dt=batch.get("dt"))
+
+
+def _cut(x, parts: int):
+    """[B, ...] -> [parts, B / parts, ...], of every device's rows a share in each part."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def _means(totals: Mapping) -> dict:
+    return {k: v / totals["weight"] for k, v in totals.items() if k != "weight"}
