@@ -5,23 +5,7 @@ and returns plain data. `--config.optimizer.lr=1e-3` overrides one value; a name
 does not exist here fails.
 """
 
-from types import SimpleNamespace
-
 from ml_collections import ConfigDict
-
-# First match wins; lr and wd are factors of optimizer.lr and optimizer.weight_decay.
-# What moves the eigenvalues, the step size and B of a state-space model is sensitive: a
-# smaller rate and no decay (https://arxiv.org/abs/2111.00396,
-# https://arxiv.org/abs/2208.04933).
-GROUPS = [
-    (
-        r".*/(log_dt|log_step|A_re|A_im|Lambda_re|Lambda_im"
-        r"|nu_log|theta_log|gamma_log|B)",
-        dict(lr=0.25, wd=0.0, optional=True),
-    ),
-    (r".*/(bias|recurrent_bias|scale|D)", dict(lr=1.0, wd=0.0)),
-    (r".*", dict(lr=1.0, wd=1.0)),
-]
 
 
 def base() -> ConfigDict:
@@ -31,7 +15,7 @@ def base() -> ConfigDict:
             seed=0,
             model=dict(
                 layer="s4d",  # a name in layers.LAYERS or the dotted path of a class
-                layer_args=ConfigDict(),
+                layer_args={},
                 features=64,
                 depth=4,
                 encoder="",  # "" and 0: from the dataset
@@ -62,7 +46,7 @@ def base() -> ConfigDict:
                 floor=0.0,  # share of lr at the end of the cosine
                 clip=1.0,  # global gradient norm; 0: no clipping
             ),
-            groups=GROUPS,
+            groups=groups(),
             train=dict(
                 steps=1000,
                 batch_size=64,
@@ -70,6 +54,8 @@ def base() -> ConfigDict:
                 eval_every=200,
                 log_every=50,
                 checkpoint_every=500,
+                keep=2,  # checkpoints, besides the best
+                init_from="",  # a workdir whose weights to start from
                 label_smoothing=0.0,
                 ema=0.0,  # decay of the averaged weights; 0: none
                 accumulate=1,  # gradients averaged before one update
@@ -79,7 +65,26 @@ def base() -> ConfigDict:
     )
 
 
-def parse_arg(arg: str, **defaults) -> SimpleNamespace:
+def groups(ssm_lr: float = 0.25) -> list:
+    """Parameter groups for every layer; the first pattern that matches wins.
+
+    lr and wd are factors of optimizer.lr and optimizer.weight_decay. The eigenvalues,
+    the step size and B of a state-space model are sensitive: they learn at the rate
+    `ssm_lr` and do not decay (https://arxiv.org/abs/2111.00396,
+    https://arxiv.org/abs/2208.04933).
+    """
+    ssm = (
+        r".*/(log_dt|log_step|A_re|A_im|Lambda_re|Lambda_im"
+        r"|nu_log|theta_log|gamma_log|B)"
+    )
+    return [
+        (ssm, dict(lr=ssm_lr, wd=0.0, optional=True)),
+        (r".*/(bias|recurrent_bias|scale|D)", dict(lr=1.0, wd=0.0)),
+        (r".*", dict(lr=1.0, wd=1.0)),
+    ]
+
+
+def parse_arg(arg: str, **defaults) -> ConfigDict:
     """Parses what follows the colon in `--config configs/pixels.py:digits,layer=s5`.
 
     Args:
@@ -109,7 +114,7 @@ def parse_arg(arg: str, **defaults) -> SimpleNamespace:
             raise ValueError(f"config argument {word!r} {reason}; {_usage(defaults)}")
         given.add(name)
         values[name] = _typed(name, text, values[name], choices.get(name))
-    return SimpleNamespace(**values)
+    return ConfigDict(values)
 
 
 def _typed(name, text, default, choices):

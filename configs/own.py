@@ -1,8 +1,8 @@
 """Your own sequences, from one NPZ or CSV file.
 
 Trains: whatever the file holds; `train/data/arrays.py` describes its layout (inputs,
-    targets and optionally mask or lengths, reset, dt, split), and every fault of the file
-    is reported by its key, or its row and column.
+    targets and optionally mask or lengths, reset, dt, split), and every fault of the
+    file is reported by its key, or its row and column.
 Hardware: a CPU will do for some thousand sequences of some hundred tokens.
 Time and score: as the data have it.
 

@@ -19,7 +19,9 @@ def floating(op: str, real: bool = False, **arrays) -> None:
 
 def shape(op: str, name: str, array, expected: tuple[int, ...], letters: str) -> None:
     if array is not None and array.shape != expected:
-        raise ValueError(f"{op}: {name} must be {letters} = {expected}, got {array.shape}")
+        raise ValueError(
+            f"{op}: {name} must be {letters} = {expected}, got {array.shape}"
+        )
 
 
 def sequence(op: str, name: str, array, letters: str, ndim: int | None = None) -> None:
@@ -27,7 +29,9 @@ def sequence(op: str, name: str, array, letters: str, ndim: int | None = None) -
     if array.ndim < 2 or (ndim is not None and array.ndim != ndim):
         raise ValueError(f"{op}: {name} must be {letters}, got shape {array.shape}")
     if array.shape[1] < 1:
-        raise ValueError(f"{op}: {name} must have length L >= 1, got shape {array.shape}")
+        raise ValueError(
+            f"{op}: {name} must have length L >= 1, got shape {array.shape}"
+        )
 
 
 def reset(op: str, array: jax.Array | None, like: jax.Array) -> None:

@@ -1,8 +1,8 @@
 """Which backend computes an operation.
 
-A backend is a module with `unsupported(*arguments) -> str | None`: the reason why it cannot
-take these arguments on this device, or None. Each operation has a table of them, the most
-preferred first.
+A backend is a module with `unsupported(*arguments) -> str | None`: the reason why it
+cannot take these arguments on this device, or None. Each operation has a table of them,
+the most preferred first.
 """
 
 import logging
@@ -26,15 +26,19 @@ def pick(
         *arguments: what the operation was called with, for `unsupported`.
 
     Raises:
-        ValueError: the name is unknown, or the backend cannot take the arguments; the message
-            lists every backend with its reason.
+        ValueError: the name is unknown, or the backend cannot take the arguments; the
+            message lists every backend with its reason.
     """
-    reasons = {name: module.unsupported(*arguments) for name, module in backends.items()}
+    reasons = {
+        name: module.unsupported(*arguments) for name, module in backends.items()
+    }
     if backend is not None:
         if backend not in backends:
             raise ValueError(f"{op}: unknown backend {backend!r}; {_listing(reasons)}")
         if reasons[backend] is not None:
-            raise ValueError(f"{op}: backend {backend!r} cannot run; {_listing(reasons)}")
+            raise ValueError(
+                f"{op}: backend {backend!r} cannot run; {_listing(reasons)}"
+            )
         _note(op, backend, "named by the caller")
         return backends[backend]
     passed = []
@@ -54,7 +58,7 @@ def exclude(op: str, backend: str, reason: str) -> None:
 
 
 def backend_report() -> dict[str, tuple[str, str]]:
-    """Operation -> (backend of its latest call, why), for every operation called so far."""
+    """Operation -> (backend of its latest call, why), for all called so far."""
     return dict(_chosen)
 
 

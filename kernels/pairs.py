@@ -1,7 +1,8 @@
 """Complex numbers as tuples of real arrays: (re,) where real, (re, im) where complex.
 
-Backends compute on pairs: Triton and Pallas have no complex type, XLA's CPU code for split
-arithmetic is faster, and a gradient on pairs has no conjugation convention to get wrong.
+Backends compute on pairs: Triton and Pallas have no complex type, XLA's CPU code for
+split arithmetic is faster, and a gradient on pairs has no conjugation convention to get
+wrong.
 """
 
 import jax
@@ -41,9 +42,7 @@ def conj(p: Pair) -> Pair:
 
 def add(p: Pair, q: Pair) -> Pair:
     """p + q, where p is at least as wide as q."""
-    return tuple(
-        part + q[i] if i < len(q) else part for i, part in enumerate(p)
-    )
+    return tuple(part + q[i] if i < len(q) else part for i, part in enumerate(p))
 
 
 def scale(p: Pair, factor) -> Pair:
@@ -58,9 +57,9 @@ def exp(p: Pair) -> Pair:
 def powers(log_z: Pair, count: int) -> Pair:
     """exp(l log_z) for l < count along a new last axis.
 
-    Built by doubling: the table is extended by z^(2^k) = exp(2^k log_z). Scaling by a power of
-    two is exact, so no phase l * Im(log_z) is ever rounded and the error grows with log2(l)
-    instead of l.
+    Built by doubling: the table is extended by z^(2^k) = exp(2^k log_z). Scaling by a
+    power of two is exact, so no phase l * Im(log_z) is ever rounded and the error grows
+    with log2(l) instead of l.
     """
     return _table(log_z, jnp.arange(count, dtype=log_z[0].dtype))
 
@@ -70,14 +69,16 @@ def _table(log_z: Pair, index: jax.Array) -> Pair:
     """exp(index log_z); index = 0, 1, 2, ... carries the length and its own dtype."""
     count = index.shape[0]
     table = tuple(
-        jnp.full((*part.shape, 1), float(i == 0), part.dtype) for i, part in enumerate(log_z)
+        jnp.full((*part.shape, 1), float(i == 0), part.dtype)
+        for i, part in enumerate(log_z)
     )
     size = 1
     while size < count:
         step = tuple(part[..., None] for part in exp(scale(log_z, float(size))))
         more = mul(tuple(part[..., : count - size] for part in table), step)
         table = tuple(
-            jnp.concatenate([old, new], -1) for old, new in zip(table, more, strict=True)
+            jnp.concatenate([old, new], -1)
+            for old, new in zip(table, more, strict=True)
         )
         size *= 2
     return table
@@ -89,3 +90,12 @@ def _table_jvp(primals, tangents):
     table = _table(log_z, index)
     moved = tuple(part[..., None] * index for part in tangents[0])
     return table, mul(table, moved)
+
+
+def power(log_z: Pair, count: int) -> Pair:
+    """exp(count log_z), as `powers` makes it: one exact factor per binary digit."""
+    result = tuple(jnp.full_like(part, float(i == 0)) for i, part in enumerate(log_z))
+    for digit in range(count.bit_length()):
+        if count >> digit & 1:
+            result = mul(result, exp(scale(log_z, float(2**digit))))
+    return result

@@ -1,7 +1,5 @@
 """LRU, the linear recurrent unit (https://arxiv.org/abs/2303.06349)."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,19 +60,16 @@ class LRU(nn.Module):
 
     def _parameters(self):
         H, P = self.features, self.state_size
-        # One draw gives nu, theta and gamma, so that gamma fits the modulus at start.
-        ring = functools.partial(
-            spectra.lru_ring,
-            P=P,
-            r_min=self.r_min,
-            r_max=self.r_max,
-            max_phase=self.max_phase,
+        nu_log = self.param(
+            "nu_log",
+            logical(lambda key: spectra.lru_nu(key, P, self.r_min, self.r_max), "state"),
         )
-        key = self.make_rng("params") if self.is_initializing() else None
-        names = ("nu_log", "theta_log", "gamma_log")
-        nu_log, theta_log, gamma_log = (
-            self.param(name, logical(lambda _, i=i: ring(key)[i], "state"))
-            for i, name in enumerate(names)
+        theta_log = self.param(
+            "theta_log",
+            logical(lambda key: spectra.lru_theta(key, P, self.max_phase), "state"),
+        )
+        gamma_log = self.param(
+            "gamma_log", logical(lambda key: spectra.lru_gamma(nu_log), "state")
         )
         normal = nn.initializers.normal
         B = self.param(

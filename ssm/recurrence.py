@@ -151,8 +151,6 @@ def mixed(
         bu = u @ into
         x = gain * jax.lax.complex(bu[..., :P], bu[..., P:])
         x, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
-        if reverse and reset is not None:  # the link out of this chunk's first token
-            state = jnp.where(reset[:, :1], 0, state)
         return state, jnp.concatenate([x.real, x.imag], axis=-1) @ out
 
     return _in_chunks(body, state, u, elapsed, reset, chunk, reverse)

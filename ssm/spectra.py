@@ -78,25 +78,31 @@ def s5_blocks(state_size, blocks):
     return np.tile(lam, blocks), full, full.conj().T
 
 
-def lru_ring(key, P, r_min=0.0, r_max=1.0, max_phase=2 * np.pi):
-    """LRU: |lam|^2 uniform in [r_min^2, r_max^2], phase uniform in [0, max_phase].
+TINY = 1e-7  # keeps the logarithms below finite at the ends of their intervals
 
-    Returns nu_log, theta_log, gamma_log [P] with |lam| = exp(-exp(nu_log)), phase
-    exp(theta_log), and gamma = sqrt(1 - |lam|^2) the input normalisation.
-    Source: https://arxiv.org/abs/2303.06349.
-    """
+
+def lru_nu(key, P, r_min=0.0, r_max=1.0):
+    """LRU: nu_log [P] with |lam| = exp(-exp(nu_log)) and |lam|^2 uniform in
+    [r_min^2, r_max^2]. Source: https://arxiv.org/abs/2303.06349."""
     if not 0 <= r_min < r_max <= 1:
         raise ValueError(
             f"r_min, r_max: need 0 <= r_min < r_max <= 1, got {r_min}, {r_max}"
         )
-    radius, phase = jax.random.split(key)
-    tiny = 1e-7  # keeps nu_log and theta_log finite at the ends of the intervals
-    square = jax.random.uniform(radius, (P,), minval=tiny, maxval=1 - tiny)
-    square = square * (r_max**2 - r_min**2) + r_min**2
-    nu = -0.5 * jnp.log(square)
-    theta = max_phase * jax.random.uniform(phase, (P,), minval=tiny)
-    gamma_log = 0.5 * jnp.log(-jnp.expm1(-2 * nu))
-    return jnp.log(nu), jnp.log(theta), gamma_log
+    square = jax.random.uniform(key, (P,), minval=TINY, maxval=1 - TINY)
+    return jnp.log(-0.5 * jnp.log(square * (r_max**2 - r_min**2) + r_min**2))
+
+
+def lru_theta(key, P, max_phase=2 * np.pi):
+    """LRU: theta_log [P] with the phase exp(theta_log) uniform in [0, max_phase]."""
+    if not 0 < max_phase <= 2 * np.pi:
+        raise ValueError(f"max_phase: must be in (0, 2 pi], got {max_phase}")
+    return jnp.log(max_phase * jax.random.uniform(key, (P,), minval=TINY))
+
+
+def lru_gamma(nu_log):
+    """LRU: gamma_log = log sqrt(1 - |lam|^2), which keeps the variance of the state at
+    that of the input."""
+    return 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu_log)))
 
 
 def log_dt(key, shape, dt_min=1e-3, dt_max=1e-1):

@@ -11,11 +11,11 @@ AXES = ("data", "fsdp", "sequence")
 
 
 def make_mesh(config: Mapping) -> Mesh:
-    """The mesh `config.mesh`, over all devices; -1 stands for the devices that are left.
+    """The mesh `config.mesh`, over all devices; data = -1 stands for all of them.
 
     Raises:
-        ValueError: sizes that do not multiply to the number of devices, or an axis other
-            than "data" larger than 1, which nothing is sharded over so far.
+        ValueError: sizes that do not multiply to the number of devices, or an axis
+            other than "data" larger than 1, which nothing is sharded over so far.
     """
     devices = jax.devices()
     sizes = [config["mesh"][axis] for axis in AXES]
@@ -33,7 +33,7 @@ def make_mesh(config: Mapping) -> Mesh:
 
 
 def check_batch_size(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises a `ValueError` unless every device gets as many rows in every micro-batch."""
+    """`ValueError` unless all devices get equal shares of all micro-batches."""
     devices = mesh.shape["data"]
     if size < 1 or size % (devices * accumulate):
         parts = f"the {devices} devices of mesh.data"

@@ -1,6 +1,6 @@
 """What a run trains and a checkpoint holds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -100,8 +100,10 @@ def create(
     return jax.jit(init, out_shardings=sharding.replicated(mesh))()
 
 
-def abstract(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state: the target of a restore."""
+def abstract(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of what `create` makes: the target of a restore."""
+    place = sharding.replicated(mesh)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(create),
     )

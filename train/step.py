@@ -95,7 +95,11 @@ def make_train_step(
             d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, ema, 1 - d)
         state = state.replace(
-            step=state.step + 1, params=params, opt_state=opt_state, ema=ema, **collections
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            **collections,
         )
         return state, metrics | {"grad_norm": optax.global_norm(grads)}
 
@@ -142,7 +146,7 @@ def _sequence(batch: Mapping, padded: bool) -> Sequence:
 
 
 def _cut(x, parts: int):
-    """[B, ...] -> [parts, B / parts, ...], of every device's rows a share in each part."""
+    """[B, ...] -> [parts, B / parts, ...]; parts share the rows of every device."""
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 

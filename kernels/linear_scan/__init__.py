@@ -1,12 +1,13 @@
 """Diagonal linear recurrences: every state, or only their contraction."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
 from kernels import checks, dispatch, pairs, segments
-from kernels.linear_scan import reference, xla
+from kernels.linear_scan import gradient, reference, xla
+from kernels.linear_scan.contracted import contracted_scan
+
+__all__ = ["contracted_scan", "linear_scan"]
 
 BACKENDS = {"xla": xla, "reference": reference}
 
@@ -24,8 +25,9 @@ def linear_scan(
     """Solves h[t] = a[t] * h[t-1] + x[t], elementwise.
 
     Args:
-        a: the decay, real or complex: [B, L, *S] where any axis may be 1, or [*S] for one
-            decay at all times. An axis of size 1 is never expanded, its gradient is summed.
+        a: the decay, real or complex: [B, L, *S] where any axis may be 1, or [*S] for
+            one decay at all times. An axis of size 1 is never expanded, its gradient is
+            summed.
         x: [B, L, *S] input, real or complex.
         initial_state: [B, *S] state before the first step; zeros if None.
         reset: [B, L] bool; True cuts the link between t-1 and t.
@@ -35,12 +37,14 @@ def linear_scan(
 
     Returns:
         h: [B, L, *S] in x's dtype (its complex counterpart if a is complex).
-        final_state: [B, *S], the initial_state of the next call, float32 or wider. It is
-            h[:, -1]; with reverse h[:, 0], or zero where reset[:, 0] cuts the way out.
-        transition: [B, *S], d final_state / d initial_state: 0 where a reset lies inside.
+        final_state: [B, *S], the initial_state of the next call, float32 or wider. It
+            is h[:, -1]; with reverse h[:, 0], or zero where reset[:, 0] cuts the way
+            out.
+        transition: [B, *S], d final_state / d initial_state: 0 where a reset lies
+            inside.
 
-    Differentiable in a, x and initial_state, through all results; the backward pass is the
-    scan in the other direction.
+    Differentiable in a, x and initial_state, through all results; the backward pass is
+    the scan in the other direction.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
@@ -57,7 +61,7 @@ def linear_scan(
     if module is reference:
         h, final = reference.linear_scan(a, x, initial_state, into, reverse)
     else:
-        h, final = solve(module, a, x, initial_state, into, reverse)
+        h, final = _solve(module, a, x, initial_state, into, reverse)
     if out is not None:
         final = jnp.where(_per_row(out, final), 0, final)
     if not return_transition:
@@ -66,10 +70,10 @@ def linear_scan(
     return h, final, transition
 
 
-def solve(module, a, x, initial_state, into, reverse):
-    """The checked call, on pairs: a [B|1, L|1, *S|1], initial_state in the state's dtype."""
+def _solve(module, a, x, initial_state, into, reverse):
+    """On pairs: a [B|1, L|1, *S|1], initial_state in the state's dtype."""
     keep = None if into is None else (~into).astype(initial_state.real.dtype)
-    h, final = _solve(
+    h, final = gradient.solve(
         module,
         reverse,
         pairs.split(a),
@@ -80,20 +84,59 @@ def solve(module, a, x, initial_state, into, reverse):
     return pairs.join(h), pairs.join(final)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _solve(module, reverse, a, x, initial_state, keep):
-    return module.forward(a, x, initial_state, keep, reverse)
+def _transition(a, shape, reset):
+    """The product of a over time, in a's own shape as long as that is possible."""
+    batch, length, *rest = shape
+    a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
+    if a.shape[1] == 1:
+        total = _power(a[:, 0], length)
+    else:
+        while a.shape[1] > 1:
+            last = a[:, -1:] if a.shape[1] % 2 else a[:, :0]
+            even = a.shape[1] - last.shape[1]
+            a = jnp.concatenate([a[:, :even:2] * a[:, 1:even:2], last], 1)
+        total = a[:, 0]
+    total = jnp.broadcast_to(total, (batch, *rest))
+    if reset is not None:
+        total = jnp.where(_per_row(reset.any(1), total), 0, total)
+    return total
 
 
-def _solve_forward(module, reverse, a, x, initial_state, keep):
-    h, final = module.forward(a, x, initial_state, keep, reverse)
-    return (h, final), (a, h, initial_state, keep, x[0][:0])
+def _power(a, count):
+    """a^count by squaring: exact where a is 0, no logarithm."""
+    result = None
+    while count:
+        if count % 2:
+            result = a if result is None else result * a
+        a, count = a * a, count // 2
+    return result
 
 
-def _solve_backward(module, reverse, saved, gradients):
-    a, h, initial_state, keep, like_x = saved
-    da, dx, dstate = module.backward(a, h, initial_state, keep, *gradients, reverse)
-    return da, pairs.cast(dx, like_x.dtype), dstate, None
+def _per_row(flags, like):
+    return flags.reshape(-1, *[1] * (like.ndim - 1))
 
 
-_solve.defvjp(_solve_forward, _solve_backward)
+def _state_dtype(a, x):
+    return jnp.promote_types(jnp.promote_types(a.dtype, x.dtype), jnp.float32)
+
+
+def _check(op, a, x, initial_state, reset):
+    checks.floating(op, a=a, x=x, initial_state=initial_state)
+    checks.sequence(op, "x", x, "[B, L, *S]")
+    state_shape = (x.shape[0], *x.shape[2:])
+    with_time = a.ndim == x.ndim and all(
+        have in (1, want) for have, want in zip(a.shape, x.shape, strict=True)
+    )
+    if not with_time and a.shape != x.shape[2:]:
+        raise ValueError(
+            f"{op}: a must be [B, L, *S] = {x.shape} (any axis may be 1) or [*S] = "
+            f"{x.shape[2:]}, got {a.shape}"
+        )
+    checks.shape(op, "initial_state", initial_state, state_shape, "[B, *S]")
+    if jnp.iscomplexobj(initial_state) and not (
+        jnp.iscomplexobj(a) or jnp.iscomplexobj(x)
+    ):
+        raise ValueError(
+            f"{op}: initial_state must be real where a and x are, got complex"
+        )
+    checks.reset(op, reset, x)

@@ -86,6 +86,7 @@ def load(
         "vocab_size": vocab_size,
         "outputs": outputs,
         "loss": loss,
+        "padded": not mask.all(),
     }
     return pipeline.Dataset(spec, pipeline.split_rows(arrays, indices))
 
@@ -121,7 +122,8 @@ class _File:
 
 def _read_npz(source: _File) -> dict[str, np.ndarray]:
     try:
-        with np.load(source.path, allow_pickle=False) as file:
+        # np.load leaves a file that it opened itself open when it is damaged.
+        with open(source.path, "rb") as data, np.load(data, allow_pickle=False) as file:
             raw = {key: file[key] for key in file.files}
     except Exception as error:  # zipfile, zlib, header and pickle errors share no class
         raise ValueError(

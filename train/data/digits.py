@@ -44,7 +44,7 @@ def load(target: str = "label", augment: str = "none") -> pipeline.Dataset:
     indices = pipeline.split_indices(len(labels), 0.1, 0.2, seed=0, labels=labels)
     sources = pipeline.split_rows({"image": images, "label": labels}, indices)
     augmentations = {"none": None, "shift": _shift, "affine": _affine}
-    spec = {"length": LENGTH, "channels": 1}
+    spec = {"length": LENGTH, "channels": 1, "padded": False}
     if target == "label":
         spec |= {"encoder": "scalar", "vocab_size": 0}
         spec |= {"outputs": CLASSES, "loss": "classification"}

@@ -87,8 +87,9 @@ class Dataset:
     """Splits of examples and what a model has to know about them.
 
     Attributes:
-        spec: {"encoder", "length", "channels", "vocab_size", "outputs", "loss"}, from
-            which `layers.build` fills in what the config leaves open.
+        spec: {"encoder", "length", "channels", "vocab_size", "outputs", "loss"}, which
+            fill in what the model's config leaves open, and "padded": whether examples
+            have masked tokens.
         sources: split name -> random-access examples.
         augment: (example, numpy Generator) -> example, on training examples only.
         finish: example -> {"inputs", "targets", "mask", ...}, on every example.

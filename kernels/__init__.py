@@ -1,0 +1,21 @@
+"""Fast array operations. Each folder: the contract, the definition, the fast forms.
+
+Import the operations from here: `from kernels import linear_scan`.
+"""
+
+from kernels.dispatch import backend_report, exclude
+from kernels.fft_conv import fft_conv
+from kernels.linear_scan import contracted_scan, linear_scan
+from kernels.short_conv import short_conv
+from kernels.vandermonde import vandermonde, vandermonde_transpose
+
+__all__ = [
+    "backend_report",
+    "contracted_scan",
+    "exclude",
+    "fft_conv",
+    "linear_scan",
+    "short_conv",
+    "vandermonde",
+    "vandermonde_transpose",
+]

@@ -1,0 +1,128 @@
+"""Long convolution with a carried tail, causal or bidirectional."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import checks, dispatch, segments
+from kernels.fft_conv import reference, xla
+
+BACKENDS = {"xla": xla, "reference": reference}
+
+
+def fft_conv(
+    u: jax.Array,
+    k: jax.Array,
+    initial_state: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    *,
+    k_reverse: jax.Array | None = None,
+    skip: jax.Array | None = None,
+    pre_gate: jax.Array | None = None,
+    post_gate: jax.Array | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Convolves v = pre_gate * u with a filter as long as the input, or longer.
+
+        y[t] = post_gate[t] (sum_{j < K} k[j] v[t-j] + skip v[t])
+
+    With k_reverse, + sum_{j < K2} k_reverse[j] v[t+1+j] inside the bracket: lag 0 lies
+    in k alone (the convention of S4's bidirectional filters).
+
+    Args:
+        u: [B, L, H] real input.
+        k: [H, K] real filter.
+        initial_state: [B, K-1, H], the values of v before the call in order of time;
+            zeros if None. Not with k_reverse.
+        reset: [B, L] bool; True cuts the link between t-1 and t: the result equals
+            separate convolutions of the segments; the initial state reaches the first
+            only.
+        k_reverse: [H, K2] real filter of the future, or None.
+        skip: [H] or None.
+        pre_gate, post_gate: [B, L, H] or None.
+        reverse: time runs the other way, v[t+j] for v[t-j] and v[t-1-j] for v[t+1+j];
+            the initial state holds the values after the call, also in order of time.
+        backend: a key of BACKENDS, or None for the first that supports these arguments.
+
+    Returns:
+        y: [B, L, H] in u's dtype.
+        final_state: [B, K-1, H], the initial_state of the next call (with reverse, of
+            the call to the left), float32 or wider, zero beyond a reset; None with
+            k_reverse, which has no state because it needs the future.
+
+    There is no return_transition: the response is finite, so the state is a window of
+    the input and nothing decays; a call is summarised by its last K-1 inputs alone.
+    Differentiable in every floating argument, through both results.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, an initial state with
+            k_reverse, or the backend cannot run.
+    """
+    op = "fft_conv"
+    _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate)
+    module = dispatch.pick(op, BACKENDS, backend, u, k)
+    dtype = jnp.promote_types(jnp.promote_types(u.dtype, k.dtype), jnp.float32)
+    v = u.astype(dtype)
+    if pre_gate is not None:
+        v = v * pre_gate.astype(dtype)
+    state = initial_state
+    segment = out = None
+    if reset is not None:
+        into, out = segments.links(reset, reverse)
+        segment = segments.ids(jnp.flip(into, 1) if reverse else into)
+    if reverse:
+        v = jnp.flip(v, 1)
+        state = None if state is None else jnp.flip(state, 1)
+    if state is not None:
+        state = state.astype(dtype)
+    k = k.astype(dtype)
+    ahead = None if k_reverse is None else k_reverse.astype(dtype)
+    y = module.convolve(v, k, ahead, state, segment)
+    if skip is not None:
+        y = y + skip.astype(dtype) * v
+    final = None
+    if k_reverse is None:
+        if state is None:
+            state = jnp.zeros((u.shape[0], k.shape[1] - 1, u.shape[2]), dtype)
+        final = segments.tail(v, state, segment, out)
+    if reverse:
+        y = jnp.flip(y, 1)
+        final = None if final is None else jnp.flip(final, 1)
+    if post_gate is not None:
+        y = y * post_gate.astype(dtype)
+    return y.astype(u.dtype), final
+
+
+def _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate):
+    checks.floating(
+        op,
+        real=True,
+        u=u,
+        k=k,
+        initial_state=initial_state,
+        k_reverse=k_reverse,
+        skip=skip,
+        pre_gate=pre_gate,
+        post_gate=post_gate,
+    )
+    checks.sequence(op, "u", u, "[B, L, H]", ndim=3)
+    batch, _, channels = u.shape
+    for name, taps in (("k", k), ("k_reverse", k_reverse)):
+        if taps is not None and (
+            taps.ndim != 2 or taps.shape[0] != channels or taps.shape[1] < 1
+        ):
+            raise ValueError(
+                f"{op}: {name} must be [H, K] with H = {channels}, K >= 1, "
+                f"got {taps.shape}"
+            )
+    if k_reverse is not None and initial_state is not None:
+        raise ValueError(
+            f"{op}: initial_state must be None with k_reverse, which has no state, "
+            f"got {initial_state.shape}"
+        )
+    tail = (batch, k.shape[1] - 1, channels)
+    checks.shape(op, "initial_state", initial_state, tail, "[B, K-1, H]")
+    checks.shape(op, "skip", skip, (channels,), "[H]")
+    checks.shape(op, "pre_gate", pre_gate, u.shape, "[B, L, H]")
+    checks.shape(op, "post_gate", post_gate, u.shape, "[B, L, H]")
+    checks.reset(op, reset, u)

@@ -1,0 +1,115 @@
+"""A bank of diagonal systems whose states are contracted as they are made."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import checks, dispatch, pairs, segments
+from kernels.linear_scan import contracted_xla, reference
+
+BACKENDS = {"xla": contracted_xla, "reference": reference}
+
+
+def contracted_scan(
+    log_a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    u: jax.Array,
+    dt: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    return_transition: bool = False,
+    backend: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """H independent diagonal systems of N modes, without their states [B, L, H, N].
+
+        h[t] = exp(dt[t] log_a) h[t-1] + w(dt[t]) b u[t]
+        y[t] = Re sum_n c h[t],        w(dt) = expm1(dt log_a) / expm1(log_a)
+
+    w is the exact hold of an input over dt steps: dt = k equals k steps with the same
+    input, dt = 0 leaves the state untouched, dt = None means 1 everywhere.
+
+    Args:
+        log_a, b, c: [H, N], real or complex.
+        u: [B, L, H], real.
+        dt: [B, L] elapsed time before each token, in nominal steps, real and >= 0.
+        initial_state: [B, H, N]; zeros if None.
+        reset: [B, L] bool; True cuts the link between t-1 and t.
+        reverse: the recurrence runs from L-1 to 0, where the initial state enters at
+            L-1.
+        return_transition: also return the total decay.
+        backend: a key of BACKENDS, or None for the first that supports these arguments.
+
+    Returns:
+        y: [B, L, H] in u's dtype.
+        final_state: [B, H, N], float32 or wider, complex if log_a, b or c is; the
+            initial_state of the next call.
+        transition: [B, H, N], d final_state / d initial_state: 0 where a reset lies
+            inside.
+
+    Differentiable in every floating argument through all results. Memory is linear in
+    L: states are kept at chunk boundaries and recomputed inside.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend cannot run.
+    """
+    op = "contracted_scan"
+    _check(op, log_a, b, c, u, dt, initial_state, reset)
+    module = dispatch.pick(op, BACKENDS, backend, log_a, u)
+    real = jnp.promote_types(jnp.promote_types(log_a.real.dtype, u.dtype), jnp.float32)
+    parts = 1 + any(jnp.iscomplexobj(array) for array in (log_a, b, c))
+    state_dtype = jnp.promote_types(real, jnp.complex64) if parts == 2 else real
+    if initial_state is None:
+        initial_state = jnp.zeros((u.shape[0], *log_a.shape), state_dtype)
+    initial_state = initial_state.astype(state_dtype)
+    log_a, b, c = (
+        array.astype(jnp.promote_types(array.dtype, real)) for array in (log_a, b, c)
+    )
+    dt = None if dt is None else dt.astype(real)
+    into, out = (None, None) if reset is None else segments.links(reset, reverse)
+    if reverse:
+        u, dt, into = (None if x is None else jnp.flip(x, 1) for x in (u, dt, into))
+    if module is reference:
+        y, final = module.contracted_scan(log_a, b, c, u, dt, initial_state, into)
+    else:
+        rate, b, c = (pairs.widen(pairs.split(x), parts) for x in (log_a, b, c))
+        state = pairs.split(initial_state)
+        y, final = module.contracted_scan(rate, b, c, u, dt, state, into)
+        final = pairs.join(final)
+    if reverse:
+        y = jnp.flip(y, 1)
+    if out is not None:
+        final = jnp.where(out[:, None, None], 0, final)
+    if not return_transition:
+        return y, final
+    if dt is None:
+        transition = pairs.join(pairs.power(pairs.split(log_a), u.shape[1]))
+    else:
+        transition = jnp.exp(dt.sum(1)[:, None, None] * log_a)
+    transition = jnp.broadcast_to(transition, final.shape).astype(state_dtype)
+    if reset is not None:
+        transition = jnp.where(reset.any(1)[:, None, None], 0, transition)
+    return y, final, transition
+
+
+def _check(op, log_a, b, c, u, dt, initial_state, reset):
+    checks.floating(op, log_a=log_a, b=b, c=c, initial_state=initial_state)
+    checks.floating(op, real=True, u=u, dt=dt)
+    checks.sequence(op, "u", u, "[B, L, H]", ndim=3)
+    batch, _, channels = u.shape
+    if log_a.ndim != 2 or log_a.shape[0] != channels or log_a.shape[1] < 1:
+        raise ValueError(
+            f"{op}: log_a must be [H, N] with H = {channels} as in u, got {log_a.shape}"
+        )
+    checks.shape(op, "b", b, log_a.shape, "[H, N]")
+    checks.shape(op, "c", c, log_a.shape, "[H, N]")
+    checks.shape(op, "dt", dt, u.shape[:2], "[B, L]")
+    checks.shape(op, "initial_state", initial_state, (batch, *log_a.shape), "[B, H, N]")
+    if jnp.iscomplexobj(initial_state) and not any(
+        jnp.iscomplexobj(array) for array in (log_a, b, c)
+    ):
+        raise ValueError(
+            f"{op}: initial_state must be real where log_a, b and c are, got complex"
+        )
+    checks.reset(op, reset, u)

@@ -1,0 +1,74 @@
+"""Depthwise causal convolution of a few taps, with a carried tail."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import checks, dispatch, segments
+from kernels.short_conv import reference, xla
+
+BACKENDS = {"xla": xla, "reference": reference}
+
+
+def short_conv(
+    u: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """y[t, h] = bias[h] + sum_{j < W} w[h, j] u[t-j, h].
+
+    Args:
+        u: [B, L, H] real input.
+        w: [H, W] real taps; lag 0 is w[:, 0].
+        bias: [H] or None.
+        initial_state: [B, W-1, H], the inputs before the call in order of time; zeros
+            if None.
+        reset: [B, L] bool; True cuts the link between t-1 and t: nothing before t is
+            seen.
+        reverse: y[t] = bias + sum_j w[:, j] u[t+j]; the initial state holds the W-1
+            inputs after the call, also in order of time.
+        backend: a key of BACKENDS, or None for the first that supports these arguments.
+
+    Returns:
+        y: [B, L, H] in u's dtype.
+        final_state: [B, W-1, H], the initial_state of the next call (with reverse, of
+            the call to the left), float32 or wider; inputs beyond a reset are zero.
+
+    There is no transition: the response is finite, the state is a window of the input.
+    Differentiable in u, w, bias and initial_state, through both results.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend cannot run.
+    """
+    op = "short_conv"
+    checks.floating(op, real=True, u=u, w=w, bias=bias, initial_state=initial_state)
+    checks.sequence(op, "u", u, "[B, L, H]", ndim=3)
+    batch, _, channels = u.shape
+    if w.ndim != 2 or w.shape[0] != channels or w.shape[1] < 1:
+        raise ValueError(
+            f"{op}: w must be [H, W] with H = {channels}, W >= 1, got {w.shape}"
+        )
+    tail = (batch, w.shape[1] - 1, channels)
+    checks.shape(op, "bias", bias, (channels,), "[H]")
+    checks.shape(op, "initial_state", initial_state, tail, "[B, W-1, H]")
+    checks.reset(op, reset, u)
+    module = dispatch.pick(op, BACKENDS, backend, u, w)
+    dtype = jnp.promote_types(u.dtype, jnp.float32)
+    if initial_state is None:
+        initial_state = jnp.zeros(tail, dtype)
+    into, out = (None, None) if reset is None else segments.links(reset, reverse)
+    segment = None
+    if reverse:
+        u, initial_state = jnp.flip(u, 1), jnp.flip(initial_state, 1)
+        into = None if into is None else jnp.flip(into, 1)
+    if into is not None:
+        segment = segments.ids(into)
+    y = module.short_conv(u, w, bias, initial_state.astype(dtype), segment)
+    final = segments.tail(u, initial_state.astype(dtype), segment, out)
+    if reverse:
+        y, final = jnp.flip(y, 1), jnp.flip(final, 1)
+    return y, final

@@ -1,0 +1,169 @@
+"""Sums of powers over modes (a filter) or over time (a state), without [N, L]."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels import checks, dispatch, pairs
+from kernels.vandermonde import reference, xla
+
+BACKENDS = {"xla": xla, "reference": reference}
+
+
+def vandermonde(
+    c: jax.Array, log_z: jax.Array, length: int, *, backend: str | None = None
+) -> jax.Array:
+    """K[l] = Re sum_n c[n] exp(l log_z[n]) for l < length.
+
+    Args:
+        c: [*E, *H, N] coefficients, real or complex.
+        log_z: [*H, N] logarithms of the nodes, real or complex; c may have axes *E
+            before them: several filters over the same nodes.
+        length: the number of taps, >= 1.
+        backend: a key of BACKENDS, or None for the first that supports these arguments.
+
+    Returns:
+        K: [*E, *H, length] real, float32 or wider.
+
+    Differentiable in c and log_z. The phases l Im(log_z) stay accurate at any length.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend cannot run.
+    """
+    op = "vandermonde"
+    checks.positive(op, "length", length)
+    checks.floating(op, c=c, log_z=log_z)
+    _check_shapes(op, "c", c, log_z, "[*E, *H, N]")
+    if c.shape[-1] != log_z.shape[-1]:
+        raise ValueError(
+            f"{op}: c must have the N of log_z = {log_z.shape[-1]}, got {c.shape[-1]}"
+        )
+    module = dispatch.pick(op, BACKENDS, backend, c, log_z)
+    c, log_z = _promote(c, log_z)
+    if module is reference:
+        return reference.vandermonde(c, log_z, length)
+    flat_c, flat_z = _flat(c, log_z), _flat_nodes(log_z)
+    taps = _vandermonde(module, length, pairs.split(flat_c), pairs.split(flat_z))
+    return taps.reshape(*c.shape[:-1], length)
+
+
+def vandermonde_transpose(
+    u: jax.Array, log_z: jax.Array, *, backend: str | None = None
+) -> jax.Array:
+    """s[n] = sum_l u[l] exp(l log_z[n]): the moments of u, the final state of a filter.
+
+    Args:
+        u: [*B, *H, L] real.
+        log_z: [*H, N] logarithms of the nodes, real or complex.
+        backend: a key of BACKENDS, or None for the first that supports these arguments.
+
+    Returns:
+        s: [*B, *H, N], float32 or wider, complex if log_z is. Real u: its linear
+            transpose,
+        K -> c, of `vandermonde` is conj(s).
+
+    Differentiable in u and log_z.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend cannot run.
+    """
+    op = "vandermonde_transpose"
+    checks.floating(op, log_z=log_z)
+    checks.floating(op, real=True, u=u)
+    _check_shapes(op, "u", u, log_z, "[*B, *H, L]")
+    if u.shape[-1] < 1:
+        raise ValueError(f"{op}: u must have length L >= 1, got shape {u.shape}")
+    module = dispatch.pick(op, BACKENDS, backend, u, log_z)
+    u, log_z = _promote(u, log_z)
+    if module is reference:
+        return reference.moments(u, log_z)
+    flat_u, flat_z = _flat(u.real, log_z), _flat_nodes(log_z)
+    sums = pairs.join(_moments(module, flat_u, pairs.split(flat_z)))
+    return sums.reshape(*u.shape[:-1], log_z.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _vandermonde(module, length, c, log_z):
+    """c [E, G, N], log_z [G, N], pairs of one width -> [E, G, length]."""
+    return module.vandermonde(c, log_z, length)
+
+
+def _vandermonde_forward(module, length, c, log_z):
+    return module.vandermonde(c, log_z, length), (c, log_z)
+
+
+def _vandermonde_backward(module, length, saved, dk):
+    c, log_z = saved
+    plain, weighted = module.moments(dk, log_z, (0, 1))
+    turned = pairs.mul(c, weighted)
+    dz = tuple(part.sum(0) for part in pairs.conj(turned))
+    return pairs.conj(plain), dz
+
+
+_vandermonde.defvjp(_vandermonde_forward, _vandermonde_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _moments(module, u, log_z):
+    """u [E, G, L] real, log_z [G, N] a pair -> [E, G, N] a pair."""
+    return module.moments(u, log_z, (0,))[0]
+
+
+def _moments_forward(module, u, log_z):
+    return module.moments(u, log_z, (0,))[0], (u, log_z)
+
+
+def _moments_backward(module, saved, ds):
+    u, log_z = saved
+    du = module.vandermonde(pairs.conj(ds), log_z, u.shape[-1])
+    (weighted,) = module.moments(u, log_z, (1,))
+    dz = pairs.mul(pairs.conj(weighted), ds)
+    return du, tuple(part.sum(0) for part in dz)
+
+
+_moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _flat(array, log_z):
+    """[*E, *H, M] -> [E, G, M], where log_z is [*H, N]."""
+    extra = array.ndim - log_z.ndim
+    leading = 1
+    for size in array.shape[:extra]:
+        leading *= size
+    groups = 1
+    for size in log_z.shape[:-1]:
+        groups *= size
+    return array.reshape(leading, groups, array.shape[-1])
+
+
+def _flat_nodes(log_z):
+    groups = 1
+    for size in log_z.shape[:-1]:
+        groups *= size
+    return log_z.reshape(groups, log_z.shape[-1])
+
+
+def _promote(*arrays):
+    real = jnp.float32
+    for array in arrays:
+        real = jnp.promote_types(real, array.real.dtype)
+    if any(jnp.iscomplexobj(array) for array in arrays):
+        real = jnp.promote_types(real, jnp.complex64)
+    return tuple(array.astype(real) for array in arrays)
+
+
+def _check_shapes(op, name, array, log_z, letters):
+    if log_z.ndim < 1 or log_z.shape[-1] < 1:
+        raise ValueError(f"{op}: log_z must be [*H, N] with N >= 1, got {log_z.shape}")
+    groups = log_z.shape[:-1]
+    axes = array.shape[:-1] if array.ndim else None
+    if (
+        axes is None
+        or len(axes) < len(groups)
+        or axes[len(axes) - len(groups) :] != groups
+    ):
+        raise ValueError(
+            f"{op}: {name} must be {letters} with *H = {groups} as in log_z, "
+            f"got {array.shape}"
+        )

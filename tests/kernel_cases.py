@@ -1,0 +1,88 @@
+"""How a backend is compared with the definition: values and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.tolerance import assert_close
+
+OPTIONS = [
+    frozenset(),
+    frozenset({"state"}),
+    frozenset({"reset", "reverse"}),
+    frozenset({"state", "reset"}),
+    frozenset({"state", "reset", "reverse"}),
+]
+
+
+def option_id(options):
+    return "+".join(sorted(options)) or "plain"
+
+
+def rounded(inputs, dtype):
+    """Float arrays in `dtype` (complex ones in its complex counterpart)."""
+
+    def cast(x):
+        if np.iscomplexobj(x):
+            wide = dtype == "float64"
+            return x.astype(np.complex128 if wide else np.complex64)
+        if x.dtype.kind == "f":
+            return x.astype(jnp.dtype(dtype))
+        return x
+
+    return {k: None if x is None else cast(np.asarray(x)) for k, x in inputs.items()}
+
+
+def widened(inputs):
+    return rounded(
+        {
+            k: x
+            if x is None or np.iscomplexobj(x) or x.dtype == bool
+            else x.astype(np.float64)
+            for k, x in inputs.items()
+        },
+        "float64",
+    )
+
+
+def results(op, inputs, **static):
+    """All outputs of `op(**inputs, **static)`, and the gradient of a fixed random
+    functional of them by every floating input."""
+    fixed = {k: x for k, x in inputs.items() if x is None or x.dtype == bool}
+    moving = {k: x for k, x in inputs.items() if k not in fixed}
+
+    def outputs(moving):
+        return op(**moving, **fixed, **static)
+
+    def functional(moving):
+        values = outputs(moving)
+        total = 0
+        for i, leaf in enumerate(jax.tree.leaves(values)):
+            rng = np.random.default_rng(i)
+            for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+                weight = rng.standard_normal(leaf.shape).astype(part.dtype)
+                wide = jnp.promote_types(part.dtype, jnp.float32)
+                total = total + jnp.sum(weight.astype(wide) * part.astype(wide))
+        return total, values
+
+    (_, values), gradients = jax.jit(jax.value_and_grad(functional, has_aux=True))(
+        moving
+    )
+    return jax.tree.map(np.asarray, (values, gradients))
+
+
+def check(op, inputs, dtype, backend, **static):
+    """`backend` in `dtype` against the reference in float64 on the same numbers."""
+    inputs = rounded(inputs, dtype)
+    with jax.enable_x64(True):
+        values, gradients = results(op, widened(inputs), backend="reference", **static)
+    with jax.enable_x64(dtype == "float64"):
+        found, found_gradients = results(op, inputs, backend=backend, **static)
+    assert_close(found, values, "value", dtype)
+    assert_close(found_gradients, gradients, "gradient", dtype)
+    return found
+
+
+def temporary_bytes(function, *arguments):
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes

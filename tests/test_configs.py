@@ -1,0 +1,146 @@
+import importlib.util
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs import common, pixels
+from layers import build
+from train import data, losses, optimizers
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem[0] != "_")
+ARGUMENTS = [
+    f"pixels:digits,layer={layer},target={target}"
+    for layer in ("s4d", "s5", "lru", "gru")
+    for target in ("label", "next")
+]
+
+
+def flag_values(spec, *overrides):
+    """What the flags of `python -m train.main --config configs/...` make of it."""
+    name, _, arg = spec.partition(":")
+    argv = ["main", f"--config={CONFIGS / name}.py:{arg}", *overrides]
+    values = flags.FlagValues()
+    with mock.patch.object(sys, "argv", argv):  # where config_flags finds the overrides
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        values(argv)
+    return values.config
+
+
+@pytest.mark.parametrize("spec", ARGUMENTS)
+def test_config_fits_its_data_model_optimizer_and_loss(spec):
+    config = flag_values(spec)
+    dataset = data.load(config.data)
+    model_config = config.model.copy_and_resolve_references()
+    for key in ("encoder", "length", "vocab_size", "outputs"):
+        model_config[key] = model_config[key] or dataset.spec[key]
+    model_config.update(features=8, depth=1)
+    model = build(model_config)
+    batch = next(dataset.train(2, seed=0))
+
+    def loss(key):
+        variables = model.init({"params": key}, batch["inputs"])
+        outputs, _ = model.apply(variables, batch["inputs"])
+        losses_of = losses.make(dataset.spec, config.train.label_smoothing)
+        return variables["params"], losses_of(outputs, batch)
+
+    params, (total, weight, metrics) = jax.eval_shape(loss, jax.random.key(0))
+    assert total.shape == weight.shape == metrics["accuracy"].shape == ()
+    _, groups, _ = optimizers.make(config, params)
+    assert sum(map(len, groups.values())) == len(jax.tree.leaves(params))
+
+
+def test_own_arrays_reach_the_dataset(tmp_path):
+    path = tmp_path / "own.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, inputs=rng.normal(size=(40, 5, 2)), targets=np.arange(40) % 2)
+    config = flag_values(
+        f"own:path={path},layer=s5,head=last", "--config.data.test=0.5"
+    )
+    assert (config.model.layer, config.model.head) == ("s5", "last")
+    dataset = data.load(config.data)
+    assert dataset.num_examples("test") == 20 and dataset.spec["channels"] == 2
+    config = flag_values(f"own:path={path},loss=regression")
+    assert data.load(config.data).spec["loss"] == "regression"
+
+
+def test_every_config_has_base_keys_and_says_how_to_run_it():
+    base = common.base()
+    for name in set(FILES) - {"common"}:
+        spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+        assert set(config) == set(base)
+        for section in ("model", "optimizer", "train", "mesh"):
+            assert set(config[section]) == set(base[section]), (name, section)
+        assert f"python -m train.main --config configs/{name}.py" in module.__doc__
+        assert "Hardware:" in module.__doc__
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.warmpu=1", "data.targets=label", "sed=1", "model.dept=2"]
+)
+def test_misspelt_override_is_refused(override):
+    with pytest.raises(
+        (AttributeError, flags.Error, KeyError), match=r"(?i)did you mean"
+    ):
+        flag_values("pixels:digits", f"--config.{override}")
+
+
+def test_override_keeps_the_type():
+    config = flag_values(
+        "pixels:digits", "--config.optimizer.lr=0.5", "--config.seed=3"
+    )
+    assert (config.optimizer.lr, config.seed) == (0.5, 3)
+    with pytest.raises(flags.IllegalFlagValueError):
+        flag_values("pixels:digits", "--config.train.steps=many")
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("digits,target=all", "target must be one of label, next, got 'all'"),
+        ("letters", "task must be one of digits, got 'letters'"),
+        (
+            "digits,layers=s5",
+            "'layers=s5' is not valid; valid are task=.*layer=s4d, target=label.next",
+        ),
+        ("digits,s5", "'s5' is not valid"),
+        ("digits,layer=s5,layer=lru", "'layer=lru' is given twice"),
+        ("digits,", "'' is not valid"),
+    ],
+)
+def test_bad_argument_is_named(arg, message):
+    with pytest.raises(ValueError, match=message):
+        pixels.get_config(arg)
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        flag_values(f"pixels:{arg}")
+
+
+def test_arguments_take_the_type_of_their_default():
+    arg = common.parse_arg(
+        "x=y,n=3,rate=0.5,fast=true", x="", n=1, rate=1.0, fast=False
+    )
+    assert arg.to_dict() == {"x": "y", "n": 3, "rate": 0.5, "fast": True}
+    with pytest.raises(ValueError, match=r"n must be of type int, got '1.5'"):
+        common.parse_arg("n=1.5", n=1)
+    with pytest.raises(ValueError, match=r"fast must be of type bool, got 'maybe'"):
+        common.parse_arg("fast=maybe", fast=False)
+    assert common.parse_arg("path=a=b", path="").path == "a=b"
+
+
+def test_every_call_of_base_is_independent():
+    first = common.base()
+    first.groups.append(("x", {}))
+    first.groups[0][1]["lr"] = 9.0
+    first.model.depth = 99
+    second = common.base()
+    assert second.model.depth != 99 and len(second.groups) == len(first.groups) - 1
+    assert second.groups[0][1]["lr"] != 9.0

@@ -1,0 +1,376 @@
+"""linear_scan and contracted_scan against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernel_cases import OPTIONS, check, option_id, temporary_bytes
+from kernels import contracted_scan, linear_scan
+from kernels.linear_scan import BACKENDS
+from kernels.tolerance import assert_close
+
+LENGTHS = [1, 7, 64, pytest.param(1000, marks=pytest.mark.slow)]
+DTYPES = ["float32", "bfloat16", "float64"]
+
+
+def decay(rng, shape, kind):
+    size = rng.uniform(0.3, 0.999, shape)
+    return size * np.exp(1j * rng.uniform(-3, 3, shape)) if kind == "complex" else size
+
+
+def normal(rng, shape, kind="real"):
+    x = rng.standard_normal(shape)
+    return x + 1j * rng.standard_normal(shape) if kind == "complex" else x
+
+
+def scan_inputs(length, options, kind="real", a_shape=None, trailing=(5,), batch=2):
+    rng = np.random.default_rng(length)
+    shape = (batch, length, *trailing)
+    kind_a, kind_x = (kind, kind) if isinstance(kind, str) else kind
+    kind_h = "complex" if "complex" in (kind_a, kind_x) else "real"
+    return {
+        "a": decay(rng, shape if a_shape is None else a_shape, kind_a),
+        "x": normal(rng, shape, kind_x),
+        "initial_state": normal(rng, (batch, *trailing), kind_h)
+        if "state" in options
+        else None,
+        "reset": rng.uniform(size=shape[:2]) < 0.2 if "reset" in options else None,
+    }
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_scan_equals_definition(dtype, length, options):
+    inputs = scan_inputs(length, options)
+    check(
+        linear_scan,
+        inputs,
+        dtype,
+        "xla",
+        reverse="reverse" in options,
+        return_transition=True,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS[2:4], ids=option_id)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kind", ["complex", ("real", "complex"), ("complex", "real")])
+def test_complex_scan_equals_definition(kind, length, options):
+    check(
+        linear_scan,
+        scan_inputs(length, options, kind),
+        "float32",
+        "xla",
+        reverse="reverse" in options,
+        return_transition=True,
+    )
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 4), (2, 1, 3, 4), (1, 9, 3, 1), (2, 9, 1, 1), (1, 1, 1, 4), (1, 9, 1, 4)],
+)
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_decay_that_broadcasts(kind, shape, reverse):
+    options = {"state", "reset"}
+    inputs = scan_inputs(9, options, kind, shape, trailing=(3, 4))
+    check(
+        linear_scan, inputs, "float64", "xla", reverse=reverse, return_transition=True
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reference_in_low_precision(dtype):
+    inputs = scan_inputs(64, {"state", "reset"})
+    check(linear_scan, inputs, dtype, "reference", return_transition=True)
+
+
+def test_scalar_features_and_zero_decay():
+    inputs = scan_inputs(11, {"state"}, trailing=())
+    inputs["a"] = inputs["a"] * (np.arange(11) != 4)
+    check(linear_scan, inputs, "float64", "xla", return_transition=True)
+    inputs["a"] = np.zeros(())
+    check(linear_scan, inputs, "float64", "xla", return_transition=True)
+
+
+def split_equals_whole(op, inputs, sequences, cut, reverse):
+    """Two calls in the order of processing equal one, and transitions multiply."""
+    first = {k: v[:, :cut] if k in sequences and v is not None else v
+             for k, v in inputs.items()}  # fmt: skip
+    second = {k: v[:, cut:] if k in sequences and v is not None else v
+              for k, v in inputs.items()}  # fmt: skip
+    if reverse:
+        first, second = second, first
+    run = jax.jit(
+        lambda inputs: op(**inputs, reverse=reverse, return_transition=True),
+    )
+    y, final, transition = run(inputs)
+    y1, middle, transition1 = run(first)
+    y2, last, transition2 = run({**second, "initial_state": middle})
+    joined = jnp.concatenate([y2, y1] if reverse else [y1, y2], 1)
+    assert_close((joined, last), (y, final))
+    assert_close(transition1 * transition2, transition)
+    return run
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_two_calls_compose(kind, reverse, reset):
+    with jax.enable_x64(True):
+        inputs = scan_inputs(20, {"state"} | ({"reset"} if reset else set()), kind)
+        if reset:
+            inputs["reset"][0] = False
+            inputs["reset"][1] = np.arange(20) == 7  # on the cut itself
+        run = split_equals_whole(linear_scan, inputs, {"a", "x", "reset"}, 7, reverse)
+        h, final, transition = run(inputs)
+        without = dict(inputs, initial_state=np.zeros_like(inputs["initial_state"]))
+        assert_close(final - run(without)[1], transition * inputs["initial_state"])
+        if not reset:
+            assert_close(final, h[:, 0] if reverse else h[:, -1])
+
+
+def test_dtypes_of_results():
+    a, x = jnp.ones((1, 4, 2)), jnp.ones((1, 4, 2), jnp.bfloat16)
+    h, final = linear_scan(a, x)
+    assert (h.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
+    h, final = linear_scan(a.astype(jnp.complex64), x)
+    assert (h.dtype, final.dtype) == (jnp.complex64, jnp.complex64)
+
+
+def test_same_inputs_same_bits():
+    inputs = scan_inputs(100, {"state"})
+    run = jax.jit(jax.value_and_grad(lambda a, x: linear_scan(a, x)[0].sum()))
+    a, x = np.float32(inputs["a"]), np.float32(inputs["x"])
+    assert np.array_equal(run(a, x)[1], run(a, x)[1])
+
+
+def test_vmap():
+    inputs = scan_inputs(9, {"state"})
+    a, x = np.float32(inputs["a"]), np.float32(inputs["x"])
+    h = jax.vmap(lambda a, x: linear_scan(a[None], x[None])[0][0])(a, x)
+    assert_close(h, linear_scan(a, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"a": np.ones((2, 5, 3))}, "a must be .* got \\(2, 5, 3\\)"),
+        ({"a": np.ones((2, 4), np.float32)}, "a must be"),
+        ({"x": np.ones((2, 0, 3), np.float32)}, "x must have length L >= 1"),
+        ({"x": np.ones(4, np.float32)}, "x must be \\[B, L"),
+        ({"x": np.ones((2, 4, 3), np.int32)}, "x must be floating point"),
+        ({"initial_state": np.ones((2, 4), np.float32)}, "initial_state must be"),
+        ({"initial_state": np.ones((2, 3), np.complex64)}, "initial_state must be real"),
+        ({"reset": np.ones((2, 3), bool)}, "reset must be"),
+        ({"reset": np.ones((2, 4), np.int32)}, "reset must be bool, got int32"),
+        ({"backend": "fast"}, "unknown backend 'fast'.*'xla': can run"),
+    ],
+)
+def test_bad_input(change, words):
+    good = {"a": np.ones((2, 4, 3), np.float32), "x": np.ones((2, 4, 3), np.float32)}
+    good = {k: jnp.asarray(v) for k, v in good.items()}
+    with pytest.raises(ValueError, match=f"linear_scan: {words}"):
+        linear_scan(**{**good, **change})
+
+
+def test_memory_of_the_backward_pass_is_linear():
+    def gradient(a, x):
+        return jax.grad(lambda a, x: jnp.sum(linear_scan(a, x)[0] ** 2), (0, 1))(a, x)
+
+    used = []
+    for length in (512, 1024):
+        shape = jax.ShapeDtypeStruct((2, length, 64), jnp.float32)
+        used.append(temporary_bytes(gradient, shape, shape))
+    whole = 2 * 1024 * 64 * 4
+    assert used[1] < 2.2 * used[0]
+    assert used[1] < 3 * whole
+
+    constant = jax.ShapeDtypeStruct((64,), jnp.float32)
+    small = jax.jit(lambda a, x: gradient(a, x)[0])
+    assert temporary_bytes(small, constant, shape) < 3 * whole
+
+
+def bank_inputs(length, options, kind="complex", modes=3, channels=4, batch=2):
+    rng = np.random.default_rng(length + 1)
+    shape = (channels, modes)
+    log_a = -rng.uniform(0.01, 0.5, shape)
+    if kind == "complex":
+        log_a = log_a + 1j * rng.uniform(-3, 3, shape)
+    whole_steps = rng.integers(0, 4, (batch, length)).astype(float)
+    dt = np.where(rng.uniform(size=whole_steps.shape) < 0.5, whole_steps,
+                  rng.uniform(0, 3, whole_steps.shape))  # fmt: skip
+    return {
+        "log_a": log_a,
+        "b": normal(rng, shape, kind),
+        "c": normal(rng, shape, kind),
+        "u": normal(rng, (batch, length, channels)),
+        "dt": dt if "dt" in options else None,
+        "initial_state": normal(rng, (batch, *shape), kind)
+        if "state" in options
+        else None,
+        "reset": rng.uniform(size=(batch, length)) < 0.2
+        if "reset" in options
+        else None,
+    }
+
+
+BANK_OPTIONS = [
+    *OPTIONS,
+    frozenset({"dt"}),
+    frozenset({"dt", "state", "reset", "reverse"}),
+    frozenset({"state", "reverse"}),
+]
+
+
+@pytest.mark.parametrize("options", BANK_OPTIONS, ids=option_id)
+@pytest.mark.parametrize("length", [1, 7, 64, 150, LENGTHS[-1]])
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_contracted_scan_equals_definition(kind, length, options):
+    check(
+        contracted_scan,
+        bank_inputs(length, options, kind),
+        "float32",
+        "xla",
+        reverse="reverse" in options,
+        return_transition=True,
+    )
+
+
+@pytest.mark.parametrize("options", BANK_OPTIONS[-2:], ids=option_id)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_contracted_scan_in_other_dtypes(dtype, options):
+    check(
+        contracted_scan,
+        bank_inputs(150, options, "complex" if dtype == "float64" else "real"),
+        dtype,
+        "xla",
+        reverse="reverse" in options,
+        return_transition=True,
+    )
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("options", [set(), {"reset"}, {"dt", "reset"}])
+def test_two_contracted_calls_compose(options, reverse):
+    with jax.enable_x64(True):
+        inputs = bank_inputs(140, options | {"state"})
+        if "reset" in options:
+            inputs["reset"][0] = False
+        split_equals_whole(
+            contracted_scan, inputs, {"u", "dt", "reset"}, 70, reverse
+        )
+
+
+def test_contracted_scan_is_the_contraction_of_the_scan():
+    with jax.enable_x64(True):
+        inputs = bank_inputs(90, {"state"})
+        log_a, b, c, u = (inputs[k] for k in ("log_a", "b", "c", "u"))
+        h, last = linear_scan(np.exp(log_a), b * u[..., None], inputs["initial_state"])
+        y, final = contracted_scan(log_a, b, c, u, None, inputs["initial_state"])
+        assert_close((y, final), (np.sum(c * h, -1).real, last))
+
+
+def test_whole_steps_repeat_the_input():
+    with jax.enable_x64(True):
+        inputs = bank_inputs(6, {"state"})
+        state = inputs.pop("initial_state")
+        inputs.pop("reset")
+        dt = np.array([[1, 3, 0, 2, 1, 4], [2, 0, 0, 1, 5, 1]], float)
+        inputs["dt"] = dt
+        y, final = contracted_scan(**inputs, initial_state=state)
+        for row in range(2):
+            times = dt[row].astype(int)
+            long = np.repeat(inputs["u"][row : row + 1], times, 1)
+            repeated = {**inputs, "u": long, "dt": None}
+            y2, final2 = contracted_scan(
+                **repeated, initial_state=state[row : row + 1]
+            )
+            at = np.cumsum(times) - 1
+            assert_close((y[row], final[row : row + 1]), (y2[0, at], final2))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-6, 1e-3, 0.3, 0.99, 1.01, 3.0])
+def test_hold_is_accurate_down_to_zero(size):
+    """Value and derivatives of w = expm1(dt z) / expm1(z), by its power series."""
+    from kernels.linear_scan import hold
+
+    def exact(order, z):
+        terms = range(60)
+        if order == 0:
+            return sum(z**k / float(np.prod(np.arange(1.0, k + 2))) for k in terms)
+        return sum((k + 1) * z**k / float(np.prod(np.arange(1.0, k + 3))) for k in terms)
+
+    for angle in (0.0, 1.0, np.pi / 2, np.pi):
+        z = size * np.exp(1j * angle)
+        for dtype in ("float32", "float64"):
+            with jax.enable_x64(dtype == "float64"):
+                pair = (jnp.asarray(z.real, dtype), jnp.asarray(z.imag, dtype))
+                z_rounded = complex(float(pair[0]), float(pair[1]))
+                value, slope = jax.jvp(
+                    hold.phi, (pair,), ((jnp.ones((), dtype), jnp.zeros((), dtype)),)
+                )
+                limit = 1e-6 if dtype == "float32" else 1e-14
+                value = complex(float(value[0]), float(value[1]))
+                slope = complex(float(slope[0]), float(slope[1]))
+                assert abs(value - exact(0, z_rounded)) < limit * abs(exact(0, z_rounded))
+                assert abs(slope - exact(1, z_rounded)) < limit * 4
+
+
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_gradients_at_no_decay_and_no_time(kind):
+    inputs = bank_inputs(7, {"dt", "state"}, kind)
+    inputs["log_a"][:, 0] = 0
+    inputs["dt"][:, ::2] = 0
+    # the definition in float64 is itself exact only where |log_a| is not tiny
+    check(contracted_scan, inputs, "float32", "xla")
+
+
+def test_contracted_memory_is_linear_and_without_modes():
+    batch, channels, modes = 2, 8, 64
+
+    def gradient(log_a, b, c, u, dt):
+        def loss(*arguments):
+            return jnp.sum(contracted_scan(*arguments)[0] ** 2)
+
+        return jax.grad(loss, range(4 if dt is None else 5))(log_a, b, c, u, dt)
+
+    system = [jax.ShapeDtypeStruct((channels, modes), jnp.complex64)] * 3
+    for with_dt in (False, True):
+        used = []
+        for length in (4096, 8192):
+            u = jax.ShapeDtypeStruct((batch, length, channels), jnp.float32)
+            dt = jax.ShapeDtypeStruct((batch, length), jnp.float32) if with_dt else None
+            used.append(temporary_bytes(gradient, *system, u, dt))
+        assert used[1] < 2.2 * used[0]
+        assert used[1] < batch * 8192 * channels * modes * 8 / 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"u": np.ones((2, 4, 3), np.complex64)}, "u must be real"),
+        ({"u": np.ones((2, 0, 3), np.float32)}, "u must have length"),
+        ({"log_a": np.ones((2, 4), np.float32)}, "log_a must be \\[H, N\\] with H = 3"),
+        ({"b": np.ones((3, 3), np.float32)}, "b must be \\[H, N\\]"),
+        ({"c": np.ones((3, 3), np.float32)}, "c must be \\[H, N\\]"),
+        ({"dt": np.ones((2, 5), np.float32)}, "dt must be"),
+        ({"dt": np.ones((2, 4), np.int32)}, "dt must be real floating"),
+        ({"initial_state": np.ones((2, 3, 2), np.complex64)}, "initial_state must be"),
+        ({"reset": np.ones((2, 4), np.float32)}, "reset must be bool"),
+        ({"backend": "fast"}, "unknown backend"),
+    ],
+)
+def test_contracted_bad_input(change, words):
+    system = np.ones((3, 2), np.float32)
+    good = {"log_a": -system, "b": system, "c": system,
+            "u": np.ones((2, 4, 3), np.float32)}  # fmt: skip
+    with pytest.raises(ValueError, match=f"contracted_scan: {words}"):
+        contracted_scan(**{**good, **change})
+
+
+def test_backends_are_named():
+    assert list(BACKENDS) == ["xla", "reference"]

@@ -1,0 +1,89 @@
+"""Every layer passes every law that applies; a layer that breaks one is caught."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from layers import laws
+from ssm import sequence as seq
+
+
+@pytest.mark.parametrize("name", laws.CASES)
+def test_every_law_holds(name):
+    findings = laws.examine(laws.CASES[name]())
+    failed = [f"{f.law}: {f.error:.2g} > {f.limit}" for f in findings if not f.passed]
+    assert not failed
+    said_nothing = {f.law for f in findings if f.error is None}
+    expected = {"sharding"} if jax.local_device_count() == 1 else set()
+    if "bidirectional" in name:
+        expected |= {
+            "one call = pieces = steps",
+            "one call = pieces, gradients",
+            "causality",
+        }
+    else:
+        expected |= {"no recurrent mode"}
+    if name in ("gru", "s4d bidirectional"):
+        expected |= {"elapsed time", "elapsed time, gradients"}
+    assert said_nothing == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s4d", "s4d bilinear", "s5", "lru"])
+def test_laws_hold_across_chunks(name):
+    """Longer than the chunks in which states exist at once."""
+    findings = laws.examine(laws.CASES[name](), length=300)
+    assert [f.law for f in findings if not f.passed] == []
+
+
+class Leaky(nn.Module):
+    """A running mean that forgets about masks, resets and states of a wrong kind."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        seq.check(x, sequence)
+        scale = self.param("scale", nn.initializers.ones, (self.features,))
+        state = jnp.zeros_like(x[:, 0]) if state is None else state
+        y = jnp.cumsum(x * scale, axis=1) + state[:, None]
+        return y, y[:, -1]
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        return jnp.zeros((batch_size, self.features))
+
+
+def test_a_layer_that_ignores_masks_and_resets_is_caught():
+    findings = {f.law: f for f in laws.examine(Leaky(4))}
+    for law in ("padding", "padding, gradients", "packing", "reset everywhere"):
+        assert not findings[law].passed, law
+    for law in ("one call = pieces = steps", "causality", "batch"):
+        assert findings[law].passed, law
+
+
+class Peeking(Leaky):
+    """Subtracts the mean of the whole call: neither causal nor composable."""
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        y, state = Leaky(self.features)(x, state, sequence, train)
+        return y - x.mean(axis=1, keepdims=True), state
+
+
+def test_a_layer_that_peeks_is_caught():
+    only = ["one call = pieces = steps", "causality"]
+    assert not any(f.passed for f in laws.examine(Peeking(4), only=only))
+
+
+def test_command_names_the_layers(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        laws.main(["--layer", "s6"])
+    assert "unknown 's6'" in capsys.readouterr().err
+
+
+def test_command_reports_a_users_layer(capsys):
+    assert laws.main(["--layer", f"{__name__}.Peeking"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILS" in out and "causality" in out.split("failed:")[1]

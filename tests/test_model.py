@@ -1,0 +1,251 @@
+"""Blocks, stacks, heads and `build`: the contract holds for whole models."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.tolerance import assert_close
+from layers import LAYERS, Sequence, build
+from layers.block import Block
+
+CONFIG = {
+    "layer": "s4d",
+    "layer_args": {},
+    "features": 6,
+    "depth": 3,
+    "encoder": "scalar",
+    "vocab_size": 0,
+    "length": 12,
+    "outputs": 5,
+    "head": "mean",
+    "norm": "layer",
+    "prenorm": True,
+    "gate": "glu",
+    "dropout": 0.0,
+    "tie_dropout": True,
+    "dtype": "float32",
+    "remat": False,
+}
+
+
+def applied(model, train=False, **kwargs):
+    """`model.apply`, compiled: eager scans over layers are slow."""
+    return jax.jit(
+        lambda variables, x, state=None, sequence=None, rngs=None: model.apply(
+            variables, x, state, sequence, train, rngs=rngs, **kwargs
+        )
+    )
+
+
+def made(**changes):
+    """A model, its variables and an input of the right kind."""
+    config = {**CONFIG, **changes}
+    model = build(config)
+    key = jax.random.key(0)
+    shape = {"scalar": (2, 12), "token": (2, 12), "image": (2, 3, 4, 1)}
+    shape = shape[config["encoder"]]
+    if config["head"] == "retrieval":
+        shape = (2, 2, 12)
+    if config["encoder"] == "token":
+        x = jax.random.randint(key, shape, 0, config["vocab_size"])
+    else:
+        x = jax.random.normal(key, shape)
+    return model, jax.jit(model.init)({"params": key}, x), x
+
+
+def stepped(model, variables, x, sequence=None):
+    """The answers after every token, fed one at a time."""
+    apply = applied(model)
+    state, answers = model.init_state(len(x)), []
+    for t in range(x.shape[1]):
+        part = jax.tree.map(lambda f, t=t: f[:, t : t + 1], sequence)
+        y, state = apply(variables, x[:, t : t + 1], state, part)
+        answers.append(y)
+    return answers, state
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("head", ["mean", "last", "token"])
+def test_token_by_token_ends_at_the_whole_answer(layer, head):
+    model, variables, x = made(layer=layer, head=head)
+    whole, state = applied(model)(variables, x)
+    answers, last = stepped(model, variables, x)
+    answer = jnp.concatenate(answers, 1) if head == "token" else answers[-1]
+    assert_close((answer, last), (whole, state))
+
+
+@pytest.mark.parametrize("head", ["mean", "last", "token"])
+def test_padding_and_packing_of_whole_models(head):
+    model, variables, x = made(head=head, norm="batch")
+    mask = jnp.asarray([[True] * 12, [False] * 3 + [True] * 6 + [False] * 3])
+    reset = jnp.zeros((2, 12), bool).at[:, 5].set(True)
+    poisoned = jnp.where(mask, x, jnp.nan)
+    y, _ = applied(model)(variables, poisoned, None, Sequence(mask, reset))
+    answers, _ = stepped(model, variables, jnp.where(mask, x, 0), Sequence(mask, reset))
+    alone, _ = applied(model)(variables, x[1:, 5:9])
+    if head == "token":
+        assert_close(y, jnp.concatenate(answers, 1))
+        assert_close(y[1, 5:9], alone[0])
+        assert not np.any(np.asarray(y[1, 9:]))
+    else:
+        assert_close(y, answers[-1])
+        assert_close(y[1], alone[0])
+
+
+def test_padding_does_not_reach_batch_statistics():
+    model, variables, x = made(norm="batch")
+
+    def trained(x, sequence):
+        apply = applied(model, train=True, mutable=["batch_stats"])
+        return apply(variables, x, None, sequence)
+
+    (plain, _), expected = trained(x, None)
+    mask = jnp.arange(17) < 12
+    padded = jnp.pad(x, ((0, 0), (0, 5)), constant_values=jnp.nan)
+    (masked, _), found = trained(padded, Sequence(jnp.broadcast_to(mask, (2, 17))))
+    assert_close((masked, found), (plain, expected))
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_a_pattern_repeats_and_its_rest_is_unrolled(depth):
+    model, variables, x = made(layer=("s5", "gru"), depth=depth, norm="batch")
+    whole, state = applied(model)(variables, x)
+    answers, last = stepped(model, variables, x)
+    assert_close((answers[-1], last), (whole, state))
+    stack = variables["params"]["stack"]
+    assert ("repeated" in stack, "rest_0" in stack) == (depth > 1, depth % 2 == 1)
+
+
+def test_remat_changes_nothing_but_memory():
+    def gradients(remat):
+        model, variables, x = made(remat=remat, layer=("s4d", "s5"), depth=3)
+
+        def loss(params):
+            return jnp.sum(model.apply({"params": params}, x)[0] ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+    assert_close(gradients(True), gradients(False), kind="gradient")
+
+
+@pytest.mark.parametrize("gate", ["gelu", "glu", "full_glu", "half_glu1", "half_glu2"])
+@pytest.mark.parametrize("prenorm", [True, False])
+def test_every_gate_and_norm_position_builds(gate, prenorm):
+    model, variables, x = made(gate=gate, prenorm=prenorm, norm="rms", depth=1)
+    assert bool(jnp.isfinite(applied(model)(variables, x)[0]).all())
+    assert ("norm" in variables["params"]) == prenorm
+
+
+def test_encoders():
+    for changes in (
+        {"encoder": "token", "vocab_size": 7, "head": "token"},
+        {"encoder": "image"},
+    ):
+        model, variables, x = made(**changes)
+        y, _ = applied(model)(variables, x)
+        assert y.shape == ((2, 12, 5) if "head" in changes else (2, 5))
+    model, variables, x = made(encoder="image")
+    image = jax.random.randint(jax.random.key(1), x.shape, 0, 256).astype(jnp.uint8)
+    assert_close(
+        applied(model)(variables, image)[0],
+        applied(model)(variables, image.astype(jnp.float32) / 255)[0],
+    )
+
+
+def test_retrieval_compares_two_documents():
+    model, variables, x = made(head="retrieval")
+    mask = jnp.ones((2, 2, 12), bool).at[1, 1, 8:].set(False)
+    apply = applied(model)
+    y, _ = apply(variables, x, None, Sequence(mask=mask))
+    short = x.at[1, 1, 8:].set(jnp.nan)
+    assert y.shape == (2, 5)
+    assert_close(apply(variables, short, None, Sequence(mask=mask))[0], y)
+    state = model.init_state(2)
+    for t in range(12):
+        part = Sequence(mask=mask[:, :, t : t + 1])
+        answer, state = apply(variables, x[:, :, t : t + 1], state, part)
+    assert_close(answer, y)
+
+
+class Ones(nn.Module):
+    """A mixer whose output is 1 everywhere: what is missing was dropped."""
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        return jnp.ones_like(x), state
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_dropout_drops_a_feature_at_every_token(tied):
+    block = Block(Ones, 6, gate="gelu", dropout=0.5, tie_dropout=tied)
+    x = jnp.zeros((4, 12, 6))
+
+    @jax.jit
+    def dropped(seed):
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(seed)}
+        (y, _), _ = block.init_with_output(rngs, x, None, None, True)
+        return y == 0
+
+    first = np.asarray(dropped(1))
+    assert first.any() and not first.all()
+    assert np.all(first == first[:, :1]) == tied
+    np.testing.assert_array_equal(dropped(1), first)
+    assert np.any(dropped(2) != first)
+
+
+def test_parameters_carry_logical_axes():
+    _, variables, _ = made()
+    mixer = variables["params"]["stack"]["repeated"]["block_0"]["mixer"]
+    assert mixer["C"].names == ("layers", None, "embed", "state", None)
+
+
+def test_bfloat16_activations_keep_float32_parameters_and_answers():
+    model, variables, x = made(dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    y, _ = applied(model)(variables, x)
+    exact, _ = applied(made()[0])(variables, x)
+    assert y.dtype == jnp.float32
+    assert_close(y, exact, dtype="bfloat16", kind="gradient")
+
+
+def test_a_bidirectional_model_has_no_state():
+    model, variables, x = made(layer_args={"bidirectional": True})
+    with pytest.raises(ValueError, match="bidirectional"):
+        model.init_state(2)
+    y, _ = applied(model)(variables, x)
+    assert y.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": "s6"}, r"layer: unknown 's6'; may be \['gru', 'lru', 's4d', 's5'\]"),
+        ({"layer": "os.path.Nothing"}, "layer: unknown 'os.path.Nothing'"),
+        ({"layer_args": {"modes": 3}}, r"layer_args: s4d has no \['modes'\]; may be"),
+        ({"head": "max"}, r"head: unknown 'max'; may be .*'mean'"),
+        ({"encoder": "pixel"}, r"encoder: unknown 'pixel'"),
+        ({"norm": "group"}, r"norm: unknown 'group'"),
+        ({"gate": "swiglu"}, r"gate: unknown 'swiglu'"),
+        ({"dtype": "float16"}, r"dtype: unknown 'float16'"),
+        ({"depth": 0}, r"depth: must be at least 1, got 0"),
+        ({"encoder": "token"}, r"vocab_size: "),
+    ],
+)
+def test_build_names_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build({**CONFIG, **changes})
+
+
+def test_wrong_inputs_name_the_argument():
+    model, variables, x = made()
+    for bad, sequence, message in (
+        (x[:, :0], None, "inputs: the length L"),
+        (x[0], None, r"inputs: the scalar encoder takes \[B, L\]"),
+        (x, Sequence(mask=jnp.ones((2, 3), bool)), r"mask: must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.apply(variables, bad, None, sequence)
+    with pytest.raises(ValueError, match="state: must be None or what init_state"):
+        model.apply(variables, x, model.init_state(3))

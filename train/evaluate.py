@@ -1,0 +1,126 @@
+"""Scores of a trained run, and its recurrent mode beside its parallel one.
+
+    python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from layers.build import build
+from ssm.sequence import Sequence
+from train import checkpoint, data, losses, record, sharding, step
+
+
+class Run(NamedTuple):
+    """A trained run, read back from its workdir."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    model: nn.Module
+    variables: dict
+    step: int
+
+
+def load_run(workdir, at=None) -> Run:
+    """The run of `workdir` at checkpoint `at` (None: the newest good one).
+
+    Raises:
+        ValueError: no run was ever started in `workdir`.
+        CheckpointError: no such checkpoint, or it is damaged.
+    """
+    config = record.read_config(Path(workdir))
+    variables, found = checkpoint.restore_params(workdir, at)
+    dataset = data.load(config.data)
+    return Run(config, dataset, build(config.model), variables, found)
+
+
+def recurrent_outputs(model, variables, inputs, sequence=None):
+    """The model's answers after every token, fed one by one: [L, B, ...].
+
+    Args:
+        model: a model with a recurrent mode.
+        variables: of the model.
+        inputs: as the model takes them; an image is read pixel by pixel.
+        sequence: mask, reset and dt [B, L] ([B, 2, L] for documents), or None.
+    """
+    axis = 2 if model.head == "retrieval" else 1
+    batch, one = inputs.shape[0], ()
+    if model.encoder == "image":
+        one = (1, 1)
+        inputs = inputs.reshape(batch, -1, inputs.shape[-1])
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), (inputs, sequence))
+
+    def feed(state, token):
+        x, part = token
+        shape = (*x.shape[:axis], *(one or (1,)), *x.shape[axis:])
+        part = jax.tree.map(lambda f: jnp.expand_dims(f, -1), part)
+        y, state = model.apply(variables, x.reshape(shape), state, part)
+        return state, y
+
+    _, outputs = jax.lax.scan(feed, model.init_state(batch), tokens)
+    return outputs
+
+
+def compare_modes(model, variables, batch) -> float | None:
+    """max |parallel - recurrent| over the model's outputs on one batch, the recurrent
+    mode fed token by token; None for a model that has no recurrent mode."""
+    try:
+        model.init_state(1)
+    except ValueError:
+        return None
+
+    @jax.jit
+    def difference(variables, inputs, sequence):
+        parallel, _ = model.apply(variables, inputs, sequence=sequence)
+        recurrent = recurrent_outputs(model, variables, inputs, sequence)
+        if model.head == "token":
+            recurrent = jnp.moveaxis(recurrent[:, :, 0], 0, 1)
+        else:
+            recurrent = recurrent[-1]
+        return jnp.max(jnp.abs(parallel - recurrent))
+
+    sequence = Sequence(batch["mask"], batch.get("reset"), batch.get("dt"))
+    return float(difference(variables, batch["inputs"], sequence))
+
+
+def scores(run: Run, split: str) -> dict[str, float]:
+    """Loss and metrics of a run on one split of its dataset. `ValueError` for a split
+    that the dataset does not have."""
+    spec, mesh = run.dataset.spec, sharding.make_mesh(run.config)
+    loss = losses.make(spec)
+    eval_step = step.make_eval_step(run.model, loss, spec.get("padded", True))
+    size = run.config.train.eval_batch_size or run.config.train.batch_size
+    devices = mesh.shape["data"]
+    batches = run.dataset.evaluation(split, -(-size // devices) * devices)
+    return step.evaluate(eval_step, run.variables, batches, mesh)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate")
+    parser.add_argument("--workdir", required=True, help="of a trained run")
+    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
+    options = parser.parse_args(argv)
+    try:
+        run = load_run(options.workdir, options.step)
+        found = scores(run, options.split)
+        batch = next(iter(run.dataset.evaluation(options.split, 16)))
+        gap = compare_modes(run.model, run.variables, jax.tree.map(np.asarray, batch))
+    except (ValueError, checkpoint.CheckpointError) as problem:
+        parser.error(str(problem))
+    found = {"step": run.step, "split": options.split, **found}
+    print(json.dumps(found | {"parallel_vs_recurrent": gap}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

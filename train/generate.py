@@ -1,0 +1,154 @@
+"""Sampling from a trained per-token model in its recurrent mode.
+
+    python -m train.generate --workdir runs/pixels-digits-next-0 --count 8
+
+The model reads the prompt in one parallel call (a prefill) and then makes one token per
+step from its state; the cost of a token does not grow with the length.
+"""
+
+import argparse
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train import checkpoint
+from train.evaluate import load_run
+
+
+def generate(model, variables, prompt, length, key, temperature=1.0):
+    """Continues `prompt` by `length` tokens.
+
+    Args:
+        model: a token encoder and a "token" head, with a recurrent mode.
+        variables: of the model.
+        prompt: [B, L >= 1] int tokens.
+        length: number of tokens to make.
+        key: of the random draws.
+        temperature: divides the logits; 0 takes the most likely token.
+
+    Returns:
+        [B, length] int32 tokens.
+
+    Raises:
+        ValueError: an empty prompt, a length below 1, a negative temperature, a model
+            of another kind.
+    """
+    if model.head != "token" or model.encoder != "token":
+        raise ValueError(
+            "model: generation needs encoder 'token' and head 'token', got "
+            f"{model.encoder!r} and {model.head!r}"
+        )
+    if prompt.ndim != 2 or prompt.shape[1] < 1:
+        raise ValueError(f"prompt: must be [B, L >= 1], got shape {prompt.shape}")
+    if not (0 <= prompt.min() and prompt.max() < model.vocab_size):
+        raise ValueError(
+            f"prompt: tokens must be in [0, {model.vocab_size}), got "
+            f"{prompt.min()} to {prompt.max()}"
+        )
+    if length < 1:
+        raise ValueError(f"length: must be at least 1, got {length}")
+    if temperature < 0:
+        raise ValueError(f"temperature: must be 0 or more, got {temperature}")
+
+    def draw(logits, key):
+        if temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        draws = jax.random.categorical(key, logits / temperature)
+        return draws.astype(jnp.int32)
+
+    @jax.jit
+    def sample(variables, prompt, state, key):
+        keys = jax.random.split(key, length)
+        logits, state = model.apply(variables, prompt, state)
+        first = draw(logits[:, -1], keys[0])
+
+        def one(carry, key):
+            token, state = carry
+            logits, state = model.apply(variables, token[:, None], state)
+            token = draw(logits[:, 0], key)
+            return (token, state), token
+
+        _, rest = jax.lax.scan(one, (first, state), keys[1:])
+        return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+    state = model.init_state(prompt.shape[0])
+    return sample(variables, jnp.asarray(prompt, jnp.int32), state, key)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m train.generate",
+        description="Samples tokens; prints one sequence per line.",
+    )
+    parser.add_argument("--workdir", required=True, help="of a trained per-token run")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
+    parser.add_argument("--count", type=int, default=4, help="sequences to make")
+    parser.add_argument("--length", type=int, default=0, help="tokens; 0: the run's own")
+    parser.add_argument("--prompt", default="", help="tokens; default: the start token")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="", help="also write the tokens to this .npy")
+    parser.add_argument(
+        "--picture", default="", help="also draw square sequences to this .png"
+    )
+    options = parser.parse_args(argv)
+    try:
+        run = load_run(options.workdir, options.step)
+        prompt = _prompt(options, run.dataset.spec)
+        tokens = generate(
+            run.model,
+            run.variables,
+            np.tile(prompt, (options.count, 1)),
+            options.length or run.dataset.spec["length"],
+            jax.random.key(options.seed),
+            options.temperature,
+        )
+    except (ValueError, checkpoint.CheckpointError) as problem:
+        parser.error(str(problem))
+    tokens = np.asarray(tokens)
+    for row in tokens:
+        print(" ".join(map(str, row)))
+    if options.out:
+        np.save(options.out, tokens)
+    if options.picture:
+        _draw(tokens, options.picture)
+    return 0
+
+
+def _prompt(options, spec):
+    if options.count < 1:
+        raise ValueError(f"count: must be at least 1, got {options.count}")
+    words = options.prompt.split()
+    if not words:
+        # A dataset of next tokens names the token that stands before the first one.
+        return np.array([spec.get("start", 0)], np.int32)
+    try:
+        return np.array([int(word) for word in words], np.int32)
+    except ValueError:
+        raise ValueError(
+            f"prompt: must be integers separated by spaces, got {options.prompt!r}"
+        ) from None
+
+
+def _draw(tokens, path):
+    """One grey image per sequence, for lengths that are squares."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    side = int(np.sqrt(tokens.shape[1]))
+    if side * side != tokens.shape[1]:
+        raise SystemExit(f"--picture needs a square length, got {tokens.shape[1]}")
+    figure, axes = plt.subplots(1, len(tokens), figsize=(len(tokens), 1), squeeze=False)
+    for axis, row in zip(axes[0], tokens, strict=True):
+        axis.imshow(row.reshape(side, side), cmap="gray_r")
+        axis.axis("off")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

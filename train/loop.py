@@ -1,0 +1,292 @@
+"""One run: set up, restore, train, evaluate."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from layers.build import build
+from train import checkpoint, data, losses, optimizers, record, sharding, state, step
+from train.checkpoint import Checkpoints
+from train.evaluate import compare_modes
+from train.metrics import Metrics
+from train.record import SCORES
+from train.signals import stop_signals
+
+PROFILED = 5, 10  # the steps between, counted from the start, once everything is warm
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | Path,
+    profile: bool = False,
+    model: nn.Module | None = None,
+) -> dict:
+    """Trains what `config` says in `workdir`, or goes on with what was begun there.
+
+    Args:
+        config: `configs.common.base()` with a task's changes.
+        workdir: gets config.json, versions.json, metrics.jsonl, tensorboard/,
+            checkpoints/ and, at the end, results.json.
+        profile: also writes a trace of five steps to workdir/profile.
+        model: instead of `build(config.model)`.
+
+    Returns:
+        What results.json holds; {"step", "stopped"} if a signal ended the run early.
+
+    Raises:
+        ValueError: a setting that cannot be, or a workdir of another config.
+        CheckpointError: a checkpoint cannot be written or read.
+        FloatingPointError: loss, gradient or state are not finite.
+    """
+    workdir = Path(workdir).absolute()
+    dataset = data.load(config.data)
+    config = resolve(config, dataset.spec)
+    mesh = sharding.make_mesh(config)
+    check(config, mesh)
+    model = build(config.model) if model is None else model
+    record.claim(workdir, config)
+    finished = record.read_results(workdir)
+    if finished and finished["step"] >= config.train.steps:
+        print(f"this run was finished before, at step {finished['step']}")
+        record.report(finished)
+        return finished
+    record.record_versions(workdir)
+    with stop_signals() as stop, Checkpoints(workdir, config.train.keep) as checkpoints:
+        parts = set_up(config, dataset, mesh, model)
+        progress = start(config, workdir, parts, checkpoints)
+        train(config, workdir, parts, progress, checkpoints, stop, profile)
+    if progress.step < config.train.steps:
+        print(
+            f"stopped by {stop.signal} at step {progress.step}; to go on from there, "
+            f"start the same command again (workdir {workdir})"
+        )
+        return {"step": progress.step, "stopped": stop.signal}
+    return finish(config, workdir, parts, progress)
+
+
+def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
+    """A copy of `config` in which the dataset fills in what the model leaves open."""
+    config = config.copy_and_resolve_references()
+    for key in ("encoder", "length", "vocab_size", "outputs"):
+        if not config.model[key]:
+            config.model[key] = spec[key]
+    return config
+
+
+def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises a `ValueError` for numbers that are not positive or cannot be divided."""
+    options = config.train
+    for key in ("steps", "eval_every", "log_every", "checkpoint_every", "accumulate"):
+        if options[key] < 1:
+            raise ValueError(f"train.{key} must be 1 or more, got {options[key]}")
+    if not 0 <= options.ema < 1:
+        raise ValueError(f"train.ema must lie in [0, 1), got {options.ema}")
+    sharding.check_batch_size(
+        "train.batch_size", options.batch_size, mesh, options.accumulate
+    )
+    if options.eval_batch_size:
+        sharding.check_batch_size(
+            "train.eval_batch_size", options.eval_batch_size, mesh
+        )
+
+
+def set_up(config, dataset, mesh, model) -> SimpleNamespace:
+    """What a run needs and does not change; nothing of the state is allocated yet."""
+    options, spec, seed = config.train, dataset.spec, config.seed
+    padded = spec.get("padded", True)
+    with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
+        sample = sharding.place(next(batches), mesh)
+    shapes = state.param_shapes(model, sample)
+    optimizer, groups, schedule = optimizers.make(config, shapes)
+    create = functools.partial(
+        state.create, model, optimizer, sample, seed, mesh, ema=options.ema > 0
+    )
+    target = state.abstract(create, mesh)
+    train_step = step.make_train_step(
+        model,
+        optimizer,
+        losses.make(spec, options.label_smoothing),
+        config,
+        padded,
+        sharding.replicated(mesh),
+    )
+    begun = time.monotonic()
+    compiled = train_step.lower(target, sample).compile()
+    seconds = time.monotonic() - begun
+    record.print_table(config, groups, shapes, mesh, compiled, seconds)
+    return SimpleNamespace(
+        dataset=dataset,
+        mesh=mesh,
+        model=model,
+        create=create,
+        target=target,
+        schedule=schedule,
+        train_step=compiled,
+        eval_step=step.make_eval_step(model, losses.make(spec), padded),
+        batches=dataset.train(options.batch_size, seed, config.data.workers),
+    )
+
+
+def start(config, workdir, parts, checkpoints) -> SimpleNamespace:
+    """Where to go on from: the own workdir, else `train.init_from`, else scratch."""
+    restored = checkpoints.restore(parts.target)
+    if restored is not None:
+        trained, position, memory = restored
+        parts.batches.set_state(position)
+        print(f"resumed from step {memory['step']} in {workdir}")
+        return SimpleNamespace(state=trained, **memory)
+    fresh = parts.create()
+    if config.train.init_from:
+        fresh = checkpoint.init_from(config.train.init_from, fresh)
+    return SimpleNamespace(state=fresh, step=0, best=None, window=[])
+
+
+def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
+    """Advances `progress` to the last step, or until a signal stops it.
+
+    Between two logs nothing waits for the device: what the steps measured stays there,
+    in `progress.window`, and is looked at when it is logged or before a checkpoint.
+    """
+    options, first = config.train, progress.step
+    stopping = bool(stop.signal)
+    metrics = Metrics(workdir, first, options.steps)
+    with metrics, contextlib.closing(parts.batches):
+        while progress.step < options.steps and not stopping:
+            if profile:
+                trace(workdir / "profile", progress.step - first, progress.state)
+            batch = sharding.place(next(parts.batches), parts.mesh)
+            with jax.transfer_guard("disallow"):
+                progress.state, measured = parts.train_step(progress.state, batch)
+            progress.step += 1
+            progress.window.append(measured)
+            checkpoints.poll()
+            metrics.advance(progress.step)
+            last, better = progress.step == options.steps, False
+            if last or progress.step % options.log_every == 0:
+                log(workdir, parts, progress, metrics)
+            if last or progress.step % options.eval_every == 0:
+                with metrics.paused():
+                    better = validate(config, workdir, parts, progress, metrics)
+            due = progress.step % options.checkpoint_every == 0
+            stopping = bool(stop.signal)
+            if last or due or better or stopping:
+                with metrics.paused():
+                    save(workdir, parts, progress, checkpoints)
+
+
+def log(workdir, parts, progress, metrics) -> None:
+    """Writes the means over the steps since the last log."""
+    check_window(workdir, progress)
+    names = progress.window[0]
+    means = {k: float(np.mean([m[k] for m in progress.window])) for k in names}
+    means["lr"] = float(parts.schedule(progress.step - 1))
+    means["steps_per_second"] = metrics.rate(progress.step)
+    metrics.write(progress.step, "train", means)
+    progress.window = []
+
+
+def check_window(workdir, progress) -> None:
+    """Fetches what was measured since the last log; it must be finite."""
+    progress.window = jax.tree.map(float, jax.device_get(progress.window))
+    begun = progress.step - len(progress.window)
+    for number, measured in enumerate(progress.window, begun + 1):
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                raise not_finite(workdir, f"{name} is {value}", number)
+
+
+def not_finite(workdir, what: str, number: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what} at step {number}; last good checkpoint: "
+        f"{checkpoint.last_good(workdir)} in {workdir}. A lower optimizer.lr, a longer "
+        "optimizer.warmup or a smaller optimizer.clip may help"
+    )
+
+
+def validate(config, workdir, parts, progress, metrics) -> bool:
+    """Whether this step is the best on the validation split so far."""
+    scores = measure(config, parts, "validation", progress.state.variables())
+    if scores is None:
+        return False
+    if not math.isfinite(scores["loss"]):
+        raise not_finite(workdir, f"validation loss is {scores['loss']}", progress.step)
+    metrics.write(progress.step, "validation", scores)
+    name, _, more = SCORES[parts.dataset.spec["loss"]]
+    best = progress.best and progress.best["scores"][name]
+    if best is not None and (scores[name] <= best if more else scores[name] >= best):
+        return False
+    progress.best = {"step": progress.step, "scores": scores}
+    return True
+
+
+def measure(config, parts, split: str, variables) -> dict[str, float] | None:
+    """Means of loss and metrics over `split`; None where there is no such split."""
+    if split not in parts.dataset.sources:
+        return None
+    devices, count = parts.mesh.shape["data"], parts.dataset.num_examples(split)
+    size = config.train.eval_batch_size or config.train.batch_size
+    batches = parts.dataset.evaluation(split, min(size, count // devices * devices))
+    return step.evaluate(parts.eval_step, variables, batches, parts.mesh)
+
+
+def save(workdir, parts, progress, checkpoints) -> None:
+    """Starts a checkpoint of a state that is known to be finite."""
+    check_window(workdir, progress)
+    if not step.all_finite(progress.state):
+        raise not_finite(workdir, "the state is not finite", progress.step)
+    memory = {key: getattr(progress, key) for key in ("step", "best", "window")}
+    best = progress.best and progress.best["step"]
+    checkpoints.save(progress.state, parts.batches.get_state(), memory, best)
+
+
+def finish(config, workdir, parts, progress) -> dict:
+    """Tests the last step and the best on validation; the test has chosen neither."""
+
+    def test(variables):
+        return measure(config, parts, "test", variables)
+
+    variables = progress.state.variables()
+    results = {
+        "step": progress.step,
+        "loss": parts.dataset.spec["loss"],
+        "test": test(variables),
+        "best": None,
+        "checkpoint": str(workdir / checkpoint.FOLDER / str(progress.step)),
+    }
+    if progress.best:
+        best, number = checkpoint.restore_params(workdir, progress.best["step"])
+        best = jax.device_put(best, sharding.replicated(parts.mesh))
+        validation = progress.best["scores"]
+        results["best"] = {"step": number, "validation": validation, "test": test(best)}
+    results["parallel_vs_recurrent"] = compare(parts, variables)
+    record.write_results(workdir, results)
+    record.report(results)
+    return results
+
+
+def compare(parts, variables) -> float | str:
+    """How far the recurrent mode is from the parallel one, or why there is none."""
+    try:
+        parts.model.init_state(1)
+    except ValueError as error:
+        return str(error)
+    batch = next(iter(parts.dataset.evaluation("test", 1)))
+    return float(compare_modes(parts.model, variables, batch))
+
+
+def trace(folder: Path, done: int, trained: state.TrainState) -> None:
+    """Starts and ends the profile of the steps PROFILED."""
+    if done == PROFILED[0]:
+        jax.profiler.start_trace(folder)
+    elif done == PROFILED[1]:
+        jax.block_until_ready(trained)
+        jax.profiler.stop_trace()

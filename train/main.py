@@ -1,0 +1,160 @@
+"""Trains what a config file says.
+
+    python -m train.main --config configs/pixels.py:digits,layer=s5 --config.seed=1
+
+The same command again goes on with a run that was stopped.
+"""
+
+import os
+import re
+import statistics
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "FILE[:ARGUMENT]; --config.KEY=VALUE changes a value",
+    lock_config=True,
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where the run lives; default runs/<config>-<argument>-<seed>"
+)
+SEEDS = flags.DEFINE_list("seeds", [], "several runs, such as 0,1,2, one after another")
+PROFILE = flags.DEFINE_bool("profile", False, "trace five steps to <workdir>/profile")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "run as one of several hosts")
+DEBUG = flags.DEFINE_bool("debug", False, "show where in the code an error arose")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise ValueError(f"unknown arguments {argv[1:]}")
+    if CONFIG.value is None:
+        raise ValueError(
+            "--config is missing, such as --config configs/pixels.py:digits"
+        )
+    # Here and not above: a mistyped flag is answered before JAX has started.
+    import jax
+
+    from train import loop
+
+    if DISTRIBUTED.value or "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+    seeds = [_number(seed) for seed in SEEDS.value] or [CONFIG.value.seed]
+    found = {}
+    for seed in seeds:
+        config = CONFIG.value.copy_and_resolve_references()
+        config.seed = seed
+        workdir = _workdir(seed, len(seeds) > 1)
+        print(f"workdir: {workdir}", flush=True)
+        found[seed] = loop.run(config, workdir, PROFILE.value)
+        if "stopped" in found[seed]:
+            return 0
+    if len(seeds) > 1:
+        _print_seeds(found)
+    return 0
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"--seeds must be whole numbers such as 0,1,2, got {text!r}")
+    return int(text)
+
+
+def _workdir(seed: int, several: bool) -> Path:
+    if WORKDIR.value:
+        return Path(WORKDIR.value, str(seed)) if several else Path(WORKDIR.value)
+    file, _, argument = config_flags.get_config_filename(
+        flags.FLAGS["config"]
+    ).partition(":")
+    parts = [Path(file).stem, argument, str(seed)]
+    name = "-".join(part for part in parts if part)
+    return Path("runs", re.sub(r"[^\w=,.-]", "_", name))
+
+
+def _print_seeds(found: dict[int, dict]) -> None:
+    """The tests of several seeds, and their median and range."""
+    from train.record import SCORES
+
+    name, label, _ = SCORES[next(iter(found.values()))["loss"]]
+    tests = {"last": {seed: results["test"] for seed, results in found.items()}}
+    if all(results["best"] for results in found.values()):
+        tests["best"] = {s: results["best"]["test"] for s, results in found.items()}
+    if not all(tests["last"].values()):
+        return
+    print(f"\ntest {label:<8}" + "".join(f"{which:>10}" for which in tests))
+    columns = [[tests[which][s][name] for s in found] for which in tests]
+    for seed, *values in zip(found, *columns, strict=True):
+        print(f"seed {seed:<8}" + "".join(f"{value:>10.4f}" for value in values))
+    for title, of in (("median", statistics.median), ("lowest", min), ("highest", max)):
+        print(f"{title:<13}" + "".join(f"{of(column):>10.4f}" for column in columns))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """The arguments that are no flags, with a clear error for a flag that cannot be."""
+    line = "\n".join(argv)
+    path = re.search(r"^--?config[=\n](.*)", line, re.M)
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["verbosity"].using_default_value:
+            flags.FLAGS.verbosity = logging.WARNING  # else absl makes it INFO
+        if path:
+            CONFIG.value.lock()  # any use of a file that was not found raises
+        return rest
+    except OSError:
+        file = path[1].partition(":")[0]
+        raise ValueError(f"--config: there is no file {file!r}") from None
+    except (AttributeError, KeyError):
+        config = flags.FLAGS["config"].parser.parse(path[1])
+        for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", line, re.M):
+            _check_key(config, key)
+        raise
+
+
+def _check_key(config, key: str) -> None:
+    """Raises a `ValueError` that lists the names there are where `key` goes astray."""
+    path = "config"
+    for name in key.split("."):
+        if not hasattr(config, "keys") or name not in config:
+            valid = ", ".join(config.keys()) if hasattr(config, "keys") else ""
+            raise ValueError(f"{path} has no {name!r}; it has {valid or 'no keys'}")
+        config, path = config[name], f"{path}.{name}"
+
+
+def _ours(error: Exception) -> bool:
+    """Whether the message says it all: a mistake in what the user asked for."""
+    if isinstance(error, flags.Error):
+        return True
+    modules = sys.modules.get("train.checkpoint")
+    if modules is not None and isinstance(error, modules.CheckpointError):
+        return True
+    if not isinstance(error, (ValueError, FloatingPointError)):
+        return False
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return Path(__file__).resolve().parents[1] in raised_in.resolve().parents
+
+
+def command() -> None:
+    """Runs `main`; an error of the user is one line and exit code 2."""
+    # Without their own frames, errors of JAX and Flax would look like ours.
+    os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
+    os.environ.setdefault("FLAX_FILTER_FRAMES", "0")
+    try:
+        app.run(main, flags_parser=_parse)
+    except Exception as error:
+        if "--debug" in sys.argv or not _ours(error):
+            raise
+        # A config file's own error comes with its traceback, which --debug shows.
+        last = (
+            str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
+        )
+        print(f"error: {last}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    command()
