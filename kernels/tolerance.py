@@ -58,7 +58,7 @@ def assert_close(actual, expected, kind: str = "value", dtype=None) -> None:
         raise AssertionError(f"structures differ: {actual_tree} and {expected_tree}")
     failures = []
     for (path, leaf), target in zip(actual_leaves, expected_leaves, strict=True):
-        allowed = limit(jnp.result_type(leaf) if dtype is None else dtype, kind)
+        allowed = limit(np.asarray(leaf).dtype if dtype is None else dtype, kind)
         found = error(leaf, target)
         if not found <= allowed:
             name = jax.tree_util.keystr(path) or "value"

@@ -46,9 +46,10 @@ class Case:
 
     def __init__(self, layer, length=L, seed=0):
         self.layer, self.length = layer, length
+        self.compiled = {}  # call -> its compiled gradients, which several laws share
         keys = iter(jax.random.split(jax.random.key(seed), 8))
         self.x = jax.random.normal(next(keys), (B, length, layer.features))
-        self.variables = layer.init({"params": next(keys)}, self.x)
+        self.variables = jax.jit(layer.init)({"params": next(keys)}, self.x)
         self.apply = jax.jit(
             lambda variables, x, state, sequence: layer.apply(
                 variables, x, state, sequence
@@ -80,24 +81,41 @@ class Case:
             start += size
         return jnp.concatenate(outputs, axis=1), state
 
-    def gradients(self, call: Callable, x, state):
+    def gradients(self, call: Callable, x, state, *extra):
         """Gradients of random contractions of the output and the final state with
         respect to the parameters, the input and the initial state.
-        call(variables, x, state) -> (y, state)."""
+        call(variables, x, state, *extra) -> (y, state)."""
 
-        def scalar(variables, x, state):
-            leaves = jax.tree.leaves(call(variables, x, state))
+        def scalar(variables, x, state, *extra):
             total = 0.0
-            for i, leaf in enumerate(leaves):
-                if jnp.issubdtype(leaf.dtype, jnp.inexact):
-                    weight = jax.random.normal(jax.random.key(i), leaf.shape)
-                    total = total + jnp.sum((leaf * weight).real)
-                    total = total + jnp.sum((leaf * weight[::-1]).imag)
+            for i, leaf in enumerate(jax.tree.leaves(call(variables, x, state, *extra))):
+                weight = jax.random.normal(jax.random.key(i), leaf.shape)
+                total = total + jnp.sum(leaf.real * weight)
+                if jnp.iscomplexobj(leaf):
+                    total = total + jnp.sum(leaf.imag * weight[::-1])
             return total
 
-        arguments = (self.variables, x, state)
         argnums = (0, 1) if state is None else (0, 1, 2)
-        return jax.jit(jax.grad(scalar, argnums))(*arguments)
+        compiled = self.compiled.setdefault(call, jax.jit(jax.grad(scalar, argnums)))
+        return compiled(self.variables, x, state, *extra)
+
+    def whole(self, variables, x, state):
+        """One call on everything, in train mode."""
+        return self.layer.apply(variables, x, state, None, True)
+
+
+def _random_like(key, tree):
+    """A state with normal entries (complex ones in both parts)."""
+
+    def draw(key, leaf):
+        if jnp.iscomplexobj(leaf):
+            parts = jax.random.normal(key, (2, *leaf.shape))
+            return jax.lax.complex(parts[0], parts[1])
+        return jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, map(draw, keys, leaves))
 
 
 def worst(actual, expected):
@@ -123,9 +141,6 @@ def mode_gradients(case):
     """Gradients through one call equal gradients through pieces."""
     case.needs_state()
 
-    def whole(variables, x, state):
-        return case.layer.apply(variables, x, state)
-
     def pieces(variables, x, state):
         first, state = case.layer.apply(variables, x[:, :5], state)
         second, state = case.layer.apply(variables, x[:, 5:], state)
@@ -134,18 +149,13 @@ def mode_gradients(case):
     def fresh(variables, x, state):
         return case.layer.apply(variables, x)
 
-    started = case.layer.init_state(B)
+    started = case.gradients(case.whole, case.x, case.layer.init_state(B))
     return max(
         worst(
             case.gradients(pieces, case.x, case.state),
-            case.gradients(whole, case.x, case.state),
+            case.gradients(case.whole, case.x, case.state),
         ),
-        worst(
-            case.gradients(fresh, case.x, None),
-            case.gradients(
-                lambda v, x, s: case.layer.apply(v, x, started), case.x, None
-            ),
-        ),
+        worst(case.gradients(fresh, case.x, None), started[:2]),
     )
 
 
@@ -192,18 +202,16 @@ def padding(case):
 
 def padding_gradients(case):
     """Gradients ignore masked tokens (in train mode)."""
+
+    def padded(variables, x, state, sequence, places):
+        y, state = case.layer.apply(variables, x, state, sequence, True)
+        return jnp.take(y, places, axis=1), state
+
     wrong = 0.0
-    expected = case.gradients(
-        lambda v, x, s: case.layer.apply(v, x, s, None, True), case.x, case.state
-    )
+    expected = case.gradients(case.whole, case.x, case.state)
     for where in PADDINGS:
         x, sequence, places = _padded(case, where)
-
-        def call(variables, x, state, sequence=sequence, places=places):
-            y, state = case.layer.apply(variables, x, state, sequence, True)
-            return y[:, places], state
-
-        found = case.gradients(call, x, case.state)
+        found = case.gradients(padded, x, case.state, sequence, jnp.asarray(places))
         hidden = jnp.delete(found[1], places, axis=1)
         wrong = max(wrong, float("inf") if jnp.any(hidden != 0) else 0.0)
         wrong = max(wrong, worst((found[0], found[1][:, places]), expected[:2]))
@@ -442,7 +450,7 @@ FEATURES = 6
 CASES = {
     "s4d": lambda: LAYERS["s4d"](FEATURES, 8),
     "s4d bilinear": lambda: LAYERS["s4d"](FEATURES, 8, discretization="bilinear"),
-    "s4d tied": lambda: LAYERS["s4d"](FEATURES, 8, init="legs", copies=2),
+    "s4d tied": lambda: LAYERS["s4d"](FEATURES, 8, spectrum="legs", copies=2),
     "s4d bidirectional": lambda: LAYERS["s4d"](FEATURES, 8, bidirectional=True),
     "s5": lambda: LAYERS["s5"](FEATURES, 8, 2),
     "s5 dirac": lambda: LAYERS["s5"](FEATURES, 8, discretization="dirac"),

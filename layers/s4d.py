@@ -29,7 +29,7 @@ class S4D(nn.Module):
     Attributes:
         features: H.
         state_size: N, real; n = N / 2 conjugate pairs are stored.
-        init: spectrum, a key of `ssm.spectra.SPECTRA`.
+        spectrum: initial eigenvalues, a key of `ssm.spectra.SPECTRA`.
         discretization: a key of `ssm.discretize.DISCRETIZATIONS`.
         transform: f, a key of `ssm.stability.POSITIVE`.
         dt_min, dt_max: range of the initial dt; memory is about 1 / dt tokens.
@@ -42,7 +42,7 @@ class S4D(nn.Module):
 
     features: int
     state_size: int = 64
-    init: str = "lin"
+    spectrum: str = "lin"
     discretization: str = "zoh"
     transform: str = "exp"
     dt_min: float = 1e-3
@@ -89,7 +89,7 @@ class S4D(nn.Module):
             raise ValueError(f"state_size: must be even, got {self.state_size}")
         if H % copies:
             raise ValueError(f"copies: must divide features={H}, got {copies}")
-        lam = spectra.s4d(self.init, n)
+        lam = spectra.s4d(self.spectrum, n)
         rate = stability.inverse(self.transform, -lam.real)
         A_re = self.param("A_re", logical(constant(rate), None, "state"), (copies, n))
         A_im = self.param("A_im", logical(constant(lam.imag), None, "state"), (copies, n))

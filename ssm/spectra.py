@@ -55,7 +55,7 @@ def s4d(name, n):
     Source: https://arxiv.org/abs/2206.11893. `ValueError` for an unknown name.
     """
     if name not in SPECTRA:
-        raise ValueError(f"init: unknown spectrum {name!r}; may be {sorted(SPECTRA)}")
+        raise ValueError(f"spectrum: unknown {name!r}; may be {sorted(SPECTRA)}")
     return SPECTRA[name](n)
 
 

@@ -198,8 +198,10 @@ def bank_inputs(length, options, kind="complex", modes=3, channels=4, batch=2):
     rng = np.random.default_rng(length + 1)
     shape = (channels, modes)
     log_a = -rng.uniform(0.01, 0.5, shape)
+    # with dt the phase dt * Im(log_a) is rounded in the input's precision at every step
+    fastest = 0.5 if "dt" in options else 3
     if kind == "complex":
-        log_a = log_a + 1j * rng.uniform(-3, 3, shape)
+        log_a = log_a + 1j * rng.uniform(-fastest, fastest, shape)
     whole_steps = rng.integers(0, 4, (batch, length)).astype(float)
     dt = np.where(rng.uniform(size=whole_steps.shape) < 0.5, whole_steps,
                   rng.uniform(0, 3, whole_steps.shape))  # fmt: skip
@@ -236,7 +238,7 @@ def test_contracted_scan_equals_definition(kind, length, options):
         "float32",
         "xla",
         reverse="reverse" in options,
-        return_transition=True,
+        return_transition=length <= 150,
     )
 
 

@@ -46,7 +46,7 @@ def test_s4d_spectra_have_the_published_values():
     }
     for name, lam in expected.items():
         assert_close(spectra.s4d(name, n), lam)
-    with pytest.raises(ValueError, match=r"init: unknown spectrum 'fout'.*legs"):
+    with pytest.raises(ValueError, match=r"spectrum: unknown 'fout'.*legs"):
         spectra.s4d("fout", n)
 
 

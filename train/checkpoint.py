@@ -145,7 +145,7 @@ def init_from(workdir: str | Path, state: TrainState) -> TrainState:
         CheckpointError: no checkpoint there can be used.
     """
     variables, step = restore_params(workdir)
-    found = dict(_leaves(variables))
+    found = dict(named_leaves(variables))
     fresh = []
 
     def take(path, leaf):
@@ -182,6 +182,7 @@ class Checkpoints:
             raise ValueError(f"train.keep must be 1 or more, got {keep}")
         self._workdir = Path(workdir).absolute()
         self._keep = keep
+        logging.get_absl_logger().addFilter(_not_orbax_error)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -206,9 +207,8 @@ class Checkpoints:
         """Starts to save `state`, the position of the data and what the loop remembers.
 
         Args:
-            state: of which a copy is taken before this returns.
-            data: state of the training iterator, JSON-able.
-            metadata: JSON-able.
+            state, data, metadata: the arrays, and two JSON-able dicts; copies are
+                taken before this returns.
             best: a step to keep however old it grows.
 
         Raises:
@@ -219,8 +219,8 @@ class Checkpoints:
         self._saving = step, sum(x.nbytes for x in jax.tree.leaves(state))
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            data=ocp.args.JsonSave(data),
-            metadata=ocp.args.JsonSave(metadata),
+            data=ocp.args.JsonSave(_copy(data)),
+            metadata=ocp.args.JsonSave(_copy(metadata)),
         )
         try:
             self._writer.save(_folder(self._workdir, step), args=items)
@@ -316,11 +316,16 @@ def _folder(workdir: str | Path, step: int) -> Path:
     return Path(workdir).absolute() / FOLDER / str(step)
 
 
+def _copy(tree: dict) -> dict:
+    """orbax writes JSON in the background, when the caller may have changed it."""
+    return json.loads(json.dumps(tree))
+
+
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _leaves(tree) -> list[tuple[str, Any]]:
+def named_leaves(tree) -> list[tuple[str, Any]]:
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -357,6 +362,12 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _not_orbax_error(record) -> bool:
+    """False for the traceback that orbax logs of an error which it raises as well."""
+    from_orbax = Path(ocp.__file__).parent in Path(record.pathname).parents
+    return not (from_orbax and record.levelname == "ERROR")
 
 
 def _disk_full(error: BaseException | None) -> bool:

@@ -60,10 +60,18 @@ def run(
         record.report(finished)
         return finished
     record.record_versions(workdir)
-    with stop_signals() as stop, Checkpoints(workdir, config.train.keep) as checkpoints:
-        parts = set_up(config, dataset, mesh, model)
-        progress = start(config, workdir, parts, checkpoints)
-        train(config, workdir, parts, progress, checkpoints, stop, profile)
+    keep = config.train.keep
+    try:
+        with stop_signals() as stop, Checkpoints(workdir, keep) as checkpoints:
+            parts = set_up(config, dataset, mesh, model)
+            progress = start(config, workdir, parts, checkpoints)
+            train(config, workdir, parts, progress, checkpoints, stop, profile)
+    except FloatingPointError as error:
+        good = checkpoint.last_good(workdir)  # known only now: saves have ended
+        raise FloatingPointError(
+            f"{error}; last good checkpoint: {good} in {workdir}. A lower optimizer.lr, "
+            "a longer optimizer.warmup or a smaller optimizer.clip may help"
+        ) from error
     if progress.step < config.train.steps:
         print(
             f"stopped by {stop.signal} at step {progress.step}; to go on from there, "
@@ -172,20 +180,20 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
             metrics.advance(progress.step)
             last, better = progress.step == options.steps, False
             if last or progress.step % options.log_every == 0:
-                log(workdir, parts, progress, metrics)
+                log(parts, progress, metrics)
             if last or progress.step % options.eval_every == 0:
                 with metrics.paused():
-                    better = validate(config, workdir, parts, progress, metrics)
+                    better = validate(config, parts, progress, metrics)
             due = progress.step % options.checkpoint_every == 0
             stopping = bool(stop.signal)
             if last or due or better or stopping:
                 with metrics.paused():
-                    save(workdir, parts, progress, checkpoints)
+                    save(parts, progress, checkpoints)
 
 
-def log(workdir, parts, progress, metrics) -> None:
+def log(parts, progress, metrics) -> None:
     """Writes the means over the steps since the last log."""
-    check_window(workdir, progress)
+    check_window(progress)
     names = progress.window[0]
     means = {k: float(np.mean([m[k] for m in progress.window])) for k in names}
     means["lr"] = float(parts.schedule(progress.step - 1))
@@ -194,31 +202,25 @@ def log(workdir, parts, progress, metrics) -> None:
     progress.window = []
 
 
-def check_window(workdir, progress) -> None:
+def check_window(progress) -> None:
     """Fetches what was measured since the last log; it must be finite."""
     progress.window = jax.tree.map(float, jax.device_get(progress.window))
     begun = progress.step - len(progress.window)
     for number, measured in enumerate(progress.window, begun + 1):
         for name, value in measured.items():
             if not math.isfinite(value):
-                raise not_finite(workdir, f"{name} is {value}", number)
+                raise FloatingPointError(f"{name} is {value} at step {number}")
 
 
-def not_finite(workdir, what: str, number: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"{what} at step {number}; last good checkpoint: "
-        f"{checkpoint.last_good(workdir)} in {workdir}. A lower optimizer.lr, a longer "
-        "optimizer.warmup or a smaller optimizer.clip may help"
-    )
-
-
-def validate(config, workdir, parts, progress, metrics) -> bool:
+def validate(config, parts, progress, metrics) -> bool:
     """Whether this step is the best on the validation split so far."""
     scores = measure(config, parts, "validation", progress.state.variables())
     if scores is None:
         return False
     if not math.isfinite(scores["loss"]):
-        raise not_finite(workdir, f"validation loss is {scores['loss']}", progress.step)
+        raise FloatingPointError(
+            f"the validation loss is {scores['loss']} at step {progress.step}"
+        )
     metrics.write(progress.step, "validation", scores)
     name, _, more = SCORES[parts.dataset.spec["loss"]]
     best = progress.best and progress.best["scores"][name]
@@ -238,11 +240,11 @@ def measure(config, parts, split: str, variables) -> dict[str, float] | None:
     return step.evaluate(parts.eval_step, variables, batches, parts.mesh)
 
 
-def save(workdir, parts, progress, checkpoints) -> None:
+def save(parts, progress, checkpoints) -> None:
     """Starts a checkpoint of a state that is known to be finite."""
-    check_window(workdir, progress)
+    check_window(progress)
     if not step.all_finite(progress.state):
-        raise not_finite(workdir, "the state is not finite", progress.step)
+        raise FloatingPointError(f"the state is not finite at step {progress.step}")
     memory = {key: getattr(progress, key) for key in ("step", "best", "window")}
     best = progress.best and progress.best["step"]
     checkpoints.save(progress.state, parts.batches.get_state(), memory, best)

@@ -5,6 +5,7 @@
 The same command again goes on with a run that was stopped.
 """
 
+import errno
 import os
 import re
 import statistics
@@ -131,6 +132,8 @@ def _ours(error: Exception) -> bool:
         return True
     modules = sys.modules.get("train.checkpoint")
     if modules is not None and isinstance(error, modules.CheckpointError):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     if not isinstance(error, (ValueError, FloatingPointError)):
         return False

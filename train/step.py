@@ -101,7 +101,7 @@ def make_train_step(
             ema=ema,
             **collections,
         )
-        return state, metrics | {"grad_norm": optax.global_norm(grads)}
+        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     out_shardings = None if state_sharding is None else (state_sharding, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)

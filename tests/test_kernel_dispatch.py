@@ -1,0 +1,116 @@
+"""The choice of a backend, and the tolerance table."""
+
+import logging
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels
+from kernels import dispatch
+from kernels.tolerance import assert_close, error, limit
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.setattr(dispatch, "_excluded", {})
+    monkeypatch.setattr(dispatch, "_chosen", {})
+
+
+def backend(reason=None):
+    return SimpleNamespace(unsupported=lambda *arguments: reason)
+
+
+FAST, SLOW = backend("needs a GPU"), backend()
+TABLE = {"fast": FAST, "slow": SLOW}
+
+
+def test_default_is_the_first_that_can_run():
+    assert dispatch.pick("op", TABLE, None) is SLOW
+    assert dispatch.pick("op", {"slow": SLOW, "fast": FAST}, None) is SLOW
+    able = backend()
+    assert dispatch.pick("op", {"fast": able, "slow": SLOW}, None) is able
+
+
+def test_arguments_decide():
+    picky = SimpleNamespace(
+        unsupported=lambda x: "only even" if x % 2 else None,
+    )
+    table = {"picky": picky, "slow": SLOW}
+    assert dispatch.pick("op", {"picky": picky}, None, 2) is picky
+    assert dispatch.pick("op", table, None, 3) is SLOW
+
+
+def test_named_backend_never_falls_back():
+    words = r"op: backend 'fast' cannot run; .*'fast': needs a GPU; 'slow': can run"
+    with pytest.raises(ValueError, match=words):
+        dispatch.pick("op", TABLE, "fast")
+    words = r"op: unknown backend 'quick'; .*'fast': needs a GPU; 'slow': can run"
+    with pytest.raises(ValueError, match=words):
+        dispatch.pick("op", TABLE, "quick")
+
+
+def test_nothing_can_run():
+    with pytest.raises(ValueError, match="op: no backend can run; .*needs a GPU"):
+        dispatch.pick("op", {"fast": FAST}, None)
+
+
+def test_excluded_backend_is_not_the_default_but_can_be_named():
+    able = backend()
+    table = {"fast": able, "slow": SLOW}
+    kernels.exclude("op", "fast", "wrong gradient here")
+    assert dispatch.pick("op", table, None) is SLOW
+    assert dispatch.pick("other", table, None) is able
+    assert dispatch.pick("op", table, "fast") is able
+    assert dispatch.pick("op", table, None) is SLOW
+    name, why = kernels.backend_report()["op"]
+    assert name == "slow"
+    assert "fast: wrong gradient here" in why
+    kernels.exclude("op", "slow", "too slow")
+    with pytest.raises(ValueError, match="'fast': wrong.*'slow': too slow"):
+        dispatch.pick("op", table, None)
+
+
+def test_report_and_one_log_line(caplog):
+    with caplog.at_level(logging.INFO, logger="kernels.dispatch"):
+        for _ in range(3):
+            kernels.linear_scan(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)))
+    assert kernels.backend_report()["linear_scan"][0] == "xla"
+    assert len(caplog.records) == 1
+    assert "linear_scan: backend xla" in caplog.text
+
+
+def test_error_is_relative_to_the_largest_entry():
+    assert error(np.array([1.0, 10.0]), np.array([1.5, 10.0])) == pytest.approx(0.05)
+    assert error(np.array([0.25]), np.array([0.0])) == 0.25
+    assert error(np.array([1j]), np.array([2j])) == 0.5
+    assert error(np.ones(2), np.ones(3)) == np.inf
+    assert error(np.array([np.nan]), np.ones(1)) == np.inf
+    assert error(np.ones(1), np.array([np.inf])) == np.inf
+    assert error(np.ones((2, 0)), np.ones((2, 0))) == 0
+
+
+def test_assert_close_names_the_leaf():
+    good = {"a": np.ones(2, np.float32), "b": (np.ones(1),)}
+    assert_close(good, good)
+    bad = {"a": np.ones(2, np.float32), "b": (np.full(1, 1.5),)}
+    with pytest.raises(AssertionError, match=r"\['b'\]\[0\]: error 0.5, limit 1e-11"):
+        assert_close(bad, good)
+    with pytest.raises(AssertionError, match="shapes"):
+        assert_close(np.ones(2), np.ones(3))
+    with pytest.raises(AssertionError, match="structures differ"):
+        assert_close((1.0, 2.0), [1.0, 2.0])
+    off = np.float32([1 + 5e-5])
+    assert_close(off, np.ones(1), "gradient")
+    with pytest.raises(AssertionError, match="limit 2e-05"):
+        assert_close(off, np.ones(1))
+    assert_close(off, np.ones(1), dtype="bfloat16")
+
+
+def test_limits():
+    assert limit("complex64", "gradient") == limit(jnp.float32, "gradient")
+    with pytest.raises(ValueError, match="dtype must be one of float64, .* got int32"):
+        limit("int32")
+    with pytest.raises(ValueError, match="kind must be"):
+        limit("float32", "speed")

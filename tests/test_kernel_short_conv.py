@@ -1,0 +1,113 @@
+"""short_conv against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernel_cases import OPTIONS, check, option_id
+from kernels import short_conv
+from kernels.tolerance import assert_close
+
+LENGTHS = [1, 7, 64, pytest.param(1000, marks=pytest.mark.slow)]
+
+
+def inputs_for(length, options, width=4, channels=3, batch=2):
+    rng = np.random.default_rng(length)
+    return {
+        "u": rng.standard_normal((batch, length, channels)),
+        "w": rng.standard_normal((channels, width)),
+        "bias": rng.standard_normal(channels) if "state" in options else None,
+        "initial_state": rng.standard_normal((batch, width - 1, channels))
+        if "state" in options
+        else None,
+        "reset": rng.uniform(size=(batch, length)) < 0.2
+        if "reset" in options
+        else None,
+    }
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_equals_definition(dtype, length, options):
+    inputs = inputs_for(length, options)
+    check(short_conv, inputs, dtype, "xla", reverse="reverse" in options)
+
+
+@pytest.mark.parametrize("width", [1, 2, 9])
+def test_widths(width):
+    inputs = inputs_for(5, {"state", "reset"}, width)
+    check(short_conv, inputs, "float64", "xla")
+    check(short_conv, inputs, "float32", "reference", reverse=True)
+
+
+def test_lag_zero_is_the_first_tap():
+    u = np.zeros((1, 6, 1), np.float32)
+    u[0, 2] = 1
+    w = np.array([[1, 2, 3]], np.float32)
+    assert_close(short_conv(u, w)[0][0, :, 0], np.float32([0, 0, 1, 2, 3, 0]))
+    y, _ = short_conv(u, w, reverse=True)
+    assert_close(y[0, :, 0], np.float32([3, 2, 1, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cut", [1, 2, 5, 8])
+def test_two_calls_compose(cut, reverse, reset):
+    with jax.enable_x64(True):
+        inputs = inputs_for(9, {"state"} | ({"reset"} if reset else set()))
+        u, reset, state = inputs["u"], inputs["reset"], inputs["initial_state"]
+
+        def run(part, state):
+            cuts = None if reset is None else reset[:, part]
+            return short_conv(
+                u[:, part], inputs["w"], inputs["bias"], state, cuts, reverse=reverse
+            )
+
+        whole, final = run(slice(None), state)
+        parts = [slice(0, cut), slice(cut, None)]
+        if reverse:
+            parts.reverse()
+        first, middle = run(parts[0], state)
+        second, last = run(parts[1], middle)
+        joined = [second, first] if reverse else [first, second]
+        assert_close((jnp.concatenate(joined, 1), last), (whole, final))
+
+
+def test_reset_equals_separate_segments():
+    inputs = inputs_for(12, {"state"})
+    reset = np.zeros((2, 12), bool)
+    reset[:, 5] = True
+    u, w, bias, state = (
+        np.float32(inputs[k]) for k in ("u", "w", "bias", "initial_state")
+    )
+    y, final = short_conv(u, w, bias, state, reset)
+    first, _ = short_conv(u[:, :5], w, bias, state)
+    second, last = short_conv(u[:, 5:], w, bias)
+    assert_close((y, final), (jnp.concatenate([first, second], 1), last))
+
+
+def test_state_is_float32_for_bfloat16():
+    u = jnp.ones((1, 4, 2), jnp.bfloat16)
+    y, final = short_conv(u, jnp.ones((2, 3)))
+    assert (y.dtype, final.dtype, final.shape) == (jnp.bfloat16, jnp.float32, (1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"u": np.ones((2, 0, 3), np.float32)}, "u must have length"),
+        ({"u": np.ones((2, 4), np.float32)}, "u must be \\[B, L, H\\]"),
+        ({"u": np.ones((2, 4, 3), np.complex64)}, "u must be real"),
+        ({"w": np.ones((2, 4), np.float32)}, "w must be \\[H, W\\] with H = 3"),
+        ({"bias": np.ones(2, np.float32)}, "bias must be"),
+        ({"initial_state": np.ones((2, 4, 3), np.float32)}, "initial_state must be"),
+        ({"reset": np.ones((2, 5), bool)}, "reset must be"),
+        ({"backend": "fast"}, "unknown backend"),
+    ],
+)
+def test_bad_input(change, words):
+    good = {"u": np.ones((2, 4, 3), np.float32), "w": np.ones((3, 4), np.float32)}
+    with pytest.raises(ValueError, match=f"short_conv: {words}"):
+        short_conv(**{**good, **change})

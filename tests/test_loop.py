@@ -1,0 +1,263 @@
+import functools
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_run
+from flax import linen as nn
+
+from train import checkpoint, loop, losses, metrics, record, sharding, state, step
+
+MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
+LOSS = losses.make({"loss": "classification"})
+
+
+class Pool(nn.Module):
+    """The smallest model of the contract that knows mask and dropout."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs, state=None, sequence=None, train=False):
+        x = nn.tanh(nn.Dense(8)(inputs[..., None]))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        if sequence is not None and sequence.mask is not None:
+            x = x * sequence.mask[..., None]
+        return nn.Dense(3)(x.sum(axis=1)), None
+
+
+def batch_of(size=8, length=5):
+    rng = np.random.default_rng(0)
+    return {
+        "inputs": rng.normal(size=(size, length)).astype(np.float32),
+        "targets": rng.integers(0, 3, size),
+        "mask": np.arange(length) < rng.integers(2, length + 1, size)[:, None],
+    }
+
+
+def begin(batch, dropout=0.0, padded=True, **train):
+    """The state at step 0 as a function, and the step."""
+    config = {"seed": 3, "train": {"accumulate": 1, "ema": 0.0} | train}
+    model, optimizer = Pool(dropout), optax.sgd(0.1)
+    ema = config["train"]["ema"] > 0
+    update = step.make_train_step(model, optimizer, LOSS, config, padded)
+    create = functools.partial(state.create, model, optimizer, batch, 0, MESH, ema)
+    return create, update
+
+
+def updated(batch, **options):
+    """State and metrics after one update."""
+    create, update = begin(batch, **options)
+    return update(create(), batch)
+
+
+def assert_close(a, b, tolerance=1e-6):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.max(np.abs(x - y)) <= tolerance * max(np.max(np.abs(y)), 1e-3)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+    batch = batch_of()
+    batch["mask"][3:6] = False  # micro-batches of unequal weight
+    whole, at_once = updated(batch)
+    cut, in_parts = updated(batch, accumulate=4)
+    assert_close(cut.params, whole.params)
+    assert_close(in_parts, at_once)
+
+
+def test_dropout_depends_on_the_step_and_nothing_else():
+    batch = batch_of()
+    create, update = begin(batch, dropout=0.5)
+    losses = [
+        float(update(create().replace(step=jax.numpy.int32(n)), batch)[1]["loss"])
+        for n in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    create, update = begin(batch, dropout=0.5)
+    assert float(update(create(), batch)[1]["loss"]) == losses[0]
+
+
+def test_average_of_the_weights():
+    batch = batch_of()
+    create, update = begin(batch, ema=0.15)
+    current = create()
+    average = jax.device_get(current.ema)
+    for n in range(3):
+        current, _ = update(current, batch)
+        d = min(0.15, (1 + n) / (10 + n))  # 0.1, 0.15, 0.15
+        average = jax.tree.map(
+            lambda old, new, d=d: d * old + (1 - d) * new, average, current.params
+        )
+    assert_close(current.ema, average)
+    assert current.variables()["params"] is current.ema
+    assert begin(batch)[0]().ema is None
+
+
+def test_the_model_gets_the_mask_only_of_padded_data():
+    batch = batch_of()
+    _, masked = updated(batch)
+    _, unmasked = updated(batch, padded=False)
+    assert masked["loss"] != unmasked["loss"]
+
+
+def test_gradient_norm_is_that_of_the_mean_loss():
+    batch = batch_of()
+    create, update = begin(batch)
+    first = jax.device_get(create().params)
+    second, measured = update(create(), batch)
+    moved = jax.tree.map(lambda a, b: (a - b) / 0.1, first, second.params)
+    assert_close(measured["grad_norm"], optax.tree.norm(moved), 1e-5)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    data, model = batch_of(size=7), Pool()
+    variables = model.init(jax.random.key(0), data["inputs"])
+    evaluate = step.make_eval_step(model, LOSS)
+
+    def batches(size):
+        for start in range(0, 7, size):
+            rows = np.minimum(np.arange(start, start + size), 6)
+            batch = {name: array[rows].copy() for name, array in data.items()}
+            batch["mask"][np.arange(start, start + size) > 6] = False
+            yield batch
+
+    scores = [step.evaluate(evaluate, variables, batches(n), MESH) for n in (7, 3, 1)]
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], rel=1e-6)
+
+
+def test_all_finite():
+    good = state.create(Pool(), optax.adam(0.1), batch_of(), 0, MESH)
+    assert step.all_finite(good)
+    bias = good.params["Dense_0"]["bias"].at[0].set(np.inf)
+    assert not step.all_finite(good.replace(params={"bias": bias}))
+
+
+def test_unknown_collection():
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            self.variable("cache", "x", lambda: 0.0)
+
+    with pytest.raises(ValueError, match=r"among params, .* got cache"):
+        state.init_variables(Odd(), batch_of(), jax.random.key(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Of the runs below, which compile the same step again and again."""
+    before = jax.config.jax_compilation_cache_dir
+    cache = str(tmp_path_factory.mktemp("cache"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, loop.run(tiny_run.config(), workdir)
+
+
+def test_what_a_run_leaves(finished):
+    workdir, results = finished
+    assert results == json.loads((workdir / record.RESULTS).read_text())
+    assert checkpoint.steps(workdir)[-1] == results["step"] == 12
+    assert results["checkpoint"] == str(workdir / "checkpoints" / "12")
+    assert 0 <= results["test"]["accuracy"] <= 1
+    assert results["best"]["step"] in (5, 10, 12)
+    assert results["parallel_vs_recurrent"] < 1e-4
+    versions = json.loads((workdir / record.VERSIONS).read_text())
+    assert versions["packages"]["jax"] == jax.__version__ and versions["devices"]
+    assert list((workdir / "tensorboard").glob("events*"))
+    config = record.read_config(workdir)
+    assert (config.model.encoder, config.model.outputs) == ("scalar", 10)
+    with pytest.raises(ValueError, match=r"no config.json"):
+        record.read_config(workdir / "tensorboard")
+
+
+def test_metrics_file(finished):
+    rows = tiny_run.lines(finished[0])
+    training = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in training] == [3, 6, 9, 12]
+    assert {"loss", "accuracy", "grad_norm", "lr"} < set(training[0])
+    validation = [row for row in rows if row["split"] == "validation"]
+    assert [row["step"] for row in validation] == [5, 10, 12]
+    best = max(validation, key=lambda row: row["accuracy"])  # the first of equal ones
+    assert finished[1]["best"]["step"] == best["step"]
+    assert finished[1]["best"]["validation"]["accuracy"] == best["accuracy"]
+
+
+def test_a_finished_run_says_so(finished, capsys):
+    workdir, results = finished
+    before = tiny_run.weights(workdir)
+    assert loop.run(tiny_run.config(log_every=1), workdir) == results
+    out = capsys.readouterr().out
+    assert "finished before, at step 12" in out
+    assert f"\ntest accuracy: {results['test']['accuracy']:.4f}\n" in out
+    assert f"best on validation, step {results['best']['step']}: " in out
+    assert "parallel vs recurrent: max difference" in out
+    assert tiny_run.weights(workdir) == before
+
+
+def test_another_config_in_the_same_workdir(finished):
+    other = tiny_run.config(batch_size=16, steps=20)
+    other.optimizer.lr = 1.0
+    with pytest.raises(ValueError) as caught:
+        loop.run(other, finished[0])
+    message = str(caught.value)
+    assert "optimizer.lr was 0.001, is 1.0" in message
+    assert "train.batch_size was 8, is 16" in message
+    assert "steps" not in message
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    make = loop.optimizers.make
+
+    def poisoned(config, params):
+        tx, groups, schedule = make(config, params)
+        poison = optax.stateless(
+            lambda updates, _: jax.tree.map(lambda u: u * np.nan, updates)
+        )
+        late = optax.conditionally_transform(poison, lambda n: n == 6)
+        return optax.chain(tx, late), groups, schedule
+
+    monkeypatch.setattr(loop.optimizers, "make", poisoned)
+    with pytest.raises(FloatingPointError) as caught:
+        loop.run(tiny_run.config(), tmp_path)
+    # The update of step 7 breaks the weights; the loss of step 8 shows it.
+    assert "at step 8; last good checkpoint: step 5" in str(caught.value)
+    assert checkpoint.steps(tmp_path) == [5]
+    assert tiny_run.lines(tmp_path)[-1]["step"] == 6
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.step, "all_finite", lambda _: False)
+    with pytest.raises(FloatingPointError, match="the state is not finite at step 5"):
+        loop.run(tiny_run.config(), tmp_path)
+    assert checkpoint.steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (dict(log_every=0), "train.log_every must be 1 or more, got 0"),
+        (dict(accumulate=3), "multiple of .* train.accumulate = 3, got 8"),
+        (dict(ema=1.0), r"train.ema must lie in \[0, 1\), got 1.0"),
+        (dict(keep=0), "train.keep must be 1 or more"),
+    ],
+)
+def test_impossible_settings(tmp_path, train, message):
+    with pytest.raises(ValueError, match=message):
+        loop.run(tiny_run.config(**train), tmp_path)
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
+    path = tmp_path / metrics.FILE
+    kept = '{"step": 3, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n'
+    path.write_text(kept + '{"step": 6, "loss": 0.4}\n{"step": 4, "lo')
+    with metrics.Metrics(tmp_path, 5, 12):
+        pass
+    assert path.read_text() == kept

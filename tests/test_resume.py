@@ -1,0 +1,165 @@
+"""Runs that are killed and resumed equal, bit by bit, the one that was not."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import tiny_run
+
+from train import checkpoint
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    tiny_run.finish(tiny_run.start(workdir, cache, steps=STEPS))
+    assert tiny_run.weights(workdir)[0] == STEPS
+    return workdir
+
+
+def rows(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def folders(workdir, pattern):
+    return list((workdir / checkpoint.FOLDER).glob(pattern))
+
+
+def between_commit_and_digest(workdir):
+    return any(
+        not (folder / checkpoint.DIGEST).exists()
+        for folder in folders(workdir, "[0-9]*")
+        if folder.name.isdigit()
+    )
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def assert_same(workdir, uninterrupted):
+    assert tiny_run.lines(workdir) == tiny_run.lines(uninterrupted)
+    assert tiny_run.weights(workdir) == tiny_run.weights(uninterrupted)
+
+
+def test_killed_at_a_random_step(tmp_path, cache, uninterrupted):
+    rng = random.Random(0)
+    for lines in sorted(rng.sample(range(2, 25), 2)):
+        process = tiny_run.start(tmp_path, cache, steps=STEPS)
+        tiny_run.wait_for(lambda n=lines: rows(tmp_path) >= n, process)
+        kill(process)
+    tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_sigterm_saves_and_exits_0(tmp_path, cache, uninterrupted):
+    process = tiny_run.start(tmp_path, cache, steps=STEPS, checkpoint_every=1000)
+    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = tiny_run.finish(process)
+    step = checkpoint.newest_good(tmp_path)
+    assert f"stopped by SIGTERM at step {step}; to go on from there" in out
+    out, _ = tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
+    assert f"resumed from step {step} in" in out
+    assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_again_and_again(tmp_path, cache, uninterrupted, workers):
+    """At random steps, during saves, and between a commit and its digest."""
+    flag = f"--config.data.workers={workers}"
+    rng = random.Random(workers)
+    moments = [
+        lambda: folders(tmp_path, f"*{checkpoint.UNFINISHED}"),
+        lambda: between_commit_and_digest(tmp_path),
+        lambda: rows(tmp_path) >= 12,
+        lambda: rows(tmp_path) >= 18,
+    ]
+    for moment in moments:
+        process = tiny_run.start(tmp_path, cache, flag, steps=STEPS)
+        tiny_run.wait_for(moment, process)
+        time.sleep(rng.uniform(0, 0.02))
+        kill(process)
+    tiny_run.finish(tiny_run.start(tmp_path, cache, flag, steps=STEPS))
+    assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_interrupt_from_the_keyboard_reaches_workers_too(
+    tmp_path, cache, uninterrupted
+):
+    flag = "--config.data.workers=2"
+    process = tiny_run.start(tmp_path, cache, flag, steps=STEPS, checkpoint_every=1000)
+    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = tiny_run.finish(process)
+    assert "stopped by SIGINT" in out and "Traceback" not in err
+    tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
+    assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_run(tmp_path, cache, number):
+    flag = "--config.data.workers=2"
+    process = tiny_run.start(tmp_path, cache, flag, steps=100_000)
+    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+
+    def members():
+        """Processes of the run's session that still live."""
+        found = subprocess.run(
+            ["ps", "-o", "stat=", "-s", str(process.pid)],
+            capture_output=True,
+            text=True,
+        )
+        return [stat for stat in found.stdout.split() if not stat.startswith("Z")]
+
+    assert len(members()) >= 3
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 15
+    while members() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert members() == []
+
+
+@pytest.mark.slow
+def test_full_disk(tmp_path, cache):
+    """On a small file system of its own, mounted in a namespace; then it grows."""
+    enter = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$0"'
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*enter, mount, tmp_path]).returncode
+    ):
+        pytest.skip("this machine does not allow user namespaces")
+    script = f'{mount}; "$@"; echo "exit code $?"; mount -o remount,size=9m "$0"; "$@"'
+    process = tiny_run.start(
+        tmp_path / "run",
+        cache,
+        prefix=[*enter, script, str(tmp_path)],
+        steps=STEPS,
+        keep=100,
+        checkpoint_every=2,
+    )
+    out, err = tiny_run.finish(process)
+    said = re.search(r"the disk is full: the checkpoint of step (\d+) needs up to", err)
+    assert "Traceback" not in err and "exit code 2" in out
+    good = int(said[1]) - 2
+    assert f"last good checkpoint: step {good}; make room" in err
+    assert f"resumed from step {good} in" in out and "test accuracy: " in out
