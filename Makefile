@@ -10,11 +10,11 @@ INSTALLED := $(VENV)/.installed
 # of the next one cost more than its arithmetic: float32 additions over 128 MB went from
 # 7 to 24 GB/s, the gradient of a small MLP from 153 to 105 ms. The price is memory
 # that is kept. Read by glibc, ignored elsewhere.
-train reproduce: export MALLOC_ARENA_MAX = 1
-train reproduce: export MALLOC_MMAP_THRESHOLD_ = 4294967296
-train reproduce: export MALLOC_TRIM_THRESHOLD_ = 34359738368
+train reproduce bench: export MALLOC_ARENA_MAX = 1
+train reproduce bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+train reproduce bench: export MALLOC_TRIM_THRESHOLD_ = 34359738368
 
-.PHONY: install train test check reproduce lint clean
+.PHONY: install train test check reproduce bench lint clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,10 @@ check: $(INSTALLED)
 # Trains what the README reports, three seeds each, and rewrites its table.
 reproduce: $(INSTALLED)
 	$(BIN)/python -m train.reproduce
+
+# Speed and memory of the kernels on this machine.
+bench: $(INSTALLED)
+	$(BIN)/python -m kernels.bench
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -35,4 +35,6 @@ def get_config(arg="digits"):
         target=arg.target,
         augment="none",  # none, shift, affine
     )
+    config.optimizer.lr = 4e-3
+    config.train.steps = 2000
     return config

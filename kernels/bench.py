@@ -1,16 +1,18 @@
-"""python -m kernels.bench: speed and memory beside plain forms and floors, on this device.
+"""python -m kernels.bench: speed and memory beside plain forms and floors, on this
+device.
 
-Every row is one operation at one size in float32. The subject and its baselines are compiled,
-then called in turn, repeat after repeat, so that a busy machine slows all of them alike;
-the table gives ratios of medians. Floors (copy bandwidth, matmul rate) are measured in the
-same run. Peak temporary memory is XLA's own count for the compiled function.
+Every row is one operation at one size in float32. The subject and its baselines are
+compiled, then called in turn, repeat after repeat, so that a busy machine slows all of
+them alike; the table gives ratios of medians. Floors (copy bandwidth, matmul rate) are
+measured in the same run. Peak temporary memory is XLA's own count for the compiled
+function.
 
     python -m kernels.bench [--op NAME] [--out FILE.json] [--repeats N] [--small]
 
-On Linux the C library gives large buffers back after every call, and each new one costs page
-faults. Started with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296
-MALLOC_TRIM_THRESHOLD_=34359738368 it keeps them, which speeds everything up, the plain forms
-most.
+On Linux the C library gives large buffers back after every call, and each new one costs
+page faults. Started with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296
+MALLOC_TRIM_THRESHOLD_=34359738368 it keeps them, which speeds everything up, the plain
+forms most.
 """
 
 import argparse
@@ -423,7 +425,9 @@ def compile_times(case: Case, small: bool) -> dict[str, float]:
 
 
 def table(rows: list[dict], compiled: dict) -> Table:
-    shown = Table(title="subject, and how many times slower and larger the plain forms are")
+    shown = Table(
+        title="subject, and how many times slower and larger the plain forms are"
+    )
     for name in ("operation", "size", "pass", "form", "ms (quartiles)", "time ratio",
                  "temp MB", "temp ratio", "x floor"):  # fmt: skip
         shown.add_column(name, no_wrap=name not in ("operation", "size"))
@@ -450,8 +454,10 @@ def table(rows: list[dict], compiled: dict) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench",
+    description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)  #
+                                     fmt: skip
     ops = sorted({case.op for case in CASES})
     parser.add_argument("--op", choices=ops, help="only this operation")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -463,8 +469,8 @@ def main() -> None:
     console = Console()
     floor = floors(options.small)
     console.print(
-        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}; "
-        f"copy {floor['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax
+        {jax.__version__}; " f"copy {floor['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"matmul {floor['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s"
     )
     rows, compiled = [], {}

@@ -50,7 +50,9 @@ def test_two_sided_with_gates(length, reset, reverse):
     check(fft_conv, inputs, "float64", "xla", reverse=reverse)
 
 
-@pytest.mark.parametrize("options", [("state",), ("state", "reset"), ("k_reverse", "reset")])
+@pytest.mark.parametrize(
+    "options", [("state",), ("state", "reset"), ("k_reverse", "reset")]
+)
 @pytest.mark.parametrize("taps", [1, 2, 5, 16, 17, 33, 90])
 def test_filters_shorter_and_longer_than_the_input(taps, options):
     inputs = inputs_for(50, set(options), taps)
@@ -100,9 +102,7 @@ def test_reset_equals_separate_segments(two_sided):
         y, final = fft_conv(**{**inputs, "reset": reset})
         rest = {**inputs, "initial_state": None}
         pieces = [(0, 13), (13, 14), (14, 40), (40, 70)]
-        segments = [
-            fft_conv(**{**rest, "u": inputs["u"][:, a:b]}) for a, b in pieces
-        ]
+        segments = [fft_conv(**{**rest, "u": inputs["u"][:, a:b]}) for a, b in pieces]
         assert_close(y, jnp.concatenate([y for y, _ in segments], 1))
         if not two_sided:
             assert_close(final, segments[-1][1])

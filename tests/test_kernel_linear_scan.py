@@ -164,7 +164,10 @@ def test_vmap():
         ({"x": np.ones(4, np.float32)}, "x must be \\[B, L"),
         ({"x": np.ones((2, 4, 3), np.int32)}, "x must be floating point"),
         ({"initial_state": np.ones((2, 4), np.float32)}, "initial_state must be"),
-        ({"initial_state": np.ones((2, 3), np.complex64)}, "initial_state must be real"),
+        (
+            {"initial_state": np.ones((2, 3), np.complex64)},
+            "initial_state must be real",
+        ),
         ({"reset": np.ones((2, 3), bool)}, "reset must be"),
         ({"reset": np.ones((2, 4), np.int32)}, "reset must be bool, got int32"),
         ({"backend": "fast"}, "unknown backend 'fast'.*'xla': can run"),
@@ -262,9 +265,7 @@ def test_two_contracted_calls_compose(options, reverse):
         inputs = bank_inputs(140, options | {"state"})
         if "reset" in options:
             inputs["reset"][0] = False
-        split_equals_whole(
-            contracted_scan, inputs, {"u", "dt", "reset"}, 70, reverse
-        )
+        split_equals_whole(contracted_scan, inputs, {"u", "dt", "reset"}, 70, reverse)
 
 
 def test_contracted_scan_is_the_contraction_of_the_scan():
@@ -288,9 +289,7 @@ def test_whole_steps_repeat_the_input():
             times = dt[row].astype(int)
             long = np.repeat(inputs["u"][row : row + 1], times, 1)
             repeated = {**inputs, "u": long, "dt": None}
-            y2, final2 = contracted_scan(
-                **repeated, initial_state=state[row : row + 1]
-            )
+            y2, final2 = contracted_scan(**repeated, initial_state=state[row : row + 1])
             at = np.cumsum(times) - 1
             assert_close((y[row], final[row : row + 1]), (y2[0, at], final2))
 
@@ -304,7 +303,9 @@ def test_hold_is_accurate_down_to_zero(size):
         terms = range(60)
         if order == 0:
             return sum(z**k / float(np.prod(np.arange(1.0, k + 2))) for k in terms)
-        return sum((k + 1) * z**k / float(np.prod(np.arange(1.0, k + 3))) for k in terms)
+        return sum(
+            (k + 1) * z**k / float(np.prod(np.arange(1.0, k + 3))) for k in terms
+        )
 
     for angle in (0.0, 1.0, np.pi / 2, np.pi):
         z = size * np.exp(1j * angle)
@@ -318,7 +319,9 @@ def test_hold_is_accurate_down_to_zero(size):
                 limit = 1e-6 if dtype == "float32" else 1e-14
                 value = complex(float(value[0]), float(value[1]))
                 slope = complex(float(slope[0]), float(slope[1]))
-                assert abs(value - exact(0, z_rounded)) < limit * abs(exact(0, z_rounded))
+                assert abs(value - exact(0, z_rounded)) < limit * abs(
+                    exact(0, z_rounded)
+                )
                 assert abs(slope - exact(1, z_rounded)) < limit * 4
 
 

@@ -13,11 +13,12 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "ssm": {"ssm", "kernels"},
     "layers": {"layers", "ssm", "kernels"},
-    "train": {"train", "layers", "ssm", "kernels"},
+    "train": {"train", "layers", "ssm", "kernels", "configs"},
 }
-# What a ring may take from outside; None: anything.
+# What a ring may take from outside (rich prints the tables of `python -m ...`); None:
+# anything.
 MAY_USE = {
-    "kernels": {"jax", "numpy", "scipy", "jax_triton", "triton"},
+    "kernels": {"jax", "numpy", "scipy", "jax_triton", "triton", "rich"},
     "ssm": {"jax", "numpy", "scipy"},
     "layers": {"jax", "numpy", "flax", "rich"},
     "train": None,

@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -211,6 +212,29 @@ def test_another_config_in_the_same_workdir(finished):
     assert "optimizer.lr was 0.001, is 1.0" in message
     assert "train.batch_size was 8, is 16" in message
     assert "steps" not in message
+
+
+def test_a_workdir_without_checkpoint_is_free(tmp_path, capsys):
+    wrong = tiny_run.config(steps=3)
+    wrong.optimizer.schedule = "cosin"
+    with pytest.raises(ValueError, match="optimizer.schedule must be one of"):
+        loop.run(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    record.write_config(tmp_path / "run", wrong)
+    assert loop.run(tiny_run.config(steps=3), tmp_path / "run")["step"] == 3
+
+
+def test_a_damaged_best_step_does_not_hide_the_last(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / record.RESULTS).unlink()
+    best = finished[1]["best"]["step"]
+    if best == 12:
+        pytest.skip("the last step is the best")
+    (workdir / checkpoint.FOLDER / str(best) / checkpoint.DIGEST).unlink()
+    results = loop.run(tiny_run.config(), workdir)
+    assert results["test"] == finished[1]["test"] and results["best"]["test"] is None
+    assert "the best step is not tested: checkpoint" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):

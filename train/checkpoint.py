@@ -148,16 +148,16 @@ def init_from(workdir: str | Path, state: TrainState) -> TrainState:
     found = dict(named_leaves(variables))
     fresh = []
 
-    def take(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def take(name, leaf):
         if name not in found or found[name].shape != leaf.shape:
             fresh.append(name)
             return leaf
         return jax.device_put(found[name].astype(leaf.dtype), leaf.sharding)
 
     own = {"params": state.params, **state.collections()}
-    taken = jax.tree.map_with_path(take, own)
-    if len(fresh) == len(jax.tree.leaves(own)):
+    leaves = [take(name, leaf) for name, leaf in named_leaves(own)]
+    taken = jax.tree.unflatten(jax.tree.structure(own), leaves)
+    if len(fresh) == len(leaves):
         raise ValueError(f"train.init_from: no parameter of {workdir} fits this model")
     print(f"initialised from step {step} of {workdir}")
     if fresh:
@@ -277,9 +277,9 @@ class Checkpoints:
     def _tidy(self, newest: int | None) -> None:
         for leftover in (self._workdir / FOLDER).glob(f"*{UNFINISHED}"):
             _remove(leftover)
-        for bad in (
-            s for s in steps(self._workdir) if newest is not None and s > newest
-        ):
+        if newest is None:
+            return
+        for bad in (s for s in steps(self._workdir) if s > newest):
             aside = self._workdir / FOLDER / f"damaged-{bad}"
             _remove(aside)
             _folder(self._workdir, bad).rename(aside)
@@ -326,6 +326,7 @@ def _remove(folder: Path) -> None:
 
 
 def named_leaves(tree) -> list[tuple[str, Any]]:
+    """(path, leaf) of every leaf, the path as "params/encoder/kernel"."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from layers.build import build
 from train import checkpoint, data, losses, optimizers, record, sharding, state, step
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints
 from train.evaluate import compare_modes
 from train.metrics import Metrics
 from train.record import SCORES
@@ -53,24 +53,28 @@ def run(
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
-    record.claim(workdir, config)
+    record.check_workdir(workdir, config)
     finished = record.read_results(workdir)
     if finished and finished["step"] >= config.train.steps:
         print(f"this run was finished before, at step {finished['step']}")
         record.report(finished)
         return finished
-    record.record_versions(workdir)
-    keep = config.train.keep
     try:
-        with stop_signals() as stop, Checkpoints(workdir, keep) as checkpoints:
+        with (
+            stop_signals() as stop,
+            Checkpoints(workdir, config.train.keep) as checkpoints,
+        ):
             parts = set_up(config, dataset, mesh, model)
+            # Only now: what cannot be set up leaves nothing behind.
+            record.write_config(workdir, config)
+            record.write_versions(workdir)
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)
     except FloatingPointError as error:
         good = checkpoint.last_good(workdir)  # known only now: saves have ended
         raise FloatingPointError(
-            f"{error}; last good checkpoint: {good} in {workdir}. A lower optimizer.lr, "
-            "a longer optimizer.warmup or a smaller optimizer.clip may help"
+            f"{error}; last good checkpoint: {good} in {workdir}. A lower "
+            "optimizer.lr, a longer warmup or a smaller clip may help"
         ) from error
     if progress.step < config.train.steps:
         print(
@@ -93,7 +97,8 @@ def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
 def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises a `ValueError` for numbers that are not positive or cannot be divided."""
     options = config.train
-    for key in ("steps", "eval_every", "log_every", "checkpoint_every", "accumulate"):
+    positive = ("steps", "eval_every", "log_every", "checkpoint_every", "keep")
+    for key in (*positive, "accumulate"):
         if options[key] < 1:
             raise ValueError(f"train.{key} must be 1 or more, got {options[key]}")
     if not 0 <= options.ema < 1:
@@ -265,10 +270,14 @@ def finish(config, workdir, parts, progress) -> dict:
         "checkpoint": str(workdir / checkpoint.FOLDER / str(progress.step)),
     }
     if progress.best:
-        best, number = checkpoint.restore_params(workdir, progress.best["step"])
-        best = jax.device_put(best, sharding.replicated(parts.mesh))
-        validation = progress.best["scores"]
-        results["best"] = {"step": number, "validation": validation, "test": test(best)}
+        number, validation = progress.best["step"], progress.best["scores"]
+        results["best"] = {"step": number, "validation": validation, "test": None}
+        try:
+            best, _ = checkpoint.restore_params(workdir, number)
+            best = jax.device_put(best, sharding.replicated(parts.mesh))
+            results["best"]["test"] = test(best)
+        except CheckpointError as error:
+            print(f"the best step is not tested: {error}")
     results["parallel_vs_recurrent"] = compare(parts, variables)
     record.write_results(workdir, results)
     record.report(results)
@@ -281,7 +290,8 @@ def compare(parts, variables) -> float | str:
         parts.model.init_state(1)
     except ValueError as error:
         return str(error)
-    batch = next(iter(parts.dataset.evaluation("test", 1)))
+    splits = [s for s in ("test", "validation", "train") if s in parts.dataset.sources]
+    batch = next(iter(parts.dataset.evaluation(splits[0], 1)))
     return float(compare_modes(parts.model, variables, batch))
 
 

@@ -45,9 +45,8 @@ class Metrics:
         if self._first:
             _drop_after(workdir / FILE, start)
             self._file = (workdir / FILE).open("a", buffering=1)
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start + 1 if start else None
-            )
+            board = str(workdir / "tensorboard")
+            self._board = SummaryWriter(board, purge_step=start + 1)
         self._bar = _bar(start, steps) if self._first and _is_terminal() else None
 
     def __enter__(self) -> "Metrics":

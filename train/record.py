@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from train import checkpoint
 from train.checkpoint import write_atomically
 
 CONFIG = "config.json"
@@ -41,15 +42,13 @@ SCORES = {
 }
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes the resolved config to `workdir`, unless another run lives there.
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Raises a `ValueError` where checkpoints of another config are in `workdir`.
 
-    Raises:
-        ValueError: naming the keys, other than FREE, whose values differ.
+    It names the keys, other than FREE, whose values differ.
     """
-    new = json.loads(json.dumps(config.to_dict()))
-    if (workdir / CONFIG).exists():
-        old, flat = _flat(json.loads((workdir / CONFIG).read_text())), _flat(new)
+    if checkpoint.steps(workdir) and (workdir / CONFIG).exists():
+        old, flat = (_flat(c.to_dict()) for c in (read_config(workdir), _plain(config)))
         differing = [
             f"{key} was {old.get(key)!r}, is {flat.get(key)!r}"
             for key in sorted({*old, *flat} - {*FREE})
@@ -60,9 +59,14 @@ def claim(workdir: Path, config: ConfigDict) -> None:
                 f"{workdir} holds a run of another config ({'; '.join(differing)}): "
                 "give another --workdir, or the values it began with"
             )
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Makes `workdir` that of a run of `config`, as it was resolved."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / CONFIG, json.dumps(new, indent=2) + "\n")
+        text = json.dumps(_plain(config).to_dict(), indent=2)
+        write_atomically(workdir / CONFIG, text + "\n")
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
@@ -73,7 +77,7 @@ def read_config(workdir: str | Path) -> ConfigDict:
     return ConfigDict(json.loads(path.read_text()))
 
 
-def record_versions(workdir: Path) -> None:
+def write_versions(workdir: Path) -> None:
     """Writes what this start runs on: revision, packages, devices."""
     if jax.process_index():
         return
@@ -102,10 +106,8 @@ def print_table(
         compiled: the train step.
         seconds: that compiling it took.
     """
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    named = checkpoint.named_leaves(params)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in named}
     counts = [(name, sum(map(sizes.get, paths))) for name, paths in groups.items()]
     flops = (compiled.cost_analysis() or {}).get("flops", math.nan)
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -153,6 +155,11 @@ def report(results: Mapping) -> None:
     else:
         print(f"parallel vs recurrent: no recurrent mode ({difference})")
     print(f"checkpoint: {results['checkpoint']}", flush=True)
+
+
+def _plain(config: ConfigDict) -> ConfigDict:
+    """As JSON gives it back: tuples become lists."""
+    return ConfigDict(json.loads(json.dumps(config.to_dict())))
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict:

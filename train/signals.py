@@ -10,7 +10,7 @@ from types import SimpleNamespace
 def stop_signals():
     """Yields an object whose `signal` names the SIGTERM or SIGINT that came, else None.
 
-    The second signal acts as if this were not there: a run that hangs can be ended.
+    A second SIGINT acts as if this were not there: a run that hangs can be ended.
     """
     stop = SimpleNamespace(signal=None)
     before = {}
@@ -21,7 +21,7 @@ def stop_signals():
 
     def receive(number, _):
         stop.signal = signal.Signals(number).name
-        restore()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     # Only the main thread receives signals, and only it may ask for them.
     if threading.current_thread() is threading.main_thread():

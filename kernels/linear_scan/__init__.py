@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, pairs, segments
+from kernels import checks, dispatch, segments
 from kernels.linear_scan import gradient, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
@@ -61,27 +61,14 @@ def linear_scan(
     if module is reference:
         h, final = reference.linear_scan(a, x, initial_state, into, reverse)
     else:
-        h, final = _solve(module, a, x, initial_state, into, reverse)
+        keep = None if into is None else (~into).astype(initial_state.real.dtype)
+        h, final = gradient.solve(module, reverse, a, x, initial_state, keep)
     if out is not None:
         final = jnp.where(_per_row(out, final), 0, final)
     if not return_transition:
         return h, final
     transition = _transition(a, x.shape, reset).astype(final.dtype)
     return h, final, transition
-
-
-def _solve(module, a, x, initial_state, into, reverse):
-    """On pairs: a [B|1, L|1, *S|1], initial_state in the state's dtype."""
-    keep = None if into is None else (~into).astype(initial_state.real.dtype)
-    h, final = gradient.solve(
-        module,
-        reverse,
-        pairs.split(a),
-        pairs.split(x),
-        pairs.split(initial_state),
-        keep,
-    )
-    return pairs.join(h), pairs.join(final)
 
 
 def _transition(a, shape, reset):

@@ -5,8 +5,8 @@ state enters and leaves through [T, N] tables of powers, and only the states at 
 chunk boundaries are scanned. Three real matmuls per chunk; JAX differentiates them.
 
 With dt or resets the steps differ: a chunk's states are made by the linear scan,
-contracted and forgotten. Only the states at chunk boundaries are kept; the backward pass
-makes a chunk's states again.
+contracted and forgotten. Only the states at chunk boundaries are kept; the backward
+pass makes a chunk's states again.
 """
 
 from functools import partial
@@ -76,21 +76,18 @@ def _matmul_chunks(log_a, b, c, u, state, size):
         u.astype(dtype).reshape(batch, chunks, size, channels).transpose(3, 1, 0, 2)
     )
     driven = jnp.einsum("hcbt,hnt->hcbn", inputs, jnp.concatenate(into, 1)[..., ::-1])
-    driven = tuple(jnp.split(driven, parts, -1))
-    decay = tuple(part[:, None, None, :, size] for part in table)
-    entering = tuple(part.swapaxes(0, 1) for part in state)
+    driven = pairs.join(tuple(jnp.split(driven, parts, -1)))
+    decay = pairs.join(tuple(part[:, None, None, :, size] for part in table))
+    entering = pairs.join(state).swapaxes(0, 1)
     after, last = gradient.solve(xla, False, decay, driven, entering, None)
-    before = tuple(
-        jnp.concatenate([first[:, None], rest[:, :-1]], 1)
-        for first, rest in zip(entering, after, strict=True)
-    )
+    before = jnp.concatenate([entering[:, None], after[:, :-1]], 1)
     y = jnp.einsum(
         "hcbk,hkt->hcbt",
-        jnp.concatenate([inputs, *before], -1),
+        jnp.concatenate([inputs, *pairs.split(before)], -1),
         jnp.concatenate([toeplitz, *pairs.conj(out)], 1),
     )
     y = y.transpose(2, 1, 3, 0).reshape(batch, length, channels)
-    return y.astype(u.dtype), tuple(part.swapaxes(0, 1) for part in last)
+    return y.astype(u.dtype), pairs.split(last.swapaxes(0, 1))
 
 
 def _real_sum(table, c):
@@ -131,13 +128,15 @@ def _chunk_states(log_a, b, c, state, u, dt, keep):
     """The chunk's final state and y, through its states [B, T, H, N]."""
     inputs = u.astype(b[0].dtype)[..., None]
     if dt is None:
-        decay = tuple(part[None, None] for part in pairs.exp(log_a))
+        decay = pairs.exp(tuple(part[None, None] for part in log_a))
         driven = pairs.scale(b, inputs)
     else:
         elapsed = dt[..., None, None]
         z = pairs.scale(log_a, elapsed)
         decay = pairs.exp(z)
         driven = pairs.mul(hold.phi(z), pairs.scale(b, elapsed * inputs))
+    decay, driven, state = (pairs.join(pair) for pair in (decay, driven, state))
     h, last = gradient.solve(xla, False, decay, driven, state, keep)
-    y = sum(part * weight for part, weight in zip(h, pairs.conj(c), strict=True))
-    return last, y.sum(-1).astype(u.dtype)
+    weighted = zip(pairs.split(h), pairs.conj(c), strict=True)
+    y = sum(part * weight for part, weight in weighted)
+    return pairs.split(last), y.sum(-1).astype(u.dtype)

@@ -33,7 +33,7 @@ def load(target: str = "label", augment: str = "none") -> pipeline.Dataset:
     validation is a tenth of the rest, drawn likewise.
 
     Args:
-        target: "label": inputs are 64 standardised grey values, the target is the digit.
+        target: "label": inputs are 64 standardised grey values, targets the digits.
             "next": inputs are the tokens START, pixel 0, ..., pixel 62; the targets are
             the pixels 0, ..., 63, each one of 17 grey levels.
         augment: of training images. "none"; "shift": by up to one pixel in each

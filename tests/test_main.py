@@ -1,0 +1,120 @@
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+from absl import flags
+
+from train import main
+
+CONFIG = "configs/pixels.py:digits"
+
+
+def answer(*arguments):
+    """What `python -m train.main` says to something that it cannot do."""
+    command = [sys.executable, "-m", "train.main", *arguments]
+    done = subprocess.run(
+        command, cwd=tiny_run.ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config=configs/nope.py:a"], "there is no file 'configs/nope.py'"),
+        (["--config=configs/pixels.py:digits,lyer=s5"], "'lyer=s5' is not valid"),
+        (["--config", CONFIG, "--config.train.stpes=3"], "has no 'stpes'; it has acc"),
+        (["--config", CONFIG, "--config.trian.steps=3"], "has no 'trian'; it has data"),
+        (["--config", CONFIG, "--config.train.steps=x"], "--config.train.steps=x: inv"),
+        (["--config", CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
+        (
+            ["--config", CONFIG, "--seeds=0,one"],
+            "whole numbers such as 0,1,2, got 'one'",
+        ),
+        (["--config", CONFIG, "extra"], "unknown arguments ['extra']"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else "",
+)
+def test_mistakes_on_the_command_line_are_one_line(arguments, message):
+    said = answer(*arguments)
+    assert said.startswith("error: ") and message in said
+    assert said.count("\n") == 1
+
+
+def test_an_unknown_layer_is_one_line_too(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    said = answer("--config", CONFIG, workdir, "--config.model.layer=nope")
+    assert said.startswith("error: layer: unknown 'nope'; may be [")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Parses flags for `main.main` in this process."""
+
+    def parse(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.main", *arguments])
+        flags.FLAGS.unparse_flags()
+        for name in ("workdir", "seeds", "config"):
+            flags.FLAGS[name].unparse()
+        return main._parse(sys.argv)
+
+    yield parse
+    flags.FLAGS.unparse_flags()
+
+
+def results(seed):
+    test = {"accuracy": 0.5 + seed / 10, "loss": 1.0}
+    best = {"step": 1, "validation": test, "test": {"accuracy": 0.9, "loss": 1.0}}
+    return {"step": 2, "loss": "classification", "test": test, "best": best}
+
+
+def test_several_seeds(parsed, monkeypatch, capsys, tmp_path):
+    from train import loop
+
+    started = []
+
+    def run(config, workdir, profile):
+        started.append((config.seed, str(workdir)))
+        return results(config.seed)
+
+    monkeypatch.setattr(loop, "run", run)
+    argv = parsed(f"--config={CONFIG},layer=s5", "--seeds=0,1,3")
+    assert main.main(argv) == 0
+    name = "runs/pixels-digits,layer=s5-"
+    assert started == [(seed, f"{name}{seed}") for seed in (0, 1, 3)]
+    out = capsys.readouterr().out
+    assert "median           0.6000    0.9000" in out
+    assert "lowest           0.5000    0.9000" in out
+    assert "highest          0.8000    0.9000" in out
+    started.clear()
+    main.main(parsed(f"--config={CONFIG}", "--seeds=0,1", f"--workdir={tmp_path}"))
+    assert started == [(seed, str(tmp_path / str(seed))) for seed in (0, 1)]
+
+
+def test_a_stopped_run_ends_the_row_of_seeds(parsed, monkeypatch, capsys):
+    from train import loop
+
+    monkeypatch.setattr(loop, "run", lambda *_: {"step": 1, "stopped": "SIGTERM"})
+    assert main.main(parsed(f"--config={CONFIG}", "--seeds=0,1")) == 0
+    assert capsys.readouterr().out.count("workdir:") == 1
+
+
+def test_default_workdir(parsed, monkeypatch):
+    from train import loop
+
+    found = []
+    monkeypatch.setattr(loop, "run", lambda _, workdir, __: found.append(workdir) or {})
+    main.main(parsed("--config=configs/own.py:path=a/b c.npz"))
+    assert str(found[0]) == "runs/own-path=a_b_c.npz-0"
+
+
+@pytest.mark.slow
+def test_profile(tmp_path):
+    process = tiny_run.start(tmp_path, tmp_path / "cache", "--profile")
+    tiny_run.finish(process)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

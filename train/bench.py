@@ -1,0 +1,250 @@
+"""Speed of layers, training steps and decoding beside the textbook forms, on this device.
+
+    python -m train.bench [--case mixer|step|decode|compile] [--repeats 7] [--small]
+                          [--out FILE.json]
+
+Subject and baseline are compiled, then called in turn, so that a busy machine slows both
+alike; figures are medians with quartiles, ratios are baseline over subject. Temporary
+memory is the compiler's own count. Start it with the allocator setting of the Makefile.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from configs import common
+from kernels import bench as timing
+from kernels import fft_conv
+from layers import S4D, S5, build
+from layers.common import logical
+from ssm import sequence as seq
+
+
+class TableS4D(S4D):
+    """S4D whose filter is the (n, L) table of powers, as the equation is written."""
+
+    def _forward(self, system, rule, B, D, u, state, sequence):
+        if state is not None:
+            return super()._forward(system, rule, B, D, u, state, sequence)
+        filter_by_table = timing.filter_by_table(u.shape[1])
+        taps = filter_by_table(system.c * system.b, system.log_a)
+        return fft_conv(u, taps, skip=D)[0], state
+
+
+class AssociativeS5(S5):
+    """S5 with a complex `associative_scan` over all states, the published form."""
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        lam, dt, B, C, D = self._parameters()
+        z = lam * dt
+        inputs = (jnp.expm1(z) / lam) * (x @ B.T)
+        states = timing.scan_by_associative_scan(jnp.exp(z), inputs)
+        return (states @ C[0].T).real + D * x, state
+
+
+class DenseS4D(nn.Module):
+    """Decoding with dense state matrices, y = C h, h = A h + B u, one [N, N] complex
+    matrix per feature: what a general state-space implementation does per token."""
+
+    features: int
+    state_size: int = 64
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        seq.check(x, sequence)
+        H, N = self.features, self.state_size
+
+        def matrices(key, shape):
+            lam = -jax.random.uniform(key, shape[:2])
+            return jnp.eye(N) * jnp.exp(lam)[..., None]
+
+        A = self.param("A", logical(matrices, "embed", None, None), (H, N, N))
+        A = A.astype(jnp.complex64)
+        B, C = (
+            self.param(name, logical(nn.initializers.normal(), "embed", None), (H, N))
+            for name in "BC"
+        )
+        outputs = []
+        for t in range(x.shape[1]):
+            state = jnp.einsum("hmn,bhn->bhm", A, state) + B * x[:, t, :, None]
+            outputs.append(jnp.sum(C * state, axis=-1).real)
+        return jnp.stack(outputs, axis=1), state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        shape = (batch_size, self.features, self.state_size)
+        return jnp.zeros(shape, jnp.complex64)
+
+
+def model_config(layer, features, depth, **layer_args):
+    """A scalar-to-class model of the default shape."""
+    config = common.base().model
+    config.update(layer=layer, features=features, depth=depth, norm="layer")
+    config.update(encoder="scalar", outputs=10)
+    config.layer_args.update(layer_args)
+    return config
+
+
+HERE = "train.bench."
+
+
+def mixer_case(small):
+    """S5 mixer, forward+backward: B8 L4096 H128 P64."""
+    B, L, H, P = (2, 256, 16, 8) if small else (8, 4096, 128, 64)
+    x = jax.random.normal(jax.random.key(0), (B, L, H))
+    functions = {}
+    for name, cls in (("S5", S5), ("complex associative_scan", AssociativeS5)):
+        mixer = cls(H, 2 * P)
+        variables = nn.unbox(mixer.init(jax.random.key(1), x[:, :2]))
+
+        def run(variables, x, mixer=mixer):
+            def loss(variables, x):
+                return jnp.sum(mixer.apply(variables, x)[0] ** 2)
+
+            return jax.value_and_grad(loss, (0, 1))(variables, x)
+
+        functions[name] = (run, (variables, x))
+    return functions
+
+
+def step_function(config):
+    """A training step (AdamW) and its arguments' maker: (params, opt_state, x, labels)."""
+    model, optimizer = build(config), optax.adamw(1e-3)
+
+    def step(params, opt_state, x, labels):
+        def loss(params):
+            logits, _ = model.apply({"params": params}, x, train=True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    def arguments(batch, length):
+        x = jax.random.normal(jax.random.key(0), (batch, length))
+        init = jax.jit(model.init)
+        params = nn.unbox(init({"params": jax.random.key(1)}, x)["params"])
+        labels = jnp.zeros((batch,), jnp.int32)
+        return params, optimizer.init(params), x, labels
+
+    return step, arguments
+
+
+def step_case(small):
+    """Training step of the 4-layer S4D model: B16 L1024 H128 N64 (all modes stored)."""
+    B, L, H = (2, 128, 16) if small else (16, 1024, 128)
+    functions = {}
+    for name, layer in (("S4D", "s4d"), ("table of powers", HERE + "TableS4D")):
+        step, arguments = step_function(model_config(layer, H, 4, state_size=128))
+        functions[name] = (step, arguments(B, L))
+    return functions
+
+
+def decode_case(small):
+    """Decoding, B1, 4 layers, H128 N64, 64 tokens in one compiled loop."""
+    H, tokens = (16, 8) if small else (128, 64)
+    functions = {}
+    for name, layer in (("S4D", "s4d"), ("dense state matrices", HERE + "DenseS4D")):
+        model = build(model_config(layer, H, 4))
+        x = jax.random.normal(jax.random.key(0), (1, tokens))
+        state = model.init_state(1)
+        variables = nn.unbox(
+            jax.jit(model.init)({"params": jax.random.key(1)}, x[:, :1], state)
+        )
+
+        def run(variables, x, state, model=model):
+            def one(state, token):
+                y, state = model.apply(variables, token[:, None], state)
+                return state, y
+
+            return jax.lax.scan(one, state, x.T)
+
+        functions[name] = (run, (variables, x, state))
+    return functions
+
+
+CASES = {"mixer": mixer_case, "step": step_case, "decode": decode_case}
+
+
+def run_case(name, small, repeats):
+    """Rows of time and memory for one case; the first form is the subject."""
+    compiled, memory = {}, {}
+    for form, (function, arguments) in CASES[name](small).items():
+        call, _, memory[form] = timing.compile_function(function, arguments)
+        compiled[form] = (call, arguments)
+    times = timing.measure(compiled, repeats)
+    return [
+        {"form": form, "temporary_bytes": memory[form], **timing.summary(times[form])}
+        for form in compiled
+    ]
+
+
+def compile_rows(small):
+    """Seconds to compile a training step of S4D at growing L and growing depth."""
+    base = (64, 2) if small else (1024, 4)
+    rows = []
+    for length, depth in (base, (4 * base[0], base[1]), (base[0], 4 * base[1])):
+        step, arguments = step_function(model_config("s4d", 32, depth))
+        shapes = jax.eval_shape(functools.partial(arguments, 4, length))
+        _, seconds, _ = timing.compile_function(step, shapes)
+        rows.append({"length": length, "depth": depth, "seconds": seconds})
+    return rows
+
+
+def show(console, title, rows):
+    table = Table("form", "ms (quartiles)", "time ratio", "temp MB", "memory ratio")
+    table.title = title
+    subject = rows[0]
+    for row in rows:
+        low, high = row["quartiles_s"]
+        table.add_row(
+            row["form"],
+            f"{1e3 * row['median_s']:.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})",
+            f"{row['median_s'] / subject['median_s']:.2f}",
+            f"{row['temporary_bytes'] / 1e6:.1f}",
+            f"{row['temporary_bytes'] / max(subject['temporary_bytes'], 1):.1f}",
+        )
+    console.print(table)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m train.bench")
+    parser.add_argument("--case", choices=[*CASES, "compile"], help="only this one")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="small sizes, seconds")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    console = Console(width=100)
+    found = {}
+    for name, case in CASES.items():
+        if options.case in (None, name):
+            found[name] = run_case(name, options.small, options.repeats)
+            show(console, case.__doc__, found[name])
+    if options.case in (None, "compile"):
+        found["compile"] = compile_rows(options.small)
+        for row in found["compile"]:
+            console.print(
+                f"compile a training step, L={row['length']} depth={row['depth']}: "
+                f"{row['seconds']:.2f} s"
+            )
+    if options.out:
+        options.out.write_text(json.dumps(timing.environment() | found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
