@@ -21,7 +21,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -51,7 +51,6 @@ class Case:
     make: Callable
     forms: Callable  # size -> {name: function}; the first is the subject
     flops: Callable = lambda s: 0  # of the subject's matmuls
-    skip_gradient: tuple[str, ...] = field(default=())
 
 
 # The plain forms, each the way a reader of the equation would write it in JAX.
@@ -424,13 +423,13 @@ def compile_times(case: Case, small: bool) -> dict[str, float]:
     return seconds
 
 
-def table(rows: list[dict], compiled: dict) -> Table:
+def table(rows: list[dict]) -> Table:
     shown = Table(
         title="subject, and how many times slower and larger the plain forms are"
     )
     for name in ("operation", "size", "pass", "form", "ms (quartiles)", "time ratio",
                  "temp MB", "temp ratio", "x floor"):  # fmt: skip
-        shown.add_column(name, no_wrap=name not in ("operation", "size"))
+        shown.add_column(name, no_wrap=name != "operation")
     subject = None
     for row in rows:
         if row["subject"]:
@@ -454,10 +453,11 @@ def table(rows: list[dict], compiled: dict) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench",
-    description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  #
-                                     fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     ops = sorted({case.op for case in CASES})
     parser.add_argument("--op", choices=ops, help="only this operation")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -467,10 +467,12 @@ def main() -> None:
     if options.repeats < 1:
         parser.error("--repeats must be >= 1")
     console = Console()
+    if not console.is_terminal:
+        console.width = 160
     floor = floors(options.small)
     console.print(
-        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax
-        {jax.__version__}; " f"copy {floor['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), "
+        f"jax {jax.__version__}; copy {floor['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"matmul {floor['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s"
     )
     rows, compiled = [], {}
@@ -478,7 +480,7 @@ def main() -> None:
         if options.op in (None, case.op):
             rows += run_case(case, options.small, options.repeats, floor)
             compiled[f"{case.op}: {case.name}"] = compile_times(case, options.small)
-    console.print(table(rows, compiled))
+    console.print(table(rows))
     for name, seconds in compiled.items():
         listed = ", ".join(f"{length}: {s:.2f} s" for length, s in seconds.items())
         console.print(f"compile forward+backward, {name}: {listed}")

@@ -112,4 +112,3 @@ class Block(nn.Module):
     def init_state(self, batch_size):
         """The mixer's initial state."""
         return self.mixer().init_state(batch_size)
-

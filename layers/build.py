@@ -51,7 +51,7 @@ def build(config) -> Model:
             raise ValueError(f"{key}: must be at least 1, got {config[key]}")
     if config["encoder"] == "token" and config["vocab_size"] < 1:
         raise ValueError(
-            f"vocab_size: the token encoder needs at least 1, got {config['vocab_size']}"
+            f"vocab_size: a token encoder needs at least 1, got {config['vocab_size']}"
         )
     dtype = DTYPES[config["dtype"]]
     pattern = tuple(

@@ -30,15 +30,20 @@ def complex_normal(std=1.0):
     return init
 
 
-def dense(features, name, dtype, axes=("embed", "mlp"), **fields):
+def dense(
+    features,
+    name,
+    dtype,
+    axes=("embed", "mlp"),
+    bias_init=nn.initializers.zeros_init(),  # noqa: B008 (a pure function)
+):
     """`nn.Dense` with logical axes on its kernel and bias."""
     return nn.Dense(
         features,
         name=name,
         dtype=dtype,
         kernel_init=logical(nn.initializers.lecun_normal(), *axes),
-        bias_init=logical(nn.initializers.zeros_init(), axes[1]),
-        **fields,
+        bias_init=logical(bias_init, axes[1]),
     )
 
 

@@ -9,6 +9,7 @@ returns one `Finding` per law: its error, its limit, or why it does not apply.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -88,7 +89,9 @@ class Case:
 
         def scalar(variables, x, state, *extra):
             total = 0.0
-            for i, leaf in enumerate(jax.tree.leaves(call(variables, x, state, *extra))):
+            for i, leaf in enumerate(
+                jax.tree.leaves(call(variables, x, state, *extra))
+            ):
                 weight = jax.random.normal(jax.random.key(i), leaf.shape)
                 total = total + jnp.sum(leaf.real * weight)
                 if jnp.iscomplexobj(leaf):
@@ -132,9 +135,7 @@ def modes(case):
     pieces = case.in_pieces(sizes, case.x, case.state, None)
     steps = case.in_pieces([1] * case.length, case.x, case.state, None)
     fresh = case(case.x, case.layer.init_state(B))
-    return max(
-        worst(pieces, whole), worst(steps, whole), worst(case(case.x), fresh)
-    )
+    return max(worst(pieces, whole), worst(steps, whole), worst(case(case.x), fresh))
 
 
 def mode_gradients(case):
@@ -224,7 +225,7 @@ def packing(case):
     reset = np.zeros((B, case.length), bool)
     reset[:, cuts[:-1]] = True
     y, final = case(case.x, case.state, Sequence(reset=jnp.asarray(reset)))
-    separate = [case(case.x[:, a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    separate = [case(case.x[:, a:b]) for a, b in itertools.pairwise(cuts)]
     outputs = jnp.concatenate([piece[0] for piece in separate], axis=1)
     return worst((y, final), (outputs, separate[-1][1]))
 

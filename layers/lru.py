@@ -62,7 +62,9 @@ class LRU(nn.Module):
         H, P = self.features, self.state_size
         nu_log = self.param(
             "nu_log",
-            logical(lambda key: spectra.lru_nu(key, P, self.r_min, self.r_max), "state"),
+            logical(
+                lambda key: spectra.lru_nu(key, P, self.r_min, self.r_max), "state"
+            ),
         )
         theta_log = self.param(
             "theta_log",
@@ -75,9 +77,7 @@ class LRU(nn.Module):
         B = self.param(
             "B", logical(normal((2 * H) ** -0.5), "state", "embed", None), (P, H, 2)
         )
-        C = self.param(
-            "C", logical(normal(P**-0.5), "embed", "state", None), (H, P, 2)
-        )
+        C = self.param("C", logical(normal(P**-0.5), "embed", "state", None), (H, P, 2))
         D = self.param("D", logical(normal(1.0), "embed"), (H,))
         return (
             stability.ring(nu_log, theta_log),

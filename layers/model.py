@@ -45,7 +45,11 @@ class Encoder(nn.Module):
             x = x[..., None]
         if x.dtype == jnp.uint8:
             x = x.astype(jnp.float32) / 255.0
-        return dense(self.features, "project", self.dtype, ("channel", "embed"))(x)
+        # A zero input (a black pixel, silence) must not become a zero token: there the
+        # gradient of a norm is 1 / sqrt(epsilon).
+        bias = nn.initializers.normal(1.0)
+        axes = ("channel", "embed")
+        return dense(self.features, "project", self.dtype, axes, bias)(x)
 
 
 class PoolState(NamedTuple):
@@ -87,8 +91,8 @@ class Model(nn.Module):
         """inputs (see `Encoder`) -> y, state.
 
         y [B, outputs] for a pooled head, [B, L, outputs] for "token"; state is None for
-        a model with a bidirectional layer. `ValueError` for a wrong rank or shape, L = 0,
-        or a mask, reset or dt that is not [B, L].
+        a model with a bidirectional layer. `ValueError` for a wrong rank or shape,
+        L = 0, or a mask, reset or dt that is not [B, L].
         """
         if self.head == "retrieval":
             inputs, sequence = _two_documents(inputs, sequence)
@@ -173,7 +177,7 @@ def _two_documents(inputs, sequence):
 
 
 def _pool(x, sequence, before, head):
-    """Mean or last of the existing tokens since the last reset, [B, H], and the state."""
+    """Mean or last of the tokens since the last reset, [B, H], and the new state."""
     B, L, _ = x.shape
     mask = jnp.ones((B, L), bool) if sequence.mask is None else sequence.mask
     if before is None:

@@ -56,7 +56,7 @@ class S4D(nn.Module):
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 
-        Raises `ValueError` for a wrong shape, or a state given to a bidirectional layer.
+        `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
         sequence = seq.check(x, sequence)
@@ -80,7 +80,9 @@ class S4D(nn.Module):
         """Zeros [B, H, n] complex64."""
         if self.bidirectional:
             raise no_initial_state("S4D")
-        return jnp.zeros((batch_size, self.features, self.state_size // 2), jnp.complex64)
+        return jnp.zeros(
+            (batch_size, self.features, self.state_size // 2), jnp.complex64
+        )
 
     def _parameters(self):
         H, n = self.features, self.state_size // 2
@@ -92,7 +94,9 @@ class S4D(nn.Module):
         lam = spectra.s4d(self.spectrum, n)
         rate = stability.inverse(self.transform, -lam.real)
         A_re = self.param("A_re", logical(constant(rate), None, "state"), (copies, n))
-        A_im = self.param("A_im", logical(constant(lam.imag), None, "state"), (copies, n))
+        A_im = self.param(
+            "A_im", logical(constant(lam.imag), None, "state"), (copies, n)
+        )
         B = self.param(
             "B", logical(constant([1.0, 0.0]), None, "state", None), (copies, n, 2)
         )

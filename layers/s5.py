@@ -49,7 +49,7 @@ class S5(nn.Module):
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex (None if bidirectional).
 
-        Raises `ValueError` for a wrong shape, or a state given to a bidirectional layer.
+        `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
         sequence = seq.check(x, sequence)
@@ -152,7 +152,7 @@ def _c_init(name, V):
     N = V.shape[0]
 
     def init(key, shape, dtype=jnp.float32):
-        directions, H, P, _ = shape
+        directions, H, _, _ = shape
         if name == "complex_normal":
             return jax.random.normal(key, shape, dtype) * np.sqrt(0.5)
         std = {"trunc_standard_normal": N**-0.5, "lecun_normal": (N * H) ** -0.5}[name]

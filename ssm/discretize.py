@@ -99,8 +99,10 @@ def dense_zoh(A, B, dt):
 def dense_gbt(A, B, dt, alpha=0.5):
     """GBT(alpha) of a dense system in NumPy float64.
 
-    A_bar = (I - alpha dt A)^{-1} (I + (1 - alpha) dt A), B_bar = dt (I - alpha dt A)^{-1}
-    B. A [N, N], B [N] or [N, M]; returns arrays of the same shapes.
+    A_bar = (I - alpha dt A)^{-1} (I + (1 - alpha) dt A),
+    B_bar = dt (I - alpha dt A)^{-1} B.
+
+    A [N, N], B [N] or [N, M]; returns arrays of the same shapes.
     """
     A, B = np.asarray(A), np.asarray(B)
     identity = np.eye(len(A))

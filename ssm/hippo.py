@@ -16,7 +16,7 @@ def legs(N):
 
 
 def legs_low_rank(N):
-    """P [N] with A_legs + P P^T normal (skew-symmetric minus I/2): P_n = sqrt(n + 1/2)."""
+    """P [N], P_n = sqrt(n + 1/2): A_legs + P P^T is normal, skew minus I/2."""
     return np.sqrt(np.arange(N, dtype=np.float64) + 0.5)
 
 

@@ -41,7 +41,7 @@ def hold(log_a, elapsed):
 
 
 def step(system, u, state, elapsed=None, reset=None):
-    """One token. u [B, H], state [B, H, n], elapsed and reset [B] -> y [B, H], state."""
+    """One token. u [B, H], state [B, H, n], elapsed, reset [B] -> y [B, H], state."""
     log_a, b, c = system
     if reset is not None:
         state = jnp.where(reset[:, None, None], 0, state)
@@ -55,7 +55,7 @@ def step(system, u, state, elapsed=None, reset=None):
 
 
 def scan(system, u, state=None, elapsed=None, reset=None):
-    """All states at once, [B, L, H, n]: the definition, for short calls and for reading.
+    """All states at once, [B, L, H, n]: the definition, for short calls and reading.
 
     u [B, L, H], state [B, H, n], elapsed and reset [B, L] -> y [B, L, H], state.
     """

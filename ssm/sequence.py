@@ -1,4 +1,4 @@
-"""What accompanies a sequence: which tokens exist, where it starts anew, when they came.
+"""What accompanies a sequence: which tokens exist, where it restarts, when they came.
 
 `mask`   a masked token (False) does not exist: the state passes it unchanged and its
          output is 0, wherever it stands.
@@ -39,19 +39,25 @@ class Sequence:
 
 def check(x, sequence, name="x"):
     """Raises a `ValueError` naming the argument unless x is [B, L >= 1, ...] and every
-    field of `sequence` is [B, L] of the right kind. Returns a Sequence (empty for None).
+    field of `sequence` is [B, L] of the right kind. Returns a Sequence, empty for None.
     """
     if x.ndim < 2:
         raise ValueError(f"{name}: must be [B, L, ...], got shape {x.shape}")
     if x.shape[1] == 0:
-        raise ValueError(f"{name}: the length L must be at least 1, got shape {x.shape}")
+        raise ValueError(
+            f"{name}: the length L must be at least 1, got shape {x.shape}"
+        )
     if sequence is None:
         return Sequence()
     if not isinstance(sequence, Sequence):
         raise ValueError(
             f"sequence: must be a ssm.Sequence or None, got {type(sequence).__name__}"
         )
-    for field, kind in (("mask", jnp.bool_), ("reset", jnp.bool_), ("dt", jnp.floating)):
+    for field, kind in (
+        ("mask", jnp.bool_),
+        ("reset", jnp.bool_),
+        ("dt", jnp.floating),
+    ):
         value = getattr(sequence, field)
         if value is None:
             continue
@@ -133,7 +139,7 @@ def _gather_along_length(index) -> Callable:
 
 
 def _compact_reset(sequence, gather, count):
-    """A real token resets if any reset stood after the previous real token, up to it."""
+    """A real token resets if any reset stood after the previous one, up to it."""
     if sequence.reset is None:
         return None
     segment = jnp.cumsum(sequence.reset, axis=1)

@@ -13,7 +13,7 @@ def s4d_lin(n):
 
 
 def s4d_inv(n):
-    """S4D-Inv, the asymptotic of LegS: lam_j = -1/2 - i (N/pi) (N/(2j+1) - 1), N = 2n."""
+    """S4D-Inv, asymptotically LegS: lam_j = -1/2 - i (N/pi) (N/(2j+1) - 1), N = 2n."""
     N = 2 * n
     return -0.5 - 1j * (N / np.pi) * (N / (2 * np.arange(n) + 1) - 1)
 

@@ -52,7 +52,7 @@ def test_named_backend_never_falls_back():
 
 
 def test_nothing_can_run():
-    with pytest.raises(ValueError, match="op: no backend can run; .*needs a GPU"):
+    with pytest.raises(ValueError, match=r"op: no backend can run; .*needs a GPU"):
         dispatch.pick("op", {"fast": FAST}, None)
 
 
@@ -68,7 +68,7 @@ def test_excluded_backend_is_not_the_default_but_can_be_named():
     assert name == "slow"
     assert "fast: wrong gradient here" in why
     kernels.exclude("op", "slow", "too slow")
-    with pytest.raises(ValueError, match="'fast': wrong.*'slow': too slow"):
+    with pytest.raises(ValueError, match=r"'fast': wrong.*'slow': too slow"):
         dispatch.pick("op", table, None)
 
 
@@ -110,7 +110,7 @@ def test_assert_close_names_the_leaf():
 
 def test_limits():
     assert limit("complex64", "gradient") == limit(jnp.float32, "gradient")
-    with pytest.raises(ValueError, match="dtype must be one of float64, .* got int32"):
+    with pytest.raises(ValueError, match=r"dtype must be one of float64, .* got int32"):
         limit("int32")
     with pytest.raises(ValueError, match="kind must be"):
         limit("float32", "speed")

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kernel_cases import OPTIONS, check, option_id, temporary_bytes
+
 from kernels import contracted_scan, linear_scan
 from kernels.linear_scan import BACKENDS
 from kernels.tolerance import assert_close

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kernel_cases import OPTIONS, check, option_id
+
 from kernels import short_conv
 from kernels.tolerance import assert_close
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from kernel_cases import check, temporary_bytes
+
 from kernels import vandermonde, vandermonde_transpose
 from kernels.tolerance import assert_close
 

@@ -82,9 +82,13 @@ def test_convolution_equals_the_loop_with_its_final_state(L):
     mask = np.arange(L) < length[:, None]
     u = u * mask[..., None]
     rest = np.ones((B, L)) * mask
-    y, state = loop(*bank(), u, np.zeros((B, H, N), complex), rest, ~np.ones((B, L), bool))
+    y, state = loop(
+        *bank(), u, np.zeros((B, H, N), complex), rest, ~np.ones((B, L), bool)
+    )
     system = recurrence.Diagonal(*single(*bank()))
-    found, final = jax.jit(recurrence.convolution)(system, *single(u), jnp.asarray(mask))
+    found, final = jax.jit(recurrence.convolution)(
+        system, *single(u), jnp.asarray(mask)
+    )
     real = mask[..., None]
     assert_close((found * real, final), (single(y)[0] * real, single(state)[0]))
 
@@ -115,7 +119,9 @@ def mixed_case(L, seed=5):
     rng = np.random.default_rng(seed)
     log_a = -rng.uniform(0.01, 0.5, P) + 1j * rng.uniform(-3, 3, P)
     into, out = complex_draw(rng, P, H), complex_draw(rng, H, P)
-    return (*single(log_a, into, out, rng.normal(size=(B, L, H)), complex_draw(rng, B, P)),)
+    return (
+        *single(log_a, into, out, rng.normal(size=(B, L, H)), complex_draw(rng, B, P)),
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -130,20 +136,28 @@ def test_mixed_equals_a_loop(reverse, L):
     expected, x = [None] * L, state
     for t in reversed(range(L)) if reverse else range(L):
         # The link between t and t + 1 is cut by reset[t + 1], in both directions.
-        cut = (np.zeros(B, bool) if t == L - 1 else reset[:, t + 1]) if reverse else reset[:, t]
+        cut = (
+            (np.zeros(B, bool) if t == L - 1 else reset[:, t + 1])
+            if reverse
+            else reset[:, t]
+        )
         x = jnp.where(cut[:, None], 0, x)
         x = jnp.exp(log_a) * x + u[:, t] @ into.T
         expected[t] = (x @ out.T).real
     if reverse:
         x = jnp.where(reset[:, 0, None], 0, x)
-    run = functools.partial(recurrence.mixed, rule, into, out, reverse=reverse, chunk=16)
+    run = functools.partial(
+        recurrence.mixed, rule, into, out, reverse=reverse, chunk=16
+    )
     found = jax.jit(run)(u, state, None, jnp.asarray(reset))
     assert_close(found, (jnp.stack(expected, 1), x))
 
 
 def test_mixed_gradients_do_not_depend_on_the_chunk():
     log_a, into, out, u, state = mixed_case(50)
-    elapsed = jnp.asarray(np.random.default_rng(0).uniform(0.2, 2, (B, 50)), jnp.float32)
+    elapsed = jnp.asarray(
+        np.random.default_rng(0).uniform(0.2, 2, (B, 50)), jnp.float32
+    )
 
     def total(chunk, log_a, into, out, u, state, elapsed):
         def rule(e):
@@ -160,7 +174,7 @@ def test_mixed_gradients_do_not_depend_on_the_chunk():
 
 
 def test_halving_the_rate_with_doubled_dt_is_exact_for_zoh():
-    """Every input held twice as long: the coarse run equals every second fine output."""
+    """Every input held twice: the coarse run equals every second fine output."""
     lam = jnp.asarray(bank()[0], jnp.complex64)
     u = jnp.asarray(draw(20)[0], jnp.float32)
     fine = recurrence.Diagonal(*discretize.zoh(lam, 0.05), jnp.ones_like(lam))
@@ -175,7 +189,7 @@ def test_compaction_equals_elapsed_zero():
     """The two treatments of a mask agree: convolution of compacted, scan of gaps."""
     rng = np.random.default_rng(8)
     mask = jnp.asarray(rng.random((B, 30)) < 0.6)
-    u, = single(rng.normal(size=(B, 30, H)))
+    (u,) = single(rng.normal(size=(B, 30, H)))
     system = recurrence.Diagonal(*single(*bank()))
     given = Sequence(mask=mask)
     moved, compacted, restore = sequence.compact(u, given)

@@ -10,7 +10,7 @@ from ssm import Sequence, sequence
 
 def by_hand(x, mask, reset):
     """Existing tokens in order, and whether any reset stood since the one before."""
-    rows, resets = [], []
+    rows = []
     for row, keep, cut in zip(x, mask, reset, strict=True):
         pending, values, cuts = False, [], []
         for value, exists, is_cut in zip(row, keep, cut, strict=True):

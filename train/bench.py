@@ -1,11 +1,11 @@
-"""Speed of layers, training steps and decoding beside the textbook forms, on this device.
+"""Speed of layers, training steps and decoding beside textbook forms, on this device.
 
     python -m train.bench [--case mixer|step|decode|compile] [--repeats 7] [--small]
                           [--out FILE.json]
 
-Subject and baseline are compiled, then called in turn, so that a busy machine slows both
-alike; figures are medians with quartiles, ratios are baseline over subject. Temporary
-memory is the compiler's own count. Start it with the allocator setting of the Makefile.
+Subject and baseline are compiled, then called in turn, so that a busy machine slows
+both alike; figures are medians with quartiles, ratios are baseline over subject.
+Temporary memory is the compiler's own count. Start it with the allocator setting of the Makefile.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def mixer_case(small):
 
 
 def step_function(config):
-    """A training step (AdamW) and its arguments' maker: (params, opt_state, x, labels)."""
+    """A training step (AdamW), and what makes its arguments for a batch and length."""
     model, optimizer = build(config), optax.adamw(1e-3)
 
     def step(params, opt_state, x, labels):

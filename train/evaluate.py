@@ -1,6 +1,6 @@
 """Scores of a trained run, and its recurrent mode beside its parallel one.
 
-    python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
+python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
 """
 
 import argparse

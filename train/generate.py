@@ -42,7 +42,7 @@ def generate(model, variables, prompt, length, key, temperature=1.0):
         )
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt: must be [B, L >= 1], got shape {prompt.shape}")
-    if not (0 <= prompt.min() and prompt.max() < model.vocab_size):
+    if not (prompt.min() >= 0 and prompt.max() < model.vocab_size):
         raise ValueError(
             f"prompt: tokens must be in [0, {model.vocab_size}), got "
             f"{prompt.min()} to {prompt.max()}"
@@ -85,7 +85,9 @@ def main(argv=None):
     parser.add_argument("--workdir", required=True, help="of a trained per-token run")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
     parser.add_argument("--count", type=int, default=4, help="sequences to make")
-    parser.add_argument("--length", type=int, default=0, help="tokens; 0: the run's own")
+    parser.add_argument(
+        "--length", type=int, default=0, help="tokens; 0: the run's own"
+    )
     parser.add_argument("--prompt", default="", help="tokens; default: the start token")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

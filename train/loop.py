@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from layers.build import build
 from train import checkpoint, data, losses, optimizers, record, sharding, state, step
-from train.checkpoint import CheckpointError, Checkpoints
-from train.evaluate import compare_modes
+from train.checkpoint import Checkpoints
 from train.metrics import Metrics
 from train.record import SCORES
+from train.scores import finish, measure
 from train.signals import stop_signals
 
 PROFILED = 5, 10  # the steps between, counted from the start, once everything is warm
@@ -235,16 +235,6 @@ def validate(config, parts, progress, metrics) -> bool:
     return True
 
 
-def measure(config, parts, split: str, variables) -> dict[str, float] | None:
-    """Means of loss and metrics over `split`; None where there is no such split."""
-    if split not in parts.dataset.sources:
-        return None
-    devices, count = parts.mesh.shape["data"], parts.dataset.num_examples(split)
-    size = config.train.eval_batch_size or config.train.batch_size
-    batches = parts.dataset.evaluation(split, min(size, count // devices * devices))
-    return step.evaluate(parts.eval_step, variables, batches, parts.mesh)
-
-
 def save(parts, progress, checkpoints) -> None:
     """Starts a checkpoint of a state that is known to be finite."""
     check_window(progress)
@@ -253,46 +243,6 @@ def save(parts, progress, checkpoints) -> None:
     memory = {key: getattr(progress, key) for key in ("step", "best", "window")}
     best = progress.best and progress.best["step"]
     checkpoints.save(progress.state, parts.batches.get_state(), memory, best)
-
-
-def finish(config, workdir, parts, progress) -> dict:
-    """Tests the last step and the best on validation; the test has chosen neither."""
-
-    def test(variables):
-        return measure(config, parts, "test", variables)
-
-    variables = progress.state.variables()
-    results = {
-        "step": progress.step,
-        "loss": parts.dataset.spec["loss"],
-        "test": test(variables),
-        "best": None,
-        "checkpoint": str(workdir / checkpoint.FOLDER / str(progress.step)),
-    }
-    if progress.best:
-        number, validation = progress.best["step"], progress.best["scores"]
-        results["best"] = {"step": number, "validation": validation, "test": None}
-        try:
-            best, _ = checkpoint.restore_params(workdir, number)
-            best = jax.device_put(best, sharding.replicated(parts.mesh))
-            results["best"]["test"] = test(best)
-        except CheckpointError as error:
-            print(f"the best step is not tested: {error}")
-    results["parallel_vs_recurrent"] = compare(parts, variables)
-    record.write_results(workdir, results)
-    record.report(results)
-    return results
-
-
-def compare(parts, variables) -> float | str:
-    """How far the recurrent mode is from the parallel one, or why there is none."""
-    try:
-        parts.model.init_state(1)
-    except ValueError as error:
-        return str(error)
-    splits = [s for s in ("test", "validation", "train") if s in parts.dataset.sources]
-    batch = next(iter(parts.dataset.evaluation(splits[0], 1)))
-    return float(compare_modes(parts.model, variables, batch))
 
 
 def trace(folder: Path, done: int, trained: state.TrainState) -> None:

@@ -72,7 +72,7 @@ def table(found, seeds) -> str:
             f"{'no recurrent mode' if gap is None else f'{gap:.1e}'} | {seconds:.0f} |"
         )
     lines += [
-        f"| logistic regression, all pixels at once | {logistic_regression():.4f} | | |",
+        f"| logistic regression on all pixels | {logistic_regression():.4f} | | |",
         "",
         f"`digits`: 360 test images, last checkpoint, seeds "
         f"{', '.join(map(str, seeds))}; largest difference of the logits between the "
@@ -103,7 +103,9 @@ def main(argv=None):
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
-        parser.error(f"--seeds must be whole numbers such as 0,1,2, got {options.seeds}")
+        parser.error(
+            f"--seeds must be whole numbers such as 0,1,2, got {options.seeds}"
+        )
     found = {}
     try:
         for layer in options.layers.split(","):

@@ -133,8 +133,8 @@ def _chunk_states(log_a, b, c, state, u, dt, keep):
     else:
         elapsed = dt[..., None, None]
         z = pairs.scale(log_a, elapsed)
-        decay = pairs.exp(z)
-        driven = pairs.mul(hold.phi(z), pairs.scale(b, elapsed * inputs))
+        decay, weight = hold.exp_and_phi(z)
+        driven = pairs.mul(weight, pairs.scale(b, elapsed * inputs))
     decay, driven, state = (pairs.join(pair) for pair in (decay, driven, state))
     h, last = gradient.solve(xla, False, decay, driven, state, keep)
     weighted = zip(pairs.split(h), pairs.conj(c), strict=True)

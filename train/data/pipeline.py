@@ -276,6 +276,6 @@ def _end_with_parent(parent: int, index: int, count: int) -> None:
             time.sleep(ORPHAN_POLL_SECONDS)
         os._exit(1)
 
-    # Ctrl-C reaches the whole group; the run saves, and still needs its batches for that.
+    # Ctrl-C reaches the whole group; the run saves, and needs its batches for that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True, name=f"orphan-{index}/{count}").start()
