@@ -2,7 +2,7 @@
 
 Trains: 1,293 images of 8x8 pixels from scikit-learn's own data (no download), shifted
     by up to one pixel; 144 choose the best step, 360 are the test. `target=label` names
-    the digit after the last pixel, `target=next` predicts every pixel from those before.
+    the digit after the last pixel, `target=next` predicts each pixel from those before.
 Hardware: a laptop's CPU (2 cores).
 Time and score: the table in README.md, by `python -m train.reproduce`; no paper reports
     this split.

@@ -7,6 +7,7 @@ wrong.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Pair = tuple[jax.Array, ...]
 
@@ -57,9 +58,9 @@ def exp(p: Pair) -> Pair:
 def powers(log_z: Pair, count: int) -> Pair:
     """exp(l log_z) for l < count along a new last axis.
 
-    Built by doubling: the table is extended by z^(2^k) = exp(2^k log_z). Scaling by a
-    power of two is exact, so no phase l * Im(log_z) is ever rounded and the error grows
-    with log2(l) instead of l.
+    The product of exp(2^k log_z) over the binary digits k of l. Scaling by a power of
+    two is exact, so no phase l * Im(log_z) is ever rounded and the error grows with
+    log2(l) instead of l.
     """
     return _table(log_z, jnp.arange(count, dtype=log_z[0].dtype))
 
@@ -68,19 +69,21 @@ def powers(log_z: Pair, count: int) -> Pair:
 def _table(log_z: Pair, index: jax.Array) -> Pair:
     """exp(index log_z); index = 0, 1, 2, ... carries the length and its own dtype."""
     count = index.shape[0]
+    digits = max(1, (count - 1).bit_length())
+    doubling = (2.0 ** np.arange(digits)).astype(index.dtype)
+    factors = exp(scale(tuple(part[..., None] for part in log_z), doubling))
+    one = (1.0, 0.0)[: len(factors)]
     table = tuple(
-        jnp.full((*part.shape, 1), float(i == 0), part.dtype)
-        for i, part in enumerate(log_z)
+        jnp.full((*part.shape, count), value, part.dtype)
+        for part, value in zip(log_z, one, strict=True)
     )
-    size = 1
-    while size < count:
-        step = tuple(part[..., None] for part in exp(scale(log_z, float(size))))
-        more = mul(tuple(part[..., : count - size] for part in table), step)
-        table = tuple(
-            jnp.concatenate([old, new], -1)
-            for old, new in zip(table, more, strict=True)
+    for digit in range(digits):
+        present = (np.arange(count) >> digit & 1).astype(bool)
+        factor = tuple(
+            jnp.where(present, part[..., digit : digit + 1], value)
+            for part, value in zip(factors, one, strict=True)
         )
-        size *= 2
+        table = mul(table, factor)
     return table
 
 
@@ -93,7 +96,7 @@ def _table_jvp(primals, tangents):
 
 
 def power(log_z: Pair, count: int) -> Pair:
-    """exp(count log_z), as `powers` makes it: one exact factor per binary digit."""
+    """exp(count log_z), one exact factor per binary digit of count as in `powers`."""
     result = tuple(jnp.full_like(part, float(i == 0)) for i, part in enumerate(log_z))
     for digit in range(count.bit_length()):
         if count >> digit & 1:

@@ -1,22 +1,48 @@
 """How a backend is compared with the definition: values and every gradient."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kernels.tolerance import assert_close
 
 OPTIONS = [
+    frozenset({"state", "reset", "reverse"}),
     frozenset(),
     frozenset({"state"}),
     frozenset({"reset", "reverse"}),
     frozenset({"state", "reset"}),
-    frozenset({"state", "reset", "reverse"}),
 ]
+LENGTHS = [7, 1, 64, 1000]
+DTYPES = ["float32", "bfloat16", "float64"]
 
 
 def option_id(options):
     return "+".join(sorted(options)) or "plain"
+
+
+def product(**axes):
+    """Parametrises a test by every combination of the axes' values.
+
+    The first value of each axis makes the central case. What differs from it in more
+    than one axis is marked slow: every value is tried quickly, every pair in full.
+    """
+    centre = [values[0] for values in axes.values()]
+    cases = []
+    for case in itertools.product(*axes.values()):
+        away = sum(
+            value is not middle for value, middle in zip(case, centre, strict=True)
+        )
+        words = [option_id(v) if isinstance(v, frozenset) else v for v in case]
+        words = [
+            "x".join(map(str, w)) if isinstance(w, tuple) else str(w) for w in words
+        ]
+        marks = [pytest.mark.slow] if away > 1 else []
+        cases.append(pytest.param(*case, id="-".join(words), marks=marks))
+    return pytest.mark.parametrize(tuple(axes), cases)
 
 
 def rounded(inputs, dtype):

@@ -1,15 +1,16 @@
 """fft_conv against its definition, a sum over lags."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import OPTIONS, check, option_id, temporary_bytes
+from kernel_cases import DTYPES, LENGTHS, OPTIONS, check, product, temporary_bytes
 
 from kernels import fft_conv
 from kernels.tolerance import assert_close
 
-LENGTHS = [1, 7, 64, pytest.param(1000, marks=pytest.mark.slow)]
 GATES = ("skip", "pre_gate", "post_gate")
 
 
@@ -34,26 +35,22 @@ def inputs_for(length, options, taps=None, channels=3, batch=2):
     return {name: x if name in wanted else None for name, x in made.items()}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@product(dtype=DTYPES, length=LENGTHS, options=OPTIONS)
 def test_equals_definition(dtype, length, options):
     inputs = inputs_for(length, options)
     check(fft_conv, inputs, dtype, "xla", reverse="reverse" in options)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("reset", [(), ("reset",)])
-@pytest.mark.parametrize("length", [1, 2, 30, 64])
+@product(length=[30, 1, 2, 64], reset=[("reset",), ()], reverse=[True, False])
 def test_two_sided_with_gates(length, reset, reverse):
     inputs = inputs_for(length, {"k_reverse", *GATES, *reset})
     check(fft_conv, inputs, "float64", "xla", reverse=reverse)
 
 
-@pytest.mark.parametrize(
-    "options", [("state",), ("state", "reset"), ("k_reverse", "reset")]
+@product(
+    taps=[17, 1, 2, 5, 16, 33, 90],
+    options=[("state", "reset"), ("state",), ("k_reverse", "reset")],
 )
-@pytest.mark.parametrize("taps", [1, 2, 5, 16, 17, 33, 90])
 def test_filters_shorter_and_longer_than_the_input(taps, options):
     inputs = inputs_for(50, set(options), taps)
     check(fft_conv, inputs, "float64", "xla")
@@ -65,10 +62,11 @@ def test_reference_in_low_precision(dtype):
     check(fft_conv, inputs, dtype, "reference")
 
 
-@pytest.mark.parametrize("reset", [(), ("reset",)])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("cut", "taps"), [(3, 8), (12, 8), (19, 30)])
-def test_two_calls_compose(cut, taps, reverse, reset):
+@product(
+    cut_taps=[(3, 8), (12, 8), (19, 30)], reverse=[True, False], reset=[("reset",), ()]
+)
+def test_two_calls_compose(cut_taps, reverse, reset):
+    cut, taps = cut_taps
     with jax.enable_x64(True):
         inputs = inputs_for(20, {"state", *GATES, *reset}, taps)
         timed = {"u", "reset", "pre_gate", "post_gate"}
@@ -78,7 +76,9 @@ def test_two_calls_compose(cut, taps, reverse, reset):
                 k: v[:, part] if k in timed and v is not None else v
                 for k, v in inputs.items()
             }
-            return fft_conv(**{**cut, "initial_state": state}, reverse=reverse)
+            return compiled(**{**cut, "initial_state": state})
+
+        compiled = jax.jit(partial(fft_conv, reverse=reverse))
 
         state = inputs["initial_state"]
         whole, final = run(slice(None), state)
@@ -99,10 +99,11 @@ def test_reset_equals_separate_segments(two_sided):
             inputs["initial_state"] = None
         reset = np.zeros((2, 70), bool)
         reset[:, [0, 13, 14, 40]] = True
-        y, final = fft_conv(**{**inputs, "reset": reset})
+        run = jax.jit(fft_conv)
+        y, final = run(**{**inputs, "reset": reset})
         rest = {**inputs, "initial_state": None}
         pieces = [(0, 13), (13, 14), (14, 40), (40, 70)]
-        segments = [fft_conv(**{**rest, "u": inputs["u"][:, a:b]}) for a, b in pieces]
+        segments = [run(**{**rest, "u": inputs["u"][:, a:b]}) for a, b in pieces]
         assert_close(y, jnp.concatenate([y for y, _ in segments], 1))
         if not two_sided:
             assert_close(final, segments[-1][1])

@@ -1,17 +1,25 @@
 """linear_scan and contracted_scan against their definitions."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import OPTIONS, check, option_id, temporary_bytes
+from kernel_cases import (
+    DTYPES,
+    LENGTHS,
+    OPTIONS,
+    check,
+    product,
+    results,
+    temporary_bytes,
+)
 
-from kernels import contracted_scan, linear_scan
-from kernels.linear_scan import BACKENDS
+from kernels import contracted_scan, linear_scan, pairs
+from kernels.linear_scan import BACKENDS, gradient, xla
 from kernels.tolerance import assert_close
-
-LENGTHS = [1, 7, 64, pytest.param(1000, marks=pytest.mark.slow)]
-DTYPES = ["float32", "bfloat16", "float64"]
 
 
 def decay(rng, shape, kind):
@@ -39,9 +47,7 @@ def scan_inputs(length, options, kind="real", a_shape=None, trailing=(5,), batch
     }
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@product(dtype=DTYPES, length=LENGTHS, options=OPTIONS)
 def test_real_scan_equals_definition(dtype, length, options):
     inputs = scan_inputs(length, options)
     check(
@@ -54,9 +60,11 @@ def test_real_scan_equals_definition(dtype, length, options):
     )
 
 
-@pytest.mark.parametrize("options", OPTIONS[2:4], ids=option_id)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("kind", ["complex", ("real", "complex"), ("complex", "real")])
+@product(
+    kind=["complex", ("real", "complex"), ("complex", "real")],
+    length=LENGTHS,
+    options=OPTIONS,
+)
 def test_complex_scan_equals_definition(kind, length, options):
     check(
         linear_scan,
@@ -68,12 +76,18 @@ def test_complex_scan_equals_definition(kind, length, options):
     )
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(
-    "shape",
-    [(3, 4), (2, 1, 3, 4), (1, 9, 3, 1), (2, 9, 1, 1), (1, 1, 1, 4), (1, 9, 1, 4)],
+@product(
+    kind=["complex", "real"],
+    shape=[
+        (3, 4),
+        (2, 1, 3, 4),
+        (1, 9, 3, 1),
+        (2, 9, 1, 1),
+        (1, 1, 1, 4),
+        (1, 9, 1, 4),
+    ],
+    reverse=[False, True],
 )
-@pytest.mark.parametrize("kind", ["real", "complex"])
 def test_decay_that_broadcasts(kind, shape, reverse):
     options = {"state", "reset"}
     inputs = scan_inputs(9, options, kind, shape, trailing=(3, 4))
@@ -139,6 +153,35 @@ def test_dtypes_of_results():
     assert (h.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
     h, final = linear_scan(a.astype(jnp.complex64), x)
     assert (h.dtype, final.dtype) == (jnp.complex64, jnp.complex64)
+
+
+def test_a_backend_on_real_pairs():
+    """The form that Triton and Pallas backends take: (re, im) in, (re, im) out."""
+
+    def forward(a, x, state, keep, reverse):
+        arrays = (pairs.join(pair) for pair in (a, x, state))
+        h, final = xla.forward(*arrays, keep, reverse)
+        return pairs.split(h), pairs.split(final)
+
+    def backward(a, h, state, keep, like_x, dh, dfinal, reverse):
+        """On pairs the gradient is conjugated: g[t] = dh[t] + conj(a[t+1]) g[t+1]."""
+        held = (pairs.join(pair) for pair in (pairs.conj(a), pairs.conj(h)))
+        a, h = held
+        state = pairs.join(pairs.conj(state))
+        moved = (pairs.join(pair) for pair in (like_x, dh, dfinal))
+        gradients = xla.backward(a, h, state, keep, *moved, reverse)
+        return tuple(pairs.split(gradient) for gradient in gradients)
+
+    module = SimpleNamespace(PAIRS=True, forward=forward, backward=backward)
+    inputs = scan_inputs(9, {"state", "reset"}, "complex")
+    keep = 1.0 - inputs.pop("reset")
+
+    def run(backend, a, x, initial_state):
+        return gradient.solve(backend, False, a, x, initial_state, keep)
+
+    with jax.enable_x64(True):
+        on_pairs = results(partial(run, module), inputs)
+        assert_close(on_pairs, results(partial(run, xla), inputs))
 
 
 def test_same_inputs_same_bits():
@@ -224,16 +267,14 @@ def bank_inputs(length, options, kind="complex", modes=3, channels=4, batch=2):
 
 
 BANK_OPTIONS = [
+    frozenset({"dt", "state", "reset", "reverse"}),
     *OPTIONS,
     frozenset({"dt"}),
-    frozenset({"dt", "state", "reset", "reverse"}),
     frozenset({"state", "reverse"}),
 ]
 
 
-@pytest.mark.parametrize("options", BANK_OPTIONS, ids=option_id)
-@pytest.mark.parametrize("length", [1, 7, 64, 150, LENGTHS[-1]])
-@pytest.mark.parametrize("kind", ["real", "complex"])
+@product(kind=["complex", "real"], length=[150, 1, 7, 64, 1000], options=BANK_OPTIONS)
 def test_contracted_scan_equals_definition(kind, length, options):
     check(
         contracted_scan,
@@ -245,8 +286,7 @@ def test_contracted_scan_equals_definition(kind, length, options):
     )
 
 
-@pytest.mark.parametrize("options", BANK_OPTIONS[-2:], ids=option_id)
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@product(dtype=["float64", "bfloat16"], options=BANK_OPTIONS[:2])
 def test_contracted_scan_in_other_dtypes(dtype, options):
     check(
         contracted_scan,
@@ -272,8 +312,9 @@ def test_contracted_scan_is_the_contraction_of_the_scan():
     with jax.enable_x64(True):
         inputs = bank_inputs(90, {"state"})
         log_a, b, c, u = (inputs[k] for k in ("log_a", "b", "c", "u"))
-        h, last = linear_scan(np.exp(log_a), b * u[..., None], inputs["initial_state"])
-        y, final = contracted_scan(log_a, b, c, u, None, inputs["initial_state"])
+        state = inputs["initial_state"]
+        h, last = jax.jit(linear_scan)(np.exp(log_a), b * u[..., None], state)
+        y, final = jax.jit(contracted_scan)(log_a, b, c, u, None, state)
         assert_close((y, final), (np.sum(c * h, -1).real, last))
 
 
@@ -284,12 +325,13 @@ def test_whole_steps_repeat_the_input():
         inputs.pop("reset")
         dt = np.array([[1, 3, 0, 2, 1, 4], [2, 0, 0, 1, 5, 1]], float)
         inputs["dt"] = dt
-        y, final = contracted_scan(**inputs, initial_state=state)
+        run = jax.jit(contracted_scan)
+        y, final = run(**inputs, initial_state=state)
         for row in range(2):
             times = dt[row].astype(int)
             long = np.repeat(inputs["u"][row : row + 1], times, 1)
             repeated = {**inputs, "u": long, "dt": None}
-            y2, final2 = contracted_scan(**repeated, initial_state=state[row : row + 1])
+            y2, final2 = run(**repeated, initial_state=state[row : row + 1])
             at = np.cumsum(times) - 1
             assert_close((y[row], final[row : row + 1]), (y2[0, at], final2))
 

@@ -1,15 +1,15 @@
 """short_conv against its definition."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import OPTIONS, check, option_id
+from kernel_cases import DTYPES, LENGTHS, OPTIONS, check, product
 
 from kernels import short_conv
 from kernels.tolerance import assert_close
-
-LENGTHS = [1, 7, 64, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 def inputs_for(length, options, width=4, channels=3, batch=2):
@@ -27,9 +27,7 @@ def inputs_for(length, options, width=4, channels=3, batch=2):
     }
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@product(dtype=DTYPES, length=LENGTHS, options=OPTIONS)
 def test_equals_definition(dtype, length, options):
     inputs = inputs_for(length, options)
     check(short_conv, inputs, dtype, "xla", reverse="reverse" in options)
@@ -51,9 +49,7 @@ def test_lag_zero_is_the_first_tap():
     assert_close(y[0, :, 0], np.float32([3, 2, 1, 0, 0, 0]))
 
 
-@pytest.mark.parametrize("reset", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cut", [1, 2, 5, 8])
+@product(cut=[1, 2, 5, 8], reverse=[True, False], reset=[True, False])
 def test_two_calls_compose(cut, reverse, reset):
     with jax.enable_x64(True):
         inputs = inputs_for(9, {"state"} | ({"reset"} if reset else set()))
@@ -61,9 +57,9 @@ def test_two_calls_compose(cut, reverse, reset):
 
         def run(part, state):
             cuts = None if reset is None else reset[:, part]
-            return short_conv(
-                u[:, part], inputs["w"], inputs["bias"], state, cuts, reverse=reverse
-            )
+            return compiled(u[:, part], inputs["w"], inputs["bias"], state, cuts)
+
+        compiled = jax.jit(partial(short_conv, reverse=reverse))
 
         whole, final = run(slice(None), state)
         parts = [slice(0, cut), slice(cut, None)]

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check, temporary_bytes
+from kernel_cases import check, product, temporary_bytes
 
 from kernels import vandermonde, vandermonde_transpose
 from kernels.tolerance import assert_close
 
-LENGTHS = [1, 2, 7, 64, pytest.param(1000, marks=pytest.mark.slow)]
+LENGTHS = [7, 1, 2, 64, 1000]
 
 
 def nodes(rng, shape, kind):
@@ -24,20 +24,24 @@ def normal(rng, shape, kind="real"):
     return x + 1j * rng.standard_normal(shape) if kind == "complex" else x
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["real", "complex"])
+@product(
+    kind=["complex", "real"],
+    dtype=["float32", "float64"],
+    length=LENGTHS,
+    backend=["xla", "reference"],
+)
 def test_filter_equals_naive_sum(kind, dtype, length, backend):
     rng = np.random.default_rng(length)
     inputs = {"c": normal(rng, (3, 5), kind), "log_z": nodes(rng, (3, 5), kind)}
     check(vandermonde, inputs, dtype, backend, length=length)
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["real", "complex"])
+@product(
+    kind=["complex", "real"],
+    dtype=["float32", "float64"],
+    length=LENGTHS,
+    backend=["xla", "reference"],
+)
 def test_moments_equal_naive_sum(kind, dtype, length, backend):
     rng = np.random.default_rng(length)
     inputs = {"u": normal(rng, (2, 3, length)), "log_z": nodes(rng, (3, 5), kind)}
@@ -55,8 +59,7 @@ def test_bfloat16(op):
     check(op, {**inputs, "log_z": log_z}, "bfloat16", "xla", **more)
 
 
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("extra", [(), (2,), (2, 4)])
+@product(extra=[(2, 4), (), (2,)], leading=[(2, 3), (), (3,)])
 def test_leading_axes(extra, leading):
     rng = np.random.default_rng(1)
     log_z = nodes(rng, (*leading, 5), "complex")

@@ -5,7 +5,8 @@
 
 Subject and baseline are compiled, then called in turn, so that a busy machine slows
 both alike; figures are medians with quartiles, ratios are baseline over subject.
-Temporary memory is the compiler's own count. Start it with the allocator setting of the Makefile.
+Temporary memory is the compiler's own count. `make bench` runs it with the allocator
+setting that the README explains.
 """
 
 import argparse

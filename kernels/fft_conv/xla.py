@@ -62,56 +62,119 @@ def _segments(v, k, state, segment):
         v = jnp.concatenate([state, v], -1)
         segment = jnp.pad(segment, ((0, 0), (before, 0)))
     total = v.shape[-1]
-    k = k[:, :total]
     size = BASE
     while size < total:
         size *= 2
     v = jnp.pad(v, ((0, 0), (0, 0), (0, size - total)))
     segment = jnp.pad(segment, ((0, 0), (0, size - total)), mode="edge")
+    return _halving(v, k[:, :total], segment)[..., before:][..., :length]
+
+
+@jax.custom_vjp
+def _halving(v, k, segment):
+    """v [B, H, L] with L = BASE * 2^m."""
     y = _near(v, k, segment)
+    for half in _halves(v):
+        left, right, reach = _masks(segment, k, half)
+        given = jnp.fft.rfft(_lefts(v, half, reach, left)) * _spectrum(k, reach)
+        given = jnp.where(right, jnp.fft.irfft(given)[..., reach:], 0)
+        given = jnp.pad(given, ((0, 0),) * 3 + ((half, half - reach),))
+        # one level after the other: else XLA keeps the spectra of all of them
+        y, v = jax.lax.optimization_barrier((y + given.reshape(v.shape), v))
+    return y
+
+
+def _halving_forward(v, k, segment):
+    return _halving(v, k, segment), (v, k, segment)
+
+
+def _halving_backward(saved, dy):
+    """To the input, the same convolution with time turned; to k, its correlation."""
+    v, k, segment = saved
+    dv = _halving(dy[..., ::-1], k, segment[:, ::-1])[..., ::-1]
+    dv, v, dy = jax.lax.optimization_barrier((dv, v, dy))
+    dk = jnp.zeros_like(k)
+    near = _near_gradient(v, k, segment, dy)
+    dk = dk.at[:, : near.shape[1]].add(near)
+    for half in _halves(v):
+        left, right, reach = _masks(segment, k, half)
+        into = jnp.where(right, _blocks(dy, half)[..., half : half + reach], 0)
+        into = jnp.pad(into, ((0, 0),) * 3 + ((reach, 0),))
+        product = jnp.fft.rfft(into) * jnp.fft.rfft(_lefts(v, half, reach, left)).conj()
+        lags = jnp.fft.irfft(product.sum((0, 2)))[:, : k.shape[1]]
+        dk = dk.at[:, : lags.shape[1]].add(lags)
+        dk, v, dy = jax.lax.optimization_barrier((dk, v, dy))
+    return dv, dk, None
+
+
+_halving.defvjp(_halving_forward, _halving_backward)
+
+
+def _halves(v):
     half = BASE
-    while half < total:
-        y = y + _across(v, k, segment, half)
+    while half < v.shape[-1]:
+        yield half
         half *= 2
-    return y[..., before:][..., :length]
+
+
+def _blocks(x, half):
+    """[..., L] -> [..., L / (2 half), 2 half]."""
+    return x.reshape(*x.shape[:-1], -1, 2 * half)
+
+
+def _masks(segment, k, half):
+    """Which of the last `reach` steps of a left half, and of the first of a right half,
+    share the segment that spans the middle; a short filter reaches no further."""
+    reach = half
+    while reach > 1 and reach // 2 >= k.shape[1] - 1:
+        reach //= 2
+    number = _blocks(segment[:, None], half)
+    middle = number[..., half : half + 1]
+    left = number[..., half - reach : half] == middle
+    return left, number[..., half : half + reach] == middle, reach
+
+
+def _lefts(v, half, reach, left):
+    """The left steps that count, followed by as many zeros."""
+    given = jnp.where(left, _blocks(v, half)[..., half - reach : half], 0)
+    return jnp.pad(given, ((0, 0),) * 3 + ((0, reach),))
+
+
+def _spectrum(k, reach):
+    return jnp.fft.rfft(k[:, None, : 2 * reach], 2 * reach)
 
 
 def _near(v, k, segment):
     """All pairs inside blocks of BASE steps."""
-    blocks = (-1, BASE)
-    v = v.reshape(*v.shape[:-1], *blocks)
-    segment = segment.reshape(segment.shape[0], 1, *blocks)
     y = 0
     for lag in range(min(BASE, k.shape[1])):
-        moved = jnp.pad(v, ((0, 0),) * 3 + ((lag, 0),))[..., :BASE]
-        number = jnp.pad(segment, ((0, 0),) * 3 + ((lag, 0),), constant_values=-1)
-        same = number[..., :BASE] == segment
+        moved, same = _shift(v, segment, lag)
         y = y + jnp.where(same, k[:, lag, None, None] * moved, 0)
-    return y.reshape(*y.shape[:2], -1)
+    return y.reshape(v.shape)
 
 
-def _across(v, k, segment, half):
-    """What left halves of blocks of 2 * half steps give to right halves."""
-    batch, channels, length = v.shape
-    blocks = length // (2 * half)
-    reach = half
-    while reach // 2 >= k.shape[1] - 1 and reach > 1:
-        reach //= 2
-    v = v.reshape(batch, channels, blocks, 2 * half)[..., half - reach : half]
-    number = segment.reshape(batch, 1, blocks, 2 * half)
-    middle = number[..., half : half + 1]
-    left = number[..., half - reach : half] == middle
-    right = number[..., half : half + reach] == middle
-    taps = k[:, None, : 2 * reach]
-    given = circular(jnp.where(left, v, 0), taps, 2 * reach)[..., reach:]
-    given = jnp.where(right, given, 0)
-    given = jnp.pad(given, ((0, 0),) * 3 + ((half, half - reach),))
-    return given.reshape(batch, channels, length)
+def _near_gradient(v, k, segment, dy):
+    """[H, lags]; one lag at a time, or XLA would hold v moved by each of them."""
+    dy = dy.reshape(*dy.shape[:-1], -1, BASE)
+
+    def one(lag):
+        moved, same = _shift(v, segment, lag)
+        return jnp.where(same, dy * moved, 0).sum((0, 2, 3))
+
+    return jax.lax.map(one, jnp.arange(min(BASE, k.shape[1]))).T
+
+
+def _shift(v, segment, lag):
+    """v moved by `lag` inside blocks of BASE steps, and where its segment stays."""
+    v = v.reshape(*v.shape[:-1], -1, BASE)
+    segment = segment.reshape(segment.shape[0], 1, -1, BASE)
+    moved, number = (jnp.roll(x, lag, -1) for x in (v, segment))
+    return moved, (number == segment) & (jnp.arange(BASE) >= lag)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def circular(v, k, size):
-    """Circular convolution of `size` points, last axis; k broadcasts against v."""
+    """Circular convolution of `size` points: v [B, H, *], k [H, *]."""
     return jnp.fft.irfft(jnp.fft.rfft(v, size) * jnp.fft.rfft(k, size), size)
 
 
@@ -125,15 +188,8 @@ def _circular_backward(size, saved, dy):
     dy_f = jnp.fft.rfft(dy, size)
     dv = jnp.fft.irfft(dy_f * jnp.fft.rfft(k, size).conj(), size)
     product = dy_f * jnp.fft.rfft(v, size).conj()
-    dk = jnp.fft.irfft(_sum_to(product, k), size)
+    dk = jnp.fft.irfft(product.sum(0), size)
     return dv[..., : v.shape[-1]], dk[..., : k.shape[-1]]
 
 
 circular.defvjp(_circular_forward, _circular_backward)
-
-
-def _sum_to(product, k):
-    """Sums over the axes along which k was broadcast."""
-    product = product.sum(tuple(range(product.ndim - k.ndim)))
-    axes = [i for i in range(k.ndim - 1) if k.shape[i] == 1 and product.shape[i] > 1]
-    return product.sum(axes, keepdims=True) if axes else product
