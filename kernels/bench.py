@@ -488,7 +488,8 @@ def main() -> None:
         options.out.write_text(json.dumps(report(rows, compiled, floor), indent=1))
 
 
-def report(rows, compiled, floor):
+def environment():
+    """What figures depend on: the device, versions and the allocator setting."""
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -496,10 +497,11 @@ def report(rows, compiled, floor):
         "cores": os.cpu_count(),
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
-        "floors": floor,
-        "rows": rows,
-        "compile_s": compiled,
     }
+
+
+def report(rows, compiled, floor):
+    return environment() | {"floors": floor, "rows": rows, "compile_s": compiled}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The same command again goes on with a run that was stopped.
 """
 
-import ctypes
 import errno
 import os
 import re
@@ -147,27 +146,8 @@ def _ours(error: Exception) -> bool:
     return Path(__file__).resolve().parents[1] in raised_in.resolve().parents
 
 
-def _keep_freed_memory() -> None:
-    """Makes glibc reuse large buffers instead of giving them back to the system.
-
-    On a CPU every step otherwise pays for the page faults of fresh ones, several times
-    the cost of what it computes in them. Only before JAX has started its threads.
-    """
-    devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("accel*")]
-    own = any(name.startswith("MALLOC_") for name in os.environ)
-    if sys.platform != "linux" or devices or own:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    mallopt(arena_max, 1)
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 2**26)
-
-
 def command() -> None:
     """Runs `main`; an error of the user is one line and exit code 2."""
-    _keep_freed_memory()
     # Without their own frames, errors of JAX and Flax would look like ours.
     os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
     os.environ.setdefault("FLAX_FILTER_FRAMES", "0")

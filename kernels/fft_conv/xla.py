@@ -79,8 +79,7 @@ def _halving(v, k, segment):
         given = jnp.fft.rfft(_lefts(v, half, reach, left)) * _spectrum(k, reach)
         given = jnp.where(right, jnp.fft.irfft(given)[..., reach:], 0)
         given = jnp.pad(given, ((0, 0),) * 3 + ((half, half - reach),))
-        # one level after the other: else XLA keeps the spectra of all of them
-        y, v = jax.lax.optimization_barrier((y + given.reshape(v.shape), v))
+        y = y + given.reshape(v.shape)
     return y
 
 
@@ -92,7 +91,6 @@ def _halving_backward(saved, dy):
     """To the input, the same convolution with time turned; to k, its correlation."""
     v, k, segment = saved
     dv = _halving(dy[..., ::-1], k, segment[:, ::-1])[..., ::-1]
-    dv, v, dy = jax.lax.optimization_barrier((dv, v, dy))
     dk = jnp.zeros_like(k)
     near = _near_gradient(v, k, segment, dy)
     dk = dk.at[:, : near.shape[1]].add(near)
@@ -103,7 +101,6 @@ def _halving_backward(saved, dy):
         product = jnp.fft.rfft(into) * jnp.fft.rfft(_lefts(v, half, reach, left)).conj()
         lags = jnp.fft.irfft(product.sum((0, 2)))[:, : k.shape[1]]
         dk = dk.at[:, : lags.shape[1]].add(lags)
-        dk, v, dy = jax.lax.optimization_barrier((dk, v, dy))
     return dv, dk, None
 
 
@@ -166,10 +163,14 @@ def _near_gradient(v, k, segment, dy):
 
 def _shift(v, segment, lag):
     """v moved by `lag` inside blocks of BASE steps, and where its segment stays."""
+
+    def moved(x, fill):
+        x = jnp.pad(x, ((0, 0),) * 3 + ((BASE, 0),), constant_values=fill)
+        return jax.lax.dynamic_slice_in_dim(x, BASE - lag, BASE, -1)
+
     v = v.reshape(*v.shape[:-1], -1, BASE)
     segment = segment.reshape(segment.shape[0], 1, -1, BASE)
-    moved, number = (jnp.roll(x, lag, -1) for x in (v, segment))
-    return moved, (number == segment) & (jnp.arange(BASE) >= lag)
+    return moved(v, 0), moved(segment, -1) == segment
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
