@@ -7,6 +7,37 @@ does not exist here fails.
 
 from ml_collections import ConfigDict
 
+# The fields of each layer with their defaults, so that --config.model.layer_args.KEY
+# can set them; tests hold them equal to the layers' own. A layer that is not here (a
+# user's, by its dotted path) starts from its own defaults.
+LAYER_ARGS = {
+    "s4d": dict(
+        state_size=64,
+        spectrum="lin",  # lin, inv, inv2, quad, legs, real
+        discretization="zoh",  # zoh, bilinear, dirac, async
+        transform="exp",  # exp, softplus, relu, sigmoid, none
+        dt_min=1e-3,
+        dt_max=1e-1,
+        copies=0,
+        step_scale=1.0,
+        bidirectional=False,
+    ),
+    "s5": dict(
+        state_size=64,
+        blocks=1,
+        discretization="zoh",
+        c_init="lecun_normal",  # trunc_standard_normal, complex_normal
+        conj_sym=True,
+        clip_eigs=False,
+        dt_min=1e-3,
+        dt_max=1e-1,
+        step_scale=1.0,
+        bidirectional=False,
+    ),
+    "lru": dict(state_size=64, r_min=0.0, r_max=1.0, max_phase=6.283185307179586),
+    "gru": dict(),
+}
+
 
 def base() -> ConfigDict:
     """Every key that a run reads, with its default."""
@@ -15,7 +46,7 @@ def base() -> ConfigDict:
             seed=0,
             model=dict(
                 layer="s4d",  # a name in layers.LAYERS or the dotted path of a class
-                layer_args={},
+                layer_args={},  # its fields, see LAYER_ARGS
                 features=64,
                 depth=4,
                 encoder="",  # "" and 0: from the dataset
@@ -23,7 +54,7 @@ def base() -> ConfigDict:
                 length=0,
                 outputs=0,
                 head="mean",  # mean, last, token, retrieval
-                norm="layer",  # layer, batch
+                norm="layer",  # layer, batch, rms
                 prenorm=True,
                 gate="glu",  # glu, gelu, full_glu, half_glu1, half_glu2
                 dropout=0.0,
@@ -89,11 +120,9 @@ def parse_arg(arg: str, **defaults) -> ConfigDict:
 
     Args:
         arg: words separated by commas: `name=value`, or a value alone, as first word
-        and
-            for the first name.
+            and for the first name.
         **defaults: name -> default, whose type the values take. A tuple lists the
-        choices
-            of a name, its default first.
+            choices of a name, its default first.
 
     Returns:
         The values by name.

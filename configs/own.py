@@ -28,6 +28,7 @@ def get_config(arg=""):
     )
     config = common.base()
     config.model.layer = arg.layer
+    config.model.layer_args = common.LAYER_ARGS.get(arg.layer, {})
     config.model.head = arg.head
     config.data.update(
         name="arrays",

@@ -14,11 +14,6 @@ from configs import common
 
 TASKS = ("digits",)
 TARGETS = ("label", "next")
-LAYER_ARGS = {
-    "s4d": dict(state_size=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1),
-    "s5": dict(state_size=64, bidirectional=False, dt_min=1e-3, dt_max=1e-1),
-    "lru": dict(state_size=64, r_min=0.0, r_max=1.0),
-}  # a layer that is not here starts from its own defaults
 
 
 def get_config(arg="digits"):
@@ -27,7 +22,7 @@ def get_config(arg="digits"):
     arg = common.parse_arg(arg, task=TASKS, layer="s4d", target=TARGETS)
     config = common.base()
     config.model.layer = arg.layer
-    config.model.layer_args = LAYER_ARGS.get(arg.layer, {})
+    config.model.layer_args = common.LAYER_ARGS.get(arg.layer, {})
     config.model.head = "token" if arg.target == "next" else "mean"
     config.data.update(
         name=arg.task,
@@ -36,5 +31,5 @@ def get_config(arg="digits"):
     )
     config.model.dropout = 0.1
     config.optimizer.lr = 4e-3
-    config.train.update(steps=2000, eval_every=250, log_every=100, ema=0.99)
+    config.train.update(steps=1500, eval_every=250, log_every=100, ema=0.99)
     return config

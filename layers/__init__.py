@@ -8,6 +8,7 @@ call is a prefill. `sequence` is a `ssm.Sequence` with mask, reset and dt.
 """
 
 from layers.build import LAYERS, build, get
+from layers.common import prepare
 from layers.gru import GRU
 from layers.lru import LRU
 from layers.model import Model
@@ -15,4 +16,15 @@ from layers.s4d import S4D
 from layers.s5 import S5
 from ssm.sequence import Sequence
 
-__all__ = ["GRU", "LAYERS", "LRU", "S4D", "S5", "Model", "Sequence", "build", "get"]
+__all__ = [
+    "GRU",
+    "LAYERS",
+    "LRU",
+    "S4D",
+    "S5",
+    "Model",
+    "Sequence",
+    "build",
+    "get",
+    "prepare",
+]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from layers.block import GATES, NORMS, Block
@@ -25,13 +26,23 @@ def get(name):
     if name in LAYERS:
         return LAYERS[name]
     module, _, attribute = name.rpartition(".")
+    unknown = ValueError(
+        f"layer: unknown {name!r}; may be {sorted(LAYERS)} or the dotted path of a "
+        "Flax module"
+    )
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"layer: unknown {name!r}; may be {sorted(LAYERS)} or the dotted path of a "
-            "class"
-        ) from error
+        found = getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        # What the user's own module fails to import is the user's to see.
+        if isinstance(error, ModuleNotFoundError) and error.name not in (
+            module,
+            module.partition(".")[0],
+        ):
+            raise
+        raise unknown from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise unknown
+    return found
 
 
 def build(config) -> Model:
@@ -94,7 +105,10 @@ def _mixers(config, dtype):
         unknown = sorted(set(given) - fields)
         if unknown:
             valid = sorted(fields - {"features", "dtype"})
-            raise ValueError(f"layer_args: {name} has no {unknown}; may be {valid}")
+            raise ValueError(
+                f"layer_args: {name} has no {unknown}; may be {valid}. A config takes "
+                f"layer and arguments together: configs/FILE.py:...,layer={name}"
+            )
         given.setdefault("features", config["features"])
         given.setdefault("dtype", dtype)
         if "length" in fields:

@@ -47,6 +47,36 @@ def dense(
     )
 
 
+CONSTANTS = "constants"  # the collection of what `prepare` computes
+
+
+def once(module, name, make):
+    """`make()`, or what `prepare` has kept of it: values that depend on parameters
+    alone and would otherwise be computed anew for every token."""
+    if module.has_variable(CONSTANTS, name):
+        return module.get_variable(CONSTANTS, name)
+    value = make()
+    if module.is_mutable_collection(CONSTANTS) and not module.is_initializing():
+        module.put_variable(CONSTANTS, name, value)
+    return value
+
+
+def prepare(module, variables, token):
+    """Variables for decoding: what a step needs of the parameters, computed once.
+
+    The result replaces `variables` in calls of one token with a state; any change of
+    the parameters makes it stale.
+
+    Args:
+        module: a layer or model with a recurrent mode.
+        variables: of the module.
+        token: an input of length 1 (any values), such as x[:, :1].
+    """
+    state = module.init_state(token.shape[0])
+    _, constants = module.apply(variables, token, state, mutable=[CONSTANTS])
+    return {**variables, **constants}
+
+
 def check_state(state, expected):
     """Raises a `ValueError` naming `state` unless it is None or has the structure,
     shapes of `expected` (what `init_state` returns for this batch)."""

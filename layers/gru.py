@@ -8,6 +8,14 @@ from layers.common import check_state, dense, logical
 from ssm import sequence as seq
 
 
+def _orthogonal_per_gate(key, shape, dtype=jnp.float32):
+    """[H, 3 H]: three orthogonal matrices side by side."""
+    one = nn.initializers.orthogonal()
+    H = shape[0]
+    gates = [one(k, (H, H), dtype) for k in jax.random.split(key, 3)]
+    return jnp.concatenate(gates, axis=1)
+
+
 class GRU(nn.Module):
     """Gated recurrent unit, sequential in every mode:
 
@@ -40,7 +48,7 @@ class GRU(nn.Module):
         H = self.features
         U = self.param(
             "recurrent_kernel",
-            logical(nn.initializers.orthogonal(), "embed", "mlp"),
+            logical(_orthogonal_per_gate, "embed", "mlp"),
             (H, 3 * H),
         )
         bias = self.param(

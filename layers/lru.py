@@ -60,6 +60,8 @@ class LRU(nn.Module):
 
     def _parameters(self):
         H, P = self.features, self.state_size
+        if P < 1:
+            raise ValueError(f"state_size: must be at least 1, got {P}")
         nu_log = self.param(
             "nu_log",
             logical(

@@ -182,8 +182,12 @@ def _pool(x, sequence, before, head):
     mask = jnp.ones((B, L), bool) if sequence.mask is None else sequence.mask
     if before is None:
         before = PoolState(jnp.zeros_like(x[:, 0]), jnp.zeros((B,), x.dtype))
+    pending = None
     if sequence.reset is not None:
-        segment = jnp.cumsum(sequence.reset, axis=1)
+        # A reset on padding belongs to a token yet to come: to the state, not to this
+        # answer.
+        pending = jnp.any(sequence.reset & ~mask, axis=1)
+        segment = jnp.cumsum(sequence.reset & mask, axis=1)
         mask = mask & (segment == segment[:, -1:])
         fresh = segment[:, -1] > 0
         before = PoolState(
@@ -195,7 +199,11 @@ def _pool(x, sequence, before, head):
     if head == "last":
         last = jnp.max(jnp.where(mask, jnp.arange(L), 0), axis=1)
         found = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        features = jnp.where((here > 0)[:, None], found, before.features)
-        return features, PoolState(features, count)
-    total = before.features + jnp.sum(jnp.where(mask[..., None], x, 0.0), axis=1)
-    return total / jnp.maximum(count, 1.0)[:, None], PoolState(total, count)
+        pooled = features = jnp.where((here > 0)[:, None], found, before.features)
+    else:
+        features = before.features + jnp.sum(jnp.where(mask[..., None], x, 0.0), axis=1)
+        pooled = features / jnp.maximum(count, 1.0)[:, None]
+    if pending is not None:
+        features = jnp.where(pending[:, None], 0.0, features)
+        count = jnp.where(pending, 0.0, count)
+    return pooled, PoolState(features, count)

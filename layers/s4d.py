@@ -14,6 +14,7 @@ from layers.common import (
     logical,
     no_initial_state,
     no_state,
+    once,
 )
 from ssm import discretize, filters, recurrence, spectra, stability
 from ssm import sequence as seq
@@ -89,8 +90,10 @@ class S4D(nn.Module):
         copies = self.copies or H
         if n < 1 or self.state_size % 2:
             raise ValueError(f"state_size: must be even, got {self.state_size}")
-        if H % copies:
+        if copies < 0 or H % copies:
             raise ValueError(f"copies: must divide features={H}, got {copies}")
+        if self.step_scale <= 0:
+            raise ValueError(f"step_scale: must be positive, got {self.step_scale}")
         lam = spectra.s4d(self.spectrum, n)
         rate = stability.inverse(self.transform, -lam.real)
         A_re = self.param("A_re", logical(constant(rate), None, "state"), (copies, n))
@@ -135,12 +138,21 @@ class S4D(nn.Module):
                 rule, B, system.c, u, state, elapsed, sequence.reset
             )
         elif u.shape[1] == 1 and state is not None:
-            now = [None if e is None else e[:, 0] for e in (elapsed, sequence.reset)]
-            y, state = recurrence.step(system, u[:, 0], state, *now)
-            y = y[:, None]
+            y, state = self._step(system, u, state, elapsed, sequence.reset)
         else:
             y, state = recurrence.chunked(system, u, state, elapsed, sequence.reset)
         return seq.zero_masked(y + D * u, sequence), state
+
+    def _step(self, system, u, state, elapsed, reset):
+        reset = None if reset is None else reset[:, 0]
+        if elapsed is None:
+            # Exponentials cost more than the step itself; see `layers.prepare`.
+            log_a, b, c = system
+            a, b, c = once(self, "step", lambda: (jnp.exp(log_a), b, c))
+            y, state = recurrence.advance(a, b, c, u[:, 0], state, reset)
+        else:
+            y, state = recurrence.step(system, u[:, 0], state, elapsed[:, 0], reset)
+        return y[:, None], state
 
     def _both_directions(self, lam, dt, B, C, D, u, sequence):
         if sequence.dt is not None:

@@ -91,6 +91,10 @@ class S5(nn.Module):
 
     def _parameters(self):
         H, N = self.features, self.state_size
+        if N < 2:
+            raise ValueError(f"state_size: must be even and at least 2, got {N}")
+        if self.step_scale <= 0:
+            raise ValueError(f"step_scale: must be positive, got {self.step_scale}")
         lam, V, V_inv = spectra.s5_blocks(N, self.blocks)
         if not self.conj_sym:
             lam = np.concatenate([lam, lam.conj()])

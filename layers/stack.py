@@ -6,6 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from layers.common import CONSTANTS
+
+COLLECTIONS = ("params", "batch_stats", "buffers", CONSTANTS)
 TRAIN = 4  # position of `train` in __call__, counting self: static under nn.remat
 
 
@@ -54,7 +57,7 @@ class Stack(nn.Module):
         if repeats:
             scanned = nn.scan(
                 Repetition,
-                variable_axes={"params": 0, "batch_stats": 0, "buffers": 0},
+                variable_axes=dict.fromkeys(COLLECTIONS, 0),
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=repeats,

@@ -13,7 +13,7 @@ and agree to rounding; `tests/test_recurrence.py` holds them to it.
 features. `varying` discretises per token, for rules whose gaps are not a power of a.
 """
 
-from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -43,15 +43,18 @@ def hold(log_a, elapsed):
 def step(system, u, state, elapsed=None, reset=None):
     """One token. u [B, H], state [B, H, n], elapsed, reset [B] -> y [B, H], state."""
     log_a, b, c = system
+    if elapsed is None:
+        return advance(jnp.exp(log_a), b, c, u, state, reset)
+    e = elapsed[:, None, None]
+    return advance(jnp.exp(e * log_a), hold(log_a, e) * b, c, u, state, reset)
+
+
+def advance(a, b, c, u, state, reset=None):
+    """One token with the decay a itself, O(H n) multiplications and nothing else."""
     if reset is not None:
         state = jnp.where(reset[:, None, None], 0, state)
-    if elapsed is None:
-        a, weight = jnp.exp(log_a), b
-    else:
-        e = elapsed[:, None, None]
-        a, weight = jnp.exp(e * log_a), hold(log_a, e) * b
-    state = a * state + weight * u[:, :, None]
-    return jnp.sum(c * state, axis=-1).real, state
+    state = a * state + b * u[:, :, None]
+    return jnp.sum((c * state).real, axis=-1), state
 
 
 def scan(system, u, state=None, elapsed=None, reset=None):
@@ -156,39 +159,101 @@ def mixed(
     return _in_chunks(body, state, u, elapsed, reset, chunk, reverse)
 
 
-def _in_chunks(
-    body: Callable, state, u, elapsed, reset, chunk: int, reverse: bool = False
-):
+def _in_chunks(body, state, u, elapsed, reset, chunk, reverse=False):
     """Runs body(state, u, elapsed, reset) -> (state, y) over pieces of the length axis,
     keeping only the states between pieces for the backward pass."""
-    whole = (u.shape[1] // chunk) * chunk
-    pieces = (u, elapsed, reset)
-    if u.shape[1] <= chunk:
-        state, y = body(state, *pieces)
+    L = u.shape[1]
+    if chunk >= L:
+        state, y = body(state, u, elapsed, reset)
         return y, state
-
-    body = jax.checkpoint(body)
-    rest = jax.tree.map(lambda x: x[:, whole:], pieces)
-    stacked = jax.tree.map(lambda x: _split(x[:, :whole], chunk), pieces)
+    whole = L // chunk * chunk
+    pieces = (u, elapsed, reset)
+    first, rest = (
+        jax.tree.map(lambda x, part=part: x[:, part], pieces)
+        for part in (slice(whole), slice(whole, None))
+    )
+    example = jax.tree.map(lambda x: x[:, :chunk], pieces)
+    pure, constants = jax.closure_convert(body, state, *example)
 
     def over(state):
-        state, y = jax.lax.scan(
-            lambda s, piece: body(s, *piece), state, stacked, reverse=reverse
-        )
-        return state, y.swapaxes(0, 1).reshape(u.shape[0], whole, *y.shape[3:])
+        return _chunks(pure, chunk, reverse, constants, state, first)
 
-    if whole == u.shape[1]:
-        state, y = over(state)
-        return y, state
+    if whole == L:
+        return over(state)
+    last = jax.checkpoint(body)
     if reverse:
-        state, last = body(state, *rest)
-        state, first = over(state)
+        state, y_last = last(state, *rest)
+        y, state = over(state)
     else:
-        state, first = over(state)
-        state, last = body(state, *rest)
-    return jnp.concatenate([first, last], axis=1), state
+        y, state = over(state)
+        state, y_last = last(state, *rest)
+    return jnp.concatenate([y, y_last], axis=1), state
 
 
-def _split(x, chunk):
-    """[B, L, ...] -> [L / chunk, B, chunk, ...]."""
-    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunks(body, chunk, reverse, constants, state, pieces):
+    """The loop over whole chunks. Chunks are sliced out of and written into [B, L, ...]
+    in place: a `lax.scan` over stacked chunks would copy every array twice."""
+    return _run_chunks(body, chunk, reverse, constants, state, pieces)[0]
+
+
+def _run_chunks(body, chunk, reverse, constants, state, pieces):
+    count = pieces[0].shape[1] // chunk
+    first = jax.tree.map(lambda x: x[:, :chunk], pieces)
+    _, like = jax.eval_shape(body, state, *first, *constants)
+    y = jnp.zeros((like.shape[0], count * chunk, *like.shape[2:]), like.dtype)
+    states = jnp.zeros((count, *state.shape), state.dtype)
+
+    def run(i, carry):
+        state, y, states = carry
+        k = count - 1 - i if reverse else i
+        states = states.at[k].set(state)
+        state, part = body(state, *_piece(pieces, k, chunk), *constants)
+        return state, _put(y, part, k, chunk), states
+
+    state, y, states = jax.lax.fori_loop(0, count, run, (state, y, states))
+    return (y, state), (constants, states, pieces)
+
+
+def _chunks_backward(body, chunk, reverse, saved, cotangents):
+    constants, states, pieces = saved
+    dy, dstate = cotangents
+    count = len(states)
+    # Only what is real-valued has a gradient: flags have none.
+    u, elapsed, _ = pieces
+    zeros = jax.tree.map(jnp.zeros_like, (constants, u, elapsed))
+
+    def run(i, carry):
+        dstate, dconstants, du, delapsed = carry
+        k = i if reverse else count - 1 - i
+        u_k, elapsed_k, reset_k = _piece(pieces, k, chunk)
+
+        def call(constants, state, u, elapsed):
+            return body(state, u, elapsed, reset_k, *constants)
+
+        _, pull = jax.vjp(call, constants, states[k], u_k, elapsed_k)
+        dy_k = jax.lax.dynamic_slice_in_dim(dy, k * chunk, chunk, 1)
+        more, dstate, du_k, delapsed_k = pull((dstate, dy_k))
+        dconstants = jax.tree.map(jnp.add, dconstants, more)
+        du = _put(du, du_k, k, chunk)
+        if delapsed is not None:
+            delapsed = _put(delapsed, delapsed_k, k, chunk)
+        return dstate, dconstants, du, delapsed
+
+    start = (dstate, *zeros)
+    dstate, dconstants, du, delapsed = jax.lax.fori_loop(0, count, run, start)
+    return dconstants, dstate, (du, delapsed, None)
+
+
+_chunks.defvjp(_run_chunks, _chunks_backward)
+
+
+def _piece(arrays, k, chunk):
+    """Chunk k of every array [B, L, ...]."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, k * chunk, chunk, 1), arrays
+    )
+
+
+def _put(whole, part, k, chunk):
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, k * chunk, 1)

@@ -41,6 +41,8 @@ def check(x, sequence, name="x"):
     """Raises a `ValueError` naming the argument unless x is [B, L >= 1, ...] and every
     field of `sequence` is [B, L] of the right kind. Returns a Sequence, empty for None.
     """
+    if not hasattr(x, "ndim"):
+        raise ValueError(f"{name}: must be an array, got {type(x).__name__}")
     if x.ndim < 2:
         raise ValueError(f"{name}: must be [B, L, ...], got shape {x.shape}")
     if x.shape[1] == 0:
@@ -61,6 +63,10 @@ def check(x, sequence, name="x"):
         value = getattr(sequence, field)
         if value is None:
             continue
+        if not hasattr(value, "shape"):
+            raise ValueError(
+                f"{field}: must be an array [B, L], got {type(value).__name__}"
+            )
         if value.shape != x.shape[:2]:
             raise ValueError(
                 f"{field}: must have shape [B, L] = {x.shape[:2]}, got {value.shape}"
@@ -158,8 +164,3 @@ def align_right(x, mask):
     shift = mask.shape[1] - lengths(mask)
     index = (jnp.arange(mask.shape[1]) - shift[:, None]) % mask.shape[1]
     return _gather_along_length(index)(x)
-
-
-def take(sequence, start, stop):
-    """The Sequence of tokens start .. stop-1."""
-    return jax.tree.map(lambda field: field[:, start:stop], sequence)

@@ -35,7 +35,8 @@ def s4d_legs(n):
 
 
 def s4d_real(n):
-    """S4D-Real: lam_j = -(j + 1), as complex numbers with imaginary part 0."""
+    """S4D-Real: lam_j = -(j + 1). An initial value: imaginary parts start at 0 and are
+    trained like any other."""
     return -(1.0 + np.arange(n)) + 0j
 
 

@@ -1,5 +1,6 @@
 """How a backend is compared with the definition: values and every gradient."""
 
+import functools
 import itertools
 
 import jax
@@ -76,12 +77,16 @@ def results(op, inputs, **static):
     functional of them by every floating input."""
     fixed = {k: x for k, x in inputs.items() if x is None or x.dtype == bool}
     moving = {k: x for k, x in inputs.items() if k not in fixed}
+    run = _compiled(op, tuple(sorted(static.items())))
+    return jax.tree.map(np.asarray, run(moving, fixed))
 
-    def outputs(moving):
-        return op(**moving, **fixed, **static)
 
-    def functional(moving):
-        values = outputs(moving)
+@functools.lru_cache(maxsize=64)
+def _compiled(op, static):
+    """One function for all dtypes, so that the reference is compiled once per shape."""
+
+    def functional(moving, fixed):
+        values = op(**moving, **fixed, **dict(static))
         total = 0
         for i, leaf in enumerate(jax.tree.leaves(values)):
             rng = np.random.default_rng(i)
@@ -91,10 +96,13 @@ def results(op, inputs, **static):
                 total = total + jnp.sum(weight.astype(wide) * part.astype(wide))
         return total, values
 
-    (_, values), gradients = jax.jit(jax.value_and_grad(functional, has_aux=True))(
-        moving
-    )
-    return jax.tree.map(np.asarray, (values, gradients))
+    @jax.jit
+    def run(moving, fixed):
+        gradient = jax.value_and_grad(functional, has_aux=True)
+        (_, values), gradients = gradient(moving, fixed)
+        return values, gradients
+
+    return run
 
 
 def check(op, inputs, dtype, backend, **static):

@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import common, pixels
-from layers import build
+from layers import LAYERS, build
 from train import data, losses, optimizers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -54,6 +56,43 @@ def test_config_fits_its_data_model_optimizer_and_loss(spec):
     assert total.shape == weight.shape == metrics["accuracy"].shape == ()
     _, groups, _ = optimizers.make(config, params)
     assert sum(map(len, groups.values())) == len(jax.tree.leaves(params))
+
+
+def test_layer_args_are_the_fields_of_the_layers():
+    assert set(common.LAYER_ARGS) == set(LAYERS)
+    for name, arguments in common.LAYER_ARGS.items():
+        fields = {
+            field.name: field.default
+            for field in dataclasses.fields(LAYERS[name])
+            if field.name not in ("features", "dtype", "parent", "name")
+        }
+        assert dict(arguments) == fields, name
+    config = flag_values("own:path=x", "--config.model.layer_args.spectrum=inv")
+    assert config.model.layer_args.spectrum == "inv"
+
+
+# Which group every parameter of every layer belongs to: a new parameter has to be
+# thought of here before it can be trained.
+SENSITIVE = {"A_re", "A_im", "B", "log_dt", "Lambda_re", "Lambda_im", "log_step"}
+SENSITIVE |= {"nu_log", "theta_log", "gamma_log"}
+UNDECAYED = {"bias", "recurrent_bias", "scale", "D"}
+ORDINARY = {"kernel", "recurrent_kernel", "embedding", "C"}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_every_parameter_is_in_the_group_meant_for_it(layer, norm):
+    config = common.base()
+    config.model.update(layer=layer, features=8, depth=1, norm=norm)
+    config.model.update(encoder="token", vocab_size=3, outputs=2)
+    model = build(config.model)
+    tokens = np.zeros((1, 4), np.int32)
+    init = functools.partial(model.init, {"params": jax.random.key(0)}, tokens)
+    _, groups, _ = optimizers.make(config, jax.eval_shape(init)["params"])
+    for paths, names in zip(
+        groups.values(), (SENSITIVE, UNDECAYED, ORDINARY), strict=True
+    ):
+        assert {path.split("/")[-1] for path in paths} <= names
 
 
 def test_own_arrays_reach_the_dataset(tmp_path):

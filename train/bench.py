@@ -25,7 +25,7 @@ from rich.table import Table
 from configs import common
 from kernels import bench as timing
 from kernels import fft_conv
-from layers import S4D, S5, build
+from layers import S4D, S5, build, prepare
 from layers.common import logical
 from ssm import sequence as seq
 
@@ -172,6 +172,7 @@ def decode_case(small):
 
             return jax.lax.scan(one, state, x.T)
 
+        variables = jax.jit(functools.partial(prepare, model))(variables, x[:, :1])
         functions[name] = (run, (variables, x, state))
     return functions
 

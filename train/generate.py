@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers import prepare
 from train import checkpoint
 from train.evaluate import load_run
 
@@ -62,11 +63,12 @@ def generate(model, variables, prompt, length, key, temperature=1.0):
     def sample(variables, prompt, state, key):
         keys = jax.random.split(key, length)
         logits, state = model.apply(variables, prompt, state)
+        fast = prepare(model, variables, prompt[:, :1])
         first = draw(logits[:, -1], keys[0])
 
         def one(carry, key):
             token, state = carry
-            logits, state = model.apply(variables, token[:, None], state)
+            logits, state = model.apply(fast, token[:, None], state)
             token = draw(logits[:, 0], key)
             return (token, state), token
 

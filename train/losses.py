@@ -22,21 +22,18 @@ IGNORED = -1  # a target that is not to be predicted
 def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
     """The loss that `spec["loss"]` names.
 
-    - "classification": -log softmax(outputs)[targets], outputs [B, K], targets int [B];
-    a
-      row whose mask is all False has no weight. Metric: accuracy.
+    - "classification": -log softmax(outputs)[targets], outputs [B, K], targets int
+      [B]; a row whose mask is all False has no weight. Metric: accuracy.
     - "token": the same per token, outputs [B, L, K], targets int [B, L]; a token has a
       weight where its mask is True and its target is not -1. Metric: accuracy.
     - "regression": mean over the K outputs of (outputs - targets)^2. Per sequence,
-    outputs
-      [B, K], targets [B, K] or [B]; or per real token, outputs [B, L, K], targets
-      [B, L, K] or [B, L]. Metric: absolute_error.
+      outputs [B, K], targets [B, K] or [B]; or per real token, outputs [B, L, K],
+      targets [B, L, K] or [B, L]. Metric: absolute_error.
 
     Args:
         spec: of the dataset; only "loss" is read.
         label_smoothing: share e of the probability that goes to all K classes alike:
-        the
-            loss becomes (1 - e) * loss + e * mean_k(-log softmax(outputs)[k]).
+            the loss becomes (1 - e) * loss + e * mean_k(-log softmax(outputs)[k]).
 
     Raises:
         ValueError: an unknown loss, a label_smoothing outside [0, 1) or not 0 for a
@@ -63,14 +60,18 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
 
 def _classification(outputs, batch, label_smoothing):
     _check_shapes(outputs, batch["targets"], 1)
-    real = batch["mask"].any(axis=-1)
-    return _cross_entropy(outputs, batch["targets"], real, label_smoothing)
+    return _cross_entropy(outputs, batch["targets"], _rows(batch), label_smoothing)
 
 
 def _token(outputs, batch, label_smoothing):
     _check_shapes(outputs, batch["targets"], 2)
     real = batch["mask"] & (batch["targets"] != IGNORED)
     return _cross_entropy(outputs, batch["targets"], real, label_smoothing)
+
+
+def _rows(batch):
+    """[B] bool, the examples that are not padding; a retrieval mask is [B, 2, L]."""
+    return batch["mask"].reshape(len(batch["mask"]), -1).any(axis=-1)
 
 
 def _check_shapes(outputs, targets, rank: int) -> None:
@@ -104,7 +105,7 @@ def _regression(outputs, batch):
             "or last), one per token is [B, L] or [B, L, K] with outputs [B, L, K] "
             "(model.head token)"
         )
-    real = mask if outputs.ndim == 3 else mask.any(axis=-1)
+    real = mask if outputs.ndim == 3 else _rows(batch)
     outputs = _where(real, outputs.astype(jnp.float32))
     targets = _where(real, targets.astype(jnp.float32))
     squared = optax.squared_error(outputs, targets).mean(axis=-1)

@@ -44,6 +44,14 @@ def make(
             unknown or impossible setting.
     """
     optimizer = config["optimizer"]
+    for key in ("weight_decay", "clip"):
+        if optimizer[key] < 0:
+            raise ValueError(f"optimizer.{key} must be 0 or more, got {optimizer[key]}")
+    for key in ("b1", "b2"):
+        if not 0 <= optimizer[key] < 1:
+            raise ValueError(
+                f"optimizer.{key} must lie in [0, 1), got {optimizer[key]}"
+            )
     schedule = make_schedule(optimizer, config["train"]["steps"])
     options = [
         (pattern, _options(pattern, given)) for pattern, given in config["groups"]
@@ -69,8 +77,7 @@ def make_schedule(optimizer: Mapping, steps: int) -> Schedule:
 
     Raises:
         ValueError: an unknown schedule, warmup outside [0, steps), a negative lr, a
-        floor
-            outside [0, 1].
+            floor outside [0, 1].
     """
     name, peak = optimizer["schedule"], optimizer["lr"]
     warmup, floor = optimizer["warmup"], optimizer["floor"]

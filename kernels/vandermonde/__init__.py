@@ -60,8 +60,7 @@ def vandermonde_transpose(
 
     Returns:
         s: [*B, *H, N], float32 or wider, complex if log_z is. Real u: its linear
-            transpose,
-        K -> c, of `vandermonde` is conj(s).
+            transpose, K -> c, of `vandermonde` is conj(s).
 
     Differentiable in u and log_z.
 

@@ -45,23 +45,19 @@ def load(
     Args:
         path: an .npz or .csv file, laid out as this module's docstring says.
         encoder: "scalar" or "token"; "" takes integer inputs of an NPZ as tokens and
-        all
-            others as numbers.
+            all others as numbers.
         loss: "classification", "token" or "regression"; "" regresses targets that are
             floats, else classifies.
         vocab_size: number of tokens; 0 takes the largest one plus 1.
         outputs: number of classes; 0 takes the largest one plus 1. Regression counts
-        its
-            own.
+            its own.
         validation, test: fractions: test of all sequences, validation of the rest.
-        Classes
-            keep their proportions. Not read where the file has "split".
+            Classes keep their proportions. Not read where the file has "split".
         seed: of the division.
 
     Raises:
         ValueError: a file that cannot be read so; names the file, the key or the row
-        and
-            column, what stands there and what may.
+            and column, what stands there and what may.
     """
     source = _File(path)
     source.check_choice("encoder", encoder, ("", *ENCODERS))
