@@ -31,5 +31,5 @@ def get_config(arg="digits"):
     )
     config.model.dropout = 0.1
     config.optimizer.lr = 4e-3
-    config.train.update(steps=1500, eval_every=250, log_every=100, ema=0.99)
+    config.train.update(steps=1200, eval_every=200, log_every=100, ema=0.99)
     return config

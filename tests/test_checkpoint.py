@@ -88,6 +88,7 @@ def test_restores_what_was_saved(tmp_path):
         (lambda path: (path / checkpoint.DIGEST).unlink(), "digest.json is missing"),
         (lambda path: (path / checkpoint.DIGEST).write_text("["), "cannot be read"),
         (lambda path: (path / checkpoint.DIGEST).write_text("[]"), "cannot be read"),
+        (lambda path: (path / checkpoint.DIGEST).write_text("{}"), "names no file"),
         (lambda path: (shutil.rmtree(path), path.mkdir()), "the folder is empty"),
     ],
     ids=lambda value: value.split()[-1] if isinstance(value, str) else "",
@@ -157,6 +158,30 @@ def test_leftovers_of_a_cut_off_save_are_removed(tmp_path):
     assert int(restore(tmp_path, like)[0].step) == 10
     assert not left.exists()
     save(tmp_path, 20)
+
+
+def test_a_first_save_without_digest_is_none(tmp_path, caplog):
+    """As a kill between commit and digest leaves it."""
+    like = save(tmp_path, 10, 20)
+    for step in (10, 20):
+        (folder(tmp_path, step) / checkpoint.DIGEST).unlink()
+    assert restore(tmp_path, like) is None
+    assert "checkpoint 20 is removed: its save was cut off" in caplog.text
+    assert list((tmp_path / checkpoint.FOLDER).iterdir()) == []
+    save(tmp_path, 10)
+    assert int(restore(tmp_path, like)[0].step) == 10
+
+
+def test_a_save_without_digest_is_not_kept_and_hides_no_damage(tmp_path):
+    like = save(tmp_path, 10, 20, 30)
+    (folder(tmp_path, 30) / checkpoint.DIGEST).unlink()
+    assert int(restore(tmp_path, like)[0].step) == 20
+    names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
+    assert names == {"10", "20"}
+    (folder(tmp_path, 20) / checkpoint.DIGEST).unlink()
+    flip(largest(folder(tmp_path, 10)))
+    with pytest.raises(CheckpointError, match=r"20: digest.json .* 10: .* altered"):
+        restore(tmp_path, like)
 
 
 FULL = os.strerror(errno.ENOSPC)

@@ -1,5 +1,7 @@
+import errno
 import functools
 import json
+import os
 from types import SimpleNamespace
 
 import jax
@@ -269,6 +271,120 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path) == []
 
 
+class FullDisk:
+    """A file that has room for some writes."""
+
+    def __init__(self, file, room):
+        self._file, self._room = file, room
+
+    def write(self, data):
+        self._room -= 1
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+    def close(self):
+        self._file.close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("full", [metrics.FILE, metrics.BOARD])
+def test_a_full_disk_for_the_metrics_ends_the_run(tmp_path, monkeypatch, full):
+    begin = metrics.Metrics.__init__
+
+    def limited(self, *arguments):
+        begin(self, *arguments)
+        if full == metrics.FILE:  # full from the third line on: that of step 6
+            self._file = FullDisk(self._file, 2)
+        else:
+            self._board._records = FullDisk(self._board._records, 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Metrics, "__init__", limited)
+        with pytest.raises(checkpoint.CheckpointError) as caught:
+            loop.run(tiny_run.config(), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"the disk is full: {tmp_path / full}")
+    assert "last good checkpoint: step 5 in" in message
+    assert checkpoint.newest_good(tmp_path) == 5
+    assert loop.run(tiny_run.config(), tmp_path)["step"] == 12
+
+
+def test_a_full_disk_noticed_on_leaving(tmp_path):
+    def leave(error):
+        with metrics.Metrics(tmp_path, 0, 12) as measured:
+            measured._file = FullDisk(measured._file, 0)
+            if error:
+                raise error
+
+    with pytest.raises(OSError, match=metrics.FILE):
+        leave(None)
+    with pytest.raises(KeyError):  # comes first
+        leave(KeyError())
+
+
+def test_a_short_run_is_traced_too(tmp_path):
+    loop.run(tiny_run.config(steps=1), tmp_path, profile=True)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_ends_with_an_error(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    progress = SimpleNamespace(step=10, state=0)
+    with pytest.raises(KeyError), loop.profiler(tmp_path, progress, 99) as between:
+        for progress.step in range(10, 20):
+            calls.append(progress.step)
+            between()
+            if progress.step == 13:
+                raise KeyError
+    assert calls == [10, 11, "start", 12, 13, "stop"]
+    with loop.profiler(tmp_path, progress, 99) as between:
+        for progress.step in range(13, 25):
+            between()
+            calls.append(progress.step)
+    assert calls[6:] == [13, "start", *range(14, 19), "stop", *range(19, 25)]
+
+
+def test_a_model_smaller_than_the_dataset(tmp_path):
+    for key, least in (("outputs", 17), ("vocab_size", 18)):
+        config = tiny_run.config()
+        config.data.target = "next"
+        config.model[key] = least - 1
+        with pytest.raises(
+            ValueError, match=f"model.{key} must be {least} or more, .* got {least - 1}"
+        ):
+            loop.run(config, tmp_path)
+
+
+def test_a_batch_without_targets_is_named(tmp_path):
+    batch = batch_of()
+    batch["mask"][:] = False
+    create, update = begin(batch)
+    before = jax.device_get(create().params)
+    after, measured = update(create(), batch)
+    assert measured["weight"] == measured["loss"] == measured["grad_norm"] == 0
+    assert_close(after.params, before, 0)
+    progress = SimpleNamespace(step=4, window=[measured])
+    with pytest.raises(ValueError, match="the batch of step 4 must have a target"):
+        loop.check_window(progress)
+    variables = Pool().init(jax.random.key(0), batch["inputs"])
+    with pytest.raises(ValueError, match="the split to evaluate must have a target"):
+        step.evaluate(step.make_eval_step(Pool(), LOSS), variables, [batch], MESH)
+
+
+def test_rows_of_an_evaluation_batch():
+    def rows(count, devices, **train):
+        config = tiny_run.config(**train)
+        return endings.batch_size(
+            config, SimpleNamespace(shape={"data": devices}), count
+        )
+
+    assert rows(1000, 8) == 40 and rows(1000, 8, eval_batch_size=0) == 8
+    assert rows(3, 8) == 8 and rows(9, 8) == 16 and rows(3, 1) == 3
+
+
 @pytest.mark.parametrize(
     ("train", "message"),
     [
@@ -281,6 +397,13 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
 def test_impossible_settings(tmp_path, train, message):
     with pytest.raises(ValueError, match=message):
         loop.run(tiny_run.config(**train), tmp_path)
+
+
+def test_a_negative_seed(tmp_path):
+    config = tiny_run.config()
+    config.seed = -1
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        loop.run(config, tmp_path)
 
 
 def test_lines_after_the_restored_step_are_dropped(tmp_path):

@@ -100,15 +100,16 @@ def test_killed_again_and_again(tmp_path, cache, uninterrupted, workers):
 
 
 @pytest.mark.slow
-def test_interrupt_from_the_keyboard_reaches_workers_too(
-    tmp_path, cache, uninterrupted
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_reaches_workers_too(
+    tmp_path, cache, uninterrupted, number
 ):
     flag = "--config.data.workers=2"
     process = tiny_run.start(tmp_path, cache, flag, steps=STEPS, checkpoint_every=1000)
     tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = tiny_run.finish(process)
-    assert "stopped by SIGINT" in out and "Traceback" not in err
+    assert f"stopped by {number.name}" in out and "Traceback" not in err
     tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
     assert_same(tmp_path, uninterrupted)
 

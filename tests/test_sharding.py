@@ -45,13 +45,18 @@ def losses(workdir):
 
 
 def test_eight_devices_and_one_train_alike(tmp_path):
-    """Ten steps on eight devices, ten more on one, beside twenty on one.
+    """Twenty steps on eight devices beside twenty on one; then five more of the former,
+    on one, beside twenty-five of the latter.
 
     Not with batch norm: the bias before it has no gradient but rounding errors, which
     Adam makes steps of; the running mean then follows the bias.
     """
     options = dict(log_every=1, accumulate=2, batch_size=16)
-    flags = ["--config.optimizer.schedule=constant", "--config.model.norm=layer"]
+    flags = [
+        "--config.optimizer.schedule=constant",
+        "--config.model.norm=layer",
+        "--config.model.layer=s4d",
+    ]
     cache = tmp_path / "cache"
 
     def run(name, steps, devices=1):
@@ -60,9 +65,10 @@ def test_eight_devices_and_one_train_alike(tmp_path):
         )
         return tiny_run.finish(process)[0]
 
-    run("one", 20)
-    assert "mesh                                data 8" in run("eight", 10, devices=8)
-    assert "resumed from step 10" in run("eight", 20)
+    run("one", 25)
+    assert "mesh                                data 8" in run("eight", 20, devices=8)
+    assert len(losses(tmp_path / "eight")) > 20
+    assert "resumed from step 20" in run("eight", 25)
     found, expected = losses(tmp_path / "eight"), losses(tmp_path / "one")
-    assert len(found) == len(expected) > 20
+    assert len(found) == len(expected) > 25
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -3,7 +3,8 @@
 `<workdir>/checkpoints/<step>/` is written by orbax, in the background, under another
 name and renamed when complete. Orbax does not notice bytes that change later, so then
 `digest.json` (the sha256 of every file) is added, itself written aside and renamed. A
-step without a digest, or one that its files do not match, is never used.
+step without a digest is a save that was cut off; that, and one whose files do not match
+their digest, is never used.
 """
 
 import errno
@@ -49,6 +50,8 @@ def damage(folder: Path) -> str | None:
         return "the folder is empty" if empty else f"{DIGEST} is missing"
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         return f"{DIGEST} cannot be read ({type(error).__name__})"
+    if not files:
+        return f"{DIGEST} names no file"
     for name, (size, sha256) in files.items():
         try:
             found = (folder / name).stat().st_size
@@ -62,19 +65,20 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_good(workdir: str | Path) -> int | None:
-    """The newest step without damage; None where no checkpoint was ever written.
+    """The newest step without damage; None where no save was ever completed.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there are complete checkpoints, and all are damaged.
     """
-    tried = []
+    tried, damaged = [], False
     for step in reversed(steps(workdir)):
         reason = damage(_folder(workdir, step))
         if reason is None:
             return step
         tried.append(f"{step}: {reason}")
+        damaged |= not _unfinished(_folder(workdir, step))
         logging.warning("checkpoint %d is not used: %s", step, reason)
-    if tried:
+    if damaged:
         raise CheckpointError(
             f"no checkpoint in {workdir} can be used ({'; '.join(tried)}); to start "
             f"afresh, remove {Path(workdir) / FOLDER} or give another --workdir"
@@ -247,7 +251,7 @@ class Checkpoints:
         """The newest good checkpoint; None in a run that has none yet.
 
         Newer ones that are damaged are renamed to `damaged-<step>`, out of the way of
-        those that are written next; leftovers of saves that were cut off are removed.
+        those that are written next; what saves that were cut off left is removed.
 
         Args:
             target: shapes, dtypes and shardings to restore to, on any devices.
@@ -256,7 +260,7 @@ class Checkpoints:
             state, data, metadata as they were saved.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are complete checkpoints, and all are damaged.
         """
         step = newest_good(self._workdir)
         if jax.process_index() == 0:
@@ -277,12 +281,15 @@ class Checkpoints:
     def _tidy(self, newest: int | None) -> None:
         for leftover in (self._workdir / FOLDER).glob(f"*{UNFINISHED}"):
             _remove(leftover)
-        if newest is None:
-            return
-        for bad in (s for s in steps(self._workdir) if s > newest):
-            aside = self._workdir / FOLDER / f"damaged-{bad}"
-            _remove(aside)
-            _folder(self._workdir, bad).rename(aside)
+        for step in steps(self._workdir):
+            folder = _folder(self._workdir, step)
+            if _unfinished(folder):
+                logging.warning("checkpoint %d is removed: its save was cut off", step)
+                _remove(folder)
+            elif step > newest:
+                aside = self._workdir / FOLDER / f"damaged-{step}"
+                _remove(aside)
+                folder.rename(aside)
 
     def _finish(self, step: int, best: int | None) -> None:
         try:
@@ -299,9 +306,9 @@ class Checkpoints:
         step, size = self._saving
         folder = _folder(self._workdir, step)
         for half in (*folder.parent.glob(f"{step}{UNFINISHED}"), folder):
-            if not (half / DIGEST).exists():
+            if _unfinished(half):
                 _remove(half)
-        if not _disk_full(error):
+        if not disk_full(error):
             raise error
         free = shutil.disk_usage(self._workdir).free
         raise CheckpointError(
@@ -314,6 +321,11 @@ class Checkpoints:
 
 def _folder(workdir: str | Path, step: int) -> Path:
     return Path(workdir).absolute() / FOLDER / str(step)
+
+
+def _unfinished(folder: Path) -> bool:
+    """Whether the digest, which is written last, is not there."""
+    return not (folder / DIGEST).exists()
 
 
 def _copy(tree: dict) -> dict:
@@ -353,11 +365,15 @@ def _write_digest(folder: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all, even if the machine stops."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -371,7 +387,7 @@ def _not_orbax_error(record) -> bool:
     return not (from_orbax and record.levelname == "ERROR")
 
 
-def _disk_full(error: BaseException | None) -> bool:
+def disk_full(error: BaseException | None) -> bool:
     """Whether the error, or one that led to it, says that there is no room."""
     while error is not None:
         full = (errno.ENOSPC, errno.EDQUOT)

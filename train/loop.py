@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 
 from layers.build import build
 from train import checkpoint, data, losses, optimizers, record, sharding, state, step
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints
 from train.metrics import Metrics
 from train.record import SCORES
 from train.scores import finish, measure
 from train.signals import stop_signals
 
-PROFILED = 5, 10  # the steps between, counted from the start, once everything is warm
+PROFILED = 2, 6  # first and last step of the trace, counted from the start
 
 
 def run(
@@ -36,7 +36,8 @@ def run(
         config: `configs.common.base()` with a task's changes.
         workdir: gets config.json, versions.json, metrics.jsonl, tensorboard/,
             checkpoints/ and, at the end, results.json.
-        profile: also writes a trace of five steps to workdir/profile.
+        profile: also writes a trace of five steps, or of as many as there are, to
+            workdir/profile.
         model: instead of `build(config.model)`.
 
     Returns:
@@ -44,7 +45,7 @@ def run(
 
     Raises:
         ValueError: a setting that cannot be, or a workdir of another config.
-        CheckpointError: a checkpoint cannot be written or read.
+        CheckpointError: a checkpoint cannot be written or read, or the disk is full.
         FloatingPointError: loss, gradient or state are not finite.
     """
     workdir = Path(workdir).absolute()
@@ -70,6 +71,14 @@ def run(
             record.write_versions(workdir)
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)
+    except OSError as error:
+        if not checkpoint.disk_full(error):
+            raise
+        raise CheckpointError(
+            f"the disk is full: {error.filename or 'a file'} cannot be written; last "
+            f"good checkpoint: {checkpoint.last_good(workdir)} in {workdir}; make room "
+            "and start the same command again"
+        ) from error
     except FloatingPointError as error:
         good = checkpoint.last_good(workdir)  # known only now: saves have ended
         raise FloatingPointError(
@@ -86,8 +95,19 @@ def run(
 
 
 def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
-    """A copy of `config` in which the dataset fills in what the model leaves open."""
+    """A copy of `config` in which the dataset fills in what the model leaves open.
+
+    Raises:
+        ValueError: fewer outputs or a smaller vocabulary than the dataset has.
+    """
     config = config.copy_and_resolve_references()
+    for key in ("vocab_size", "outputs"):
+        value, least = config.model[key], spec[key]
+        if value and value < least:
+            raise ValueError(
+                f"model.{key} must be {least} or more, what the dataset has, or 0 for "
+                f"that; got {value}"
+            )
     for key in ("encoder", "length", "vocab_size", "outputs"):
         if not config.model[key]:
             config.model[key] = spec[key]
@@ -97,6 +117,8 @@ def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
 def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises a `ValueError` for numbers that are not positive or cannot be divided."""
     options = config.train
+    if config.seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {config.seed}")
     positive = ("steps", "eval_every", "log_every", "checkpoint_every", "keep")
     for key in (*positive, "accumulate"):
         if options[key] < 1:
@@ -172,10 +194,11 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
     options, first = config.train, progress.step
     stopping = bool(stop.signal)
     metrics = Metrics(workdir, first, options.steps)
-    with metrics, contextlib.closing(parts.batches):
+    trace = profiler(workdir / "profile", progress, options.steps)
+    with metrics, contextlib.closing(parts.batches), trace as between_steps:
         while progress.step < options.steps and not stopping:
             if profile:
-                trace(workdir / "profile", progress.step - first, progress.state)
+                between_steps()
             batch = sharding.place(next(parts.batches), parts.mesh)
             with jax.transfer_guard("disallow"):
                 progress.state, measured = parts.train_step(progress.state, batch)
@@ -199,7 +222,7 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
 def log(parts, progress, metrics) -> None:
     """Writes the means over the steps since the last log."""
     check_window(progress)
-    names = progress.window[0]
+    names = [name for name in progress.window[0] if name != "weight"]
     means = {k: float(np.mean([m[k] for m in progress.window])) for k in names}
     means["lr"] = float(parts.schedule(progress.step - 1))
     means["steps_per_second"] = metrics.rate(progress.step)
@@ -208,13 +231,23 @@ def log(parts, progress, metrics) -> None:
 
 
 def check_window(progress) -> None:
-    """Fetches what was measured since the last log; it must be finite."""
+    """Fetches what was measured since the last log.
+
+    Raises:
+        FloatingPointError: something is not finite.
+        ValueError: a batch had nothing to learn from.
+    """
     progress.window = jax.tree.map(float, jax.device_get(progress.window))
     begun = progress.step - len(progress.window)
     for number, measured in enumerate(progress.window, begun + 1):
         for name, value in measured.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at step {number}")
+        if measured["weight"] == 0:
+            raise ValueError(
+                f"the batch of step {number} must have a target to learn from, got "
+                f"only masked ones or {losses.IGNORED}, which is ignored"
+            )
 
 
 def validate(config, parts, progress, metrics) -> bool:
@@ -245,10 +278,28 @@ def save(parts, progress, checkpoints) -> None:
     checkpoints.save(progress.state, parts.batches.get_state(), memory, best)
 
 
-def trace(folder: Path, done: int, trained: state.TrainState) -> None:
-    """Starts and ends the profile of the steps PROFILED."""
-    if done == PROFILED[0]:
-        jax.profiler.start_trace(folder)
-    elif done == PROFILED[1]:
-        jax.block_until_ready(trained)
-        jax.profiler.stop_trace()
+@contextlib.contextmanager
+def profiler(folder: Path, progress, steps: int):
+    """Yields what is to be called before every step: it traces the steps PROFILED.
+
+    A run with fewer steps is traced to its end, which may also be an error.
+    """
+    first = progress.step
+    begin = first + min(PROFILED[0], steps - first) - 1
+
+    def end():
+        try:
+            jax.block_until_ready(progress.state)
+        finally:
+            jax.profiler.stop_trace()
+
+    with contextlib.ExitStack() as running:
+
+        def between_steps():
+            if progress.step == begin:
+                jax.profiler.start_trace(folder)
+                running.callback(end)
+            elif progress.step == first + PROFILED[1]:
+                running.close()
+
+        yield between_steps

@@ -26,7 +26,7 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "where the run lives; default runs/<config>-<argument>-<seed>"
 )
 SEEDS = flags.DEFINE_list("seeds", [], "several runs, such as 0,1,2, one after another")
-PROFILE = flags.DEFINE_bool("profile", False, "trace five steps to <workdir>/profile")
+PROFILE = flags.DEFINE_bool("profile", False, "trace steps 2 to 6 to <workdir>/profile")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several hosts; SLURM is noticed"
 )
@@ -54,6 +54,9 @@ def main(argv: list[str]) -> int:
         config = CONFIG.value.copy_and_resolve_references()
         config.seed = seed
         workdir = _workdir(seed, len(seeds) > 1)
+        for path in (workdir, *workdir.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"--workdir must be a folder, got the file {path}")
         print(f"workdir: {workdir}", flush=True)
         found[seed] = loop.run(config, workdir, PROFILE.value)
         if "stopped" in found[seed]:

@@ -13,15 +13,21 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
+from rich.text import Text
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from train.checkpoint import write_atomically
 
 FILE = "metrics.jsonl"
+BOARD = "tensorboard"
+FLUSH_SECONDS = 10.0  # TensorBoard is at most so far behind
 CLOCK = ("steps_per_second", "time")  # differ between two runs that are otherwise equal
 
 
@@ -35,6 +41,10 @@ class Metrics:
         workdir: of the run.
         start: the step that the run goes on from.
         steps: the step at which it ends.
+
+    Raises:
+        OSError: a file cannot be written, which the error names; here, in `write`, and
+            on leaving unless another error is on its way.
     """
 
     def __init__(self, workdir: Path, start: int, steps: int):
@@ -43,21 +53,31 @@ class Metrics:
         self._step = start
         self._time = time.monotonic()
         if self._first:
-            _drop_after(workdir / FILE, start)
-            self._file = (workdir / FILE).open("a", buffering=1)
-            board = str(workdir / "tensorboard")
-            self._board = SummaryWriter(board, purge_step=start + 1)
+            self._path = workdir / FILE
+            with _named(self._path):
+                _drop_after(self._path, start)
+                self._file = self._path.open("a", buffering=1)
+            with _named(workdir / BOARD):
+                self._board = _Board(workdir / BOARD, start + 1)
         self._bar = _bar(start, steps) if self._first and _is_terminal() else None
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self._bar is not None:
             self._bar.stop()
-        if self._first:
-            self._file.close()
-            self._board.close()
+        if not self._first:
+            return
+        failed = None
+        for path, opened in ((self._path, self._file), (self._board.path, self._board)):
+            try:
+                with _named(path):
+                    opened.close()
+            except OSError as error:
+                failed = failed or error
+        if failed is not None and kind is None:
+            raise failed
 
     def advance(self, step: int) -> None:
         """Moves the progress bar, where there is one."""
@@ -83,9 +103,10 @@ class Metrics:
         if not self._first:
             return
         line = {"step": step, "split": split, **scalars, "time": time.time()}
-        self._file.write(json.dumps(line) + "\n")
-        for name, value in scalars.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        with _named(self._path):
+            self._file.write(json.dumps(line) + "\n")
+        with _named(self._board.path):
+            self._board.write(step, {f"{split}/{k}": v for k, v in scalars.items()})
         self._show(step, split, scalars)
 
     def _show(self, step: int, split: str, scalars: dict[str, float]) -> None:
@@ -100,11 +121,62 @@ class Metrics:
             print(line, flush=True)
 
 
+class _Board:
+    """A TensorBoard file, written in the caller's thread.
+
+    tensorboardX's own writer has a thread: on a full disk that thread ends, and its
+    callers wait for ever for room in its queue.
+
+    Args:
+        folder: of the file.
+        first: events of this step and later ones in older files are hidden.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}"
+        self._records = RecordWriter(str(self.path))
+        self._flushed = time.monotonic()
+        self._add(file_version="brain.Event:2")
+        self._add(step=first, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()]
+        self._add(step=step, summary=Summary(value=values))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._records.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _add(self, **fields) -> None:
+        event = Event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
+
+
+class _Speed(ProgressColumn):
+    """Steps per second, once that is known."""
+
+    def render(self, task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.1f} steps/s")
+
+
+@contextlib.contextmanager
+def _named(path: Path):
+    """Gives an `OSError` of writing, which names no file, that of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _bar(start: int, steps: int) -> Progress:
     bar = Progress(
         TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
+        _Speed(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),

@@ -2,18 +2,27 @@
 
 import jax
 
-from train import checkpoint, record, sharding, step
+from train import checkpoint, evaluate, record, sharding, step
 from train.checkpoint import CheckpointError
-from train.evaluate import compare_modes
+
+COMPARED = 64  # rows that both modes read at the end of a run
+
+
+def batch_size(config, mesh, count: int) -> int:
+    """Rows in a batch to evaluate `count` examples with: what `train.eval_batch_size`
+    or else `train.batch_size` says, no more than are needed, as many on every device.
+    """
+    devices = mesh.shape["data"]
+    size = min(config.train.eval_batch_size or config.train.batch_size, count)
+    return -(-size // devices) * devices
 
 
 def measure(config, parts, split: str, variables) -> dict[str, float] | None:
     """Means of loss and metrics over `split`; None where there is no such split."""
     if split not in parts.dataset.sources:
         return None
-    devices, count = parts.mesh.shape["data"], parts.dataset.num_examples(split)
-    size = config.train.eval_batch_size or config.train.batch_size
-    batches = parts.dataset.evaluation(split, min(size, count // devices * devices))
+    size = batch_size(config, parts.mesh, parts.dataset.num_examples(split))
+    batches = parts.dataset.evaluation(split, size)
     return step.evaluate(parts.eval_step, variables, batches, parts.mesh)
 
 
@@ -53,5 +62,6 @@ def compare(parts, variables) -> float | str:
     except ValueError as error:
         return str(error)
     splits = [s for s in ("test", "validation", "train") if s in parts.dataset.sources]
-    batch = next(iter(parts.dataset.evaluation(splits[0], 1)))
-    return float(compare_modes(parts.model, variables, batch))
+    size = min(COMPARED, parts.dataset.num_examples(splits[0]))
+    batch = next(iter(parts.dataset.evaluation(splits[0], size)))
+    return float(evaluate.compare_modes(parts.model, variables, batch))

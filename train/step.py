@@ -43,8 +43,8 @@ def make_train_step(
         state_sharding: of the new state; None leaves it to the compiler.
 
     Returns:
-        The step. Its metrics are the means "loss", those of `loss_fn`, and "grad_norm",
-        before clipping.
+        The step. Its metrics are the means "loss", those of `loss_fn`, "grad_norm",
+        before clipping, and "weight", what the means are over: they are 0 if it is.
     """
     seed, decay = config["seed"], config["train"]["ema"]
     accumulate = config["train"]["accumulate"]
@@ -87,7 +87,8 @@ def make_train_step(
             state.params, state.collections(), batch, key
         )
         metrics = _means(totals)
-        grads = jax.tree.map(lambda g: g / totals["weight"], grads)
+        weight = totals["weight"]
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -101,7 +102,7 @@ def make_train_step(
             ema=ema,
             **collections,
         )
-        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
+        return state, metrics | {"grad_norm": optax.tree.norm(grads), "weight": weight}
 
     out_shardings = None if state_sharding is None else (state_sharding, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
@@ -125,11 +126,19 @@ def make_eval_step(
 def evaluate(
     eval_step: Callable, variables: Mapping, batches: Iterable[Mapping], mesh: Mesh
 ) -> dict[str, float]:
-    """Means over all examples of `batches`; padding examples do not count."""
+    """Means over all examples of `batches`; padding examples do not count.
+
+    Raises:
+        ValueError: no example has a target that counts.
+    """
     totals = None
     for batch in batches:
         sums = eval_step(variables, sharding.place(batch, mesh))
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
+    if float(jax.device_get(totals["weight"])) == 0:
+        raise ValueError(
+            "the split to evaluate must have a target, got only ignored or masked ones"
+        )
     return {name: float(x) for name, x in jax.device_get(_means(totals)).items()}
 
 
@@ -151,4 +160,5 @@ def _cut(x, parts: int):
 
 
 def _means(totals: Mapping) -> dict:
-    return {k: v / totals["weight"] for k, v in totals.items() if k != "weight"}
+    weight = jnp.maximum(totals["weight"], 1)
+    return {k: v / weight for k, v in totals.items() if k != "weight"}

@@ -276,6 +276,8 @@ def _end_with_parent(parent: int, index: int, count: int) -> None:
             time.sleep(ORPHAN_POLL_SECONDS)
         os._exit(1)
 
-    # Ctrl-C reaches the whole group; the run saves, and needs its batches for that.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the run saves, and needs
+    # its batches for that.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True, name=f"orphan-{index}/{count}").start()
