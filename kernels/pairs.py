@@ -20,15 +20,6 @@ def join(pair: Pair) -> jax.Array:
     return jax.lax.complex(*pair) if len(pair) == 2 else pair[0]
 
 
-def cast(pair: Pair, dtype) -> Pair:
-    return tuple(part.astype(dtype) for part in pair)
-
-
-def widen(pair: Pair, parts: int) -> Pair:
-    """The pair with a zero imaginary part added where `parts` asks for one."""
-    return pair if len(pair) >= parts else (pair[0], jnp.zeros_like(pair[0]))
-
-
 def mul(p: Pair, q: Pair) -> Pair:
     if len(p) == 1:
         return tuple(p[0] * part for part in q)

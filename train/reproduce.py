@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs import pixels
+from configs.pixels import get_config as task
 from train import checkpoint, data, loop
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -27,7 +27,7 @@ SECONDS = "seconds.json"
 
 def run_one(layer, seed, workdir) -> dict:
     """One finished run: its results, and the seconds it took, compilation included."""
-    config = pixels.get_config(f"digits,layer={layer}")
+    config = task(f"digits,layer={layer}")
     config.seed = seed
     begun = time.monotonic()
     results = loop.run(config, workdir)
@@ -44,7 +44,7 @@ def logistic_regression() -> float:
     """Test accuracy of a linear classifier on the same pixels and split."""
     from sklearn.linear_model import LogisticRegression
 
-    dataset = data.load(pixels.get_config("digits").data)
+    dataset = data.load(task("digits").data)
 
     def arrays(split):
         count = dataset.num_examples(split)

@@ -57,26 +57,17 @@ def contracted_scan(
     op = "contracted_scan"
     _check(op, log_a, b, c, u, dt, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
-    real = jnp.promote_types(jnp.promote_types(log_a.real.dtype, u.dtype), jnp.float32)
-    parts = 1 + any(jnp.iscomplexobj(array) for array in (log_a, b, c))
-    state_dtype = jnp.promote_types(real, jnp.complex64) if parts == 2 else real
+    given = (array.dtype for array in (u, log_a, b, c))
+    dtype = jnp.result_type(jnp.float32, *given)
+    log_a, b, c = (array.astype(dtype) for array in (log_a, b, c))
     if initial_state is None:
-        initial_state = jnp.zeros((u.shape[0], *log_a.shape), state_dtype)
-    initial_state = initial_state.astype(state_dtype)
-    log_a, b, c = (
-        array.astype(jnp.promote_types(array.dtype, real)) for array in (log_a, b, c)
-    )
-    dt = None if dt is None else dt.astype(real)
+        initial_state = jnp.zeros((u.shape[0], *log_a.shape), dtype)
+    initial_state = initial_state.astype(dtype)
+    dt = None if dt is None else dt.astype(log_a.real.dtype)
     into, out = (None, None) if reset is None else segments.links(reset, reverse)
     if reverse:
         u, dt, into = (None if x is None else jnp.flip(x, 1) for x in (u, dt, into))
-    if module is reference:
-        y, final = module.contracted_scan(log_a, b, c, u, dt, initial_state, into)
-    else:
-        rate, b, c = (pairs.widen(pairs.split(x), parts) for x in (log_a, b, c))
-        state = pairs.split(initial_state)
-        y, final = module.contracted_scan(rate, b, c, u, dt, state, into)
-        final = pairs.join(final)
+    y, final = module.contracted_scan(log_a, b, c, u, dt, initial_state, into)
     if reverse:
         y = jnp.flip(y, 1)
     if out is not None:
@@ -87,7 +78,7 @@ def contracted_scan(
         transition = pairs.join(pairs.power(pairs.split(log_a), u.shape[1]))
     else:
         transition = jnp.exp(dt.sum(1)[:, None, None] * log_a)
-    transition = jnp.broadcast_to(transition, final.shape).astype(state_dtype)
+    transition = jnp.broadcast_to(transition, final.shape).astype(dtype)
     if reset is not None:
         transition = jnp.where(reset.any(1)[:, None, None], 0, transition)
     return y, final, transition

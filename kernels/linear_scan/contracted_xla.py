@@ -25,15 +25,14 @@ def unsupported(*arguments) -> str | None:
 
 
 def contracted_scan(log_a, b, c, u, dt, initial_state, into):
-    """y and the final state; log_a, b, c, initial_state are pairs of one width."""
+    """y and the final state; log_a, b, c and initial_state have one dtype."""
     if dt is None and into is None:
-        return _matmuls(log_a, b, c, u, initial_state)
+        system = (pairs.split(array) for array in (log_a, b, c))
+        return _matmuls(*system, u, initial_state)
     if dt is not None:
         # w = [dt phi(dt log_a)] / phi(log_a): the second factor is constant
-        first = hold.phi(log_a)
-        inverse = pairs.scale(pairs.conj(first), 1 / sum(p * p for p in first))
-        b = pairs.mul(inverse, b)
-    keep = None if into is None else (~into).astype(b[0].dtype)
+        b = b / hold.phi(log_a)
+    keep = None if into is None else (~into).astype(b.real.dtype)
     return _steps(log_a, b, c, u, dt, keep, initial_state)
 
 
@@ -48,7 +47,7 @@ def _matmuls(log_a, b, c, u, state):
     if whole < length:
         y, state = _matmul_chunks(log_a, b, c, u[:, whole:], state, length - whole)
         outputs.append(y)
-    return (outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 1)), state
+    return _joined(outputs), state
 
 
 def _chunk(length, modes):
@@ -78,7 +77,7 @@ def _matmul_chunks(log_a, b, c, u, state, size):
     driven = jnp.einsum("hcbt,hnt->hcbn", inputs, jnp.concatenate(into, 1)[..., ::-1])
     driven = pairs.join(tuple(jnp.split(driven, parts, -1)))
     decay = pairs.join(tuple(part[:, None, None, :, size] for part in table))
-    entering = pairs.join(state).swapaxes(0, 1)
+    entering = state.swapaxes(0, 1)
     after, last = gradient.solve(xla, False, decay, driven, entering, None)
     before = jnp.concatenate([entering[:, None], after[:, :-1]], 1)
     y = jnp.einsum(
@@ -87,7 +86,7 @@ def _matmul_chunks(log_a, b, c, u, state, size):
         jnp.concatenate([toeplitz, *pairs.conj(out)], 1),
     )
     y = y.transpose(2, 1, 3, 0).reshape(batch, length, channels)
-    return y.astype(u.dtype), pairs.split(last.swapaxes(0, 1))
+    return y.astype(u.dtype), last.swapaxes(0, 1)
 
 
 def _real_sum(table, c):
@@ -121,22 +120,32 @@ def _steps(log_a, b, c, u, dt, keep, state):
         rest = jax.tree.map(lambda x: x[:, whole:], (u, dt, keep))
         state, y = chunk(system, state, rest)
         outputs.append(y)
-    return (outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 1)), state
+    return _joined(outputs), state
 
 
 def _chunk_states(log_a, b, c, state, u, dt, keep):
     """The chunk's final state and y, through its states [B, T, H, N]."""
-    inputs = u.astype(b[0].dtype)[..., None]
+    inputs = u.astype(b.real.dtype)[..., None]
     if dt is None:
-        decay = pairs.exp(tuple(part[None, None] for part in log_a))
-        driven = pairs.scale(b, inputs)
+        decay = jnp.exp(log_a)[None, None]
+        driven = _times(inputs, b)
     else:
         elapsed = dt[..., None, None]
-        z = pairs.scale(log_a, elapsed)
-        decay, weight = hold.exp_and_phi(z)
-        driven = pairs.mul(weight, pairs.scale(b, elapsed * inputs))
-    decay, driven, state = (pairs.join(pair) for pair in (decay, driven, state))
+        decay, weight = hold.exp_and_phi(_times(elapsed, log_a))
+        driven = weight * _times(elapsed * inputs, b)
     h, last = gradient.solve(xla, False, decay, driven, state, keep)
-    weighted = zip(pairs.split(h), pairs.conj(c), strict=True)
-    y = sum(part * weight for part, weight in weighted)
-    return pairs.split(last), y.sum(-1).astype(u.dtype)
+    y = sum(
+        part * weight
+        for part, weight in zip(pairs.split(h), pairs.conj(pairs.split(c)), strict=True)
+    )
+    return last, y.sum(-1).astype(u.dtype)
+
+
+def _times(real, array):
+    """Their product part by part, so that gradients are sums of reals: sums of complex
+    numbers are slow on a CPU."""
+    return pairs.join(pairs.scale(pairs.split(array), real))
+
+
+def _joined(outputs):
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 1)
