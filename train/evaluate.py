@@ -98,9 +98,9 @@ def scores(run: Run, split: str) -> dict[str, float]:
     spec, mesh = run.dataset.spec, sharding.make_mesh(run.config)
     loss = losses.make(spec)
     eval_step = step.make_eval_step(run.model, loss, spec.get("padded", True))
-    size = run.config.train.eval_batch_size or run.config.train.batch_size
-    devices = mesh.shape["data"]
-    batches = run.dataset.evaluation(split, -(-size // devices) * devices)
+    count = run.dataset.num_examples(split)
+    size = sharding.evaluation_batch_size(run.config, mesh, count)
+    batches = run.dataset.evaluation(split, size)
     return step.evaluate(eval_step, run.variables, batches, mesh)
 
 

@@ -8,20 +8,13 @@ from train.checkpoint import CheckpointError
 COMPARED = 64  # rows that both modes read at the end of a run
 
 
-def batch_size(config, mesh, count: int) -> int:
-    """Rows in a batch to evaluate `count` examples with: what `train.eval_batch_size`
-    or else `train.batch_size` says, no more than are needed, as many on every device.
-    """
-    devices = mesh.shape["data"]
-    size = min(config.train.eval_batch_size or config.train.batch_size, count)
-    return -(-size // devices) * devices
-
-
 def measure(config, parts, split: str, variables) -> dict[str, float] | None:
     """Means of loss and metrics over `split`; None where there is no such split."""
     if split not in parts.dataset.sources:
         return None
-    size = batch_size(config, parts.mesh, parts.dataset.num_examples(split))
+    size = sharding.evaluation_batch_size(
+        config, parts.mesh, parts.dataset.num_examples(split)
+    )
     batches = parts.dataset.evaluation(split, size)
     return step.evaluate(parts.eval_step, variables, batches, parts.mesh)
 

@@ -42,6 +42,15 @@ def check_batch_size(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> N
         raise ValueError(f"{name} must be a positive multiple of {parts}, got {size}")
 
 
+def evaluation_batch_size(config: Mapping, mesh: Mesh, count: int) -> int:
+    """Rows in a batch to evaluate `count` examples with: what `train.eval_batch_size`
+    or else `train.batch_size` says, no more than are needed, as many on every device.
+    """
+    options, devices = config["train"], mesh.shape["data"]
+    size = min(options["eval_batch_size"] or options["batch_size"], count)
+    return -(-size // devices) * devices
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
