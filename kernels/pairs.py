@@ -1,8 +1,8 @@
 """Complex numbers as tuples of real arrays: (re,) where real, (re, im) where complex.
 
-Backends compute on pairs: Triton and Pallas have no complex type, XLA's CPU code for
-split arithmetic is faster, and a gradient on pairs has no conjugation convention to get
-wrong.
+For matmuls, which are fast on reals only, and for backends that have no complex type
+(Triton, Pallas). A gradient on pairs is the plain one: it has no convention about
+conjugation.
 """
 
 import jax

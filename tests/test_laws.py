@@ -9,7 +9,17 @@ from layers import laws
 from ssm import sequence as seq
 
 
-@pytest.mark.parametrize("name", laws.CASES)
+# One case per layer and direction is quick; the variants of a layer are slow to compile.
+QUICK = ("s4d", "s5", "s5 bidirectional", "lru", "gru")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in laws.CASES
+    ],
+)
 def test_every_law_holds(name):
     findings = laws.examine(laws.CASES[name]())
     failed = [f"{f.law}: {f.error:.2g} > {f.limit}" for f in findings if not f.passed]
