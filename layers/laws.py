@@ -282,6 +282,8 @@ def elapsed_time(case):
             raise NotApplicable(f"refused: {refusal}") from None
         raise
     ones = case(case.x, case.state, Sequence(dt=jnp.ones_like(dt)))
+    if case.state is None:  # it reads the future: nothing to feed token by token
+        return worst(ones, case(case.x))
     steps = case.in_pieces([1] * case.length, case.x, case.state, Sequence(dt=dt))
     mask = jnp.ones_like(dt, bool).at[:, 3:5].set(False)
     reset = jnp.zeros_like(dt, bool).at[:, 7].set(True)
@@ -302,6 +304,7 @@ def elapsed_gradients(case):
         case(case.x, case.state, Sequence(dt=dt))
     except ValueError as refusal:
         raise NotApplicable(f"refused: {refusal}") from None
+    case.needs_state()
 
     def whole(variables, x_dt, state):
         x, dt = x_dt

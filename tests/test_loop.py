@@ -377,7 +377,7 @@ def test_a_batch_without_targets_is_named(tmp_path):
 def test_rows_of_an_evaluation_batch():
     def rows(count, devices, **train):
         config = tiny_run.config(**train)
-        return endings.batch_size(
+        return sharding.evaluation_batch_size(
             config, SimpleNamespace(shape={"data": devices}), count
         )
 
