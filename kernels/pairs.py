@@ -62,7 +62,10 @@ def _table(log_z: Pair, index: jax.Array) -> Pair:
     count = index.shape[0]
     digits = max(1, (count - 1).bit_length())
     doubling = (2.0 ** np.arange(digits)).astype(index.dtype)
-    factors = exp(scale(tuple(part[..., None] for part in log_z), doubling))
+    # A loop, because the compiler does not fuse across it: inside a larger loop (a scan
+    # over layers) it would compute every sine anew for every power, at six times the
+    # cost.
+    factors = jax.lax.map(lambda step: exp(scale(log_z, step)), jnp.asarray(doubling))
     one = (1.0, 0.0)[: len(factors)]
     table = tuple(
         jnp.full((*part.shape, count), value, part.dtype)
@@ -71,7 +74,7 @@ def _table(log_z: Pair, index: jax.Array) -> Pair:
     for digit in range(digits):
         present = (np.arange(count) >> digit & 1).astype(bool)
         factor = tuple(
-            jnp.where(present, part[..., digit : digit + 1], value)
+            jnp.where(present, part[digit, ..., None], value)
             for part, value in zip(factors, one, strict=True)
         )
         table = mul(table, factor)

@@ -56,6 +56,12 @@ def test_filters_shorter_and_longer_than_the_input(taps, options):
     check(fft_conv, inputs, "float64", "xla")
 
 
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_even_batches_go_in_pairs_and_odd_ones_do_not(batch):
+    inputs = inputs_for(50, {"k_reverse", "skip"}, batch=batch)
+    check(fft_conv, inputs, "float64", "xla")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reference_in_low_precision(dtype):
     inputs = inputs_for(20, {"state", "reset", *GATES})

@@ -41,9 +41,10 @@ def start(workdir, cache, *flags, devices=1, prefix=(), **train):
     overrides = {"config.data.augment": "shift"}
     overrides |= {f"config.model.{k}": v for k, v in MODEL.items() if k != "layer"}
     overrides |= {f"config.train.{k}": v for k, v in {**TRAIN, **train}.items()}
+    xla_flags = os.environ.get("XLA_FLAGS", "")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{xla_flags} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
