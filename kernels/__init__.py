@@ -3,6 +3,7 @@
 Import the operations from here: `from kernels import linear_scan`.
 """
 
+from kernels.cauchy import cauchy, dplr_filter
 from kernels.dispatch import backend_report, exclude
 from kernels.fft_conv import fft_conv
 from kernels.linear_scan import contracted_scan, linear_scan
@@ -11,7 +12,9 @@ from kernels.vandermonde import vandermonde, vandermonde_transpose
 
 __all__ = [
     "backend_report",
+    "cauchy",
     "contracted_scan",
+    "dplr_filter",
     "exclude",
     "fft_conv",
     "linear_scan",

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from kernels import (
     contracted_scan,
+    dplr_filter,
     fft_conv,
     linear_scan,
     short_conv,
@@ -96,6 +97,36 @@ def filter_by_table(length):
     def run(c, log_z):
         table = jnp.exp(log_z[..., None] * jnp.arange(length))
         return jnp.einsum("hn,hnl->hl", c, table).real
+
+    return run
+
+
+def dplr_filter_by_table(length):
+    """The generating function at the roots of unity over all N modes, each Cauchy sum
+    with its [H, N, L] table (https://arxiv.org/abs/2111.00396)."""
+
+    def run(c, b, p, lam, log_dt):
+        dt = jnp.exp(log_dt)
+        roots = jnp.exp(-2j * jnp.pi * jnp.arange(length) / length)
+        c, b, p, lam = (
+            jnp.concatenate([x, x.conj()], -1)[..., None] for x in (c, b, p, lam)
+        )
+        points = (2 / dt) * (1 - roots) / (1 + roots)
+
+        def g(u, v):
+            return jnp.sum(u * v / (points[:, None] - lam), 1)
+
+        inner = g(c, p) / (1 + g(p.conj(), p)) * g(p.conj(), b)
+        return jnp.fft.ifft(2 / (1 + roots) * (g(c, b) - inner), length).real
+
+    return run
+
+
+def dplr_filter_of_pairs(length):
+    def run(c, b, p, lam, log_dt):
+        dt = jnp.exp(log_dt)
+        scaled = c[None], dt * b, jnp.sqrt(dt) * p[None], dt * lam
+        return dplr_filter(*scaled, length)[0]
 
     return run
 
@@ -179,6 +210,16 @@ def make_filter(s, rng):
     return _complex(rng, s["H"], s["N"]), _rates(rng, s["H"], s["N"])
 
 
+def make_dplr(s, rng):
+    """c, b, p [H, N / 2] and lam like those of HiPPO-LegS, log dt [H, 1]."""
+    n = s["N"] // 2
+    c, b, p = (_complex(rng, s["H"], n) for _ in range(3))
+    imaginary = s["N"] ** 2 / np.pi / (2 * np.arange(n) + 1)
+    lam = np.tile(-0.5 - 1j * imaginary, (s["H"], 1)).astype(np.complex64)
+    log_dt = rng.uniform(np.log(1e-3), np.log(1e-1), (s["H"], 1)).astype(np.float32)
+    return c, b, p, lam, log_dt
+
+
 def make_moments(s, rng):
     return _normal(rng, s["B"], s["H"], s["L"]), _rates(rng, s["H"], s["N"])
 
@@ -245,6 +286,18 @@ CASES = [
             "states, associative_scan": bank_of_states(scan_by_associative_scan),
             "states, lax.scan": bank_of_states(scan_by_lax_scan),
         },
+    ),
+    Case(
+        "cauchy",
+        "S4 filter, rank 1",
+        {"H": 128, "N": 64, "L": 16384},
+        {"H": 16, "N": 16, "L": 1024},
+        make_dplr,
+        lambda s: {
+            "dplr_filter": dplr_filter_of_pairs(s["L"]),
+            "(N, L) tables": dplr_filter_by_table(s["L"]),
+        },
+        flops=lambda s: 2 * s["H"] * 4 * s["N"] * s["L"],
     ),
     Case(
         "vandermonde",

@@ -15,8 +15,10 @@ A *filter* is the impulse response of a system. A *kernel* is fast code (`kernel
 
 from ssm import (
     discretize,
+    dplr,
     filters,
     hippo,
+    hippo_memory,
     recurrence,
     sequence,
     spectra,
@@ -27,8 +29,10 @@ from ssm.sequence import Sequence
 __all__ = [
     "Sequence",
     "discretize",
+    "dplr",
     "filters",
     "hippo",
+    "hippo_memory",
     "recurrence",
     "sequence",
     "spectra",

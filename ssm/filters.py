@@ -1,6 +1,8 @@
 """Impulse responses of state-space models."""
 
-from kernels import vandermonde
+import jax.numpy as jnp
+
+from kernels import dplr_filter, vandermonde
 
 
 def diagonal(log_a, b, c, length, *, backend=None):
@@ -16,3 +18,18 @@ def diagonal(log_a, b, c, length, *, backend=None):
         K [H, L] real. Memory O(H (n + L)): the powers are never materialised.
     """
     return vandermonde(c * b, log_a, length, backend=backend)
+
+
+def dplr(system, C_tilde, length, *, backend=None):
+    """K[c, h, l] = 2 Re(C A_bar^l B_bar), l < length, of a bilinear `ssm.dplr.DPLR`.
+
+    Args:
+        system: lam, B [H, n], P [R, H, n], dt [H, 1].
+        C_tilde: [channels, H, n], C (I - A_bar^length).
+
+    Returns:
+        K [channels, H, length]. Memory O(H (n + length)); see `kernels.dplr_filter`.
+    """
+    lam, P, B, dt = system
+    root = jnp.sqrt(dt)
+    return dplr_filter(C_tilde, dt * B, root * P, dt * lam, length, backend=backend)

@@ -13,7 +13,6 @@ and agree to rounding; `tests/test_recurrence.py` holds them to it.
 features. `varying` discretises per token, for rules whose gaps are not a power of a.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 
 from kernels import contracted_scan, fft_conv, linear_scan, vandermonde_transpose
 from ssm import filters
+from ssm.chunks import in_chunks
 from ssm.discretize import expm1_ratio
 from ssm.sequence import align_right
 
@@ -92,9 +92,14 @@ def convolution(system, u, mask=None, skip=None):
     """
     log_a, b, c = system
     y, _ = fft_conv(u, filters.diagonal(log_a, b, c, u.shape[1]), skip=skip)
+    return y, final_state(system, u.astype(y.dtype), mask)
+
+
+def final_state(system, u, mask=None):
+    """The state [B, H, n] after u, which no state entered; see `convolution`."""
     aligned = u if mask is None else align_right(u, mask)
-    backwards = jnp.flip(aligned.astype(y.dtype), axis=1).swapaxes(1, 2)
-    return y, b * vandermonde_transpose(backwards, log_a)
+    backwards = jnp.flip(aligned, axis=1).swapaxes(1, 2)
+    return system.b * vandermonde_transpose(backwards, system.log_a)
 
 
 def varying(rule, B, c, u, state=None, elapsed=None, reset=None, chunk=CHUNK):
@@ -111,7 +116,7 @@ def varying(rule, B, c, u, state=None, elapsed=None, reset=None, chunk=CHUNK):
         h, state = linear_scan(jnp.exp(log_a), gain * B * u[..., None], state, reset)
         return state, jnp.sum(c * h, axis=-1).real
 
-    return _in_chunks(body, state, u, elapsed, reset, chunk)
+    return in_chunks(body, state, u, elapsed, reset, chunk)
 
 
 def mixed(
@@ -156,104 +161,4 @@ def mixed(
         x, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
         return state, jnp.concatenate([x.real, x.imag], axis=-1) @ out
 
-    return _in_chunks(body, state, u, elapsed, reset, chunk, reverse)
-
-
-def _in_chunks(body, state, u, elapsed, reset, chunk, reverse=False):
-    """Runs body(state, u, elapsed, reset) -> (state, y) over pieces of the length axis,
-    keeping only the states between pieces for the backward pass."""
-    L = u.shape[1]
-    if chunk >= L:
-        state, y = body(state, u, elapsed, reset)
-        return y, state
-    whole = L // chunk * chunk
-    pieces = (u, elapsed, reset)
-    first, rest = (
-        jax.tree.map(lambda x, part=part: x[:, part], pieces)
-        for part in (slice(whole), slice(whole, None))
-    )
-    example = jax.tree.map(lambda x: x[:, :chunk], pieces)
-    pure, constants = jax.closure_convert(body, state, *example)
-
-    def over(state):
-        return _chunks(pure, chunk, reverse, constants, state, first)
-
-    if whole == L:
-        return over(state)
-    last = jax.checkpoint(body)
-    if reverse:
-        state, y_last = last(state, *rest)
-        y, state = over(state)
-    else:
-        y, state = over(state)
-        state, y_last = last(state, *rest)
-    return jnp.concatenate([y, y_last], axis=1), state
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunks(body, chunk, reverse, constants, state, pieces):
-    """The loop over whole chunks. Chunks are sliced out of and written into [B, L, ...]
-    in place: a `lax.scan` over stacked chunks would copy every array twice."""
-    return _run_chunks(body, chunk, reverse, constants, state, pieces)[0]
-
-
-def _run_chunks(body, chunk, reverse, constants, state, pieces):
-    count = pieces[0].shape[1] // chunk
-    first = jax.tree.map(lambda x: x[:, :chunk], pieces)
-    _, like = jax.eval_shape(body, state, *first, *constants)
-    y = jnp.zeros((like.shape[0], count * chunk, *like.shape[2:]), like.dtype)
-    states = jnp.zeros((count, *state.shape), state.dtype)
-
-    def run(i, carry):
-        state, y, states = carry
-        k = count - 1 - i if reverse else i
-        states = states.at[k].set(state)
-        state, part = body(state, *_piece(pieces, k, chunk), *constants)
-        return state, _put(y, part, k, chunk), states
-
-    state, y, states = jax.lax.fori_loop(0, count, run, (state, y, states))
-    return (y, state), (constants, states, pieces)
-
-
-def _chunks_backward(body, chunk, reverse, saved, cotangents):
-    constants, states, pieces = saved
-    dy, dstate = cotangents
-    count = len(states)
-    # Only what is real-valued has a gradient: flags have none.
-    u, elapsed, _ = pieces
-    zeros = jax.tree.map(jnp.zeros_like, (constants, u, elapsed))
-
-    def run(i, carry):
-        dstate, dconstants, du, delapsed = carry
-        k = i if reverse else count - 1 - i
-        u_k, elapsed_k, reset_k = _piece(pieces, k, chunk)
-
-        def call(constants, state, u, elapsed):
-            return body(state, u, elapsed, reset_k, *constants)
-
-        _, pull = jax.vjp(call, constants, states[k], u_k, elapsed_k)
-        dy_k = jax.lax.dynamic_slice_in_dim(dy, k * chunk, chunk, 1)
-        more, dstate, du_k, delapsed_k = pull((dstate, dy_k))
-        dconstants = jax.tree.map(jnp.add, dconstants, more)
-        du = _put(du, du_k, k, chunk)
-        if delapsed is not None:
-            delapsed = _put(delapsed, delapsed_k, k, chunk)
-        return dstate, dconstants, du, delapsed
-
-    start = (dstate, *zeros)
-    dstate, dconstants, du, delapsed = jax.lax.fori_loop(0, count, run, start)
-    return dconstants, dstate, (du, delapsed, None)
-
-
-_chunks.defvjp(_run_chunks, _chunks_backward)
-
-
-def _piece(arrays, k, chunk):
-    """Chunk k of every array [B, L, ...]."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, k * chunk, chunk, 1), arrays
-    )
-
-
-def _put(whole, part, k, chunk):
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, k * chunk, 1)
+    return in_chunks(body, state, u, elapsed, reset, chunk, reverse)

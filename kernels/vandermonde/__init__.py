@@ -3,9 +3,8 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
-from kernels import checks, dispatch, pairs
+from kernels import checks, dispatch, nodes, pairs
 from kernels.vandermonde import reference, xla
 
 BACKENDS = {"xla": xla, "reference": reference}
@@ -34,16 +33,13 @@ def vandermonde(
     op = "vandermonde"
     checks.positive(op, "length", length)
     checks.floating(op, c=c, log_z=log_z)
-    _check_shapes(op, "c", c, log_z, "[*E, *H, N]")
-    if c.shape[-1] != log_z.shape[-1]:
-        raise ValueError(
-            f"{op}: c must have the N of log_z = {log_z.shape[-1]}, got {c.shape[-1]}"
-        )
+    nodes.check(op, "c", c, "[*E, *H, N]", "log_z", log_z)
+    nodes.check_count(op, "c", c, "log_z", log_z)
     module = dispatch.pick(op, BACKENDS, backend, c, log_z)
-    c, log_z = _promote(c, log_z)
+    c, log_z = nodes.promote(c, log_z)
     if module is reference:
         return reference.vandermonde(c, log_z, length)
-    flat_c, flat_z = _flat(c, log_z), _flat_nodes(log_z)
+    flat_c, flat_z = nodes.flat(c, log_z), nodes.flat_nodes(log_z)
     taps = _vandermonde(module, length, pairs.split(flat_c), pairs.split(flat_z))
     return taps.reshape(*c.shape[:-1], length)
 
@@ -70,14 +66,14 @@ def vandermonde_transpose(
     op = "vandermonde_transpose"
     checks.floating(op, log_z=log_z)
     checks.floating(op, real=True, u=u)
-    _check_shapes(op, "u", u, log_z, "[*B, *H, L]")
+    nodes.check(op, "u", u, "[*B, *H, L]", "log_z", log_z)
     if u.shape[-1] < 1:
         raise ValueError(f"{op}: u must have length L >= 1, got shape {u.shape}")
     module = dispatch.pick(op, BACKENDS, backend, u, log_z)
-    u, log_z = _promote(u, log_z)
+    u, log_z = nodes.promote(u, log_z)
     if module is reference:
         return reference.moments(u, log_z)
-    flat_u, flat_z = _flat(u.real, log_z), _flat_nodes(log_z)
+    flat_u, flat_z = nodes.flat(u.real, log_z), nodes.flat_nodes(log_z)
     sums = pairs.join(_moments(module, flat_u, pairs.split(flat_z)))
     return sums.reshape(*u.shape[:-1], log_z.shape[-1])
 
@@ -122,47 +118,3 @@ def _moments_backward(module, saved, ds):
 
 
 _moments.defvjp(_moments_forward, _moments_backward)
-
-
-def _flat(array, log_z):
-    """[*E, *H, M] -> [E, G, M], where log_z is [*H, N]."""
-    extra = array.ndim - log_z.ndim
-    leading = 1
-    for size in array.shape[:extra]:
-        leading *= size
-    groups = 1
-    for size in log_z.shape[:-1]:
-        groups *= size
-    return array.reshape(leading, groups, array.shape[-1])
-
-
-def _flat_nodes(log_z):
-    groups = 1
-    for size in log_z.shape[:-1]:
-        groups *= size
-    return log_z.reshape(groups, log_z.shape[-1])
-
-
-def _promote(*arrays):
-    real = jnp.float32
-    for array in arrays:
-        real = jnp.promote_types(real, array.real.dtype)
-    if any(jnp.iscomplexobj(array) for array in arrays):
-        real = jnp.promote_types(real, jnp.complex64)
-    return tuple(array.astype(real) for array in arrays)
-
-
-def _check_shapes(op, name, array, log_z, letters):
-    if log_z.ndim < 1 or log_z.shape[-1] < 1:
-        raise ValueError(f"{op}: log_z must be [*H, N] with N >= 1, got {log_z.shape}")
-    groups = log_z.shape[:-1]
-    axes = array.shape[:-1] if array.ndim else None
-    if (
-        axes is None
-        or len(axes) < len(groups)
-        or axes[len(axes) - len(groups) :] != groups
-    ):
-        raise ValueError(
-            f"{op}: {name} must be {letters} with *H = {groups} as in log_z, "
-            f"got {array.shape}"
-        )

@@ -1,0 +1,106 @@
+"""Long sequences piece by piece, with the states between pieces as only residuals."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def in_chunks(body, state, u, elapsed, reset, chunk, reverse=False):
+    """Runs body(state, u, elapsed, reset) -> (state, y) over pieces of the length axis,
+    keeping only the states between pieces for the backward pass."""
+    L = u.shape[1]
+    if chunk >= L:
+        state, y = body(state, u, elapsed, reset)
+        return y, state
+    whole = L // chunk * chunk
+    pieces = (u, elapsed, reset)
+    first, rest = (
+        jax.tree.map(lambda x, part=part: x[:, part], pieces)
+        for part in (slice(whole), slice(whole, None))
+    )
+    example = jax.tree.map(lambda x: x[:, :chunk], pieces)
+    pure, constants = jax.closure_convert(body, state, *example)
+
+    def over(state):
+        return _chunks(pure, chunk, reverse, constants, state, first)
+
+    if whole == L:
+        return over(state)
+    last = jax.checkpoint(body)
+    if reverse:
+        state, y_last = last(state, *rest)
+        y, state = over(state)
+    else:
+        y, state = over(state)
+        state, y_last = last(state, *rest)
+    return jnp.concatenate([y, y_last], axis=1), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunks(body, chunk, reverse, constants, state, pieces):
+    """The loop over whole chunks. Chunks are sliced out of and written into [B, L, ...]
+    in place: a `lax.scan` over stacked chunks would copy every array twice."""
+    return _run_chunks(body, chunk, reverse, constants, state, pieces)[0]
+
+
+def _run_chunks(body, chunk, reverse, constants, state, pieces):
+    count = pieces[0].shape[1] // chunk
+    first = jax.tree.map(lambda x: x[:, :chunk], pieces)
+    _, like = jax.eval_shape(body, state, *first, *constants)
+    y = jnp.zeros((like.shape[0], count * chunk, *like.shape[2:]), like.dtype)
+    states = jnp.zeros((count, *state.shape), state.dtype)
+
+    def run(i, carry):
+        state, y, states = carry
+        k = count - 1 - i if reverse else i
+        states = states.at[k].set(state)
+        state, part = body(state, *_piece(pieces, k, chunk), *constants)
+        return state, _put(y, part, k, chunk), states
+
+    state, y, states = jax.lax.fori_loop(0, count, run, (state, y, states))
+    return (y, state), (constants, states, pieces)
+
+
+def _chunks_backward(body, chunk, reverse, saved, cotangents):
+    constants, states, pieces = saved
+    dy, dstate = cotangents
+    count = len(states)
+    # Only what is real-valued has a gradient: flags have none.
+    u, elapsed, _ = pieces
+    zeros = jax.tree.map(jnp.zeros_like, (constants, u, elapsed))
+
+    def run(i, carry):
+        dstate, dconstants, du, delapsed = carry
+        k = i if reverse else count - 1 - i
+        u_k, elapsed_k, reset_k = _piece(pieces, k, chunk)
+
+        def call(constants, state, u, elapsed):
+            return body(state, u, elapsed, reset_k, *constants)
+
+        _, pull = jax.vjp(call, constants, states[k], u_k, elapsed_k)
+        dy_k = jax.lax.dynamic_slice_in_dim(dy, k * chunk, chunk, 1)
+        more, dstate, du_k, delapsed_k = pull((dstate, dy_k))
+        dconstants = jax.tree.map(jnp.add, dconstants, more)
+        du = _put(du, du_k, k, chunk)
+        if delapsed is not None:
+            delapsed = _put(delapsed, delapsed_k, k, chunk)
+        return dstate, dconstants, du, delapsed
+
+    start = (dstate, *zeros)
+    dstate, dconstants, du, delapsed = jax.lax.fori_loop(0, count, run, start)
+    return dconstants, dstate, (du, delapsed, None)
+
+
+_chunks.defvjp(_run_chunks, _chunks_backward)
+
+
+def _piece(arrays, k, chunk):
+    """Chunk k of every array [B, L, ...]."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, k * chunk, chunk, 1), arrays
+    )
+
+
+def _put(whole, part, k, chunk):
+    return jax.lax.dynamic_update_slice_in_dim(whole, part, k * chunk, 1)

@@ -1,0 +1,270 @@
+"""Diagonal plus low rank systems (S4, https://arxiv.org/abs/2111.00396), bilinear.
+
+    x' = A x + B u,   A = Lam - P P*,   y = 2 Re(C x)
+
+on stored halves of conjugate pairs: lam, B, C [H, n], P [R, H, n] complex, where
+P* x means 2 Re(conj(P) . x). One step of length dt solves
+
+    (I - dt/2 A) x[t] = (I + dt/2 A) x[t-1] + dt B u[t],
+
+by Woodbury in O(n R); dt = 0 leaves the state as it was. Between chunks, and to get C
+from the trained C~ = C (I - A_bar^length), the same step is a dense real matrix
+A_bar [H, N, N] on [Re x, Im x], N = 2n. It is a contraction, so its powers are stable,
+where those of a diagonalised A_bar are not: eigenvectors of HiPPO have condition 1e15.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.cauchy import small_solve
+from ssm.chunks import in_chunks
+
+
+class DPLR(NamedTuple):
+    """lam, B [H, n], P [R, H, n] complex; dt [H, 1] or [..., H, 1] real."""
+
+    lam: jax.Array
+    P: jax.Array
+    B: jax.Array
+    dt: jax.Array
+
+
+class Step(NamedTuple):
+    """What a step of fixed length needs besides the system: see `prepare`."""
+
+    decay: jax.Array  # [..., H, n], 1 / (1 - dt lam / 2)
+    rows: jax.Array  # [R, ..., H, n], G^-1 (conj(P) decay)
+
+
+def _both(x):
+    """2 Re sum_n x, keeping the axis: the sum over a conjugate pair."""
+    return 2.0 * jnp.sum(x.real, -1, keepdims=True)
+
+
+def _low_rank(P, weights, x):
+    """sum_r P_r 2 Re(weights_r . x)."""
+    return sum(p * _both(w * x) for p, w in zip(P, weights, strict=True))
+
+
+def prepare(system) -> Step:
+    """The constants of a step, for a dt that may have axes before [H, 1]."""
+    lam, P, _, dt = system
+    half = 0.5 * dt
+    decay = 1.0 / (1.0 - half * lam)
+    rows = [p.conj() * decay for p in P]
+    if not rows:
+        return Step(decay, jnp.zeros((0, *decay.shape), decay.dtype))
+    G = [
+        [(1.0 if r == s else 0.0) + half * _both(row * p) for s, p in enumerate(P)]
+        for r, row in enumerate(rows)
+    ]
+    return Step(decay, jnp.stack(small_solve(G, rows)))
+
+
+def step(system, prepared, u, state):
+    """One token: u [..., H], state [..., H, n] -> the next state."""
+    lam, P, B, dt = system
+    half = 0.5 * dt
+    changed = lam * state - _low_rank(P, P.conj(), state)
+    right = state + half * changed + dt * B * u[..., None]
+    return prepared.decay * (right - half * _low_rank(P, prepared.rows, right))
+
+
+def output(C, state):
+    """y = 2 Re(C . x): C [H, n], state [..., H, n] -> [..., H]."""
+    return 2.0 * jnp.sum((C * state).real, -1)
+
+
+def varying(system, C, u, state=None, elapsed=None, reset=None, chunk=32):
+    """Token by token with dt elapsed[t], in memory of one chunk of states.
+
+    u [B, L, H], state [B, H, n], elapsed and reset [B, L] -> y [B, L, H], state.
+    """
+    lam, P, B, dt = system
+    if state is None:
+        state = jnp.zeros((u.shape[0], *C.shape), C.dtype)
+
+    def body(state, u, elapsed, reset):
+        steps = jnp.ones(u.shape[:2]) if elapsed is None else elapsed
+
+        def one(state, token):
+            u, step_length, restart = token
+            if restart is not None:
+                state = jnp.where(restart[:, None, None], 0, state)
+            here = DPLR(lam, P, B, dt * step_length[:, None, None])
+            state = step(here, prepare(here), u, state)
+            return state, output(C, state)
+
+        tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (u, steps, reset))
+        state, y = jax.lax.scan(one, state, tokens)
+        return state, jnp.swapaxes(y, 0, 1)
+
+    return in_chunks(body, state, u, elapsed, reset, chunk)
+
+
+# Dense real matrices, for what is done once per call.
+
+
+def to_real(x):
+    """[..., n] complex -> [..., N] real coordinates of a state."""
+    return jnp.concatenate([x.real, x.imag], -1)
+
+
+def from_real(x):
+    """[..., N] real -> [..., n] complex."""
+    return jax.lax.complex(*jnp.split(x, 2, -1))
+
+
+def row(C):
+    """The real row c with c . to_real(x) = 2 Re(C . x)."""
+    return 2.0 * jnp.concatenate([C.real, -C.imag], -1)
+
+
+def from_row(c):
+    """The C [..., n] of a real row [..., N]."""
+    re, im = jnp.split(0.5 * c, 2, -1)
+    return jax.lax.complex(re, -im)
+
+
+def _units(lam):
+    """The N real unit vectors as states [N, H, n]."""
+    n = lam.shape[-1]
+    eye = from_real(jnp.eye(2 * n, dtype=lam.real.dtype))
+    return jnp.broadcast_to(eye[:, None], (2 * n, *lam.shape))
+
+
+def dense(system):
+    """A_bar [H, N, N] and B_bar [H, N] in real coordinates."""
+    prepared = prepare(system)
+    units = _units(system.lam)
+    columns = step(system, prepared, jnp.zeros(units.shape[:-1]), units)
+    nothing = jnp.zeros_like(units[0])
+    ones = jnp.ones(nothing.shape[:-1])
+    B_bar = to_real(step(system, prepared, ones, nothing))
+    return jnp.moveaxis(to_real(columns), 0, -1), B_bar
+
+
+def _inverse(system):
+    """A^-1 [H, N, N], dense in real coordinates, by Woodbury."""
+    lam, P, _, _ = system
+    rows = [p.conj() / lam for p in P]
+    units = _units(lam)
+    right = units / lam
+    if rows:
+        G = [
+            [(1.0 if r == s else 0.0) - _both(w * p) for s, p in enumerate(P)]
+            for r, w in enumerate(rows)
+        ]
+        seen = small_solve(G, [_both(w * units) for w in rows])
+        right = right + sum(p * s for p, s in zip(P, seen, strict=True)) / lam
+    return jnp.moveaxis(to_real(right), 0, -1)
+
+
+def power(A_bar, count):
+    """A_bar^count [H, N, N] by squaring; count is static."""
+    result = jnp.broadcast_to(jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype), A_bar.shape)
+    while count:
+        result = result @ A_bar if count & 1 else result
+        count >>= 1
+        A_bar = A_bar @ A_bar if count else A_bar
+    return result
+
+
+def _geometric(A_bar, count):
+    """sum_{k < count} A_bar^k, count >= 1, by doubling."""
+    total = jnp.broadcast_to(jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype), A_bar.shape)
+    reached = A_bar
+    for digit in bin(count)[3:]:
+        total, reached = total + reached @ total, reached @ reached
+        if digit == "1":
+            total, reached = total + reached, reached @ A_bar
+    return total
+
+
+def truncated(system, C, length):
+    """C~ = C (I - A_bar^length): C [..., H, n] -> [..., H, n]."""
+    A_bar, _ = dense(system)
+    c = row(C)
+    beyond = jnp.einsum("...hm,hmn->...hn", c, power(A_bar, length))
+    return from_row(c - beyond)
+
+
+def untruncated(system, C_tilde, length):
+    """C from C~ = C (I - A_bar^length): [..., H, n] -> [..., H, n].
+
+    By I - A_bar^length = (I - A_bar) S with S = sum_k A_bar^k and
+    (I - A_bar)^-1 = I/2 - A^-1 / dt: the plain difference would lose the slow modes,
+    for which A_bar^length is near I.
+    """
+    A_bar, _ = dense(system)
+    S = _geometric(A_bar, length)
+    c = row(C_tilde)
+    columns = jnp.moveaxis(c.reshape(-1, *c.shape[-2:]), 0, -1)  # [H, N, *]
+    columns = jnp.linalg.solve(S.swapaxes(-1, -2), columns)
+    inverse = _inverse(system) / system.dt[..., None]
+    columns = 0.5 * columns - jnp.einsum("hnm,hnc->hmc", inverse, columns)
+    return from_row(jnp.moveaxis(columns, -1, 0).reshape(c.shape))
+
+
+def _chunk(length):
+    """A power of two near sqrt(length)."""
+    return 1 << ((length - 1).bit_length() + 1) // 2
+
+
+def response(system, C, state, length):
+    """What a state still says: y[l] = 2 Re(C A_bar^(l+1) x), l < length.
+
+    state [B, H, n] -> [B, length, H].
+    """
+    A_bar, _ = dense(system)
+    size = _chunk(length)
+    rows, reached = row(C)[:, None] @ A_bar, A_bar  # [H, 1, N]
+    while rows.shape[1] < size:
+        rows = jnp.concatenate([rows, rows @ reached], 1)
+        reached = reached @ reached
+    # reached = A_bar^size
+
+    def one(x, _):
+        return jnp.einsum("hmn,bhn->bhm", reached, x), x
+
+    count = -(-length // size)
+    _, states = jax.lax.scan(one, to_real(state), None, length=count)
+    y = jnp.einsum("hln,cbhn->bclh", rows, states)
+    return y.reshape(y.shape[0], -1, y.shape[-1])[:, :length]
+
+
+def final_state(system, u, state=None, counts=None):
+    """The state after u [B, L, H], in which padding is zero and stands first.
+
+    state [B, H, n] entered before the counts [B] tokens that exist (L where None).
+    """
+    A_bar, B_bar = dense(system)
+    length = u.shape[1]
+    size = _chunk(length)
+    columns, reached = B_bar[..., None], A_bar  # [H, N, 1]: A_bar^(size-1-l) B_bar
+    while columns.shape[-1] < size:
+        columns = jnp.concatenate([reached @ columns, columns], -1)
+        reached = reached @ reached
+    u = jnp.pad(u, ((0, 0), (-length % size, 0), (0, 0)))
+    u = u.reshape(u.shape[0], -1, size, u.shape[2])
+    given = jnp.einsum("hnl,bclh->cbhn", columns, u)
+
+    def one(x, given):
+        return jnp.einsum("hmn,bhn->bhm", reached, x) + given, None
+
+    x, _ = jax.lax.scan(one, jnp.zeros_like(given[0]), given)
+    if state is not None:
+        counts = jnp.full(u.shape[0], length) if counts is None else counts
+        x = x + _advanced(A_bar, to_real(state), counts, length)
+    return from_real(x)
+
+
+def _advanced(A_bar, x, counts, most):
+    """A_bar^counts[b] x[b] for counts <= most: one matrix per binary digit."""
+    for digit in range(most.bit_length()):
+        moved = jnp.einsum("hmn,bhn->bhm", A_bar, x)
+        x = jnp.where((counts >> digit & 1 == 1)[:, None, None], moved, x)
+        A_bar = A_bar @ A_bar
+    return x
