@@ -11,6 +11,25 @@ from ml_collections import ConfigDict
 # can set them; tests hold them equal to the layers' own. A layer that is not here (a
 # user's, by its dotted path) starts from its own defaults.
 LAYER_ARGS = {
+    "s4": dict(
+        state_size=64,
+        measure="legs",  # a key of ssm.hippo.LOW_RANK
+        rank=1,
+        transform="exp",  # exp, softplus, relu, sigmoid, none
+        dt_min=1e-3,
+        dt_max=1e-1,
+        copies=0,
+        step_scale=1.0,
+        bidirectional=False,
+    ),
+    "dss": dict(
+        state_size=64,
+        variant="softmax",  # exp
+        dt_min=1e-3,
+        dt_max=1e-1,
+        step_scale=1.0,
+        bidirectional=False,
+    ),
     "s4d": dict(
         state_size=64,
         spectrum="lin",  # lin, inv, inv2, quad, legs, real
@@ -105,7 +124,7 @@ def groups(ssm_lr: float = 0.25) -> list:
     https://arxiv.org/abs/2208.04933).
     """
     ssm = (
-        r".*/(log_dt|log_step|A_re|A_im|Lambda_re|Lambda_im"
+        r".*/(log_dt|log_step|A_re|A_im|P|Lambda_re|Lambda_im"
         r"|nu_log|theta_log|gamma_log|B)"
     )
     return [

@@ -9,17 +9,21 @@ call is a prefill. `sequence` is a `ssm.Sequence` with mask, reset and dt.
 
 from layers.build import LAYERS, build, get
 from layers.common import prepare
+from layers.dss import DSS
 from layers.gru import GRU
 from layers.lru import LRU
 from layers.model import Model
+from layers.s4 import S4
 from layers.s4d import S4D
 from layers.s5 import S5
 from ssm.sequence import Sequence
 
 __all__ = [
+    "DSS",
     "GRU",
     "LAYERS",
     "LRU",
+    "S4",
     "S4D",
     "S5",
     "Model",

@@ -8,14 +8,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from layers.block import GATES, NORMS, Block
+from layers.dss import DSS
 from layers.gru import GRU
 from layers.lru import LRU
 from layers.model import ENCODERS, HEADS, Model
+from layers.s4 import S4
 from layers.s4d import S4D
 from layers.s5 import S5
 from layers.stack import Stack
 
-LAYERS = {"s4d": S4D, "s5": S5, "lru": LRU, "gru": GRU}
+LAYERS = {"s4": S4, "s4d": S4D, "dss": DSS, "s5": S5, "lru": LRU, "gru": GRU}
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

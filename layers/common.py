@@ -5,6 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssm import recurrence
+from ssm import sequence as seq
+
 
 def logical(init, *axes):
     """`init` whose parameter carries the logical axis names `axes` (for sharding)."""
@@ -19,6 +22,11 @@ def constant(value):
         return jnp.asarray(np.broadcast_to(value, shape), dtype)
 
     return init
+
+
+def constant_pair(value):
+    """Initialiser of [..., 2] real pairs from a complex NumPy array."""
+    return constant(np.stack([np.real(value), np.imag(value)], axis=-1))
 
 
 def complex_normal(std=1.0):
@@ -105,3 +113,35 @@ def no_initial_state(layer):
         f"bidirectional: {layer} has no recurrent mode with bidirectional=True; "
         "init_state needs bidirectional=False"
     )
+
+
+def diagonal_modes(module, system, convolve, D, u, state, sequence):
+    """y [B, L, H] and the state of a `ssm.recurrence.Diagonal` bank with feed-through D
+    in the mode that the call allows: a convolution without state, reset or dt, one step
+    where L = 1, chunks otherwise.
+
+    convolve(u, mask) -> (y + D u, state) is the first of them, on right padding.
+    """
+    if state is None and sequence.reset is None and sequence.dt is None:
+        u, compacted, restore = seq.compact(u, sequence)
+        y, state = convolve(u, compacted.mask)
+        return restore(y), state
+    elapsed = seq.elapsed(sequence)
+    u = seq.zero_masked(u, sequence)
+    if u.shape[1] == 1 and state is not None:
+        y, state = _diagonal_step(module, system, u, state, elapsed, sequence.reset)
+    else:
+        y, state = recurrence.chunked(system, u, state, elapsed, sequence.reset)
+    return seq.zero_masked(y + D * u, sequence), state
+
+
+def _diagonal_step(module, system, u, state, elapsed, reset):
+    reset = None if reset is None else reset[:, 0]
+    if elapsed is None:
+        # Exponentials cost more than the step itself; see `prepare`.
+        log_a, b, c = system
+        a, b, c = once(module, "step", lambda: (jnp.exp(log_a), b, c))
+        y, state = recurrence.advance(a, b, c, u[:, 0], state, reset)
+    else:
+        y, state = recurrence.step(system, u[:, 0], state, elapsed[:, 0], reset)
+    return y[:, None], state

@@ -452,6 +452,13 @@ FEATURES = 6
 
 # Every layer of LAYERS, and the variants whose code path differs.
 CASES = {
+    "s4": lambda: LAYERS["s4"](FEATURES, L, 8),
+    "s4 legt": lambda: LAYERS["s4"](FEATURES, L - 4, 8, measure="legt", rank=2),
+    "s4 tied": lambda: LAYERS["s4"](FEATURES, 2 * L, 8, copies=2, step_scale=2.0),
+    "s4 bidirectional": lambda: LAYERS["s4"](FEATURES, L, 8, bidirectional=True),
+    "dss": lambda: LAYERS["dss"](FEATURES, L, 8),
+    "dss exp": lambda: LAYERS["dss"](FEATURES, L, 8, variant="exp"),
+    "dss bidirectional": lambda: LAYERS["dss"](FEATURES, L, 8, bidirectional=True),
     "s4d": lambda: LAYERS["s4d"](FEATURES, 8),
     "s4d bilinear": lambda: LAYERS["s4d"](FEATURES, 8, discretization="bilinear"),
     "s4d tied": lambda: LAYERS["s4d"](FEATURES, 8, spectrum="legs", copies=2),

@@ -32,7 +32,6 @@ class LRU(nn.Module):
     max_phase: float = 2 * np.pi
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex. `ValueError` for a wrong
         shape."""
@@ -58,6 +57,12 @@ class LRU(nn.Module):
         """Zeros [B, P] complex64."""
         return jnp.zeros((batch_size, self.state_size), jnp.complex64)
 
+    def eigenvalues(self):
+        """log lam [P] complex, per token. By `layer.apply(variables,
+        method="eigenvalues")`."""
+        return self._parameters()[0]
+
+    @nn.compact
     def _parameters(self):
         H, P = self.features, self.state_size
         if P < 1:

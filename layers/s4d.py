@@ -11,10 +11,10 @@ from layers.common import (
     check_state,
     complex_normal,
     constant,
+    diagonal_modes,
     logical,
     no_initial_state,
     no_state,
-    once,
 )
 from ssm import discretize, filters, recurrence, spectra, stability
 from ssm import sequence as seq
@@ -53,7 +53,6 @@ class S4D(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 
@@ -85,6 +84,14 @@ class S4D(nn.Module):
             (batch_size, self.features, self.state_size // 2), jnp.complex64
         )
 
+    def eigenvalues(self):
+        """log a [H, n] complex per token, a the eigenvalues of the recurrence; one of
+        each conjugate pair. By `layer.apply(variables, method="eigenvalues")`."""
+        lam, dt, *_ = self._parameters()
+        log_a, _ = discretize.get(self.discretization)(lam, dt)
+        return log_a
+
+    @nn.compact
     def _parameters(self):
         H, n = self.features, self.state_size // 2
         copies = self.copies or H
@@ -127,32 +134,17 @@ class S4D(nn.Module):
         return lam, dt, B, stability.from_pair(C), D
 
     def _forward(self, system, rule, B, D, u, state, sequence):
-        if state is None and sequence.reset is None and sequence.dt is None:
-            u, compacted, restore = seq.compact(u, sequence)
-            y, state = recurrence.convolution(system, u, compacted.mask, skip=D)
-            return restore(y), state
-        elapsed = seq.elapsed(sequence)
-        u = seq.zero_masked(u, sequence)
         if sequence.dt is not None and self.discretization != "zoh":
+            u = seq.zero_masked(u, sequence)
             y, state = recurrence.varying(
-                rule, B, system.c, u, state, elapsed, sequence.reset
+                rule, B, system.c, u, state, seq.elapsed(sequence), sequence.reset
             )
-        elif u.shape[1] == 1 and state is not None:
-            y, state = self._step(system, u, state, elapsed, sequence.reset)
-        else:
-            y, state = recurrence.chunked(system, u, state, elapsed, sequence.reset)
-        return seq.zero_masked(y + D * u, sequence), state
+            return seq.zero_masked(y + D * u, sequence), state
 
-    def _step(self, system, u, state, elapsed, reset):
-        reset = None if reset is None else reset[:, 0]
-        if elapsed is None:
-            # Exponentials cost more than the step itself; see `layers.prepare`.
-            log_a, b, c = system
-            a, b, c = once(self, "step", lambda: (jnp.exp(log_a), b, c))
-            y, state = recurrence.advance(a, b, c, u[:, 0], state, reset)
-        else:
-            y, state = recurrence.step(system, u[:, 0], state, elapsed[:, 0], reset)
-        return y[:, None], state
+        def convolve(u, mask):
+            return recurrence.convolution(system, u, mask, skip=D)
+
+        return diagonal_modes(self, system, convolve, D, u, state, sequence)
 
     def _both_directions(self, lam, dt, B, C, D, u, sequence):
         if sequence.dt is not None:

@@ -45,7 +45,6 @@ class S5(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex (None if bidirectional).
 
@@ -89,6 +88,14 @@ class S5(nn.Module):
         stored = self.state_size // (1 + self.conj_sym)
         return jnp.zeros((batch_size, stored), jnp.complex64)
 
+    def eigenvalues(self):
+        """log a [P] complex per token, a the eigenvalues of the recurrence; one of
+        each pair if conj_sym. By `layer.apply(variables, method="eigenvalues")`."""
+        lam, dt, *_ = self._parameters()
+        log_a, _ = discretize.get(self.discretization)(lam, dt)
+        return log_a
+
+    @nn.compact
     def _parameters(self):
         H, N = self.features, self.state_size
         if N < 2:

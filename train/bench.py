@@ -1,7 +1,7 @@
 """Speed of layers, training steps and decoding beside textbook forms, on this device.
 
-    python -m train.bench [--case mixer|step|decode|compile] [--repeats 7] [--small]
-                          [--out FILE.json]
+    python -m train.bench [--case mixer|step|step_s4|decode|compile] [--repeats 7]
+                          [--small] [--out FILE.json]
 
 Subject and baseline are compiled, then called in turn, so that a busy machine slows
 both alike; figures are medians with quartiles, ratios are baseline over subject.
@@ -25,7 +25,7 @@ from rich.table import Table
 from configs import common
 from kernels import bench as timing
 from kernels import fft_conv
-from layers import S4D, S5, build, prepare
+from layers import S4, S4D, S5, build, prepare
 from layers.common import logical
 from ssm import sequence as seq
 
@@ -39,6 +39,17 @@ class TableS4D(S4D):
         filter_by_table = timing.filter_by_table(u.shape[1])
         taps = filter_by_table(system.c * system.b, system.log_a)
         return fft_conv(u, taps, skip=D)[0], state
+
+
+class TableS4(S4):
+    """S4 whose filter comes from [N, L] tables, as the generating function is written
+    down; C~ at the length of the call."""
+
+    def _filters(self, system, C_tilde, L):
+        make = timing.dplr_filter_by_table(L)
+        return make(C_tilde[0], system.B, system.P[0], system.lam, jnp.log(system.dt))[
+            None
+        ]
 
 
 class AssociativeS5(S5):
@@ -145,10 +156,21 @@ def step_function(config):
 
 def step_case(small):
     """Training step of the 4-layer S4D model: B16 L1024 H128 N64 (all modes stored)."""
+    forms = {"S4D": "s4d", "table of powers": HERE + "TableS4D"}
+    return _steps(forms, small, state_size=128)
+
+
+def step_s4_case(small):
+    """Training step of the 4-layer S4 model: B16 L1024 H128 N64."""
+    forms = {"S4": "s4", "tables of reciprocals": HERE + "TableS4"}
+    return _steps(forms, small, length=128 if small else 1024)
+
+
+def _steps(forms, small, **layer_args):
     B, L, H = (2, 128, 16) if small else (16, 1024, 128)
     functions = {}
-    for name, layer in (("S4D", "s4d"), ("table of powers", HERE + "TableS4D")):
-        step, arguments = step_function(model_config(layer, H, 4, state_size=128))
+    for name, layer in forms.items():
+        step, arguments = step_function(model_config(layer, H, 4, **layer_args))
         functions[name] = (step, arguments(B, L))
     return functions
 
@@ -177,7 +199,12 @@ def decode_case(small):
     return functions
 
 
-CASES = {"mixer": mixer_case, "step": step_case, "decode": decode_case}
+CASES = {
+    "mixer": mixer_case,
+    "step": step_case,
+    "step_s4": step_s4_case,
+    "decode": decode_case,
+}
 
 
 def run_case(name, small, repeats):
