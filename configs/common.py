@@ -134,6 +134,15 @@ def groups(ssm_lr: float = 0.25) -> list:
     ]
 
 
+def apply(config: ConfigDict, recipe: dict) -> None:
+    """Sets what a recipe says of the sections model, optimizer and train, and those of
+    its layer_args that the config's layer has."""
+    for section in ("model", "optimizer", "train"):
+        config[section].update(recipe.get(section, {}))
+    known = config.model.layer_args
+    known.update({k: v for k, v in recipe.get("layer_args", {}).items() if k in known})
+
+
 def parse_arg(arg: str, **defaults) -> ConfigDict:
     """Parses what follows the colon in `--config configs/pixels.py:digits,layer=s5`.
 

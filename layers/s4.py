@@ -28,7 +28,9 @@ class S4(nn.Module):
     C~ = C (I - A_bar^length), so that the filter of `length` taps needs no power of
     A_bar; C itself is solved for where a state enters, a call is longer than `length`
     or `step_scale` is not 1. A call without a state is one FFT convolution, L = 1 with
-    a state one O(n R) step; see `prepare` in `layers.common` for decoding.
+    a state one O(n R) step; see `prepare` in `layers.common` for decoding. The solve is
+    as exact as 1 - exp(length dt lam) is far from 0: where lam is nearly 0 (the mean of
+    the measure `fout`), some digits are lost.
 
     Attributes:
         features: H.

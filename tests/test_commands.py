@@ -105,10 +105,13 @@ def test_prepared_variables_change_nothing_but_the_time(layer):
 def test_reproduce_rewrites_the_table_and_does_not_train_twice(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(reproduce, "task", small)
+    task = reproduce.Task(small, "digits", ("s4d",))
+    monkeypatch.setitem(reproduce.TASKS, "digits", task)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{reproduce.BEGIN}\nold\n{reproduce.END}\nafter\n")
-    command = ["--layers", "s4d", "--seeds", "0,1", "--workdir", str(tmp_path / "runs")]
+    readme.write_text(
+        "before\n<!-- digits:begin -->\nold\n<!-- digits:end -->\nafter\n"
+    )
+    command = ["--seeds", "0,1", "--workdir", str(tmp_path / "runs")]
     assert reproduce.main([*command, "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from unittest import mock
@@ -11,9 +12,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import common, pixels
+from configs import common, lra, pixels
 from layers import LAYERS, build
 from train import data, losses, optimizers
+from train.data import images, original
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem[0] != "_")
@@ -35,10 +37,47 @@ def flag_values(spec, *overrides):
     return values.config
 
 
+LISTOPS = [f"lra:listops,layer={layer}" for layer in LAYERS]
+LISTOPS += [f"lra:listops,layer={layer},scale=paper" for layer in ("s4d", "s5")]
+IMAGES = [
+    f"pixels:{task},layer={layer},scale={scale}"
+    for task, layer, scale in (
+        ("smnist", "s4d", "small"),
+        ("pmnist", "s5", "paper"),
+        ("scifar", "s4d", "paper"),
+        ("scifar", "s5", "small"),
+        ("scifar", "gru", "paper"),
+    )
+]
+
+
 @pytest.mark.parametrize("spec", ARGUMENTS)
 def test_config_fits_its_data_model_optimizer_and_loss(spec):
     config = flag_values(spec)
-    dataset = data.load(config.data)
+    check_fit(config, data.load(config.data))
+
+
+@pytest.mark.parametrize("spec", LISTOPS)
+def test_listops_config_fits(spec, tmp_path):
+    config = flag_values(spec, f"--config.data.folder={tmp_path}")
+    config.data.update(train=4, validation=2, test=2)
+    check_fit(config, data.load(config.data))
+
+
+@pytest.mark.parametrize("spec", IMAGES)
+def test_image_config_fits(spec):
+    config = flag_values(spec)
+    shape = (28, 28) if config.data.name == "mnist" else (32, 32, 3)
+    images_and_labels = np.zeros((20, *shape), np.uint8), np.zeros(20, np.uint8)
+    with (
+        mock.patch.object(original, "locate", lambda *args: [None] * len(args[2])),
+        mock.patch.object(images, "_read_mnist", lambda *_: images_and_labels * 2),
+        mock.patch.object(original, "read_cifar", lambda *_: images_and_labels),
+    ):
+        check_fit(config, data.load(config.data))
+
+
+def check_fit(config, dataset):
     model_config = config.model.copy_and_resolve_references()
     for key in ("encoder", "length", "vocab_size", "outputs"):
         model_config[key] = model_config[key] or dataset.spec[key]
@@ -64,7 +103,8 @@ def test_layer_args_are_the_fields_of_the_layers():
         fields = {
             field.name: field.default
             for field in dataclasses.fields(LAYERS[name])
-            if field.name not in ("features", "dtype", "parent", "name")
+            # from config.model, and Flax's own
+            if field.name not in ("features", "length", "dtype", "parent", "name")
         }
         assert dict(arguments) == fields, name
     config = flag_values("own:path=x", "--config.model.layer_args.spectrum=inv")
@@ -74,7 +114,7 @@ def test_layer_args_are_the_fields_of_the_layers():
 # Which group every parameter of every layer belongs to: a new parameter has to be
 # thought of here before it can be trained.
 SENSITIVE = {"A_re", "A_im", "B", "log_dt", "Lambda_re", "Lambda_im", "log_step"}
-SENSITIVE |= {"nu_log", "theta_log", "gamma_log"}
+SENSITIVE |= {"nu_log", "theta_log", "gamma_log", "P"}
 UNDECAYED = {"bias", "recurrent_bias", "scale", "D"}
 ORDINARY = {"kernel", "recurrent_kernel", "embedding", "C"}
 
@@ -84,7 +124,7 @@ ORDINARY = {"kernel", "recurrent_kernel", "embedding", "C"}
 def test_every_parameter_is_in_the_group_meant_for_it(layer, norm):
     config = common.base()
     config.model.update(layer=layer, features=8, depth=1, norm=norm)
-    config.model.update(encoder="token", vocab_size=3, outputs=2)
+    config.model.update(encoder="token", vocab_size=3, outputs=2, length=4)
     model = build(config.model)
     tokens = np.zeros((1, 4), np.int32)
     init = functools.partial(model.init, {"params": jax.random.key(0)}, tokens)
@@ -146,7 +186,9 @@ def test_override_keeps_the_type():
     ("arg", "message"),
     [
         ("digits,target=all", "target must be one of label, next, got 'all'"),
-        ("letters", "task must be one of digits, got 'letters'"),
+        ("letters", "task must be one of digits, smnist, .*, got 'letters'"),
+        ("digits,scale=paper", "scale must be small for digits"),
+        ("smnist,target=next", "target must be label for smnist"),
         (
             "digits,layers=s5",
             "'layers=s5' is not valid; valid are task=.*layer=s4d, target=label.next",
@@ -161,6 +203,59 @@ def test_bad_argument_is_named(arg, message):
         pixels.get_config(arg)
     with pytest.raises(flags.IllegalFlagValueError, match=message):
         flag_values(f"pixels:{arg}")
+
+
+def group_of(config, path):
+    """(lr, wd) of the parameter `path`, in absolute numbers."""
+    pattern = next(p for p, _ in config.groups if re.fullmatch(p, path))
+    factors = dict(config.groups)[pattern]
+    optimizer = config.optimizer
+    return factors["lr"] * optimizer.lr, factors["wd"] * optimizer.weight_decay
+
+
+@pytest.mark.parametrize(
+    ("config", "rates"),
+    [
+        (
+            lra.get_config("listops,layer=s4,scale=paper"),
+            {
+                "A_re": (1e-3, 0),
+                "B": (1e-3, 0),
+                "log_dt": (1e-2, 0),
+                "C": (1e-2, 0.05),
+            },
+        ),
+        (
+            lra.get_config("listops,layer=s5,scale=paper"),
+            {
+                "Lambda_re": (1e-3, 0),
+                "log_step": (1e-3, 0),
+                "B": (3e-3, 0.04),
+                "D": (3e-3, 0),
+            },
+        ),
+        (
+            lra.get_config("listops,layer=s4d,scale=small"),
+            {"A_im": (1e-3, 0), "log_dt": (4e-3, 0), "kernel": (4e-3, 0.05)},
+        ),
+        (
+            pixels.get_config("scifar,layer=s5,scale=paper"),
+            {"Lambda_im": (1e-3, 0), "B": (4.5e-3, 0.07), "kernel": (4.5e-3, 0.07)},
+        ),
+        (
+            pixels.get_config("smnist,layer=s5,scale=paper"),
+            {"B": (2e-3, 0), "log_step": (2e-3, 0), "kernel": (8e-3, 0.01)},
+        ),
+        (
+            pixels.get_config("scifar,layer=s4,scale=paper"),
+            {"B": (1e-3, 0), "log_dt": (1e-3, 0), "kernel": (1e-2, 0.05)},
+        ),
+    ],
+)
+def test_published_learning_rates_reach_their_parameters(config, rates):
+    for name, expected in rates.items():
+        found = group_of(config, f"stack/block_0/mixer/{name}")
+        np.testing.assert_allclose(found, expected, err_msg=name)
 
 
 def test_arguments_take_the_type_of_their_default():

@@ -20,28 +20,33 @@ def examined(name, only):
     return {f.law for f in findings if f.error is None}
 
 
-@pytest.mark.parametrize("name", laws.CASES)
+# One of each way to compute; the others take minutes to compile.
+QUICK = ("s4", "s4 legt", "s4 bidirectional", "dss", "s4d", "s4d bilinear")
+QUICK += ("s4d bidirectional", "s5", "s5 bidirectional", "lru", "gru")
+QUICK_GRADIENTS = ("s4", "s4d", "lru", "gru")
+
+
+def cases(quick):
+    """All cases, those that are not in `quick` marked slow."""
+    return [
+        pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
+        for name in laws.CASES
+    ]
+
+
+@pytest.mark.parametrize("name", cases(QUICK))
 def test_every_law_of_values_holds(name):
     expected = {"sharding"} if jax.local_device_count() == 1 else set()
     if "bidirectional" in name:
         expected |= {"one call = pieces = steps", "causality"}
     else:
         expected |= {"no recurrent mode"}
-    if name in ("gru", "s4d bidirectional"):
+    if name in ("gru", "s4 bidirectional", "s4d bidirectional", "dss bidirectional"):
         expected |= {"elapsed time"}
     assert examined(name, VALUES) == expected
 
 
-# One of each way to compute; the others take minutes to compile.
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[] if name in ("s4d", "lru", "gru") else [pytest.mark.slow]
-        )
-        for name in laws.CASES
-    ],
-)
+@pytest.mark.parametrize("name", cases(QUICK_GRADIENTS))
 def test_every_law_of_gradients_holds(name):
     expected = set()
     if "bidirectional" in name:
@@ -52,7 +57,7 @@ def test_every_law_of_gradients_holds(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["s4d", "s4d bilinear", "s5", "lru"])
+@pytest.mark.parametrize("name", ["s4", "dss", "s4d", "s4d bilinear", "s5", "lru"])
 def test_laws_hold_across_chunks(name):
     """Longer than the chunks in which states exist at once."""
     findings = laws.examine(laws.CASES[name](), length=300)

@@ -51,7 +51,7 @@ def start(workdir, cache, *flags, devices=1, prefix=(), **train):
     command = [*prefix, sys.executable, "-m", "train.main"]
     command += ["--config", f"configs/pixels.py:digits,layer={MODEL['layer']}"]
     command += [f"--{name}={value}" for name, value in overrides.items()]
-    command += ["--workdir", str(workdir), *flags]
+    command += ["--workdir", str(workdir), "--noreport", *flags]
     return subprocess.Popen(
         command,
         cwd=ROOT,

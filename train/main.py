@@ -11,6 +11,7 @@ import re
 import statistics
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -27,6 +28,7 @@ WORKDIR = flags.DEFINE_string(
 )
 SEEDS = flags.DEFINE_list("seeds", [], "several runs, such as 0,1,2, one after another")
 PROFILE = flags.DEFINE_bool("profile", False, "trace steps 2 to 6 to <workdir>/profile")
+REPORT = flags.DEFINE_bool("report", True, "write <workdir>/report.html at the end")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several hosts; SLURM is noticed"
 )
@@ -61,9 +63,23 @@ def main(argv: list[str]) -> int:
         found[seed] = loop.run(config, workdir, PROFILE.value)
         if "stopped" in found[seed]:
             return 0
+        if REPORT.value and jax.process_count() == 1:
+            _write_report(workdir)
     if len(seeds) > 1:
         _print_seeds(found)
     return 0
+
+
+def _write_report(workdir: Path) -> None:
+    """The run's page; what keeps it from being written never fails the run."""
+    try:
+        from train import report
+
+        print(f"report: {report.write(workdir)}", flush=True)
+    except Exception as error:
+        first, *_ = str(error).splitlines() or [""]
+        reason = f"{type(error).__name__}: {first}"
+        print(f"report: not written ({reason})", flush=True)
 
 
 def _number(text: str) -> int:
@@ -149,8 +165,9 @@ def _ours(error: Exception) -> bool:
     return Path(__file__).resolve().parents[1] in raised_in.resolve().parents
 
 
-def command() -> None:
-    """Runs `main`; an error of the user is one line and exit code 2."""
+def command(main: Callable[[list[str]], int]) -> None:
+    """Runs `main` on the config flags; an error of the user is one line and exit
+    code 2."""
     # Without their own frames, errors of JAX and Flax would look like ours.
     os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
     os.environ.setdefault("FLAX_FILTER_FRAMES", "0")
@@ -168,4 +185,4 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    command()
+    command(main)

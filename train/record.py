@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -82,6 +83,7 @@ def write_versions(workdir: Path) -> None:
     if jax.process_index():
         return
     versions = {
+        "command": ["python", *sys.orig_argv[1:]],
         "git": {
             "revision": _git("rev-parse", "HEAD"),
             "dirty": bool(_git("status", "--porcelain")),

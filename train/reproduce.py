@@ -1,6 +1,6 @@
-"""The README's table: every layer, several seeds, one command.
+"""The README's tables: every layer, several seeds, one command.
 
-    python -m train.reproduce [--layers s4d,s5,lru,gru] [--seeds 0,1,2]
+    python -m train.reproduce [--task digits|listops] [--layers s4d,s5] [--seeds 0,1,2]
                               [--workdir runs/reproduce] [--readme README.md]
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
@@ -13,21 +13,40 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from configs.pixels import get_config as task
-from train import checkpoint, data, loop
+from configs import lra, pixels
+from train import baseline, checkpoint, data, loop
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SECONDS = "seconds.json"
 
 
-def run_one(layer, seed, workdir) -> dict:
+class Task(NamedTuple):
+    """A table: `make(f"{argument},layer=NAME")` gives the config of a run."""
+
+    make: Callable
+    argument: str
+    layers: tuple[str, ...]
+
+
+TASKS = {
+    "digits": Task(pixels.get_config, "digits", ("s4d", "s5", "lru", "gru")),
+    "listops": Task(lra.get_config, "listops,scale=small", ("s4", "s4d", "s5")),
+}
+
+
+def config_of(task, layer):
+    """The config of one row."""
+    return TASKS[task].make(f"{TASKS[task].argument},layer={layer}")
+
+
+def run_one(task, layer, seed, workdir) -> dict:
     """One finished run: its results, and the seconds it took, compilation included."""
-    config = task(f"digits,layer={layer}")
+    config = config_of(task, layer)
     config.seed = seed
     begun = time.monotonic()
     results = loop.run(config, workdir)
@@ -40,23 +59,9 @@ def run_one(layer, seed, workdir) -> dict:
     return results | {"seconds": json.loads(kept.read_text())}
 
 
-def logistic_regression() -> float:
-    """Test accuracy of a linear classifier on the same pixels and split."""
-    from sklearn.linear_model import LogisticRegression
-
-    dataset = data.load(task("digits").data)
-
-    def arrays(split):
-        count = dataset.num_examples(split)
-        batch = next(iter(dataset.evaluation(split, count)))
-        return batch["inputs"].reshape(count, -1), batch["targets"]
-
-    x, y = map(np.concatenate, zip(arrays("train"), arrays("validation"), strict=True))
-    return LogisticRegression(max_iter=2000).fit(x, y).score(*arrays("test"))
-
-
-def table(found, seeds) -> str:
+def table(task, found, seeds) -> str:
     """Markdown: a row per layer with the median and range over seeds."""
+    dataset = data.load(config_of(task, next(iter(found))).data)
     lines = [
         "| layer | test accuracy, median (range) | parallel vs recurrent | seconds |",
         "|---|---|---|---|",
@@ -71,31 +76,34 @@ def table(found, seeds) -> str:
             f"({min(scores):.4f}-{max(scores):.4f}) | "
             f"{'no recurrent mode' if gap is None else f'{gap:.1e}'} | {seconds:.0f} |"
         )
+    linear = baseline.logistic_regression(dataset)
     lines += [
-        f"| logistic regression on all pixels | {logistic_regression():.4f} | | |",
+        f"| logistic regression | {linear:.4f} | | |",
         "",
-        f"`digits`: 360 test images, last checkpoint, seeds "
-        f"{', '.join(map(str, seeds))}; largest difference of the logits between the "
-        f"two modes; wall-clock with compilation on {jax.devices()[0].device_kind} "
-        f"({platform.machine()}, {len(jax.devices())} device), jax {jax.__version__}.",
+        f"`{TASKS[task].argument}`: {dataset.num_examples('test')} sequences to test, "
+        f"last checkpoint, seeds {', '.join(map(str, seeds))}; largest difference of "
+        "the logits between the two modes; wall-clock with compilation on "
+        f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(jax.devices())} "
+        f"device), jax {jax.__version__}.",
     ]
     return "\n".join(lines)
 
 
-def rewrite(readme: Path, text: str) -> None:
-    """Puts `text` between the markers of `readme`; `ValueError` without them."""
+def rewrite(readme: Path, task: str, text: str) -> None:
+    """Puts `text` between the task's markers; `ValueError` without them."""
+    begin, end = f"<!-- {task}:begin -->", f"<!-- {task}:end -->"
     old = readme.read_text()
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"{readme}: must contain the lines {BEGIN} and {END}")
-    before, _, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2]
-    new = f"{before}{BEGIN}\n{text}\n{END}{after}"
-    checkpoint.write_atomically(readme, new)
+    if begin not in old or end not in old:
+        raise ValueError(f"{readme}: must contain the lines {begin} and {end}")
+    before, _, rest = old.partition(begin)
+    after = rest.partition(end)[2]
+    checkpoint.write_atomically(readme, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m train.reproduce")
-    parser.add_argument("--layers", default="s4d,s5,lru,gru")
+    parser.add_argument("--task", choices=TASKS, default="digits")
+    parser.add_argument("--layers", default="", help="of the table; default: all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
@@ -106,17 +114,19 @@ def main(argv=None):
         parser.error(
             f"--seeds must be whole numbers such as 0,1,2, got {options.seeds}"
         )
-    found = {}
+    task, found = options.task, {}
+    layers = options.layers.split(",") if options.layers else TASKS[task].layers
     try:
-        for layer in options.layers.split(","):
+        for layer in layers:
             found[layer] = [
-                run_one(layer, seed, options.workdir / f"digits-{layer}-{seed}")
+                run_one(task, layer, seed, options.workdir / f"{task}-{layer}-{seed}")
                 for seed in seeds
             ]
-        rewrite(options.readme, table(found, seeds))
+        text = table(task, found, seeds)
+        rewrite(options.readme, task, text)
     except (ValueError, checkpoint.CheckpointError) as problem:
         parser.error(str(problem))
-    print(table(found, seeds))
+    print(text)
     return 0
 
 

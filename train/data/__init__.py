@@ -3,12 +3,15 @@
 import inspect
 from collections.abc import Mapping
 
-from train.data import arrays, digits
+from train.data import arrays, digits, images, listops
 from train.data.pipeline import Dataset
 
 DATASETS = {
     "digits": digits.load,
     "arrays": arrays.load,
+    "listops": listops.load,
+    "mnist": images.mnist,
+    "cifar": images.cifar,
 }
 
 # Read by the training loop, not by a dataset.

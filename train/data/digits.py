@@ -43,8 +43,8 @@ def load(target: str = "label", augment: str = "none") -> pipeline.Dataset:
     Raises:
         ValueError: another target or augmentation.
     """
-    _check_choice("target", target, TARGETS)
-    _check_choice("augment", augment, AUGMENTATIONS)
+    pipeline.check_choice("target", target, TARGETS)
+    pipeline.check_choice("augment", augment, AUGMENTATIONS)
     images, labels = _read()
     indices = pipeline.split_indices(len(labels), 0.1, 0.2, seed=0, labels=labels)
     sources = pipeline.split_rows({"image": images, "label": labels}, indices)
@@ -67,13 +67,6 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
 
     digits = load_digits()
     return digits.images.astype(np.float32), digits.target.astype(np.int32)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"data.{name} must be one of {', '.join(choices)}, got {value!r}"
-        )
 
 
 def _label_example(example: pipeline.Example) -> pipeline.Example:

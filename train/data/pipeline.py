@@ -83,6 +83,14 @@ def split_indices(
     return {"train": rest, **parts}
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a `ValueError` that names `data.name` unless `value` is a choice."""
+    if value not in choices:
+        raise ValueError(
+            f"data.{name} must be one of {', '.join(choices)}, got {value!r}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """Splits of examples and what a model has to know about them.

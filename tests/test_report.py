@@ -1,0 +1,427 @@
+"""The page of a run: every section, nothing from outside, and what it shows is so."""
+
+import html.parser
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common, own, pixels
+from kernels.tolerance import assert_close
+from layers import LRU, S4D, S5, build
+from train import evaluate, loop, main, report, sharding, state
+from train.checkpoint import CheckpointError
+from train.report import answers, figures, pages, probe, workdir
+from train.report.__main__ import main as command
+
+VOID = {"meta", "br"}
+TRAIN = dict(steps=2, batch_size=8, eval_every=2, log_every=1, checkpoint_every=2)
+
+
+def small(config, layer, **model):
+    arguments = dict(common.LAYER_ARGS[layer]) if isinstance(layer, str) else {}
+    with config.ignore_type():  # of a tuple in place of a name
+        config.model.layer = layer
+    config.model.layer_args = arguments
+    if "state_size" in arguments:
+        config.model.layer_args.state_size = 4
+    config.model.update(features=6, depth=1, **model)
+    config.train.update(TRAIN)
+    return config
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Classes from pixels, in two blocks."""
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    config = small(pixels.get_config("digits"), "lru")
+    config.model.depth = 2
+    loop.run(config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A GRU that predicts the next pixel."""
+    path = tmp_path_factory.mktemp("runs") / "tokens"
+    loop.run(small(pixels.get_config("digits,layer=gru,target=next"), "gru"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def regression(tmp_path_factory):
+    """Two values per token, of sequences of unequal length."""
+    folder = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 9)).astype(np.float32)
+    targets = np.stack([x.cumsum(axis=1), x], axis=2)
+    lengths = rng.integers(4, 10, 40)
+    np.savez(folder / "sums.npz", inputs=x, targets=targets, lengths=lengths)
+    config = own.get_config(f"path={folder / 'sums.npz'},layer=gru,head=token")
+    loop.run(small(config, "gru"), folder / "regression")
+    return folder / "regression"
+
+
+class Page(html.parser.HTMLParser):
+    """A page's sections, text and references; an error where tags do not match."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.ids, self.references, self.said = [], [], [], []
+        self.tags, self.text = set(), {}
+        source = path.read_text(encoding="ascii")
+        self.size = len(source)
+        self.feed(source)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.handle_startendtag(tag, attributes)
+        if tag not in VOID:
+            self.open.append((tag, dict(attributes).get("id")))
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            elif name.split(":")[-1] in ("href", "src", "srcset", "data", "action"):
+                self.references.append(value)
+            elif not name.startswith("xmlns"):
+                assert "//" not in value, (tag, name, value)
+                self.references += re.findall(r"url\(([^)]*)\)", value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        section = next((i for tag, i in self.open if tag == "section"), "top")
+        self.text[section] = self.text.get(section, "") + data
+        if any(tag == "style" for tag, _ in self.open):
+            assert "url(" not in data and "@import" not in data
+
+    def sections(self):
+        return [key for key in self.text if key != "top"]
+
+
+def read(path):
+    """The page in a file, which refers to nothing outside of it."""
+    page = Page(path)
+    assert len(set(page.ids)) == len(page.ids)
+    inside = {f"#{name}" for name in page.ids}
+    for reference in page.references:
+        assert reference in inside or reference.startswith("data:image/"), reference
+    assert not page.tags & {"script", "link", "iframe", "object", "img"}
+    assert page.size < 2_000_000
+    return page
+
+
+EVERY = ["verdict", "curves", "filters", "spectra", "answers"]
+EVERY += ["reproduce", "environment"]
+
+
+def test_a_report_of_classes_has_every_section(digits, capsys):
+    assert command(["--workdir", str(digits)]) == 0
+    assert capsys.readouterr().out == f"report: {digits / 'report.html'}\n"
+    page = read(digits / "report.html")
+    assert page.sections() == EVERY
+    results = workdir.read(digits).results
+    assert f"{results['test']['accuracy']:.4f}" in page.text["verdict"]
+    assert f"{results['parallel_vs_recurrent']:.1e}" in page.text["verdict"]
+    assert "gradient norm" in page.text["curves"]
+    for block in ("block 1, LRU", "block 2, LRU"):
+        assert f"{block}: initial" in page.text["filters"]
+        assert f"{block}: trained" in page.text["filters"]
+        assert block in page.text["spectra"]
+    assert "of 144 are right" in page.text["answers"]
+    assert '"features": 6' in page.text["reproduce"]
+    assert jax.__version__ in page.text["environment"]
+
+
+@pytest.mark.slow
+def test_the_command_of_a_report_starts_the_same_run(digits, tmp_path, monkeypatch):
+    page = read(report.write(digits, tmp_path / "page.html"))
+    code = re.search(r"from train import loop.*\n.*\)", page.text["reproduce"])[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    again = workdir.read(tmp_path / "runs" / "again")
+    assert again.results["test"] == workdir.read(digits).results["test"]
+
+
+def test_a_report_of_tokens_without_eigenvalues(tokens):
+    page = read(report.write(tokens, step=2))
+    assert page.sections() == [name for name in EVERY if name != "spectra"]
+    assert "Accuracy by position" in page.text["answers"]
+    assert len(re.findall("target  ", page.text["answers"])) == 3
+
+
+def test_a_report_of_a_regression(regression):
+    page = read(report.write(regression))
+    assert page.sections() == [name for name in EVERY if name != "spectra"]
+    assert "test error" in page.text["verdict"]
+    assert "Predictions over targets" in page.text["answers"]
+    assert "absolute error" in page.text["curves"]
+
+
+def test_an_unfinished_run_has_a_report_too(digits, tokens, tmp_path):
+    path = tmp_path / "killed"
+    shutil.copytree(tokens, path)
+    (path / "results.json").unlink()
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "spl')
+    page = read(report.write(path))
+    assert "not finished: 2 of 2 steps" in page.text["verdict"]
+    shutil.rmtree(path / "checkpoints")
+    (path / "metrics.jsonl").write_text("")
+    (path / "versions.json").unlink()
+    page = read(report.compare([path, digits], tmp_path / "compare.html"))
+    assert "0 of 2" in page.text["scores"]
+    with pytest.raises(RuntimeError, match="there is no checkpoint in"):
+        report.write(path)
+
+
+def test_several_runs_beside_one_another(digits, tokens, regression, tmp_path, capsys):
+    out = tmp_path / "compare.html"
+    runs = [str(path) for path in (digits, tokens, regression)]
+    assert command(["--compare", *runs, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"report: {out}\n"
+    page = read(out)
+    assert page.sections() == ["scores", "curves", "configs", "environment"]
+    for told in map(workdir.read, runs):
+        assert told.name in page.text["scores"] and told.name in page.text["curves"]
+        name, _ = told.score
+        assert f"{told.results['test'][name]:.4f}" in page.text["scores"]
+    assert "model.layer" in page.text["configs"] and "data.path" in page.text["configs"]
+    assert "model.features" not in page.text["configs"]
+    assert "Nothing." in page.text["environment"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir", "nowhere"], "workdir must be that of a run, got nowhere"),
+        (["--workdir", "{run}", "--step", "7"], "no checkpoint of step 7"),
+        (["--workdir", "{run}", "--out", "no/where"], "exists, got no/where"),
+        (["--compare", "{run}"], "--compare must name two runs or more, got 1"),
+        (["--compare", "{run}", "{run}"], "--compare must name a run once"),
+        (["--compare", "{run}", "x", "--step", "2"], "--step goes with --workdir"),
+        ([], "one of the arguments --workdir --compare is required"),
+    ],
+)
+def test_mistakes_are_named(digits, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        command([argument.format(run=digits) for argument in arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.jsonl", "{}\n{}\n", "metrics.jsonl: line 1 must be a JSON object"),
+        ("metrics.jsonl", None, "metrics.jsonl cannot be read: No such file"),
+        ("config.json", "{", "config.json cannot be read"),
+        ("versions.json", "{", "versions.json cannot be read"),
+        ("results.json", "", "results.json cannot be read"),
+    ],
+)
+def test_unreadable_files_are_named(digits, tmp_path, name, text, message):
+    for file in ("config.json", "metrics.jsonl"):
+        shutil.copy(digits / file, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        workdir.read(tmp_path)
+
+
+def test_a_run_ends_well_without_its_report(tmp_path, monkeypatch, capsys):
+    main._write_report(tmp_path / "nowhere")
+    monkeypatch.setattr(report, "write", lambda workdir: workdir / "report.html")
+    main._write_report(tmp_path)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("report: not written (ValueError: ")
+    assert second == f"report: {tmp_path / 'report.html'}"
+
+
+def test_the_initial_variables_are_those_of_the_run(tokens, capsys):
+    run = evaluate.load_run(tokens)
+    batch = next(run.dataset.train(8, 0))
+    mesh = sharding.make_mesh(run.config)
+    begun = state.create(run.model, optax.identity(), batch, run.config.seed, mesh)
+    found = probe.initial_variables(run)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, begun.variables())))
+    run.config.train.init_from = str(tokens)
+    found = probe.initial_variables(run)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, run.variables)))
+
+
+def test_a_report_says_that_a_beginning_is_lost(tokens, monkeypatch):
+    def lost(run):
+        raise CheckpointError("there is no checkpoint in elsewhere")
+
+    monkeypatch.setattr(probe, "initial_variables", lost)
+    stages, remark = pages._stages(evaluate.load_run(tokens))
+    assert list(stages) == ["trained"] and "no checkpoint in elsewhere" in remark
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        S4D(4, 8, discretization="bilinear", step_scale=0.5),
+        S5(4, 8, blocks=2),
+        S5(4, 8, conj_sym=False),
+        LRU(4, 8),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_eigenvalues_are_what_the_state_decays_by(layer):
+    zeros = jnp.zeros((1, 1, 4))
+    variables = jax.jit(layer.init)({"params": jax.random.key(0)}, zeros)
+    apply = jax.jit(layer.apply)
+    _, state = apply(variables, zeros + 1, layer.init_state(1))
+    _, later = apply(variables, zeros, state)
+    log_a = layer.apply(variables, method="eigenvalues")
+    assert log_a.shape == state.shape[1:]
+    assert_close(later[0], jnp.exp(log_a) * state[0])
+
+
+def test_blocks_are_probed_with_their_own_variables():
+    """Against the recurrent mode, which reads the impulse token by token."""
+    config = small(common.base(), ("lru", "gru")).model
+    config.update(encoder="scalar", outputs=2, depth=5)
+    model = build(config)
+    shapes = state.param_shapes(model, {"inputs": jnp.zeros((1, 7))})
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype("f"), shapes)
+    variables = {"params": params}
+    blocks = probe.blocks(model, {"now": variables}, 7)
+    assert [b.title.split(", ")[1] for b in blocks] == ["LRU", "GRU"] * 2 + ["LRU"]
+    stack = params["stack"]
+    second = jax.tree.map(lambda x: x[1], stack["repeated"])
+    for block, given in (
+        (blocks[2], second["block_0"]),
+        (blocks[3], second["block_1"]),
+        (blocks[4], stack["rest_0"]),
+    ):
+        kind = 1 if "GRU" in block.title else 0
+        layer = model.stack().pattern[kind]().mixer()
+        step = jax.jit(layer.apply)
+        impulse = jnp.eye(6)[:, None]  # the batch: an impulse in every feature
+        outputs = []
+        for x in (impulse, jnp.zeros_like(impulse)):
+            found, carry = [], layer.init_state(6)
+            for t in range(7):
+                y, carry = step(
+                    {"params": given["mixer"]}, x if t == 0 else 0 * x, carry
+                )
+                found.append(y[:, 0])
+            outputs.append(jnp.stack(found, axis=1))
+        answer = outputs[0] - outputs[1]
+        response = block.responses["now"]
+        np.testing.assert_array_equal(block.features, np.arange(6))
+        assert_close(response.filters, answer[jnp.arange(6), :, jnp.arange(6)])
+        assert_close(response.memory, jnp.sqrt((answer**2).sum(-1).mean(0)))
+        assert (response.log_a is None) == (kind == 1)
+
+
+def test_a_layer_that_reads_the_future_gets_its_impulse_in_the_middle():
+    config = small(common.base(), "s4d").model
+    config.layer_args.bidirectional = True
+    config.update(encoder="scalar", outputs=2)
+    model = build(config)
+    variables = jax.jit(model.init)({"params": jax.random.key(0)}, jnp.zeros((1, 8)))
+    variables = jax.tree.map(np.asarray, state.meta.unbox(variables))
+    (block,) = probe.blocks(model, {"now": variables}, 8)
+    np.testing.assert_array_equal(block.lags, np.arange(-4, 4))
+    assert np.all(block.responses["now"].memory > 0)
+
+
+def shown(loss, inputs, outputs, targets, **spec):
+    """The section of made-up answers, its text."""
+    n, mask = len(inputs), spec.pop("mask", None)
+    mask = np.ones(inputs.shape[:2], bool) if mask is None else mask
+    confidence = None if loss == "regression" else np.linspace(0.5, 0.9, n)
+    found = answers.Answers("test", n + 3, inputs, targets, mask, outputs, confidence)
+    return answers.section(found, {"loss": loss, "outputs": 4, **spec}, step=1)
+
+
+def test_answers_are_shown_as_pictures_lines_or_text():
+    rng = np.random.default_rng(0)
+    targets, outputs = np.array([0, 1, 2, 3, 3]), np.array([0, 1, 1, 3, 0])
+    said = shown(
+        "classification", rng.normal(size=(5, 16)), outputs, targets, encoder="scalar"
+    )
+    assert "3 of 5 are right" in said and "the first 5 of 8 examples" in said
+    assert said.count("data:image/png") == 6  # five pictures, and the confusion
+    assert said.index("(90%)") < said.index("(70%)")
+    lines = shown(
+        "classification",
+        rng.normal(size=(5, 16, 2)),
+        outputs,
+        targets,
+        encoder="scalar",
+    )
+    assert lines.count("data:image/png") == 1
+    colour = rng.integers(0, 255, (5, 4, 4, 3), np.uint8)
+    said = shown(
+        "classification",
+        colour,
+        outputs,
+        targets,
+        encoder="image",
+        mask=np.ones((5, 16), bool),
+    )
+    assert said.count("data:image/png") == 6
+    words = rng.integers(0, 3, (5, 300))
+    said = shown(
+        "classification",
+        words,
+        outputs,
+        targets,
+        encoder="token",
+        symbols=("<a>", "b", "c"),
+    )
+    assert "&lt;a&gt; " in said and "<a>" not in said and " ...</td>" in said
+    documents = rng.integers(0, 3, (5, 2, 10))
+    said = shown(
+        "classification",
+        documents,
+        outputs,
+        targets,
+        encoder="token",
+        mask=np.ones((5, 2, 10), bool),
+    )
+    assert "(90%)</th>" in said
+
+
+def test_regressed_values_are_shown():
+    x = np.linspace(-1, 1, 20)
+    said = shown(
+        "regression", np.tile(x[:, None], (1, 5)), 2 * x[:, None], x, encoder="scalar"
+    )
+    assert "-1 \N{RIGHTWARDS ARROW} -2" in said
+    one = shown(
+        "regression", np.ones((1, 5)), np.ones((1, 1)), np.ones(1), encoder="scalar"
+    )
+    assert "1 \N{RIGHTWARDS ARROW} 1" in one
+
+
+def test_figures_of_long_sequences_and_deep_stacks_stay_small():
+    rng = np.random.default_rng(0)
+    L, n = 4096, 20_000
+
+    def response():
+        log_a = -rng.exponential(size=n) + 1j * rng.normal(size=n)
+        return probe.Response(rng.normal(size=(9, L)), rng.uniform(size=L) + 0.1, log_a)
+
+    responses = {"initial": response(), "trained": response()}
+    block = probe.Block("block", np.arange(9), np.arange(L), responses)
+    one = figures.filters([block]) + figures.spectra([block], L)
+    assert len(one) * figures.BLOCKS < 1_700_000
+    block = block._replace(lags=block.lags[:1])
+    few = {k: probe.Response(np.ones((9, 1)), np.ones(1), None) for k in responses}
+    many = figures.filters([block._replace(responses=few)] * (figures.BLOCKS + 5))
+    assert many.count("size over all features") == figures.BLOCKS

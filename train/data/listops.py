@@ -1,0 +1,195 @@
+"""ListOps: the value, a digit, of nested lists such as [MAX 4 [MIN 2 3 ] 9 ].
+
+As in the Long Range Arena (https://arxiv.org/abs/2011.04006): from the root downwards,
+a node is an operator with probability 1/4 and else a digit 0-9; at the greatest depth
+it is always a digit. Operators, digits and the number of arguments, 2 to `max_args`,
+are uniform. A length is the number of tokens, see `expressions`. Expressions outside of
+the length range and those drawn before are dropped; train, validation and test follow
+one another in the draw.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from train.data import expressions, pipeline, prepared
+from train.data.expressions import EOS, PAD, TOKENS, Rules
+
+# To be raised with any change of what given settings make.
+VERSION = 1
+
+LRA_FILES = {
+    "train": "basic_train.tsv",
+    "validation": "basic_val.tsv",
+    "test": "basic_test.tsv",
+}
+
+
+def load(
+    folder: str = "data/listops",
+    path: str = "",
+    train: int = 96_000,
+    validation: int = 2_000,
+    test: int = 2_000,
+    min_length: int = 500,
+    max_length: int = 2_000,
+    max_depth: int = 10,
+    max_args: int = 10,
+    seed: int = 0,
+) -> pipeline.Dataset:
+    """ListOps, generated once below `folder`, or converted from the LRA's own files.
+
+    inputs: int32 [max_length], the tokens, EOS, and PAD to the end. targets: 0-9. The
+    defaults are the LRA's. The examples depend on the settings, not on the machine.
+
+    Args:
+        folder: what is generated or converted goes to a folder of its own in it.
+        path: a folder with the LRA's basic_train.tsv, basic_val.tsv and basic_test.tsv;
+            then only `folder` and `max_length` are read.
+        train, validation, test: numbers of examples; 0: no such split.
+        min_length, max_length: lengths lie between, both excluded.
+        max_depth: of an expression, the root counted.
+        max_args: arguments of an operator.
+        seed: of the draw, not of the run.
+
+    Raises:
+        ValueError: a setting out of its bounds or without enough expressions; a file
+            that is missing or not the LRA's.
+    """
+    rules = Rules(min_length, max_length, max_depth, max_args)
+    if path:
+        settings, write = _from_lra(Path(path).expanduser(), max_length)
+        name = f"lra-{settings['source']}-{max_length}"
+    else:
+        sizes = {"train": train, "validation": validation, "test": test}
+        _check(sizes, rules, seed)
+        settings = {**rules._asdict(), **sizes, "seed": seed}
+        write = functools.partial(_generate, sizes=sizes, rules=rules, seed=seed)
+        name = "-".join(map(str, (*rules, *sizes.values(), seed)))
+    home = Path(folder).expanduser() / name
+    prepared.prepare(home, {"version": VERSION, **settings}, write, "ListOps")
+    spec = {
+        "encoder": "token",
+        "length": max_length,
+        "channels": 1,
+        "vocab_size": expressions.VOCAB_SIZE,
+        "outputs": expressions.DIGITS,
+        "loss": "classification",
+        "padded": True,
+    }
+    sources = {
+        split: prepared.Records(_file(home, split), _parse)
+        for split in pipeline.SPLITS
+        if _file(home, split).exists()
+    }
+    return pipeline.Dataset(
+        spec, sources, finish=functools.partial(_finish, length=max_length)
+    )
+
+
+def _file(home: Path, split: str) -> Path:
+    return home / f"{split}.array_record"
+
+
+def _record(value: int, tokens: bytes) -> bytes:
+    return bytes([value]) + tokens
+
+
+def _parse(record: bytes) -> pipeline.Example:
+    return {"target": np.int32(record[0]), "tokens": np.frombuffer(record[1:], "u1")}
+
+
+def _finish(example: pipeline.Example, length: int) -> pipeline.Example:
+    tokens = example["tokens"]
+    inputs = np.full(length, PAD, np.int32)
+    inputs[: len(tokens)] = tokens
+    inputs[len(tokens)] = EOS
+    mask = np.arange(length) <= len(tokens)
+    return {"inputs": inputs, "targets": example["target"], "mask": mask}
+
+
+def _generate(home: Path, sizes: Mapping[str, int], rules: Rules, seed: int) -> None:
+    drawn = itertools.starmap(_record, expressions.distinct(rules, seed))
+    for split, size in sizes.items():
+        if size:
+            records = itertools.islice(drawn, size)
+            records = prepared.shown(records, size, f"generating ListOps {split}")
+            prepared.write_records(_file(home, split), records)
+
+
+def _check(sizes: Mapping[str, int], rules: Rules, seed: int) -> None:
+    least = {"train": 1, "validation": 0, "test": 0, "seed": 0, "min_length": 1}
+    least |= {"max_length": rules.min_length + 2, "max_depth": 2, "max_args": 2}
+    for name, value in {**sizes, "seed": seed, **rules._asdict()}.items():
+        if value < least[name]:
+            raise ValueError(f"data.{name} must be {least[name]} or more, got {value}")
+    longest = 1
+    for _ in range(rules.max_depth - 1):
+        longest = min(2 + rules.max_args * longest, rules.max_length)
+    if longest <= rules.min_length:
+        raise ValueError(
+            f"data.min_length must be below {longest}, the greatest length with "
+            f"max_depth {rules.max_depth} and max_args {rules.max_args}, "
+            f"got {rules.min_length}"
+        )
+
+
+def _from_lra(path: Path, max_length: int):
+    """The settings that stand for the LRA's files in `path`, and what converts them."""
+    files = {split: path / name for split, name in LRA_FILES.items()}
+    missing = [file.name for file in files.values() if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"data.path: {', '.join(missing)} not found in {path}; they lie in "
+            "lra_release/listops-1000 of "
+            "https://storage.googleapis.com/long-range-arena/lra_release.gz; with an "
+            'empty path, "", the task is generated'
+        )
+    stats = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in files.values())]
+    source = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+
+    def convert(home: Path) -> None:
+        for split, file in files.items():
+            with file.open(encoding="utf-8") as lines:
+                count = sum(1 for _ in lines) - 1
+            records = _lra_records(file, max_length)
+            records = prepared.shown(records, count, f"converting {file.name}")
+            prepared.write_records(_file(home, split), records)
+
+    return {"source": source, "max_length": max_length}, convert
+
+
+def _lra_records(file: Path, max_length: int) -> Iterator[bytes]:
+    """Reads lines such as "( ( [MIN 3 ) ] )<tab>3"; the parentheses say nothing."""
+    with file.open(encoding="utf-8") as lines:
+        header = next(lines, "").rstrip("\n")
+        if header != "Source\tTarget":
+            raise ValueError(
+                f"{file}: the first line must be Source<tab>Target, got {header[:40]!r}"
+            )
+        for number, line in enumerate(lines, 2):
+            try:
+                yield _lra_record(line, max_length)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from None
+
+
+def _lra_record(line: str, max_length: int) -> bytes:
+    source, tab, target = line.rstrip("\n").partition("\t")
+    words = source.replace("(", " ").replace(")", " ").split()
+    unknown = sorted(set(words) - set(TOKENS))
+    if unknown:
+        raise ValueError(f"unknown symbol {unknown[0]!r}")
+    if len(words) >= max_length:
+        raise ValueError(
+            f"{len(words)} tokens; data.max_length must be above, it is {max_length}"
+        )
+    tokens = bytes(map(TOKENS.__getitem__, words))
+    value = expressions.evaluate(tokens)
+    if not tab or target != str(value):
+        raise ValueError(f"the target is {target!r}, but the value is {value}")
+    return _record(value, tokens)

@@ -1,0 +1,304 @@
+"""The page of one run, and that of several."""
+
+import json
+import shlex
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from train import checkpoint, evaluate, record
+from train.report import answers, figures, probe, workdir
+from train.report.markup import code, details, figure, page, paragraph, table
+from train.report.workdir import UNKNOWN, Workdir
+
+
+def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
+    """Writes the report of the run in the workdir `path`; returns the file.
+
+    Args:
+        path: of a run with at least one checkpoint.
+        out: the file; default `path`/report.html.
+        step: of the checkpoint to look into; default the newest good one.
+
+    Raises:
+        ValueError: no run, one of its files cannot be read, or `out` is in no folder.
+        CheckpointError: no such checkpoint, or it is damaged.
+        OSError: the report cannot be written.
+    """
+    told = workdir.read(path)
+    out = _writable(told.path / "report.html" if out is None else Path(out))
+    run = evaluate.load_run(path, step)
+    stages, remark = _stages(run)
+    blocks = probe.blocks(run.model, stages, told.config.model.length)
+    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
+    sections = [
+        ("verdict", "Verdict", _verdict(told, run)),
+        ("curves", "Curves", _curves({told.name: told})),
+        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
+        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
+        ("answers", "Answers", found),
+        ("reproduce", "To reproduce", _reproduce(told)),
+        ("environment", "Environment", _environment(told)),
+    ]
+    model = told.config.model
+    subtitle = f"{told.name}: {model.depth} blocks of {model.features} features, "
+    subtitle += f"{_count(run.variables)} parameters; {told.ended()}"
+    title = f"{told.layer} on {told.config.data.name}"
+    checkpoint.write_atomically(out, page(title, subtitle, sections))
+    return out
+
+
+def compare(paths, out: str | Path = "compare.html") -> Path:
+    """Writes one page about the runs in several workdirs, finished or not; returns it.
+
+    Raises:
+        ValueError: fewer than two runs, one of them twice, no run in a workdir, one of
+            its files cannot be read, or `out` is in no folder.
+        OSError: the page cannot be written.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"--compare must name two runs or more, got {len(paths)}")
+    out = _writable(Path(out))
+    runs = _labelled([workdir.read(path) for path in paths])
+    header = ("run", "layer", "steps", "validation, last", "test, last", "best step")
+    header += ("test, best", "parallel vs recurrent", "parameters", "training steps")
+    rows = [(label, *_cells(told)) for label, told in runs.items()]
+    names = " or ".join(sorted({told.score[1] for told in runs.values()}))
+    said = (
+        f"Scores: {names}. The best step is that on validation; an unfinished run has "
+    )
+    said += "no score on the test split."
+    configs = {label: told.config.to_dict() for label, told in runs.items()}
+    versions = {label: told.versions for label, told in runs.items()}
+    sections = [
+        ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
+        ("curves", "Curves", _curves(runs)),
+        ("configs", "What the configs differ in", _differences(configs)),
+        ("environment", "What the environments differ in", _differences(versions)),
+    ]
+    title = f"{len(runs)} runs beside one another"
+    checkpoint.write_atomically(out, page(title, ", ".join(runs), sections))
+    return out
+
+
+def _writable(out: Path) -> Path:
+    """`out`, once it is known not to fail after all the work."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
+    return out
+
+
+def _labelled(runs: list[Workdir]) -> dict[str, Workdir]:
+    """The runs by the name of their folder, or by its path where runs share one."""
+    names = [told.name for told in runs]
+    labels = [
+        told.name if names.count(told.name) == 1 else str(told.path) for told in runs
+    ]
+    if len({*labels}) < len(labels):
+        raise ValueError(f"--compare must name a run once, got {', '.join(labels)}")
+    return dict(zip(labels, runs, strict=True))
+
+
+def _stages(run) -> tuple[dict, str]:
+    """The variables before and after training, and a remark where some are missing."""
+    trained = {"trained": run.variables}
+    try:
+        return {"initial": probe.initial_variables(run)} | trained, ""
+    except (ValueError, checkpoint.CheckpointError) as error:
+        remark = f"What this run began with cannot be shown: {error}."
+        return trained, paragraph(remark, "soft")
+
+
+def _verdict(told, run) -> str:
+    name, label = told.score
+    names = (name,) if name == "loss" else (name, "loss")
+    header = ["", "step"]
+    for shown in (label, "loss")[: len(names)]:
+        header += [f"validation {shown}", f"test {shown}"]
+    rows = [
+        (which, f"{step:,}", *(_number(s.get(n)) for n in names for s in scores))
+        for which, step, *scores in _scored(told)
+    ]
+    facts = [
+        ("parallel vs recurrent mode", told.gap()),
+        ("parameters", _count(run.variables)),
+        ("training steps took", told.took()),
+        ("devices", told.devices()),
+    ]
+    return paragraph(_sentence(told)) + table(header, rows) + table((), facts)
+
+
+def _scored(told):
+    """(which, step, validation scores, test scores) of the last step and the best."""
+    last, results = told.last_step, told.results
+    if results is None:
+        return [("last", last, told.validation(last), {})]
+    step, best = results["step"], results["best"]
+    rows = [("last", step, told.validation(step), results["test"] or {})]
+    if best:
+        scores = best["validation"], best["test"] or {}
+        rows.append(("best on validation", best["step"], *scores))
+    return rows
+
+
+def _sentence(told) -> str:
+    (name, label), results = told.score, told.results
+    if results is None:
+        steps = told.config.train.steps
+        return f"This run is not finished: {told.last_step:,} of {steps:,} steps."
+    said, test = f"After {results['step']:,} steps", results["test"]
+    said += f" the test {label} is {test[name]:.4f}" if test else " there is no test"
+    if best := results["best"]:
+        said += f"; step {best['step']:,} was the best on validation"
+        said += f" and has {best['test'][name]:.4f}" if best["test"] else ""
+    if isinstance(results["parallel_vs_recurrent"], float):
+        said += ". Fed token by token, the model gives the same outputs up to "
+        said += told.gap()
+    return said + ". The test split has selected nothing." * bool(test)
+
+
+def _curves(runs: dict[str, Workdir]) -> str:
+    several = len(runs) > 1
+    panels = []
+    for name in ("loss", "accuracy", "absolute_error"):
+        title = name.replace("_", " ")
+        if several:
+            panels.append((f"{title}, training", name, ("train",)))
+            panels.append((f"{title}, validation", name, ("validation",)))
+        else:
+            panels.append((title, name, ("train", "validation")))
+    if not several:
+        panels.append(("learning rate", "lr", ("train",)))
+        panels.append(("gradient norm, before clipping", "grad_norm", ("train",)))
+    rows = {label: told.rows for label, told in runs.items()}
+    if not any(rows.values()):
+        return paragraph("Nothing was logged yet.")
+    caption = "Training values are means over the steps between two logs, with the "
+    caption += "dropout and augmentation of the run; validation has neither."
+    return figure(figures.curves(rows, panels), caption)
+
+
+def _filters(told, run, blocks) -> str:
+    block, L = blocks[0], told.config.model.length
+    lines = min(len(block.features), figures.LINES)
+    caption = (
+        f"Checkpoint of step {run.step:,}. Left: what a block's mixer alone answers "
+    )
+    caption += (
+        f"to a unit impulse, in {lines} of the features, each after an impulse in "
+    )
+    caption += "itself; its answer to silence is subtracted, and lag 0, where a skip "
+    caption += (
+        "connection would dwarf the rest, is left out. Right: root mean square of "
+    )
+    caption += f"the whole output over impulses in {len(block.features)} features."
+    if len(block.lags) < L:
+        caption += f" The first {len(block.lags):,} of {L:,} tokens."
+    return figure(figures.filters(blocks), caption + _not_all(blocks))
+
+
+def _spectra(told, blocks) -> str:
+    blocks = [block for block in blocks if block.has_spectrum()]
+    if not blocks:
+        return ""
+    L = told.config.model.length
+    caption = "a: the eigenvalues of one token's step, those that a layer stores, and "
+    caption += "the unit circle. log a: where a continuous system is sampled, its "
+    caption += (
+        "eigenvalues times the step size; above the dotted line, half a cycle per "
+    )
+    caption += (
+        "token, a frequency cannot be told from a lower one. Timescale: the tokens "
+    )
+    caption += (
+        "in which a mode decays by a factor e, 1 / -Re log a; dotted: the sequence "
+    )
+    caption += f"length, {L:,}."
+    header, rows = ["timescale, tokens"], []
+    for stage in blocks[0].responses:
+        header += [f"{stage}: 5 %", "median", "95 %", f"above {L:,}"]
+    for block in blocks:
+        cells = []
+        for response in block.responses.values():
+            times = figures.timescales(response.log_a)
+            cells += [
+                f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+                for x in np.percentile(times, (5, 50, 95))
+            ]
+            cells.append(f"{np.mean(times > L):.0%}")
+        rows.append((block.title, *cells, np.count_nonzero(response.log_a.real >= 0)))
+    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks))
+    return drawn + table((*header, "do not decay"), rows)
+
+
+def _not_all(blocks) -> str:
+    most = figures.BLOCKS
+    return f" {most} of {len(blocks)} blocks are drawn." if len(blocks) > most else ""
+
+
+def _reproduce(told) -> str:
+    git, parts = told.versions.get("git", {}), []
+    if command := told.versions.get("command"):
+        parts += [paragraph("The run was started by"), code(shlex.join(command))]
+    again = "from train import loop, record\n"
+    again += f"loop.run(record.read_config({str(told.path)!r}), 'runs/again')"
+    parts.append(paragraph("The same run from its own config, in another folder:"))
+    parts.append(code(again))
+    if git.get("revision"):
+        changed = ", with changes that were not committed" if git.get("dirty") else ""
+        parts.append(paragraph(f"Revision {git['revision']}{changed}."))
+    config = json.dumps(told.config.to_dict(), indent=2)
+    return "".join(parts) + details(f"The config, {record.CONFIG}", code(config))
+
+
+def _environment(told) -> str:
+    found = {k: v for k, v in told.versions.items() if k not in ("command", "devices")}
+    if not found:
+        return paragraph(f"There is no {record.VERSIONS}.")
+    return table((), [*_flat(found).items(), ("devices", told.devices())])
+
+
+def _cells(told) -> tuple:
+    """A run's row in the table of several."""
+    name, _ = told.score
+    (_, _, validation, test), *best = _scored(told)
+    try:
+        parameters = _count(checkpoint.restore_params(told.path)[0])
+    except checkpoint.CheckpointError:
+        parameters = UNKNOWN
+    return (
+        told.layer,
+        f"{told.last_step:,} of {told.config.train.steps:,}",
+        _number(validation.get(name)),
+        _number(test.get(name)),
+        f"{best[0][1]:,}" if best else UNKNOWN,
+        _number(best[0][3].get(name)) if best else UNKNOWN,
+        told.gap(),
+        parameters,
+        told.took(),
+    )
+
+
+def _differences(trees: dict[str, dict]) -> str:
+    """The keys whose values differ, a column per run."""
+    flat = {label: _flat(tree) for label, tree in trees.items()}
+    rows = []
+    for key in sorted({key for values in flat.values() for key in values}):
+        cells = [str(values.get(key, UNKNOWN)) for values in flat.values()]
+        if len({*cells}) > 1:
+            rows.append((key, *cells))
+    return table(("", *flat), rows) if rows else paragraph("Nothing.")
+
+
+def _flat(tree: dict) -> dict:
+    return flatten_dict(tree, sep=".")
+
+
+def _count(variables) -> str:
+    return f"{sum(x.size for x in jax.tree.leaves(variables['params'])):,}"
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.4f}"
