@@ -24,7 +24,8 @@ from ssm.chunks import in_chunks
 from ssm.discretize import expm1_ratio
 from ssm.sequence import align_right
 
-CHUNK = 128  # tokens whose states exist at once in the chunked forms
+CHUNK = 128  # tokens whose states [H, n] exist at once in the chunked forms
+MIXED_CHUNK = 512  # the same for the states [P] that all features share
 
 
 class Diagonal(NamedTuple):
@@ -129,7 +130,7 @@ def mixed(
     reset=None,
     *,
     reverse=False,
-    chunk=CHUNK,
+    chunk=MIXED_CHUNK,
 ):
     """x[t] = a[t] x[t-1] + gain[t] (B u[t]), y[t] = Re(C x[t]): S5 and the LRU.
 
