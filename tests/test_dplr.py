@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.tolerance import error
 from ssm import discretize, dplr, filters, hippo
 
 N, B = 8, 3
@@ -181,3 +182,44 @@ def test_gradients_are_finite_at_the_last_frequency_and_right():
         d = jnp.zeros_like(at).at[h].set(1e-6)
         expected = (loss(at + d) - loss(at - d)) / 2e-6
         np.testing.assert_allclose(found[h, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_float32_gradients_of_a_long_filter():
+    """128 channels of HiPPO-LegS, N = 64, L = 16384: float32 beside float64."""
+    size, length = 64, 16384
+    lam, P, B_half, _ = hippo.nplr("legs", size, 1)
+    rng = np.random.default_rng(0)
+    heads = 128
+    rows = {
+        "lam": np.tile(lam, (heads, 1)),
+        "P": np.repeat(P[:, None], heads, 1),
+        "B": np.tile(B_half, (heads, 1)),
+        "log_dt": rng.uniform(np.log(1e-3), np.log(1e-1), (heads, 1)),
+        "C": rng.standard_normal((2, 1, heads, size // 2)),
+    }
+    rows["C"] = rows["C"][0] + 1j * rows["C"][1]
+    # the same numbers for both, as float32 holds them
+    rows = {
+        k: x.astype(np.complex64 if np.iscomplexobj(x) else np.float32)
+        for k, x in rows.items()
+    }
+    weight = rng.standard_normal((heads, length)).astype(np.float32)
+
+    def gradients(dtype):
+        complex_dtype = np.result_type(dtype, np.complex64)
+        given = {
+            k: jnp.asarray(x, complex_dtype if np.iscomplexobj(x) else dtype)
+            for k, x in rows.items()
+        }
+
+        def loss(p):
+            system = dplr.DPLR(p["lam"], p["P"], p["B"], jnp.exp(p["log_dt"]))
+            return jnp.sum(weight * filters.dplr(system, p["C"], length)[0])
+
+        return jax.jit(jax.grad(loss))(given)
+
+    found, expected = gradients(np.float32), gradients(np.float64)
+    errors = {k: error(found[k], expected[k]) for k in rows}
+    assert found["log_dt"].dtype == jnp.float32
+    assert max(errors.values()) < 1e-3, errors
