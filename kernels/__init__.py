@@ -7,6 +7,7 @@ from kernels.cauchy import cauchy, dplr_filter
 from kernels.dispatch import backend_report, exclude
 from kernels.fft_conv import fft_conv
 from kernels.linear_scan import contracted_scan, linear_scan
+from kernels.selective_scan import selective_scan
 from kernels.short_conv import short_conv
 from kernels.vandermonde import vandermonde, vandermonde_transpose
 
@@ -18,6 +19,7 @@ __all__ = [
     "exclude",
     "fft_conv",
     "linear_scan",
+    "selective_scan",
     "short_conv",
     "vandermonde",
     "vandermonde_transpose",

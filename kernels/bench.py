@@ -35,6 +35,7 @@ from kernels import (
     dplr_filter,
     fft_conv,
     linear_scan,
+    selective_scan,
     short_conv,
     vandermonde,
     vandermonde_transpose,
@@ -91,6 +92,24 @@ def bank_of_states(scan):
         return jnp.sum(c * scan(a, x), -1).real
 
     return run
+
+
+def selective_by_associative_scan(u, dt, A, B, C):
+    decay = jnp.exp(dt[..., None] * A)
+    given = (dt * u)[..., None] * B[:, :, None]
+    return jnp.einsum("bldn,bln->bld", scan_by_associative_scan(decay, given), C)
+
+
+def selective_by_lax_scan(u, dt, A, B, C):
+    @jax.checkpoint
+    def step(h, token):
+        u, dt, B, C = token
+        h = jnp.exp(dt[..., None] * A) * h + (dt * u)[..., None] * B[:, None]
+        return h, jnp.sum(h * C[:, None], -1)
+
+    tokens = [x.swapaxes(0, 1) for x in (u, dt, B, C)]
+    start = jnp.zeros((u.shape[0], *A.shape))
+    return jax.lax.scan(step, start, tokens)[1].swapaxes(0, 1)
 
 
 def filter_by_table(length):
@@ -206,6 +225,14 @@ def make_timed_bank(s, rng):
     return *make_bank(s, rng), dt
 
 
+def make_selective(s, rng):
+    tokens = s["B"], s["L"]
+    dt = rng.uniform(1e-3, 1e-1, (*tokens, s["D"])).astype(np.float32)
+    A = -np.tile(np.arange(1, s["N"] + 1, dtype=np.float32), (s["D"], 1))
+    weights = (_normal(rng, *tokens, s["N"]) for _ in range(2))
+    return _normal(rng, *tokens, s["D"]), dt, A, *weights
+
+
 def make_filter(s, rng):
     return _complex(rng, s["H"], s["N"]), _rates(rng, s["H"], s["N"])
 
@@ -285,6 +312,18 @@ CASES = [
             "contracted_scan": lambda *args: contracted_scan(*args)[0],
             "states, associative_scan": bank_of_states(scan_by_associative_scan),
             "states, lax.scan": bank_of_states(scan_by_lax_scan),
+        },
+    ),
+    Case(
+        "selective_scan",
+        "Mamba",
+        {"B": 2, "L": 4096, "D": 256, "N": 16},
+        {"B": 1, "L": 256, "D": 16, "N": 8},
+        make_selective,
+        lambda s: {
+            "selective_scan": lambda *args: selective_scan(*args)[0],
+            "states, associative_scan": selective_by_associative_scan,
+            "checkpointed lax.scan": selective_by_lax_scan,
         },
     ),
     Case(

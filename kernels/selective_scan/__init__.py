@@ -1,0 +1,135 @@
+"""The selective scan of Mamba (S6), without its states [B, L, D, N]."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels import checks, dispatch, segments
+from kernels.selective_scan import reference, xla
+
+BACKENDS = {"xla": xla, "reference": reference}
+
+
+def selective_scan(
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    initial_state: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    *,
+    skip: jax.Array | None = None,
+    reverse: bool = False,
+    return_transition: bool = False,
+    backend: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """D independent systems of N real modes whose step, input and output weights vary.
+
+        h[t] = exp(dt[t] A) h[t-1] + dt[t] u[t] B[t]         [B, D, N]
+        y[t] = sum_n C[t] h[t] + skip u[t]                   [B, D]
+
+    Args:
+        u: [B, L, D] real.
+        dt: [B, L, D] real step, >= 0; dt = 0 leaves the state as it was.
+        A: [D, N] real, negative where the state is to decay.
+        B, C: [B, L, N] real, shared by all D.
+        initial_state: [B, D, N]; zeros if None.
+        reset: [B, L] bool; True cuts the link between t-1 and t.
+        skip: [D] or None.
+        reverse: the recurrence runs from L-1 to 0, where the initial state enters at
+            L-1.
+        return_transition: also return the total decay.
+        backend: a key of BACKENDS, or None for the first that supports these arguments.
+
+    Returns:
+        y: [B, L, D] in u's dtype.
+        final_state: [B, D, N], float32 or wider, the initial_state of the next call.
+        transition: [B, D, N], d final_state / d initial_state: 0 where a reset lies
+            inside.
+
+    Differentiable in every floating argument through all results. Memory is linear in
+    L and free of L x N: states are kept at chunk boundaries and made again inside.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend cannot run.
+
+    Source: https://arxiv.org/abs/2312.00752, section 3.
+    """
+    op = "selective_scan"
+    _check(op, u, dt, A, B, C, initial_state, reset, skip)
+    module = dispatch.pick(op, BACKENDS, backend, u, A)
+    dtype = jnp.result_type(jnp.float32, u.dtype, dt.dtype, A.dtype, B.dtype, C.dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((u.shape[0], *A.shape))
+    wide, dt, A, B, C, state = (
+        x.astype(dtype) for x in (u, dt, A, B, C, initial_state)
+    )
+    into, out = (None, None) if reset is None else segments.links(reset, reverse)
+    sequences = (wide, dt, B, C, into)
+    if reverse:
+        sequences = jax.tree.map(lambda x: jnp.flip(x, 1), sequences)
+    x, steps, B, C, into = sequences
+    if module is reference:
+        y, final = reference.selective_scan(x, steps, A, B, C, state, into)
+    else:
+        keep = None if into is None else (~into).astype(dtype)
+        y, final = _solve(module, x, steps, A, B, C, state, keep)
+    if reverse:
+        y = jnp.flip(y, 1)
+    if skip is not None:
+        y = y + skip.astype(dtype) * wide
+    if out is not None:
+        final = jnp.where(out[:, None, None], 0, final)
+    y = y.astype(u.dtype)
+    if not return_transition:
+        return y, final
+    transition = jnp.exp(dt.sum(1)[..., None] * A)
+    if reset is not None:
+        transition = jnp.where(reset.any(1)[:, None, None], 0, transition)
+    return y, final, transition
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(module, u, dt, A, B, C, state, keep):
+    y, final, _ = module.forward(u, dt, A, B, C, state, keep)
+    return y, final
+
+
+def _forward(module, u, dt, A, B, C, state, keep):
+    y, final, saved = module.forward(u, dt, A, B, C, state, keep)
+    return (y, final), (u, dt, A, B, C, keep, saved)
+
+
+def _backward(module, residuals, cotangents):
+    return (*module.backward(*residuals, *cotangents), None)
+
+
+_solve.defvjp(_forward, _backward)
+
+
+def _check(op, u, dt, A, B, C, initial_state, reset, skip):
+    checks.floating(
+        op,
+        real=True,
+        u=u,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        initial_state=initial_state,
+        skip=skip,
+    )
+    checks.sequence(op, "u", u, "[B, L, D]", ndim=3)
+    batch, length, channels = u.shape
+    checks.shape(op, "dt", dt, u.shape, "[B, L, D]")
+    if A.ndim != 2 or A.shape[0] != channels or A.shape[1] < 1:
+        raise ValueError(
+            f"{op}: A must be [D, N] with D = {channels} as in u, got {A.shape}"
+        )
+    for name, array in (("B", B), ("C", C)):
+        checks.shape(op, name, array, (batch, length, A.shape[1]), "[B, L, N]")
+    checks.shape(op, "initial_state", initial_state, (batch, *A.shape), "[B, D, N]")
+    checks.shape(op, "skip", skip, (channels,), "[D]")
+    checks.reset(op, reset, u)
