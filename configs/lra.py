@@ -44,6 +44,8 @@ DATA = {
     ),
 }
 
+S4_LIKE = ("s4", "s4d", "dss")  # a state for every feature
+
 # Published settings by task. layer_args: those fields that the layer has. ssm_lr: of
 # the sensitive parameters of a state-space model, apart from `regular`, (names, decay),
 # which learn at optimizer.lr.
@@ -101,6 +103,8 @@ def get_config(arg="listops"):
     recipe = (S5 if arg.layer == "s5" else S4)[arg.task]
     common.apply(config, dict(layer_args=dict(spectrum="legs", bidirectional=True)))
     common.apply(config, recipe)
+    if arg.layer not in (*S4_LIKE, "s5"):  # another kind of state, so its own size
+        config.model.layer_args = common.LAYER_ARGS.get(arg.layer, {})
     if arg.scale == "small":
         common.apply(config, SMALL[arg.task])
     names, decay = recipe["regular"]

@@ -1,6 +1,7 @@
 """DSS: diagonal state spaces, exp and softmax (https://arxiv.org/abs/2203.14343)."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,7 @@ class DSS(nn.Module):
 
     The exp variant is S4D with ZOH. The softmax is divided by its sum over `length`, a
     constant, so it has the same recurrence; modes with a positive real part grow, and
-    there a state overflows after about 88 / Re(a) tokens.
+    a state or a call longer than `length` overflows after about 88 / Re(a) tokens.
 
     Attributes:
         features: H.
@@ -41,7 +42,8 @@ class DSS(nn.Module):
         state_size: N, real; n = N / 2 complex modes are stored.
         variant: one of `VARIANTS`.
         dt_min, dt_max: range of the initial dt; memory is about 1 / dt tokens.
-        step_scale: multiplies dt, to run at another sampling rate than in training.
+        step_scale: multiplies dt, to run at another sampling rate than in training; the
+            softmax is then that of length / step_scale tokens, the same time.
         bidirectional: adds a second filter over the future; then there is no state.
         dtype: of the output; parameters, filters and states are float32 or better.
     """
@@ -147,7 +149,8 @@ class DSS(nn.Module):
         (e^z - 1) / (e^(z length) - 1), and z itself."""
         a = dt * lam
         z = jnp.where(a.real > 0, -a, a)
-        share = expm1_ratio(z) * _reciprocal(self.length * expm1_ratio(self.length * z))
+        tokens = self.length / self.step_scale
+        share = expm1_ratio(z) * _reciprocal(tokens * expm1_ratio(tokens * z))
         return C * _reciprocal(lam) * share, z
 
     def _system(self, lam, dt, C):
@@ -156,18 +159,21 @@ class DSS(nn.Module):
         if self.variant == "exp":
             return recurrence.Diagonal(a, dt * expm1_ratio(a), C)
         weights, z = self._weights(lam, dt, C)
-        start = jnp.where(a.real > 0, jnp.exp((self.length - 1) * z), 1)
+        tokens = self.length / self.step_scale
+        start = jnp.where(a.real > 0, jnp.exp((tokens - 1) * z), 1)
         return recurrence.Diagonal(a, jnp.ones_like(a), weights * start)
 
     def _filter(self, lam, dt, C, L):
         """K [H, L]. Growing modes are summed backwards from their end, at `length`."""
         system = self._system(lam, dt, C)
-        if self.variant == "exp" or self.length < L:
+        whole = math.ceil(self.length / self.step_scale)
+        if self.variant == "exp" or whole < L:
             return vandermonde(system.c * system.b, system.log_a, L)
         weights, z = self._weights(lam, dt, C)
         grows = (dt * lam).real > 0
-        parts = jnp.stack([jnp.where(grows, 0, weights), jnp.where(grows, weights, 0)])
-        forward, backward = vandermonde(parts, z, self.length)
+        end = jnp.exp((self.length / self.step_scale - whole) * z) * weights
+        parts = jnp.stack([jnp.where(grows, 0, weights), jnp.where(grows, end, 0)])
+        forward, backward = vandermonde(parts, z, whole)
         return (forward + backward[:, ::-1])[:, :L]
 
     def _both_directions(self, lam, dt, C, D, u, sequence):

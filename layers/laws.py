@@ -342,14 +342,16 @@ def low_precision(case):
 
 
 def batch_equivariance(case):
-    """Examples do not see each other, and their order does not matter."""
+    """Examples do not see each other, be they NaN, and their order does not matter."""
     order = jnp.asarray([2, 0, 1])
     whole = case(case.x, case.state)
     state = jax.tree.map(lambda s: s[order], case.state)
     shuffled = case(case.x[order], state)
     one = jax.tree.map(lambda s: s[1:2], case.state)
     alone = case(case.x[1:2], one)
+    beside = case(case.x.at[0].set(jnp.nan), case.state)
     return max(
+        worst(*(jax.tree.map(lambda leaf: leaf[1:], z) for z in (beside, whole))),
         worst(shuffled, jax.tree.map(lambda leaf: leaf[order], whole)),
         worst(alone, jax.tree.map(lambda leaf: leaf[1:2], whole)),
     )

@@ -87,7 +87,7 @@ def varying(system, C, u, state=None, elapsed=None, reset=None, chunk=32):
         state = jnp.zeros((u.shape[0], *C.shape), C.dtype)
 
     def body(state, u, elapsed, reset):
-        steps = jnp.ones(u.shape[:2]) if elapsed is None else elapsed
+        steps = jnp.ones(u.shape[:2], dt.dtype) if elapsed is None else elapsed
 
         def one(state, token):
             u, step_length, restart = token
@@ -139,9 +139,10 @@ def dense(system):
     """A_bar [H, N, N] and B_bar [H, N] in real coordinates."""
     prepared = prepare(system)
     units = _units(system.lam)
-    columns = step(system, prepared, jnp.zeros(units.shape[:-1]), units)
+    dtype = system.lam.real.dtype
+    columns = step(system, prepared, jnp.zeros(units.shape[:-1], dtype), units)
     nothing = jnp.zeros_like(units[0])
-    ones = jnp.ones(nothing.shape[:-1])
+    ones = jnp.ones(nothing.shape[:-1], dtype)
     B_bar = to_real(step(system, prepared, ones, nothing))
     return jnp.moveaxis(to_real(columns), 0, -1), B_bar
 
@@ -230,7 +231,8 @@ def response(system, C, state, length):
         return jnp.einsum("hmn,bhn->bhm", reached, x), x
 
     count = -(-length // size)
-    _, states = jax.lax.scan(one, to_real(state), None, length=count)
+    start = to_real(state).astype(A_bar.dtype)
+    _, states = jax.lax.scan(one, start, None, length=count)
     y = jnp.einsum("hln,cbhn->bclh", rows, states)
     return y.reshape(y.shape[0], -1, y.shape[-1])[:, :length]
 
@@ -257,7 +259,8 @@ def final_state(system, u, state=None, counts=None):
     x, _ = jax.lax.scan(one, jnp.zeros_like(given[0]), given)
     if state is not None:
         counts = jnp.full(u.shape[0], length) if counts is None else counts
-        x = x + _advanced(A_bar, to_real(state), counts, length)
+        start = to_real(state).astype(A_bar.dtype)
+        x = x + _advanced(A_bar, start, counts, length)
     return from_real(x)
 
 

@@ -135,11 +135,18 @@ def test_half_the_sampling_rate_is_exact_for_a_held_input(make):
     assert error(y_coarse, y_fine[:, 1::2]) < CLOSE
 
 
-def test_s4_at_half_the_rate_is_close():
-    """The bilinear rule is exact for no input; it agrees where dt is small."""
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scale: S4(H, 128, 8, dt_max=1e-2, step_scale=scale),
+        lambda scale: DSS(H, 128, 8, dt_max=1e-2, step_scale=scale),
+    ],
+    ids=["s4", "dss"],
+)
+def test_half_the_rate_is_close_where_no_hold_is_assumed(make):
+    """The bilinear rule and the softmax are exact for no input; dt is small."""
     t = jnp.arange(128) / 128
     fine = jnp.tile(jnp.sin(12 * t + 1)[None, :, None], (B, 1, H))
-    make = lambda scale: S4(H, 128, 8, dt_max=1e-2, step_scale=scale)  # noqa: E731
     variables = with_variables(make(1.0), fine)
     params = {**variables["params"], "D": jnp.zeros((H,))}
     y_fine, _ = make(1.0).apply({"params": params}, fine)

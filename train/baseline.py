@@ -29,7 +29,7 @@ def features(spec, inputs, mask) -> np.ndarray:
     rows = np.arange(len(inputs))[:, None]
     counts = np.zeros((len(inputs), 2 * spec["vocab_size"]), np.float32)
     np.add.at(counts, (np.broadcast_to(rows, inputs.shape), inputs), mask)
-    counts[rows[:, 0], spec["vocab_size"] + inputs[:, 0]] = 1
+    counts[rows[:, 0], spec["vocab_size"] + inputs[rows[:, 0], mask.argmax(1)]] = 1
     return counts
 
 
@@ -66,7 +66,7 @@ def logistic_regression(dataset: data.Dataset) -> float:
 
 
 def main(argv: list[str]) -> int:
-    del argv
+    command_line.check_arguments(argv)
     dataset = data.load(command_line.CONFIG.value.data)
     accuracy = logistic_regression(dataset)
     print(

@@ -36,12 +36,7 @@ flags.DEFINE_bool("debug", False, "show where in the code an error arose")
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise ValueError(f"unknown arguments {argv[1:]}")
-    if CONFIG.value is None:
-        raise ValueError(
-            "--config is missing, such as --config configs/pixels.py:digits"
-        )
+    check_arguments(argv)
     # Here and not above: a mistyped flag is answered before JAX has started.
     import jax
 
@@ -68,6 +63,16 @@ def main(argv: list[str]) -> int:
     if len(seeds) > 1:
         _print_seeds(found)
     return 0
+
+
+def check_arguments(argv: list[str]) -> None:
+    """Raises a `ValueError` for arguments that are no flags, or without --config."""
+    if len(argv) > 1:
+        raise ValueError(f"unknown arguments {argv[1:]}")
+    if CONFIG.value is None:
+        raise ValueError(
+            "--config is missing, such as --config configs/pixels.py:digits"
+        )
 
 
 def _write_report(workdir: Path) -> None:

@@ -88,7 +88,7 @@ def make_schedule(optimizer: Mapping, steps: int) -> Schedule:
     if not 0 <= warmup < steps:
         raise ValueError(
             f"optimizer.warmup must be 0 or more and below train.steps = {steps}, "
-            f"got {warmup}"
+            f"got {warmup}; a shorter run takes --config.optimizer.warmup too"
         )
     if peak < 0:
         raise ValueError(f"optimizer.lr must be 0 or more, got {peak}")

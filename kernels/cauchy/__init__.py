@@ -24,8 +24,8 @@ def cauchy(
 
     Args:
         v: [*E, *H, n] complex numerators, one of each conjugate pair.
-        z: [*H, n] complex nodes, not 0; v may have axes *E before them: several sums
-            over the same nodes, which share their reciprocals.
+        z: [*H, n] complex nodes, not 0 (in float32, |z| > 1e-9); v may have axes *E
+            before them: several sums over the same nodes, which share reciprocals.
         length: L >= 1; the grid is that of `rfft`, m = 0, ..., L // 2.
 
     Returns:

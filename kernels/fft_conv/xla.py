@@ -175,15 +175,8 @@ def _shift(v, segment, lag):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def circular(v, k, size):
-    """Circular convolution of `size` points: v [B, H, *], k [H, *].
-
-    An even batch goes in pairs, z = v1 + i v2: as k is real, k * z = k * v1 + i k * v2
-    needs half as many transforms, and complex ones, which are the faster to invert.
-    """
-    if v.shape[0] % 2:
-        return jnp.fft.irfft(jnp.fft.rfft(v, size) * jnp.fft.rfft(k, size), size)
-    y = jnp.fft.ifft(jnp.fft.fft(_paired(v), size) * jnp.fft.fft(k, size))
-    return _unpaired(y)
+    """Circular convolution of `size` points: v [B, H, *], k [H, *]."""
+    return jnp.fft.irfft(jnp.fft.rfft(v, size) * jnp.fft.rfft(k, size), size)
 
 
 def _circular_forward(v, k, size):
@@ -191,29 +184,13 @@ def _circular_forward(v, k, size):
 
 
 def _circular_backward(size, saved, dy):
-    """Correlations; the spectra are made again rather than kept. In pairs, the sum of
-    conj(z) dz holds both products in its real part, and nothing of use in the other."""
+    """Correlations; the spectra are made again rather than kept."""
     v, k = saved
-    length, taps = v.shape[-1], k.shape[-1]
-    if v.shape[0] % 2:
-        dy_f, k_f = jnp.fft.rfft(dy, size), jnp.fft.rfft(k, size)
-        dv = jnp.fft.irfft(dy_f * k_f.conj(), size)
-        product = dy_f * jnp.fft.rfft(v, size).conj()
-        return dv[..., :length], jnp.fft.irfft(product.sum(0), size)[..., :taps]
-    dy_f, k_f = jnp.fft.fft(_paired(dy), size), jnp.fft.fft(k, size)
-    dv = jnp.fft.ifft(dy_f * k_f.conj())[..., :length]
-    product = dy_f * jnp.fft.fft(_paired(v), size).conj()
-    return _unpaired(dv), jnp.fft.ifft(product.sum(0)).real[..., :taps]
-
-
-def _paired(v):
-    """[B, ...] real -> [B / 2, ...] complex."""
-    first, second = jnp.split(v, 2)
-    return jax.lax.complex(first, second)
-
-
-def _unpaired(z):
-    return jnp.concatenate([z.real, z.imag])
+    dy_f = jnp.fft.rfft(dy, size)
+    dv = jnp.fft.irfft(dy_f * jnp.fft.rfft(k, size).conj(), size)
+    product = dy_f * jnp.fft.rfft(v, size).conj()
+    dk = jnp.fft.irfft(product.sum(0), size)
+    return dv[..., : v.shape[-1]], dk[..., : k.shape[-1]]
 
 
 circular.defvjp(_circular_forward, _circular_backward)

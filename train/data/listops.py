@@ -64,12 +64,14 @@ def load(
     if path:
         settings, write = _from_lra(Path(path).expanduser(), max_length)
         name = f"lra-{settings['source']}-{max_length}"
+        splits = pipeline.SPLITS
     else:
         sizes = {"train": train, "validation": validation, "test": test}
         _check(sizes, rules, seed)
         settings = {**rules._asdict(), **sizes, "seed": seed}
         write = functools.partial(_generate, sizes=sizes, rules=rules, seed=seed)
         name = "-".join(map(str, (*rules, *sizes.values(), seed)))
+        splits = [split for split, size in sizes.items() if size]
     home = Path(folder).expanduser() / name
     prepared.prepare(home, {"version": VERSION, **settings}, write, "ListOps")
     spec = {
@@ -80,12 +82,9 @@ def load(
         "outputs": expressions.DIGITS,
         "loss": "classification",
         "padded": True,
+        "symbols": (*expressions.SPECIALS, *expressions.SYMBOLS),
     }
-    sources = {
-        split: prepared.Records(_file(home, split), _parse)
-        for split in pipeline.SPLITS
-        if _file(home, split).exists()
-    }
+    sources = {split: prepared.Records(_file(home, split), _parse) for split in splits}
     return pipeline.Dataset(
         spec, sources, finish=functools.partial(_finish, length=max_length)
     )

@@ -5,11 +5,11 @@ made from and a digest of each. It is filled under another name and renamed when
 complete, so that what was interrupted never looks finished.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -58,7 +58,13 @@ def prepare(
         )
     if folder.exists():
         print(f"{folder}: {fault}; {what} is prepared again", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.folder must be a folder that can be written, got {folder.parent} "
+            f"({error.strerror})"
+        ) from error
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=f".{folder.name}-"
     ) as temporary:
@@ -69,7 +75,9 @@ def prepare(
         manifest = {"settings": settings, "files": files}
         (filled / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if folder.exists() and _fault(folder, settings) is not None:
-            shutil.rmtree(folder)
+            # Aside first: a folder that another process puts here meanwhile stays.
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, Path(temporary) / "faulty")
         try:
             os.rename(filled, folder)
         except OSError:
