@@ -158,7 +158,11 @@ def test_examples_change_only_with_the_version():
 def test_examples_are_tokens_end_and_padding(tmp_path):
     dataset = data.load(SMALL | dict(folder=str(tmp_path)))
     spec = dict(encoder="token", length=50, channels=1, vocab_size=18, outputs=10)
-    assert dataset.spec == spec | {"loss": "classification", "padded": True}
+    spec |= {"loss": "classification", "padded": True}
+    found = dict(dataset.spec)
+    symbols = found.pop("symbols")
+    assert found == spec
+    assert [symbols[TOKENS[word]] for word in ("[MAX", "9", "]")] == ["[MAX", "9", "]"]
     seen = set()
     for split, count in (("train", 300), ("validation", 40), ("test", 50)):
         batch = everything(dataset, split)
