@@ -120,6 +120,18 @@ def filter_by_table(length):
     return run
 
 
+def filter_by_taps(length):
+    """Every tap a sum over modes, mapped over taps: the usual form in JAX."""
+
+    def run(c, log_z):
+        def tap(l):
+            return jnp.sum(c * jnp.exp(l * log_z), -1).real
+
+        return jax.vmap(tap, out_axes=-1)(jnp.arange(length))
+
+    return run
+
+
 def dplr_filter_by_table(length):
     """The generating function at the roots of unity over all N modes, each Cauchy sum
     with its [H, N, L] table (https://arxiv.org/abs/2111.00396)."""

@@ -31,14 +31,21 @@ from ssm import sequence as seq
 
 
 class TableS4D(S4D):
-    """S4D whose filter is the (n, L) table of powers, as the equation is written."""
+    """S4D whose filter is a product with the (n, L) table of powers."""
+
+    make = staticmethod(timing.filter_by_table)
 
     def _forward(self, system, rule, B, D, u, state, sequence):
         if state is not None:
             return super()._forward(system, rule, B, D, u, state, sequence)
-        filter_by_table = timing.filter_by_table(u.shape[1])
-        taps = filter_by_table(system.c * system.b, system.log_a)
+        taps = self.make(u.shape[1])(system.c * system.b, system.log_a)
         return fft_conv(u, taps, skip=D)[0], state
+
+
+class TapsS4D(TableS4D):
+    """S4D whose filter is a sum over modes, mapped over taps."""
+
+    make = staticmethod(timing.filter_by_taps)
 
 
 class TableS4(S4):
@@ -156,7 +163,8 @@ def step_function(config):
 
 def step_case(small):
     """Training step of the 4-layer S4D model: B16 L1024 H128 N64 (all modes stored)."""
-    forms = {"S4D": "s4d", "table of powers": HERE + "TableS4D"}
+    forms = {"S4D": "s4d", "product with a table of powers": HERE + "TableS4D"}
+    forms["sum of powers, mapped over taps"] = HERE + "TapsS4D"
     return _steps(forms, small, state_size=128)
 
 
