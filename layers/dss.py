@@ -174,7 +174,10 @@ class DSS(nn.Module):
         end = jnp.exp((self.length / self.step_scale - whole) * z) * weights
         parts = jnp.stack([jnp.where(grows, 0, weights), jnp.where(grows, end, 0)])
         forward, backward = vandermonde(parts, z, whole)
-        return (forward + backward[:, ::-1])[:, :L]
+        # XLA (jax 0.10.2, CPU) dies of the reverse of a sum over an axis of size 1, which
+        # is what a gradient may bring here; the barrier keeps the two apart.
+        backward = jax.lax.optimization_barrier(backward[:, ::-1])
+        return (forward + backward)[:, :L]
 
     def _both_directions(self, lam, dt, C, D, u, sequence):
         if sequence.dt is not None:

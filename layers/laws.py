@@ -457,7 +457,7 @@ CASES = {
     "s4": lambda: LAYERS["s4"](FEATURES, L, 8),
     "s4 legt": lambda: LAYERS["s4"](FEATURES, L - 4, 8, measure="legt", rank=2),
     "s4 tied": lambda: LAYERS["s4"](FEATURES, 2 * L, 8, copies=2, step_scale=2.0),
-    "s4 bidirectional": lambda: LAYERS["s4"](FEATURES, L, 8, bidirectional=True),
+    "s4 bidirectional": lambda: LAYERS["s4"](FEATURES, 2 * L, 8, bidirectional=True),
     "dss": lambda: LAYERS["dss"](FEATURES, L, 8),
     "dss exp": lambda: LAYERS["dss"](FEATURES, L, 8, variant="exp"),
     "dss bidirectional": lambda: LAYERS["dss"](FEATURES, L, 8, bidirectional=True),

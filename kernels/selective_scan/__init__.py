@@ -1,7 +1,5 @@
 """The selective scan of Mamba (S6), without its states [B, L, D, N]."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -71,11 +69,7 @@ def selective_scan(
     if reverse:
         sequences = jax.tree.map(lambda x: jnp.flip(x, 1), sequences)
     x, steps, B, C, into = sequences
-    if module is reference:
-        y, final = reference.selective_scan(x, steps, A, B, C, state, into)
-    else:
-        keep = None if into is None else (~into).astype(dtype)
-        y, final = _solve(module, x, steps, A, B, C, state, keep)
+    y, final = module.selective_scan(x, steps, A, B, C, state, into)
     if reverse:
         y = jnp.flip(y, 1)
     if skip is not None:
@@ -89,24 +83,6 @@ def selective_scan(
     if reset is not None:
         transition = jnp.where(reset.any(1)[:, None, None], 0, transition)
     return y, final, transition
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(module, u, dt, A, B, C, state, keep):
-    y, final, _ = module.forward(u, dt, A, B, C, state, keep)
-    return y, final
-
-
-def _forward(module, u, dt, A, B, C, state, keep):
-    y, final, saved = module.forward(u, dt, A, B, C, state, keep)
-    return (y, final), (u, dt, A, B, C, keep, saved)
-
-
-def _backward(module, residuals, cotangents):
-    return (*module.backward(*residuals, *cotangents), None)
-
-
-_solve.defvjp(_forward, _backward)
 
 
 def _check(op, u, dt, A, B, C, initial_state, reset, skip):
