@@ -174,8 +174,8 @@ class DSS(nn.Module):
         end = jnp.exp((self.length / self.step_scale - whole) * z) * weights
         parts = jnp.stack([jnp.where(grows, 0, weights), jnp.where(grows, end, 0)])
         forward, backward = vandermonde(parts, z, whole)
-        # XLA (jax 0.10.2, CPU) dies of the reverse of a sum over an axis of size 1, which
-        # is what a gradient may bring here; the barrier keeps the two apart.
+        # XLA (jax 0.10.2, CPU) dies of the reverse of a sum over an axis of size 1, as
+        # gradients may bring it here; the barrier keeps the two apart.
         backward = jax.lax.optimization_barrier(backward[:, ::-1])
         return (forward + backward)[:, :L]
 
