@@ -102,6 +102,7 @@ def test_prepared_variables_change_nothing_but_the_time(layer):
         assert_close(outputs[1], outputs[0])
 
 
+@pytest.mark.slow
 def test_reproduce_rewrites_the_table_and_does_not_train_twice(
     tmp_path, monkeypatch, capsys
 ):
