@@ -136,13 +136,13 @@ class S4(nn.Module):
         lam, P, B = (jnp.repeat(z, H // copies, -2) for z in (lam, P, B))
         system = dplr.DPLR(lam, P, B, jnp.exp(log_dt)[:, None])
 
-        def truncated_normal_c(key, shape, dtype=jnp.float32):
+        def initial_c_tilde(key, shape, dtype=jnp.float32):
             C = stability.from_pair(complex_normal()(key, shape, dtype))
             return stability.to_pair(dplr.truncated(system, C, self.length))
 
         C_tilde = self.param(
             "C",
-            logical(truncated_normal_c, None, "embed", "state", None),
+            logical(initial_c_tilde, None, "embed", "state", None),
             (1 + self.bidirectional, H, n, 2),
         )
         D = self.param("D", logical(nn.initializers.normal(1.0), "embed"), (H,))
