@@ -2,15 +2,55 @@
 
 A backend is a module with `unsupported(*arguments) -> str | None`: the reason why it
 cannot take these arguments on this device, or None. Each operation has a table of them,
-the most preferred first.
+the most preferred first. A backend for one platform stands there as `OnPlatform`.
 """
 
+import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
+
+from kernels import compat
 
 _log = logging.getLogger(__name__)
 _excluded: dict[tuple[str, str], str] = {}
 _chosen: dict[str, tuple[str, str]] = {}
+
+
+class OnPlatform:
+    """A backend module that is imported when it is first needed, and is chosen by
+    default only on its own platform: elsewhere it is interpreted, which is slow."""
+
+    def __init__(
+        self, module: str, platform: str, missing: Callable[[], str | None]
+    ) -> None:
+        self._module, self._platform, self._missing = module, platform, missing
+
+    def unsupported(self, *arguments) -> str | None:
+        missing = self._missing()
+        return missing or self._loaded().unsupported(*arguments)
+
+    def not_by_default(self) -> str | None:
+        """Why only a call that names this backend gets it; None if there is no why."""
+        if compat.platform() != self._platform:
+            return f"for {self._platform}, would be interpreted here"
+        if compat.partitioned_by_xla():
+            return "several devices outside jax.shard_map: XLA cannot split a kernel"
+        return None
+
+    def _loaded(self) -> ModuleType:
+        return importlib.import_module(self._module)
+
+    def __getattr__(self, name):
+        return getattr(self._loaded(), name)
+
+
+def triton(module: str) -> OnPlatform:
+    return OnPlatform(module, "gpu", compat.triton_missing)
+
+
+def pallas_tpu(module: str) -> OnPlatform:
+    return OnPlatform(module, "tpu", compat.pallas_tpu_missing)
 
 
 def pick(
@@ -29,27 +69,37 @@ def pick(
         ValueError: the name is unknown, or the backend cannot take the arguments; the
             message lists every backend with its reason.
     """
-    reasons = {
-        name: module.unsupported(*arguments) for name, module in backends.items()
-    }
+
+    def why_not(name: str) -> str | None:
+        """Asks the cheap questions first: the last one may import Pallas or Triton."""
+        module = backends[name]
+        return (
+            _excluded.get((op, name))
+            or _not_by_default(module)
+            or module.unsupported(*arguments)
+        )
+
+    def listing() -> str:
+        return "backends are " + "; ".join(
+            f"{name!r}: {module.unsupported(*arguments) or why_not(name) or 'can run'}"
+            for name, module in backends.items()
+        )
+
     if backend is not None:
         if backend not in backends:
-            raise ValueError(f"{op}: unknown backend {backend!r}; {_listing(reasons)}")
-        if reasons[backend] is not None:
-            raise ValueError(
-                f"{op}: backend {backend!r} cannot run; {_listing(reasons)}"
-            )
+            raise ValueError(f"{op}: unknown backend {backend!r}; {listing()}")
+        if backends[backend].unsupported(*arguments) is not None:
+            raise ValueError(f"{op}: backend {backend!r} cannot run; {listing()}")
         _note(op, backend, "named by the caller")
         return backends[backend]
     passed = []
     for name, module in backends.items():
-        reason = reasons[name] or _excluded.get((op, name))
+        reason = why_not(name)
         if reason is None:
             _note(op, name, "; ".join([*passed, f"{name}: first that can run"]))
             return module
         passed.append(f"{name}: {reason}")
-        reasons[name] = reason
-    raise ValueError(f"{op}: no backend can run; {_listing(reasons)}")
+    raise ValueError(f"{op}: no backend can run; {listing()}")
 
 
 def exclude(op: str, backend: str, reason: str) -> None:
@@ -62,10 +112,8 @@ def backend_report() -> dict[str, tuple[str, str]]:
     return dict(_chosen)
 
 
-def _listing(reasons: dict[str, str | None]) -> str:
-    return "backends are " + "; ".join(
-        f"{name!r}: {reason or 'can run'}" for name, reason in reasons.items()
-    )
+def _not_by_default(module) -> str | None:
+    return module.not_by_default() if isinstance(module, OnPlatform) else None
 
 
 def _note(op: str, backend: str, why: str) -> None:

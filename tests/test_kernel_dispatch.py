@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import dispatch
+from kernels import compat, dispatch
 from kernels.tolerance import assert_close, error, limit
 
 
@@ -70,6 +70,29 @@ def test_excluded_backend_is_not_the_default_but_can_be_named():
     kernels.exclude("op", "slow", "too slow")
     with pytest.raises(ValueError, match=r"'fast': wrong.*'slow': too slow"):
         dispatch.pick("op", table, None)
+
+
+def test_a_backend_for_another_platform_waits_to_be_named(monkeypatch):
+    """Its module is imported when it is named, not before."""
+    monkeypatch.setattr(compat, "platform", lambda: "cpu")
+    missing = dispatch.OnPlatform("no.such.module", "tpu", lambda: None)
+    table = {"tpu": missing, "slow": SLOW}
+    assert dispatch.pick("op", table, None) is SLOW
+    assert "tpu: for tpu, would be interpreted here" in kernels.backend_report()["op"][1]
+    with pytest.raises(ModuleNotFoundError, match="no"):
+        dispatch.pick("op", table, "tpu")
+    monkeypatch.setattr(compat, "platform", lambda: "tpu")
+    monkeypatch.setattr(compat, "partitioned_by_xla", lambda: True)
+    assert dispatch.pick("op", table, None) is SLOW
+    assert "outside jax.shard_map" in kernels.backend_report()["op"][1]
+
+
+def test_triton_without_a_gpu_says_what_it_needs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pytest.importorskip("triton", reason="the reason would be that it is missing")
+    monkeypatch.setattr(compat, "platform", lambda: "cpu")
+    with pytest.raises(ValueError, match="'triton': needs an NVIDIA GPU, or TRITON_INT"):
+        kernels.linear_scan(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), backend="triton")
 
 
 def test_report_and_one_log_line(caplog):

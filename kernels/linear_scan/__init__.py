@@ -9,7 +9,11 @@ from kernels.linear_scan.contracted import contracted_scan
 
 __all__ = ["contracted_scan", "linear_scan"]
 
-BACKENDS = {"xla": xla, "reference": reference}
+BACKENDS = {
+    "triton": dispatch.triton("kernels.linear_scan.triton"),
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def linear_scan(
