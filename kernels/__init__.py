@@ -4,7 +4,7 @@ Import the operations from here: `from kernels import linear_scan`.
 """
 
 from kernels.cauchy import cauchy, dplr_filter
-from kernels.dispatch import backend_report, exclude
+from kernels.dispatch import backend_report, exclude, prefer
 from kernels.fft_conv import fft_conv
 from kernels.linear_scan import contracted_scan, linear_scan
 from kernels.selective_scan import selective_scan
@@ -19,6 +19,7 @@ __all__ = [
     "exclude",
     "fft_conv",
     "linear_scan",
+    "prefer",
     "selective_scan",
     "short_conv",
     "vandermonde",

@@ -5,9 +5,11 @@ cannot take these arguments on this device, or None. Each operation has a table 
 the most preferred first. A backend for one platform stands there as `OnPlatform`.
 """
 
+import contextlib
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 from kernels import compat
@@ -15,6 +17,7 @@ from kernels import compat
 _log = logging.getLogger(__name__)
 _excluded: dict[tuple[str, str], str] = {}
 _chosen: dict[str, tuple[str, str]] = {}
+_preferred: ContextVar[dict[str, str] | None] = ContextVar("preferred", default=None)
 
 
 class OnPlatform:
@@ -85,6 +88,7 @@ def pick(
             for name, module in backends.items()
         )
 
+    backend = backend or (_preferred.get() or {}).get(op)
     if backend is not None:
         if backend not in backends:
             raise ValueError(f"{op}: unknown backend {backend!r}; {listing()}")
@@ -105,6 +109,19 @@ def pick(
 def exclude(op: str, backend: str, reason: str) -> None:
     """Takes `backend` out of the default choice for `op`; naming it still works."""
     _excluded[op, backend] = reason
+
+
+@contextlib.contextmanager
+def prefer(**backends: str) -> Iterator[None]:
+    """Calls inside that name no backend take these: `prefer(linear_scan="xla")`.
+
+    As with a named backend nothing else is taken where it cannot run.
+    """
+    token = _preferred.set((_preferred.get() or {}) | backends)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 def backend_report() -> dict[str, tuple[str, str]]:

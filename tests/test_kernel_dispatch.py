@@ -72,13 +72,24 @@ def test_excluded_backend_is_not_the_default_but_can_be_named():
         dispatch.pick("op", table, None)
 
 
+def test_preferred_backend_is_as_good_as_named():
+    with kernels.prefer(op="slow", other="fast"):
+        with kernels.prefer(other="slow"):
+            assert dispatch.pick("other", TABLE, None) is SLOW
+        assert dispatch.pick("op", {"able": backend(), "slow": SLOW}, None) is SLOW
+        with pytest.raises(ValueError, match="other: backend 'fast' cannot run"):
+            dispatch.pick("other", TABLE, None)
+    assert dispatch.pick("other", TABLE, None) is SLOW
+
+
 def test_a_backend_for_another_platform_waits_to_be_named(monkeypatch):
     """Its module is imported when it is named, not before."""
     monkeypatch.setattr(compat, "platform", lambda: "cpu")
     missing = dispatch.OnPlatform("no.such.module", "tpu", lambda: None)
     table = {"tpu": missing, "slow": SLOW}
     assert dispatch.pick("op", table, None) is SLOW
-    assert "tpu: for tpu, would be interpreted here" in kernels.backend_report()["op"][1]
+    _, why = kernels.backend_report()["op"]
+    assert "tpu: for tpu, would be interpreted here" in why
     with pytest.raises(ModuleNotFoundError, match="no"):
         dispatch.pick("op", table, "tpu")
     monkeypatch.setattr(compat, "platform", lambda: "tpu")
@@ -91,7 +102,7 @@ def test_triton_without_a_gpu_says_what_it_needs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pytest.importorskip("triton", reason="the reason would be that it is missing")
     monkeypatch.setattr(compat, "platform", lambda: "cpu")
-    with pytest.raises(ValueError, match="'triton': needs an NVIDIA GPU, or TRITON_INT"):
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, or TRITON_INTERPRET"):
         kernels.linear_scan(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), backend="triton")
 
 
