@@ -11,6 +11,7 @@ by Woodbury in O(n R); dt = 0 leaves the state as it was. Between chunks, and to
 from the trained C~ = C (I - A_bar^length), the same step is a dense real matrix
 A_bar [H, N, N] on [Re x, Im x], N = 2n. It is a contraction, so its powers are stable,
 where those of a diagonalised A_bar are not: eigenvectors of HiPPO have condition 1e15.
+Dense products are of full precision: accelerators by default round their factors.
 """
 
 from typing import NamedTuple
@@ -163,6 +164,7 @@ def _inverse(system):
     return jnp.moveaxis(to_real(right), 0, -1)
 
 
+@jax.default_matmul_precision("highest")
 def power(A_bar, count):
     """A_bar^count [H, N, N] by squaring; count is static."""
     result = jnp.broadcast_to(jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype), A_bar.shape)
@@ -173,6 +175,7 @@ def power(A_bar, count):
     return result
 
 
+@jax.default_matmul_precision("highest")
 def _geometric(A_bar, count):
     """sum_{k < count} A_bar^k, count >= 1, by doubling."""
     total = jnp.broadcast_to(jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype), A_bar.shape)
@@ -184,6 +187,7 @@ def _geometric(A_bar, count):
     return total
 
 
+@jax.default_matmul_precision("highest")
 def truncated(system, C, length):
     """C~ = C (I - A_bar^length): C [..., H, n] -> [..., H, n]."""
     A_bar, _ = dense(system)
@@ -192,6 +196,7 @@ def truncated(system, C, length):
     return from_row(c - beyond)
 
 
+@jax.default_matmul_precision("highest")
 def untruncated(system, C_tilde, length):
     """C from C~ = C (I - A_bar^length): [..., H, n] -> [..., H, n].
 
@@ -214,6 +219,7 @@ def _chunk(length):
     return 1 << ((length - 1).bit_length() + 1) // 2
 
 
+@jax.default_matmul_precision("highest")
 def response(system, C, state, length):
     """What a state still says: y[l] = 2 Re(C A_bar^(l+1) x), l < length.
 
@@ -237,6 +243,7 @@ def response(system, C, state, length):
     return y.reshape(y.shape[0], -1, y.shape[-1])[:, :length]
 
 
+@jax.default_matmul_precision("highest")
 def final_state(system, u, state=None, counts=None):
     """The state after u [B, L, H], in which padding is zero and stands first.
 

@@ -8,6 +8,9 @@ With z = x + iy, w = i mu and the numerators over their common denominator,
 so that all numerators share the complex r [n, F], and the sum over n is a matmul of the
 real coefficients Re(v conj(z)) and Re(v) with its two parts. r lives for one block of
 frequencies; the gradient makes it again.
+
+Near a resonance r is large and its sum cancels: the matmul is of full precision, where
+accelerators by default round its factors to ten bits or fewer.
 """
 
 from functools import partial
@@ -36,6 +39,7 @@ def cauchy(v, z, length):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.default_matmul_precision("highest")
 def _sums(length, coefficients, size, x):
     """coefficients [G, 2E, n], size = |z| and x [G, n] -> [2, E, G, F] real."""
 
@@ -56,6 +60,7 @@ def _forward(length, coefficients, size, x):
     return _sums(length, coefficients, size, x), (coefficients, size, x)
 
 
+@jax.default_matmul_precision("highest")
 def _backward(length, saved, cotangent):
     """cotangent [2, E, G, F]; the steps of `block` in reverse, block by block."""
     coefficients, size, x = saved

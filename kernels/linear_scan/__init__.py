@@ -11,6 +11,7 @@ __all__ = ["contracted_scan", "linear_scan"]
 
 BACKENDS = {
     "triton": dispatch.triton("kernels.linear_scan.triton"),
+    "pallas_tpu": dispatch.pallas_tpu("kernels.linear_scan.pallas_tpu"),
     "xla": xla,
     "reference": reference,
 }

@@ -3,6 +3,7 @@
 Constant decay: inside a chunk of T tokens the system is a T x T Toeplitz filter, its
 state enters and leaves through [T, N] tables of powers, and only the states at the
 chunk boundaries are scanned. Three real matmuls per chunk; JAX differentiates them.
+They are of full precision, so that all modes of a system agree on every device.
 
 With dt or resets the steps differ: a chunk's states are made by the linear scan,
 contracted and forgotten. Only the states at chunk boundaries are kept; the backward
@@ -55,6 +56,7 @@ def _chunk(length, modes):
     return min(length, max(32, min(128, modes)))
 
 
+@jax.default_matmul_precision("highest")
 def _matmul_chunks(log_a, b, c, u, state, size):
     batch, length, channels = u.shape
     chunks = length // size

@@ -3,8 +3,10 @@ matmul.
 
 z^(iT) and z^j are two tables of about sqrt(L) powers per node, exact in phase (see
 pairs.powers). Gradients are the moments of the cotangent, two matmuls of the same kind.
+All are of full precision: accelerators by default round the factors, phases and all.
 """
 
+import jax
 import jax.numpy as jnp
 
 from kernels import pairs
@@ -14,6 +16,7 @@ def unsupported(*arguments) -> str | None:
     return None
 
 
+@jax.default_matmul_precision("highest")
 def vandermonde(c, log_z, length):
     """c [E, G, N], log_z [G, N], pairs -> [E, G, length]."""
     size = _block(length)
@@ -29,6 +32,7 @@ def vandermonde(c, log_z, length):
     return taps.reshape(*taps.shape[:2], -1)[..., :length]
 
 
+@jax.default_matmul_precision("highest")
 def moments(u, log_z, orders):
     """sum_l l^k u[l] z^l for k in orders (0 or 1). u [E, G, L] -> pairs [E, G, N]."""
     length = u.shape[-1]
