@@ -1,8 +1,14 @@
-"""Chunks of time: their decays, inputs and states exist for one chunk only.
+"""Two nested loops over time, chunks and their steps, with the gradient by hand.
 
-Inside a chunk everything but the recurrence itself is elementwise or a contraction over
-all its steps at once, and the recurrence is the linear scan. The backward pass keeps
-the states between chunks and makes a chunk's own again.
+A step touches one state [B, N, D]. Forward keeps the states between chunks and no
+others; backward makes a chunk's states again from the one that entered it, then runs
+the adjoint from the chunk's end to its start. exp(dt A) is computed in all three
+passes: on a CPU that costs less than to store it and read it back. What a step makes
+is written in place, which JAX would differentiate at a cost that grows as L^2.
+
+D is the minor axis of the state, so that exp and the sums over N run along whole
+vectors. Every contraction is a matrix product: XLA's own sum over N is ten times slower
+where B is 1.
 """
 
 from functools import partial
@@ -10,9 +16,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels.linear_scan import gradient, xla
-
-CHUNK = 32  # steps whose states exist at once
+# States in memory at once: L / CHUNK between chunks and CHUNK inside one. 16 to 64 are
+# equally fast, and 32 is the least memory at L = 1024.
+CHUNK = 32
 
 
 def unsupported(*arguments) -> str | None:
@@ -21,36 +27,119 @@ def unsupported(*arguments) -> str | None:
 
 def selective_scan(u, dt, A, B, C, state, into):
     """y [B, L, D] and the final state; see reference.selective_scan."""
+    length = u.shape[1]
+    count = -(-length // CHUNK)
+    size = -(-length // count)
+    # dt = 0 in the steps beyond the end: they leave the state as it is
+    u, dt, B, C, into = jax.tree.map(
+        lambda x: _lengthened(x, count * size - length), (u, dt, B, C, into)
+    )
     keep = None if into is None else (~into).astype(state.dtype)
-    batch, length, channels = u.shape
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def chunk(A, state, inputs):
-        return _chunk(A, state, *inputs)
-
-    inputs = (u, dt, B, C, keep)
-    whole = length // CHUNK * CHUNK
-    outputs = []
-    if whole:
-
-        def fold(x):
-            return x[:, :whole].reshape(batch, -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
-
-        state, y = jax.lax.scan(
-            lambda state, inputs: chunk(A, state, inputs),
-            state,
-            jax.tree.map(fold, inputs),
-        )
-        outputs.append(y.swapaxes(0, 1).reshape(batch, whole, channels))
-    if whole < length:
-        state, y = chunk(A, state, jax.tree.map(lambda x: x[:, whole:], inputs))
-        outputs.append(y)
-    return jnp.concatenate(outputs, 1) if len(outputs) > 1 else outputs[0], state
+    y, final = _scan(size, u, dt, A.T, B, C, state.swapaxes(1, 2), keep)
+    return y[:, :length], final.swapaxes(1, 2)
 
 
-def _chunk(A, state, u, dt, B, C, keep):
-    """The state after a chunk and its y, through its states [B, T, D, N]."""
-    decay = jnp.exp(dt[..., None] * A)
-    given = (dt * u)[..., None] * B[:, :, None]
-    h, last = gradient.solve(xla, False, decay, given, state, keep)
-    return last, jnp.sum(h * C[:, :, None], -1)
+def _lengthened(x, steps):
+    return jnp.pad(x, [(0, steps if axis == 1 else 0) for axis in range(x.ndim)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(size, u, dt, A, B, C, state, keep):
+    """L a multiple of size; A [N, D], state [B, N, D], keep [B, L] or None."""
+    return _forward(size, u, dt, A, B, C, state, keep)[0]
+
+
+def _forward(size, u, dt, A, B, C, state, keep):
+    count = u.shape[1] // size
+
+    def chunk(c, carry):
+        h, y, entering = carry
+
+        def step(i, carry):
+            h, y = carry
+            t = c * size + i
+            h = _next(h, t, u, dt, A, B, keep)
+            return h, _put(y, _over_modes(_row(C, t), h), t)
+
+        entering = _put(entering, h, c, axis=0)
+        return *jax.lax.fori_loop(0, size, step, (h, y)), entering
+
+    entering = jnp.zeros((count, *state.shape), state.dtype)
+    carry = (state, jnp.zeros_like(u), entering)
+    final, y, entering = jax.lax.fori_loop(0, count, chunk, carry)
+    return (y, final), (u, dt, A, B, C, keep, entering)
+
+
+def _backward(size, saved, gradients):
+    u, dt, A, B, C, keep, entering = saved
+    dy, dfinal = gradients
+    count = len(entering)
+
+    def chunk(k, carry):
+        c = count - 1 - k
+        g, dA, du, ddt, dB, dC, before = carry
+
+        def again(i, carry):
+            h, before, dC = carry
+            t = c * size + i
+            h = _next(h, t, u, dt, A, B, keep)
+            dC = _put(dC, _over_channels(_row(dy, t), h), t)
+            return h, _put(before, h, i + 1, axis=0), dC
+
+        def back(k, carry):
+            g, dA, du, ddt, dB = carry
+            i = size - 1 - k
+            t = c * size + i
+            x, step = _row(u, t), _row(dt, t)
+            g = g + _row(dy, t)[:, None] * _row(C, t)[..., None]
+            through = g * _decay(step, t, A, keep)
+            rate = through * _row(before, i, axis=0)  # the gradient of dt A
+            given = _over_modes(_row(B, t), g)
+            slope = _over_modes(jnp.ones(rate.shape[:2], rate.dtype), rate * A)
+            du = _put(du, given * step, t)
+            ddt = _put(ddt, given * x + slope, t)
+            dB = _put(dB, _over_channels(step * x, g), t)
+            return through, dA + rate * step[:, None], du, ddt, dB
+
+        h = _row(entering, c, axis=0)
+        made = (h, _put(before, h, 0, axis=0), dC)
+        _, before, dC = jax.lax.fori_loop(0, size, again, made)
+        carry = jax.lax.fori_loop(0, size, back, (g, dA, du, ddt, dB))
+        return *carry, dC, before
+
+    before = jnp.zeros((size + 1, *dfinal.shape), dfinal.dtype)
+    zeros = map(jnp.zeros_like, (dfinal, u, dt, B, C))
+    carry = jax.lax.fori_loop(0, count, chunk, (dfinal, *zeros, before))
+    dstate, dA, du, ddt, dB, dC, _ = carry
+    return du, ddt, dA.sum(0), dB, dC, dstate, None
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _next(h, t, u, dt, A, B, keep):
+    """The state after step t."""
+    step = _row(dt, t)
+    given = (step * _row(u, t))[:, None] * _row(B, t)[..., None]
+    return _decay(step, t, A, keep) * h + given
+
+
+def _decay(step, t, A, keep):
+    decay = jnp.exp(step[:, None] * A)
+    return decay if keep is None else decay * _row(keep, t)[:, None, None]
+
+
+def _over_modes(weight, states):
+    return jnp.einsum("bn,bnd->bd", weight, states, precision="highest")
+
+
+def _over_channels(weight, states):
+    return jnp.einsum("bd,bnd->bn", weight, states, precision="highest")
+
+
+def _row(x, t, axis=1):
+    return jax.lax.dynamic_index_in_dim(x, t, axis, keepdims=False)
+
+
+def _put(whole, row, t, axis=1):
+    return jax.lax.dynamic_update_index_in_dim(whole, row, t, axis)
