@@ -218,7 +218,30 @@ class _Tensor:
         pass
 
 
+@functools.cache
+def _interpreter_dots() -> None:
+    """Makes the interpreter's `tl.dot` right for bfloat16, which it keeps as uint16 and
+    would multiply as such."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder = type(interpreter.interpreter_builder)
+    plain = builder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        words = x.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(words.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return plain(self, widened(a), widened(b), *rest)
+
+    builder.create_dot = create_dot
+
+
 def _interpret(kernel, grid, arguments, outputs, constants):
+    _interpreter_dots()
     arrays = [x for x in arguments if not isinstance(x, int)]
 
     def run(*words):

@@ -9,7 +9,11 @@ from kernels.cauchy.low_rank import filter_of_sums, small_solve
 
 __all__ = ["cauchy", "dplr_filter", "small_solve"]
 
-BACKENDS = {"xla": xla, "reference": reference}
+BACKENDS = {
+    "triton": dispatch.triton("kernels.cauchy.triton"),
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def cauchy(

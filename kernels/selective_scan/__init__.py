@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from kernels import checks, dispatch, segments
 from kernels.selective_scan import reference, xla
 
-BACKENDS = {"xla": xla, "reference": reference}
+BACKENDS = {
+    "triton": dispatch.triton("kernels.selective_scan.triton"),
+    "pallas_tpu": dispatch.pallas_tpu("kernels.selective_scan.pallas_tpu"),
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def selective_scan(

@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from kernels import checks, dispatch, segments
 from kernels.short_conv import reference, xla
 
-BACKENDS = {"xla": xla, "reference": reference}
+BACKENDS = {
+    "triton": dispatch.triton("kernels.short_conv.triton"),
+    "pallas_tpu": dispatch.pallas_tpu("kernels.short_conv.pallas_tpu"),
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def short_conv(

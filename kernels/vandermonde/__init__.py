@@ -7,7 +7,11 @@ import jax
 from kernels import checks, dispatch, nodes, pairs
 from kernels.vandermonde import reference, xla
 
-BACKENDS = {"xla": xla, "reference": reference}
+BACKENDS = {
+    "triton": dispatch.triton("kernels.vandermonde.triton"),
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def vandermonde(

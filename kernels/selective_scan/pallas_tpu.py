@@ -1,0 +1,306 @@
+"""Blocks of time in order, the state of N modes x some channels in VMEM between them.
+
+A step works on [N, channels] at once; B[t] and C[t] are columns of it, so they come
+with time along the lanes. The states at the start of every block are kept: the backward
+pass walks from the last block, makes a block's states again in VMEM and goes back over
+them. The gradients of B and C are summed over the channels of a block, then over all.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import blocks
+from kernels.blocks import TILE
+
+STEPS = 128  # of a block: the lanes of one tile of B and C
+STATE = 8192  # modes x channels of a block, where that is 128 channels or more
+MODES = 128  # with more, the states of a block would not fit into VMEM
+LOG2_E = 1.4426950408889634
+
+
+def unsupported(u, A) -> str | None:
+    if A.shape[1] > MODES:
+        return f"takes at most {MODES} modes, got {A.shape[1]}"
+    return blocks.unsupported(u, A)
+
+
+def selective_scan(u, dt, A, B, C, state, into):
+    """y [B, L, D] and the final state; see reference.selective_scan."""
+    (_, length, channels), modes = u.shape, A.shape[1]
+    deep = -modes % TILE
+    most = max(128, STATE // (modes + deep) // 128 * 128)
+    # a sum over channels would take in what hangs over the last block
+    wide = -channels % 128 if channels > most else 0
+    long = -length % STEPS
+    u, dt = (_padded(x, wide) for x in (u, dt))
+    A, state = (_padded(x.swapaxes(-1, -2), wide, deep) for x in (A, state))
+    B, C = (_padded(x.swapaxes(1, 2), long, deep) for x in (B, C))
+    keep = () if into is None else (blocks.rows((~into).astype(u.dtype), STEPS, 1),)
+    y, final = _solve(blocks.lanes(channels + wide, most), u, dt, A, B, C, state, keep)
+    return y[..., :channels], final[:, :modes, :channels].swapaxes(1, 2)
+
+
+def _padded(x, columns, rows=0):
+    if not (columns or rows):
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, columns)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(width, u, dt, A, B, C, state, keep):
+    return _run(width, u, dt, A, B, C, state, keep)
+
+
+def _solve_forward(width, u, dt, A, B, C, state, keep):
+    *results, starts = _run(width, u, dt, A, B, C, state, keep, save=True)
+    return tuple(results), (u, dt, A, B, C, starts, keep)
+
+
+def _run(width, u, dt, A, B, C, state, keep, save=False):
+    """y, the final state, and where `save` the states at the start of the blocks."""
+    walk, modes = _walk(u, width, descending=False), A.shape[0]
+    starts = jax.ShapeDtypeStruct((walk.batch, walk.count, *A.shape), A.dtype)
+    return walk.call(
+        partial(_forward, walk, len(keep)),
+        in_specs=[
+            *[walk.sequence()] * 2,
+            walk.shared(modes),
+            *[_columns(walk, modes)] * 2,
+            walk.still(modes),
+            *[walk.row(STEPS)] * len(keep),
+        ],
+        out_specs=[
+            walk.sequence(),
+            walk.still(modes),
+            *[_at_block(walk, modes)] * save,
+        ],
+        out_shape=[_like(u), _like(state), *[starts] * save],
+        scratch_shapes=[pltpu.VMEM((modes, width), A.dtype)],
+    )(u, dt, A, B, C, state, *keep)
+
+
+def _solve_backward(width, saved, gradients):
+    u, dt, A, B, C, starts, keep = saved
+    walk, modes = _walk(u, width, descending=True), A.shape[0]
+    parts = jax.ShapeDtypeStruct((walk.batch, walk.grid[1], *B.shape[1:]), B.dtype)
+    state = _like(gradients[1])
+    du, ddt, dA, dB, dC, dstate = walk.call(
+        partial(_backward, walk, len(keep)),
+        in_specs=[
+            *[walk.sequence()] * 2,
+            walk.shared(modes),
+            *[_columns(walk, modes)] * 2,
+            _at_block(walk, modes),
+            walk.sequence(),
+            walk.still(modes),
+            *[walk.row(STEPS)] * len(keep),
+        ],
+        out_specs=[
+            *[walk.sequence()] * 2,
+            walk.still(modes),
+            *[_partial_columns(walk, modes)] * 2,
+            walk.still(modes),
+        ],
+        out_shape=[_like(u), _like(dt), state, parts, parts, state],
+        scratch_shapes=[
+            pltpu.VMEM((modes, width), A.dtype),
+            pltpu.VMEM((walk.steps, modes, width), A.dtype),
+        ],
+    )(u, dt, A, B, C, starts, *gradients, *keep)
+    return du, ddt, dA.sum(0), dB.sum(1), dC.sum(1), dstate, None
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
+
+
+def _walk(u, width, descending):
+    steps = min(STEPS, u.shape[1] + -u.shape[1] % TILE)
+    return blocks.Walk(*u.shape, steps, width, descending)
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _columns(walk, modes):
+    """Of [B, N, L]."""
+    return pl.BlockSpec((None, modes, STEPS), lambda b, j, k: (b, 0, walk.at(k)))
+
+
+def _partial_columns(walk, modes):
+    """Of [B, blocks of channels, N, L]."""
+    return pl.BlockSpec(
+        (None, None, modes, STEPS), lambda b, j, k: (b, j, 0, walk.at(k))
+    )
+
+
+def _at_block(walk, modes):
+    """Of [B, blocks of time, N, D]."""
+    return pl.BlockSpec(
+        (None, None, modes, walk.width), lambda b, j, k: (b, walk.at(k), 0, j)
+    )
+
+
+def _forward(walk, resets, u, dt, A, B, C, first, *rest):
+    keep, (y, final, *starts, carry) = rest[:resets], rest[resets:]
+    block = pl.program_id(2)
+
+    @pl.when(block == 0)
+    def _():
+        carry[...] = first[...]
+
+    for ref in starts:
+        ref[...] = carry[...]
+    rate = A[...] * LOG2_E
+
+    def tile(i, state):
+        h, columns = state
+        part = _Tile.read(walk, block, i, u, dt, columns)
+        sums = []
+        for step in range(TILE):
+            h = part.next(step, rate, h)
+            sums.append(_fold(h * part.column(part.C, step)))
+        y[part.rows, :] = _row_sums(sums)
+        return h, _turned(columns, TILE)
+
+    columns = tuple(ref[...] for ref in (B, C, *keep))
+    h, _ = blocks.for_each(walk.steps // TILE, tile, (carry[...], columns))
+    carry[...] = h
+    final[...] = h
+
+
+def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
+    keep, (du, ddt, dA, dB, dC, dfirst, carry, states) = rest[:resets], rest[resets:]
+    k = pl.program_id(2)
+    block, count = walk.at(k), walk.steps // TILE
+
+    @pl.when(k == 0)
+    def _():
+        carry[...] = dfinal[...]
+        dA[...] = jnp.zeros_like(dA)
+
+    modes = A[...]
+    rate = modes * LOG2_E
+
+    def again(i, state):
+        h, columns = state
+        part = _Tile.read(walk, block, i, u, dt, columns)
+        for step in range(TILE):
+            states[i * TILE + step] = h
+            h = part.next(step, rate, h)
+        return h, _turned(columns, TILE)
+
+    columns = tuple(ref[...] for ref in (B, C, *keep))
+    h, columns = blocks.for_each(count, again, (starts[...], columns))
+    lane = jax.lax.broadcasted_iota(jnp.int32, (modes.shape[0], STEPS), 1)
+
+    def tile(i, state):
+        """`through` is what reaches a step by way of the state it leaves."""
+        h, through, dA_sum, dB_sum, dC_sum, columns = state
+        columns = _turned(columns, -TILE)
+        i = count - 1 - i
+        part = _Tile.read(walk, block, i, u, dt, columns)
+        dy_rows = part.real(dy[part.rows, :])
+        dx_sums, decay_sums = [], []
+        for step in reversed(range(TILE)):
+            before, here = states[i * TILE + step], lane == i * TILE + step
+            dy_row = part.row(dy_rows, step)
+            dC_sum = jnp.where(here, jnp.sum(h * dy_row, 1, keepdims=True), dC_sum)
+            g = through + part.column(part.C, step) * dy_row
+            given = jnp.sum(g * part.row(part.x, step), 1, keepdims=True)
+            dB_sum = jnp.where(here, given, dB_sum)
+            dx_sums.append(_fold(g * part.column(part.B, step)))
+            through = part.decayed(step, rate, g)
+            change = through * before
+            decay_sums.append(_fold(change * modes))
+            dA_sum = dA_sum + change * part.row(part.dt, step)
+            h = before
+        dx = _row_sums(dx_sums[::-1])
+        du[part.rows, :] = dx * part.dt
+        ddt[part.rows, :] = dx * part.u + _row_sums(decay_sums[::-1])
+        return h, through, dA_sum, dB_sum, dC_sum, columns
+
+    nothing = jnp.zeros_like(modes), *[jnp.zeros((modes.shape[0], STEPS), A.dtype)] * 2
+    state = (h, carry[...], *nothing, columns)
+    _, through, dA_sum, dB_sum, dC_sum, _ = blocks.for_each(count, tile, state)
+    carry[...] = through
+    dfirst[...] = through
+    dA[...] += dA_sum
+    dB[...] = dB_sum
+    dC[...] = dC_sum
+
+
+class _Tile(NamedTuple):
+    """TILE steps: u, dt and x = dt u as rows; B, C and keep as the first TILE lanes."""
+
+    rows: object
+    inside: jax.Array | None
+    u: jax.Array
+    dt: jax.Array
+    x: jax.Array
+    B: jax.Array
+    C: jax.Array
+    keep: list[jax.Array]
+
+    @classmethod
+    def read(cls, walk, block, i, u, dt, columns):
+        start = pl.multiple_of(i * TILE, TILE)
+        rows, inside = pl.ds(start, TILE), walk.inside(block * walk.steps + start, TILE)
+        u, dt = (_real(ref[rows, :], inside) for ref in (u, dt))
+        B, C, *keep = columns
+        return cls(rows, inside, u, dt, dt * u, B, C, keep)
+
+    def real(self, rows):
+        return _real(rows, self.inside)
+
+    def row(self, rows, step):
+        return rows[step : step + 1]
+
+    def column(self, columns, step):
+        return columns[:, step : step + 1]
+
+    def decayed(self, step, rate, h):
+        h = jnp.exp2(self.row(self.dt, step) * rate) * h
+        for keep in self.keep:
+            h = h * self.column(keep, step)
+        return h
+
+    def next(self, step, rate, h):
+        given = self.row(self.x, step) * self.column(self.B, step)
+        return self.decayed(step, rate, h) + given
+
+
+def _real(rows, inside):
+    """A step that does not exist has dt = 0: it changes nothing."""
+    return rows if inside is None else jnp.where(inside, rows, 0)
+
+
+def _turned(columns, steps):
+    """The columns `steps` further come first. They go along tile by tile, because the
+    result of a turn is long in coming."""
+    return tuple(blocks.turn(part, -steps, 1) for part in columns)
+
+
+def _fold(x):
+    """[N, width] -> [TILE, width], with the same sum over rows."""
+    return sum(x[i : i + TILE] for i in range(0, x.shape[0], TILE))
+
+
+def _row_sums(parts):
+    """TILE arrays [TILE, width] -> one, whose row i is the sum of the rows of the i-th.
+
+    At every level two arrays become one, in which rows of both alternate.
+    """
+    row = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 0)
+    for shift in (1, 2, 4):
+        even = (row & shift) == 0
+        parts = [
+            jnp.where(even, a, b) + blocks.turn(jnp.where(even, b, a), shift, 0)
+            for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]

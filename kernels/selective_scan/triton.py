@@ -1,0 +1,437 @@
+"""A warp owns a few channels and walks through time in tiles of a few steps.
+
+The states of a tile [steps, modes, channels] exist in registers only: time lies within
+a thread, so that the scan is one multiply-add per state, modes and channels lie across
+the lanes. Where batch and channels alone cannot fill the device, time is split too:
+a first pass makes what each segment adds to the state and how much of it decays, the
+linear scan joins the segments, and the second pass starts in each of them.
+
+The backward pass keeps the state at every tile of the forward pass. It walks the tiles
+backwards, makes their states again and takes several blocks of channels in each tile,
+so that the gradients of B and C are added up over channels in registers first. What is
+left of them, one partial sum per program, is added by XLA.
+"""
+
+import math
+
+import jax
+import triton
+import triton.language as tl
+
+from kernels.compat import triton_call
+from kernels.linear_scan import triton as linear
+
+SLOTS = 132 * 12  # warps of the forward pass that an H100 or H200 holds at once
+BACKWARD_SLOTS = 132 * 8
+BLOCKS = 8  # blocks of channels of a program of the backward pass
+SEGMENT = 64  # steps, at least: shorter ones cost more to join than they gain
+
+
+def unsupported(*arguments) -> str | None:
+    return None
+
+
+@jax.custom_vjp
+def selective_scan(u, dt, A, B, C, state, into):
+    """y [B, L, D] in u's dtype and the final state; see reference.selective_scan."""
+    y, final, _ = _run(u, dt, A, B, C, state, into, save=False)
+    return y, final
+
+
+def _selective_scan_forward(u, dt, A, B, C, state, into):
+    y, final, starts = _run(u, dt, A, B, C, state, into, save=True)
+    return (y, final), (u, dt, A, B, C, into, starts)
+
+
+def _run(u, dt, A, B, C, state, into, save):
+    batch, length, channels = u.shape
+    rate, keep, state = _prepared(A, into, state)
+    constants = _constants(A, keep)
+    tile, width = constants["TILE"], constants["WIDTH"]
+    blocks = triton.cdiv(channels, width)
+    segment, segments = _segments(
+        length, batch * blocks * constants["num_warps"], SLOTS, tile
+    )
+    before = state
+    if segments > 1:
+        before = _joined(u, dt, rate, B, state, keep, segment, segments, constants)
+    tiles = triton.cdiv(length, tile)
+    shapes = [
+        jax.ShapeDtypeStruct(u.shape, u.dtype),
+        jax.ShapeDtypeStruct(state.shape, state.dtype),
+        jax.ShapeDtypeStruct(
+            (batch, tiles, *rate.shape) if save else (1,), state.dtype
+        ),
+    ]
+    y, final, starts = triton_call(
+        _forward,
+        (batch * blocks, segments),
+        (u, dt, rate, B, C, state, before, _or(keep, u), length, channels, segment),
+        shapes,
+        SAVE=save,
+        **constants,
+    )
+    return y, final.swapaxes(1, 2), starts
+
+
+def _selective_scan_backward(saved, gradients):
+    u, dt, A, B, C, into, starts = saved
+    dy, d_final = gradients
+    batch, length, channels = u.shape
+    rate, keep, d_final = _prepared(A, into, d_final)
+    constants = _constants(A, keep)
+    stored, width = constants["TILE"], constants["WIDTH"]
+    group = min(BLOCKS, triton.cdiv(channels, width))
+    groups = triton.cdiv(channels, width * group)
+    segment, segments = _segments(
+        length, batch * groups * constants["num_warps"], BACKWARD_SLOTS, stored
+    )
+    after = d_final
+    if segments > 1:
+        after = _joined(
+            dy, dt, rate, C, d_final, keep, segment, segments, constants, reverse=True
+        )
+    wide = d_final.dtype
+    per_segment = jax.ShapeDtypeStruct((batch, segments, *rate.shape), wide)
+    per_group = jax.ShapeDtypeStruct((batch, groups, length, A.shape[1]), wide)
+    du, ddt, dB, dC, carry, dA = triton_call(
+        _backward,
+        (batch * groups, segments),
+        (
+            *(u, dt, rate, B, C, dy, d_final, after, starts, _or(keep, u)),
+            *(length, channels, segment),
+        ),
+        (
+            jax.ShapeDtypeStruct(u.shape, u.dtype),
+            jax.ShapeDtypeStruct(dt.shape, dt.dtype),
+            *(per_group, per_group, per_segment, per_segment),
+        ),
+        STORED=stored,
+        GROUP=group,
+        **constants | {"TILE": max(stored // 2, 1)},
+    )
+    return (
+        *(du, ddt, dA.sum((0, 1)).T.astype(A.dtype)),
+        *(dB.sum(1).astype(B.dtype), dC.sum(1).astype(C.dtype)),
+        *(carry[:, 0].swapaxes(1, 2), None),
+    )
+
+
+selective_scan.defvjp(_selective_scan_forward, _selective_scan_backward)
+
+
+def _prepared(A, into, state):
+    """Modes before channels, which are contiguous then; a = 2^(dt rate)."""
+    keep = None if into is None else (~into).astype(state.dtype)
+    rate = (A.astype(state.dtype) * math.log2(math.e)).T
+    return rate, keep, state.swapaxes(1, 2)
+
+
+def _constants(A, keep):
+    modes = triton.next_power_of_2(A.shape[1])
+    width = max(8, 32 // modes)
+    warps = min(max(modes // 16, 1), 8)
+    per_thread = max(modes * width // (32 * warps), 1)
+    return {
+        "KEEP": keep is not None,
+        "N": A.shape[1],
+        "MODES": modes,
+        "WIDTH": width,
+        "TILE": min(16, max(64 // per_thread, 1)),
+        "num_warps": warps,
+    }
+
+
+def _segments(length, warps, slots, tile):
+    """Steps per segment, whole tiles, and the number of segments."""
+    count = max(slots // warps, 1)
+    steps = max(triton.cdiv(length, count), SEGMENT)
+    steps = triton.cdiv(steps, tile) * tile
+    return steps, triton.cdiv(length, steps)
+
+
+def _joined(
+    x, dt, rate, weights, state, keep, segment, segments, constants, reverse=False
+):
+    """The state that enters each segment but the first, [B, segments - 1, N, D]."""
+    batch, length, channels = x.shape
+    shape = jax.ShapeDtypeStruct((batch, segments - 1, *rate.shape), state.dtype)
+    decays, ends = triton_call(
+        _summary,
+        (batch * triton.cdiv(channels, constants["WIDTH"]), segments - 1),
+        (x, dt, rate, weights, _or(keep, x), length, channels, segment),
+        (shape, shape),
+        REVERSE=reverse,
+        **constants,
+    )
+    (states,), _ = linear.forward((decays,), (ends,), (state,), None, reverse)
+    return states
+
+
+def _or(array, other):
+    return other if array is None else array
+
+
+@triton.jit
+def _combine(a, x, b, y):
+    return b * a, b * x + y
+
+
+@triton.jit
+def _combine_before(a, x, s, p, b, y, t, q):
+    """Also s + p h: the state that its last step received, and its own term."""
+    return b * a, b * x + y, q * x + t, q * a
+
+
+@triton.jit
+def _rows(x, row, count, steps, here, columns, real, dtype: tl.constexpr):
+    """x[row + steps, columns] of x [*, count]; 0 where not here or not real."""
+    at = row * count + steps[:, None] * count + columns[None, :]
+    return tl.load(x + at, mask=here[:, None] & real[None, :], other=0.0).to(dtype)
+
+
+@triton.jit
+def _decay(dt, rate, keep, row, steps, here, KEEP: tl.constexpr):
+    decay = tl.exp2(dt[:, None, :] * rate[None])
+    if KEEP:
+        kept = tl.load(keep + row + steps, mask=here, other=1.0)
+        decay *= kept[:, None, None]
+    return decay
+
+
+@triton.jit
+def _states(decay, given, h, steps):
+    """The states of a tile; h, the one before it, enters with the first step."""
+    first = (steps == 0)[:, None, None]
+    given = tl.where(first, decay * h[None] + given, given)
+    _, states = tl.associative_scan((decay, given), 0, _combine)
+    return states
+
+
+@triton.jit
+def _step(tile, index, steps):
+    """One step of a tile. x + -0 is x for every x: the compiler drops the sum."""
+    return tl.sum(tl.where((steps == index)[:, None, None], tile, -0.0), 0)
+
+
+@triton.jit
+def _flipped(x):
+    """x in the reversed order of its first axis, a power of two: renamed registers.
+    (The reversed associative scan would shuffle lanes.)"""
+    steps: tl.constexpr = x.shape[0]
+    modes: tl.constexpr = x.shape[1]
+    width: tl.constexpr = x.shape[2]
+    for bit in tl.static_range(4):
+        if (2 << bit) <= steps:
+            x = tl.reshape(x, (steps // (2 << bit), 2, 1 << bit, modes, width))
+            even, odd = tl.split(tl.permute(x, (0, 2, 3, 4, 1)))
+            x = tl.permute(tl.join(odd, even), (0, 4, 1, 2, 3))
+            x = tl.reshape(x, (steps, modes, width))
+    return x
+
+
+@triton.jit
+def _summary(
+    x, dt, rate, weights, keep,
+    length, channels, segment,
+    decays, ends,
+    REVERSE: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, MODES: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What a segment adds to its state, h = a h + dt x w or in reverse h = a (h + x w),
+    and its whole decay."""
+    blocks = tl.cdiv(channels, WIDTH)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
+    n = tl.arange(0, MODES)
+    steps = tl.arange(0, TILE)
+    real = d < channels
+    known = n < N
+    inside = known[:, None] & real[None, :]
+    place = n[:, None] * channels + d[None, :]
+    rates = tl.load(rate + place, mask=inside, other=0.0)
+    dtype = rates.dtype
+    h = tl.zeros_like(rates)
+    time = tl.zeros((TILE, WIDTH), dtype)
+    whole = tl.full((TILE,), 1.0, dtype)
+    first = (tl.program_id(1) + (1 if REVERSE else 0)) * segment
+    last = tl.minimum(first + segment, length)
+    for start in range(0, last - first, TILE):
+        order = start + steps
+        here = order < last - first
+        # row + offset, in either direction
+        row = b * length + first
+        offset = (last - first - 1 - order) if REVERSE else order
+        dts = _rows(dt, row, channels, offset, here, d, real, dtype)
+        xs = _rows(x, row, channels, offset, here, d, real, dtype)
+        ws = _rows(weights, row, N, offset, here, n, known, dtype)
+        decay = _decay(dts, rates, keep, row, offset, here, KEEP)
+        if REVERSE:
+            given = decay * (xs[:, None, :] * ws[:, :, None])
+        else:
+            given = (dts * xs)[:, None, :] * ws[:, :, None]
+        h = _step(_states(decay, given, h, steps), TILE - 1, steps)
+        time += dts
+        if KEEP:
+            whole *= tl.load(keep + row + offset, mask=here, other=1.0)
+    total = tl.exp2(rates * tl.sum(time, 0)[None, :])
+    if KEEP:
+        total *= tl.min(whole, 0)
+    at = (b * tl.num_programs(1) + tl.program_id(1)) * N * channels + place
+    tl.store(ends + at, h, mask=inside)
+    tl.store(decays + at, total, mask=inside)
+
+
+@triton.jit
+def _forward(
+    u, dt, rate, B, C, state, before, keep,
+    length, channels, segment,
+    y, final, starts,
+    SAVE: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, MODES: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(channels, WIDTH)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * WIDTH + tl.arange(0, WIDTH)
+    s = tl.program_id(1)
+    n = tl.arange(0, MODES)
+    steps = tl.arange(0, TILE)
+    real = d < channels
+    known = n < N
+    inside = known[:, None] & real[None, :]
+    place = n[:, None] * channels + d[None, :]
+    size = N * channels
+    rates = tl.load(rate + place, mask=inside, other=0.0)
+    dtype = rates.dtype
+    if s == 0:
+        h = tl.load(state + b * size + place, mask=inside, other=0.0)
+    else:
+        at = (b * (tl.num_programs(1) - 1) + s - 1) * size + place
+        h = tl.load(before + at, mask=inside, other=0.0)
+    first = s * segment
+    last = tl.minimum(first + segment, length)
+    for start in range(first, last, TILE):
+        if SAVE:
+            at = (b * tl.cdiv(length, TILE) + start // TILE) * size + place
+            tl.store(starts + at, h, mask=inside)
+        here = start + steps < last
+        row = b * length + start
+        dts = _rows(dt, row, channels, steps, here, d, real, dtype)
+        us = _rows(u, row, channels, steps, here, d, real, dtype)
+        Bs = _rows(B, row, N, steps, here, n, known, dtype)
+        Cs = _rows(C, row, N, steps, here, n, known, dtype)
+        decay = _decay(dts, rates, keep, row, steps, here, KEEP)
+        given = (dts * us)[:, None, :] * Bs[:, :, None]
+        states = _states(decay, given, h, steps)
+        ys = tl.sum(states * Cs[:, :, None], 1)
+        at = row * channels + steps[:, None] * channels + d[None, :]
+        mask = here[:, None] & real[None, :]
+        tl.store(y + at, ys.to(y.dtype.element_ty), mask=mask)
+        h = _step(states, TILE - 1, steps)
+    if s == tl.num_programs(1) - 1:
+        tl.store(final + b * size + place, h, mask=inside)
+
+
+@triton.jit
+def _backward(
+    u, dt, rate, B, C, dy, d_final, after, starts, keep,
+    length, channels, segment,
+    du, ddt, dB, dC, carry, dA,
+    STORED: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr,
+    MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """With c = C dy and q[t] = a[t] g[t], the gradient of the state before a step:
+    g = c + q[t+1], du = dt B g, da a = g (h - given).
+
+    q and dA lie in memory between the tiles, in `carry`, which ends as the gradient of
+    the state before the segment, and in `dA`.
+    """
+    groups = tl.cdiv(channels, WIDTH * GROUP)
+    b = (tl.program_id(0) // groups).to(tl.int64)
+    group = tl.program_id(0) % groups
+    s = tl.program_id(1)
+    n = tl.arange(0, MODES)
+    steps = tl.arange(0, TILE)
+    known = n < N
+    size = N * channels
+    dtype = rate.dtype.element_ty
+    own = (b * tl.num_programs(1) + s) * size
+    for block in range(0, GROUP):
+        d = (group * GROUP + block) * WIDTH + tl.arange(0, WIDTH)
+        inside = known[:, None] & (d < channels)[None, :]
+        place = n[:, None] * channels + d[None, :]
+        if s == tl.num_programs(1) - 1:
+            q = tl.load(d_final + b * size + place, mask=inside, other=0.0)
+        else:
+            at = (b * (tl.num_programs(1) - 1) + s) * size + place
+            q = tl.load(after + at, mask=inside, other=0.0)
+        tl.store(carry + own + place, q, mask=inside)
+        tl.store(dA + own + place, tl.zeros_like(q), mask=inside)
+    tl.debug_barrier()
+    first = s * segment
+    last = tl.minimum(first + segment, length)
+    tiles = tl.cdiv(last - first, TILE)
+    for i in range(0, tiles):
+        start = first + (tiles - 1 - i) * TILE
+        here = start + steps < last
+        row = b * length + start
+        sum_B = tl.zeros((TILE, MODES, WIDTH), dtype)
+        sum_C = tl.zeros((TILE, MODES, WIDTH), dtype)
+        for block in range(0, GROUP):
+            d = (group * GROUP + block) * WIDTH + tl.arange(0, WIDTH)
+            real = d < channels
+            inside = known[:, None] & real[None, :]
+            place = n[:, None] * channels + d[None, :]
+            rates = tl.load(rate + place, mask=inside, other=0.0)
+            at = (b * tl.cdiv(length, STORED) + start // STORED) * size + place
+            h = tl.load(starts + at, mask=inside, other=0.0)
+            for earlier in range(start // STORED * STORED, start, TILE):
+                on = steps < TILE  # an earlier tile is whole
+                line = b * length + earlier
+                dts = _rows(dt, line, channels, steps, on, d, real, dtype)
+                us = _rows(u, line, channels, steps, on, d, real, dtype)
+                Bs = _rows(B, line, N, steps, on, n, known, dtype)
+                decay = _decay(dts, rates, keep, line, steps, on, KEEP)
+                given = (dts * us)[:, None, :] * Bs[:, :, None]
+                h = _step(_states(decay, given, h, steps), TILE - 1, steps)
+            dts = _rows(dt, row, channels, steps, here, d, real, dtype)
+            us = _rows(u, row, channels, steps, here, d, real, dtype)
+            dys = _rows(dy, row, channels, steps, here, d, real, dtype)
+            Bs = _rows(B, row, N, steps, here, n, known, dtype)
+            Cs = _rows(C, row, N, steps, here, n, known, dtype)
+            decay = _decay(dts, rates, keep, row, steps, here, KEEP)
+            xs = dts * us
+            given = xs[:, None, :] * Bs[:, :, None]
+            states = _states(decay, given, h, steps)
+            sum_C += states * dys[:, None, :]
+            passed = states - given
+
+            q = tl.load(carry + own + place, mask=inside, other=0.0)
+            c = dys[:, None, :] * Cs[:, :, None]
+            c = tl.where((steps == TILE - 1)[:, None, None], c + q[None], c)
+            decay, c = _flipped(decay), _flipped(c)
+            one = tl.full(c.shape, 1.0, dtype)
+            _, qs, g, _ = tl.associative_scan(
+                (decay, decay * c, c, one), 0, _combine_before
+            )
+            tl.store(carry + own + place, _step(qs, TILE - 1, steps), mask=inside)
+            g = _flipped(g)
+            passed *= g
+            rate_sum = tl.load(dA + own + place, mask=inside, other=0.0)
+            rate_sum += tl.sum(passed * dts[:, None, :], 0)
+            tl.store(dA + own + place, rate_sum, mask=inside)
+            through_B = tl.sum(g * Bs[:, :, None], 1)
+            through_a = tl.sum(passed * rates[None], 1) * 0.6931471805599453
+            at = row * channels + steps[:, None] * channels + d[None, :]
+            mask = here[:, None] & real[None, :]
+            tl.store(du + at, (dts * through_B).to(du.dtype.element_ty), mask=mask)
+            slope = us * through_B + through_a
+            tl.store(ddt + at, slope.to(ddt.dtype.element_ty), mask=mask)
+            sum_B += g * xs[:, None, :]
+            # the next tile reads what other threads wrote to carry and dA
+            tl.debug_barrier()
+        part = (b * groups + group) * length + start
+        at = part * N + steps[:, None] * N + n[None, :]
+        mask = here[:, None] & known[None, :]
+        tl.store(dB + at, tl.sum(sum_B, 2), mask=mask)
+        tl.store(dC + at, tl.sum(sum_C, 2), mask=mask)
