@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels import (
+    chunked_scan,
     contracted_scan,
     dplr_filter,
     fft_conv,
@@ -100,6 +101,24 @@ def selective_by_associative_scan(u, dt, A, B, C):
     return jnp.einsum("bldn,bln->bld", scan_by_associative_scan(decay, given), C)
 
 
+def selective_by_materialised_scan(u, dt, A, B, C):
+    """Decays and inputs of all steps first, then a scan over them under checkpoint."""
+    decay = jnp.exp(dt[..., None] * A)
+    given = (dt * u)[..., None] * B[:, :, None]
+
+    @jax.checkpoint
+    def contracted(decay, given, C):
+        def step(h, token):
+            decay, given, C = token
+            h = decay * h + given
+            return h, jnp.sum(h * C[:, None], -1)
+
+        tokens = [x.swapaxes(0, 1) for x in (decay, given, C)]
+        return jax.lax.scan(step, jnp.zeros_like(given[:, 0]), tokens)[1]
+
+    return contracted(decay, given, C).swapaxes(0, 1)
+
+
 def selective_by_lax_scan(u, dt, A, B, C):
     @jax.checkpoint
     def step(h, token):
@@ -110,6 +129,44 @@ def selective_by_lax_scan(u, dt, A, B, C):
     tokens = [x.swapaxes(0, 1) for x in (u, dt, B, C)]
     start = jnp.zeros((u.shape[0], *A.shape))
     return jax.lax.scan(step, start, tokens)[1].swapaxes(0, 1)
+
+
+def selective_forms(s):
+    return {
+        "selective_scan": lambda *args: selective_scan(*args)[0],
+        "associative_scan": selective_by_associative_scan,
+        "checkpointed lax.scan, inputs materialised": selective_by_materialised_scan,
+        "checkpointed lax.scan": selective_by_lax_scan,
+    }
+
+
+def chunked_by_lax_scan(checkpoint):
+    """One token after another; `checkpoint` keeps the states only."""
+
+    def run(q, k, v, g, beta=None):
+        def step(S, token):
+            q, k, v, g, beta = token
+            S = jnp.exp(g)[..., None, None] * S
+            if beta is not None:
+                v = beta[..., None] * (v - jnp.einsum("bhk,bhkv->bhv", k, S))
+            S = S + k[..., None] * v[..., None, :]
+            return S, jnp.einsum("bhk,bhkv->bhv", q, S)
+
+        if checkpoint:
+            step = jax.checkpoint(step, prevent_cse=False)
+        tokens = jax.tree.map(lambda x: x.swapaxes(0, 1), (q, k, v, g, beta))
+        start = jnp.zeros((*k[:, 0].shape, v.shape[-1]))
+        return jax.lax.scan(step, start, tokens)[1].swapaxes(0, 1)
+
+    return run
+
+
+def chunked_forms(s):
+    return {
+        "chunked_scan": lambda *args: chunked_scan(*args)[0],
+        "lax.scan": chunked_by_lax_scan(False),
+        "checkpointed lax.scan": chunked_by_lax_scan(True),
+    }
 
 
 def filter_by_table(length):
@@ -245,6 +302,19 @@ def make_selective(s, rng):
     return _normal(rng, *tokens, s["D"]), dt, A, *weights
 
 
+def make_scalar_chunks(s, rng):
+    """q, k (of length 1), v and log decays."""
+    tokens = s["B"], s["L"], s["H"]
+    q, k, v = (_normal(rng, *tokens, s["K"]) for _ in range(3))
+    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    return q, k, v, -rng.uniform(0, 0.2, tokens).astype(np.float32)
+
+
+def make_delta_chunks(s, rng):
+    beta = rng.uniform(0, 1, (s["B"], s["L"], s["H"])).astype(np.float32)
+    return *make_scalar_chunks(s, rng), beta
+
+
 def make_filter(s, rng):
     return _complex(rng, s["H"], s["N"]), _rates(rng, s["H"], s["N"])
 
@@ -329,14 +399,37 @@ CASES = [
     Case(
         "selective_scan",
         "Mamba",
-        {"B": 2, "L": 4096, "D": 256, "N": 16},
+        {"B": 4, "L": 1024, "D": 256, "N": 16},
         {"B": 1, "L": 256, "D": 16, "N": 8},
         make_selective,
-        lambda s: {
-            "selective_scan": lambda *args: selective_scan(*args)[0],
-            "states, associative_scan": selective_by_associative_scan,
-            "checkpointed lax.scan": selective_by_lax_scan,
-        },
+        selective_forms,
+    ),
+    Case(
+        "selective_scan",
+        "Mamba, long",
+        {"B": 2, "L": 4096, "D": 256, "N": 16},
+        {"B": 1, "L": 512, "D": 16, "N": 8},
+        make_selective,
+        selective_forms,
+    ),
+    Case(
+        "chunked_scan",
+        "scalar decay",
+        {"B": 4, "L": 1024, "H": 4, "K": 64},
+        {"B": 1, "L": 256, "H": 2, "K": 16},
+        make_scalar_chunks,
+        chunked_forms,
+        # the least there is to do, by steps: a product into the state and one out
+        flops=lambda s: 4 * s["B"] * s["L"] * s["H"] * s["K"] ** 2,
+    ),
+    Case(
+        "chunked_scan",
+        "gated delta rule",
+        {"B": 4, "L": 1024, "H": 4, "K": 64},
+        {"B": 1, "L": 256, "H": 2, "K": 16},
+        make_delta_chunks,
+        chunked_forms,
+        flops=lambda s: 6 * s["B"] * s["L"] * s["H"] * s["K"] ** 2,
     ),
     Case(
         "cauchy",

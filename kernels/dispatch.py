@@ -57,7 +57,11 @@ def pallas_tpu(module: str) -> OnPlatform:
 
 
 def pick(
-    op: str, backends: dict[str, ModuleType], backend: str | None, *arguments
+    op: str,
+    backends: dict[str, ModuleType],
+    backend: str | None,
+    *arguments,
+    advice: dict[str, tuple[bool, str]] | None = None,
 ) -> ModuleType:
     """The backend module that computes `op` for these arguments.
 
@@ -67,11 +71,16 @@ def pick(
         backend: None takes the first that supports the arguments and is not excluded; a
             name takes exactly that one, even where it is excluded from the default.
         *arguments: what the operation was called with, for `unsupported`.
+        advice: name -> whether to take it by default for these arguments and why (not),
+            where which backend is fastest depends on them.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot take the arguments; the
             message lists every backend with its reason.
     """
+
+    def suits(name: str) -> tuple[bool, str]:
+        return (advice or {}).get(name, (True, "first that can run"))
 
     def why_not(name: str) -> str | None:
         """Asks the cheap questions first: the last one may import Pallas or Triton."""
@@ -79,6 +88,7 @@ def pick(
         return (
             _excluded.get((op, name))
             or _not_by_default(module)
+            or (None if suits(name)[0] else suits(name)[1])
             or module.unsupported(*arguments)
         )
 
@@ -100,7 +110,7 @@ def pick(
     for name, module in backends.items():
         reason = why_not(name)
         if reason is None:
-            _note(op, name, "; ".join([*passed, f"{name}: first that can run"]))
+            _note(op, name, "; ".join([*passed, f"{name}: {suits(name)[1]}"]))
             return module
         passed.append(f"{name}: {reason}")
     raise ValueError(f"{op}: no backend can run; {listing()}")

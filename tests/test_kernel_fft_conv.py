@@ -1,5 +1,7 @@
-"""fft_conv against its definition, a sum over lags."""
+"""fft_conv and butterfly_conv against their definitions."""
 
+import math
+import re
 from functools import partial
 
 import jax
@@ -8,9 +10,19 @@ import numpy as np
 import pytest
 from kernel_cases import DTYPES, LENGTHS, OPTIONS, check, product, temporary_bytes
 
-from kernels import fft_conv
+from kernels import (
+    backend_report,
+    block_sizes,
+    butterfly_conv,
+    compat,
+    dft_factors,
+    fft_conv,
+)
+from kernels.fft_conv import choice, monarch, overlap_save, segmented, windows, xla
 from kernels.tolerance import assert_close
 
+BACKENDS = ["xla", "direct", "overlap_save", "monarch"]
+SHORT_LENGTHS = [7, 1, 64]  # direct: one operation per tap or step
 GATES = ("skip", "pre_gate", "post_gate")
 
 
@@ -35,25 +47,47 @@ def inputs_for(length, options, taps=None, channels=3, batch=2):
     return {name: x if name in wanted else None for name, x in made.items()}
 
 
-@product(dtype=DTYPES, length=LENGTHS, options=OPTIONS)
-def test_equals_definition(dtype, length, options):
+@product(
+    backend=["xla", "overlap_save", "monarch"],
+    dtype=DTYPES,
+    length=LENGTHS,
+    options=OPTIONS,
+)
+def test_equals_definition(backend, dtype, length, options):
     inputs = inputs_for(length, options)
-    check(fft_conv, inputs, dtype, "xla", reverse="reverse" in options)
+    check(fft_conv, inputs, dtype, backend, reverse="reverse" in options)
 
 
-@product(length=[30, 1, 2, 64], reset=[("reset",), ()], reverse=[True, False])
-def test_two_sided_with_gates(length, reset, reverse):
-    inputs = inputs_for(length, {"k_reverse", *GATES, *reset})
-    check(fft_conv, inputs, "float64", "xla", reverse=reverse)
+@product(dtype=DTYPES, length=SHORT_LENGTHS, options=OPTIONS)
+def test_direct_equals_definition(dtype, length, options):
+    inputs = inputs_for(length, options)
+    check(fft_conv, inputs, dtype, "direct", reverse="reverse" in options)
 
 
 @product(
-    taps=[17, 1, 2, 5, 16, 33, 90],
-    options=[("state", "reset"), ("state",), ("k_reverse", "reset")],
+    backend=BACKENDS,
+    length=[30, 1, 2, 64],
+    reset=[(), ("reset",)],
+    reverse=[True, False],
 )
-def test_filters_shorter_and_longer_than_the_input(taps, options):
+def test_two_sided_with_gates(backend, length, reset, reverse):
+    inputs = inputs_for(length, {"k_reverse", *GATES, *reset})
+    check(fft_conv, inputs, "float64", backend, reverse=reverse)
+
+
+@product(
+    taps=[17, 1, 2, 5, 33, 90],
+    backend=BACKENDS,
+    options=[("state",), ("state", "reset"), ("k_reverse", "reset")],
+)
+def test_filters_shorter_and_longer_than_the_input(taps, backend, options):
     inputs = inputs_for(50, set(options), taps)
-    check(fft_conv, inputs, "float64", "xla")
+    check(fft_conv, inputs, "float64", backend)
+
+
+@pytest.mark.parametrize("backend", ["direct", "monarch"])
+def test_low_precision_without_options(backend):
+    check(fft_conv, inputs_for(100, set()), "bfloat16", backend)
 
 
 @pytest.mark.parametrize("row", [np.nan, 1e6])
@@ -154,6 +188,300 @@ def test_memory_of_the_backward_pass_is_linear(reset):
     assert used[1] < 2.4 * used[0]
     # with resets each of the log2(L) levels has its own buffers
     assert used[1] < (50 if reset else 20) * 2 * 1024 * 8 * 4
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e6])
+def test_segments_do_not_reach_each_other(poison):
+    """Not even by rounding: nothing of one enters a sum of another."""
+    inputs = inputs_for(700, {"reset"})
+    u, k = (np.float32(inputs[name]) for name in ("u", "k"))
+    inside = np.cumsum(inputs["reset"], 1) == 20
+    run = jax.jit(lambda u: fft_conv(u, k, reset=inputs["reset"])[0])
+    changed = np.where(inside[..., None], np.float32(poison), u)
+    y, clean = np.asarray(run(changed)), np.asarray(run(u))
+    assert inside.any() and (y[~inside] == clean[~inside]).all()
+
+
+@product(
+    taps=[200, 3, 7, 30],
+    sizes=[(4, 16, 3), (2, 2, 5), (8, 8, 2)],
+    backend=["xla", "monarch"],
+)
+def test_resets_on_many_levels(monkeypatch, taps, sizes, backend):
+    """Every combination of matrices, groups and a short reach, at a small length."""
+    for name, size in zip(("NEAR", "BLOCK", "GROUP"), sizes, strict=True):
+        monkeypatch.setattr(segmented, name, size)
+    inputs = inputs_for(200, {"reset"}, taps)
+    inputs["reset"] &= np.random.default_rng(0).uniform(size=(2, 200)) < 0.3
+
+    def op(u, k, reset, backend):  # compiled for these sizes alone
+        return fft_conv(u, k, reset=reset, backend=backend)
+
+    check(op, {name: inputs[name] for name in ("u", "k", "reset")}, "float64", backend)
+
+
+@product(pieces=[(2, 40), (40, 40), (10**3, 10**3)], reset=[("reset",), ()])
+def test_large_inputs_are_taken_in_pieces(monkeypatch, pieces, reset):
+    """Channel by channel, and example by example where a channel is too large."""
+    monkeypatch.setattr(windows, "MOST", pieces[0])
+    monkeypatch.setattr(windows, "CACHED", pieces[1])
+    inputs = inputs_for(20, {"state", *reset}, 12, channels=6, batch=4)
+
+    def op(**inputs):
+        return fft_conv(**inputs)
+
+    check(op, inputs, "float64", "xla")
+
+
+def test_more_than_four_gigabytes_compile_to_small_transforms():
+    """No plan of an FFT beyond 32-bit sizes: 8 GB in, 1 GB at a time."""
+    u = jax.ShapeDtypeStruct((4, 2**21, 256), jnp.float32)
+    k = jax.ShapeDtypeStruct((256, 2**21), jnp.float32)
+    run = jax.jit(lambda u, k: fft_conv(u, k, backend="xla")[0])
+    text = run.lower(u, k).compile().as_text()
+    shapes = re.findall(r"= c64\[([0-9,]+)\][^=]* fft\(", text)
+    assert shapes
+    for shape in shapes:
+        assert math.prod(map(int, shape.split(","))) * 8 < 1.01 * 2**30
+
+
+@pytest.mark.parametrize(
+    "taps_start", [(5, 0), (5, 4), (30, 29), (30, 12), (64, 0)], ids=str
+)
+def test_overlap_save_streams_blocks(monkeypatch, taps_start):
+    taps, start = taps_start
+    monkeypatch.setattr(overlap_save, "SHORTEST", 16)
+    monkeypatch.setattr(overlap_save, "OVERHEAD", 2)
+    monkeypatch.setattr(windows, "CACHED", 600)
+    rng = np.random.default_rng(taps)
+    v, k = rng.standard_normal((2, 3, 331)), rng.standard_normal((3, taps))
+    count = 331 - start
+    with jax.enable_x64(True):
+        found, expected = (
+            jax.jit(partial(_with_gradients, partial(f, start=start, count=count)))(
+                v, k
+            )
+            for f in (overlap_save.window, xla.window)
+        )
+        assert_close(found, expected)
+
+
+def _with_gradients(f, *arguments):
+    y, pull = jax.vjp(f, *arguments)
+    return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+
+ORDERS = [(24, 15), (8, 4, 6), (3, 5, 7), (2, 3, 5, 4), (5, 1), (1, 6), (64,)]
+
+
+@pytest.mark.parametrize("sizes", ORDERS, ids=str)
+def test_block_fft_is_the_fft_in_permuted_order(sizes):
+    points = math.prod(sizes)
+    x = np.random.default_rng(points).standard_normal((2, points))
+    order = np.arange(points).reshape(sizes[::-1]).transpose().ravel()
+
+    def transform(x):
+        X = monarch.inner(monarch.outer(x, sizes, 0, False), sizes[1:], False)
+        back = monarch.inner_inverse(X, sizes[1:], False)
+        return X, monarch.outer_inverse(back, sizes, 0, points, False)
+
+    with jax.enable_x64(True):
+        (re, im), back = jax.jit(transform)(x)
+        kept = np.fft.fft(x)[:, order].reshape(2, sizes[0], -1)[:, : sizes[0] // 2 + 1]
+        assert_close(np.asarray(re) + 1j * np.asarray(im), kept)
+        assert_close(back, x)
+
+
+@pytest.mark.parametrize("sizes", [(12, 10), (5, 4, 6), (4, 3, 5, 2)], ids=str)
+def test_block_convolution_of_every_order(sizes):
+    """Four factors are the form in three passes; odd sizes, windows at either end."""
+    rng = np.random.default_rng(0)
+    v, k = rng.standard_normal((2, 3, 61)), rng.standard_normal((3, 50))
+    with jax.enable_x64(True):
+        for start, count in ((0, 61), (49, 12), (20, 41)):
+
+            def block(v, k, start=start, count=count):
+                return monarch.circular(v, k, sizes, start, count, False)
+
+            expected = partial(xla.window, start=start, count=count)
+            found, wanted = (
+                jax.jit(partial(_with_gradients, f))(v, k) for f in (block, expected)
+            )
+            assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "length", [2**16, pytest.param(2**20, marks=pytest.mark.slow)], ids=str
+)
+def test_three_passes_over_a_long_sequence(length):
+    """As the FFT, in temporary memory of a few inputs."""
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal((1, length, 2)).astype(np.float32)
+    k = (rng.standard_normal((2, length)) / 100).astype(np.float32)
+    assert len(block_sizes(2 * length)) == 4
+
+    def run(u, k, backend):
+        return _with_gradients(lambda u, k: fft_conv(u, k, backend=backend)[0], u, k)
+
+    found, expected = (
+        jax.jit(partial(run, backend=backend))(u, k) for backend in ("monarch", "xla")
+    )
+    assert_close(found, expected, "gradient")
+    assert temporary_bytes(partial(run, backend="monarch"), u, k) < 40 * u.nbytes
+
+
+@pytest.mark.parametrize("points", [1, 2, 3, 9, 100, 1023, 4095, 131071, 8388607])
+def test_block_sizes_hold_the_points_with_little_to_spare(points):
+    for order in (None, 1, 2, 3, 4):
+        total = math.prod(block_sizes(points, order))
+        assert points <= total <= 1.3 * points + 30
+
+
+CHOICES = {
+    "few taps": ((2, 4096, 3), 16, False, "cpu", "direct", "K=16 taps"),
+    "few steps": ((2, 1, 3), 4096, True, "cpu", "direct", "against L=1"),
+    "no state": ((2, 9, 3), 4096, False, "cpu", "direct", "against L=9"),
+    "one FFT": ((2, 4096, 3), 4096, False, "cpu", "xla", "overlap_save: K=4096 taps"),
+    "short": (
+        (1, 65536, 3),
+        64,
+        False,
+        "cpu",
+        "overlap_save",
+        "K=64 taps against L=65",
+    ),
+    "tpu": ((2, 4096, 3), 4096, False, "tpu", "monarch", "XLA's FFT is slow"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choice_is_in_the_open(name, monkeypatch):
+    shape, taps, state, platform, chosen, words = CHOICES[name]
+    u = jax.ShapeDtypeStruct(shape, jnp.float32)
+    k = jax.ShapeDtypeStruct((shape[2], taps), jnp.float32)
+    tail = jax.ShapeDtypeStruct((shape[0], taps - 1, shape[2]), jnp.float32)
+    with compat.lowering_for(platform):
+        fits = choice.advice(u, k, tail if state else None, None)
+        best = next((name for name, (good, _) in fits.items() if good), "xla")
+        assert best == chosen
+        if platform == "cpu":
+            jax.eval_shape(partial(fft_conv), u, k, tail if state else None)
+            backend, why = backend_report()["fft_conv"]
+            assert backend == chosen and words in why
+        else:
+            assert words in fits[chosen][1]
+
+
+def test_direct_refuses_what_would_compile_for_long():
+    u, k = np.ones((1, 500, 2), np.float32), np.ones((2, 400), np.float32)
+    with pytest.raises(ValueError, match="'direct': more than 128 taps and steps"):
+        fft_conv(u, k, backend="direct")
+
+
+# FlashButterfly.
+
+
+def butterfly(u, k, k_reverse=None, skip=None, backend=None, **factors):
+    """`butterfly_conv` with factors u_0, u_1, ..., k_0, k_1, ... by name."""
+    lists = (
+        [factors[name] for name in sorted(factors) if name.startswith(first)]
+        for first in ("u_", "k_")
+    )
+    return butterfly_conv(u, k, *lists, k_reverse=k_reverse, skip=skip, backend=backend)
+
+
+def butterfly_inputs(length, sizes, options, taps=None, channels=3):
+    """Factors near the DFT's; those with an even place of its own for each channel."""
+    inputs = inputs_for(length, options, taps, channels)
+    made = {name: inputs[name] for name in ("u", "k", "k_reverse", "skip")}
+    rng = np.random.default_rng(length)
+    for i, factor in enumerate(dft_factors(sizes)):
+        for name, own in (("u", i % 2 == 0), ("k", i % 2 == 1)):
+            shape = ((channels,) if own else ()) + factor.shape
+            noise = 0.1 * rng.standard_normal(shape)
+            made[f"{name}_{i}"] = np.asarray(factor, np.float64) + noise
+    return made
+
+
+@product(
+    sizes=[(5, 8), (6, 4, 2), (4, 2, 3, 2), (40,)],
+    dtype=["float64", "float32", "bfloat16"],
+    options=[("k_reverse", "skip"), ()],
+)
+def test_butterfly_equals_definition(sizes, dtype, options):
+    inputs = butterfly_inputs(19, sizes, {*options})
+    check(butterfly, inputs, dtype, "monarch")
+
+
+@product(sizes=[(8, 12), (4, 5, 6), (4, 3, 5, 2)], two_sided=[True, False])
+def test_butterfly_begins_as_the_fft_convolution(sizes, two_sided):
+    inputs = inputs_for(37, {"skip"} | ({"k_reverse"} if two_sided else set()))
+    moving = {name: x for name, x in inputs.items() if x is not None}
+    with jax.enable_x64(True):
+        factors = dft_factors(sizes, jnp.float64)
+
+        def learned(**inputs):
+            return butterfly_conv(inputs.pop("u"), inputs.pop("k"), factors, factors,
+                                  **inputs)  # fmt: skip
+
+        def gradients(f):
+            def run(moving):
+                y = f(**moving)
+                return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)), y
+
+            return jax.jit(jax.value_and_grad(run, has_aux=True))(moving)
+
+        found = gradients(learned)
+        assert_close(found, gradients(lambda **x: fft_conv(**x)[0]))
+
+
+def test_butterfly_keeps_no_step_for_its_gradient():
+    u, k = np.ones((2, 1024, 4), np.float32), np.ones((4, 1024), np.float32)
+    factors = dft_factors(block_sizes(2048))
+
+    def residuals(u, k, factors):
+        pull = jax.vjp(lambda *a: butterfly_conv(*a, factors), u, k, factors)[1]
+        return jax.tree.leaves(pull)
+
+    kept = jax.eval_shape(residuals, u, k, factors)
+    assert sum(x.size for x in kept) < 4 * (u.size + k.size)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"u": np.ones((2, 4), np.float32)}, "u must be"),
+        ({"k": np.ones((4, 3), np.float32)}, "k must be \\[H, K\\] with H = 3"),
+        ({"k": np.ones((3, 5), np.int32)}, "k must be real"),
+        ({"u_factors": []}, "u_factors must hold at least one"),
+        ({"u_factors": [np.ones((3, 3), np.float32)]}, "u_factors\\[0\\] must be"),
+        (
+            {"k_factors": [np.ones((2, 3, 3, 2), np.float32)]},
+            "k_factors\\[0\\] must be",
+        ),
+        ({"k_factors": dft_factors((4, 2))}, "k_factors must have the sizes"),
+        ({"k_reverse": np.ones((3, 9), np.float32)[:, :0]}, "k_reverse must be"),
+        ({"u": np.ones((2, 6, 3), np.float32)}, "at least L \\+ .* = 10 points"),
+        ({"skip": np.ones(2, np.float32)}, "skip must be"),
+        ({"backend": "xla"}, "unknown backend"),
+    ],
+)
+def test_butterfly_bad_input(change, words):
+    factors = dft_factors((2, 4))
+    good = {
+        "u": np.ones((2, 4, 3), np.float32),
+        "k": np.ones((3, 5), np.float32),
+        "u_factors": factors,
+        "k_factors": factors,
+    }
+    with pytest.raises(ValueError, match=f"butterfly_conv: .*{words}"):
+        butterfly_conv(**{**good, **change})
+
+
+@pytest.mark.parametrize("call", [lambda: block_sizes(0), lambda: dft_factors([2, 0])])
+def test_bad_sizes(call):
+    with pytest.raises(ValueError, match="must be an integer >= 1, got 0"):
+        call()
 
 
 @pytest.mark.parametrize(

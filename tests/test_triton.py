@@ -23,7 +23,9 @@ from kernel_cases import check
 
 from kernels import (
     cauchy,
+    chunked_scan,
     compat,
+    fft_conv,
     linear_scan,
     selective_scan,
     short_conv,
@@ -280,6 +282,93 @@ def moment_sizes(dtype):
     return {"u": ((8, 256, 4096), jnp.float32), "log_z": ((256, 32), dtype)}
 
 
+def attention(rng, length, heads, keys, values, decay="scalar", delta=False):
+    """heads: (groups, heads); decay: "scalar", "constant" or None."""
+    batch, (groups, heads) = 2, heads
+    k = normal(rng, batch, length, groups, keys)
+    made = {
+        "q": normal(rng, batch, length, groups, keys),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": normal(rng, batch, length, heads, values),
+        "initial_state": normal(rng, batch, heads, keys, values),
+        "reset": resets(rng, batch, length),
+    }
+    if decay is not None:
+        shape = (heads,) if decay == "constant" else (batch, length, heads)
+        made["log_decay"] = -rng.uniform(0, 0.5, shape)
+    if delta:
+        made["beta"] = rng.uniform(0, 1, (batch, length, heads))
+    return made, {"return_transition": True}
+
+
+def attention_cases(full):
+    # chunks are of 32 tokens, of 16 where the products are not of bfloat16
+    more = [(20, (1, 2), 5, 17, "scalar", True)]
+    everywhere = [
+        (1, (1, 1), 3, 2),
+        (16, (2, 2), 16, 16, "constant"),
+        (35, (1, 3), 20, 40, None, True),
+        (7, (2, 2), 3, 3, None),
+    ]
+    return switched(
+        attention, full, (37, (2, 4), 5, 20), *more, *(everywhere if full else ())
+    )
+
+
+def long_convolution(rng, length, taps, two_sided=False):
+    batch, channels = 2, 2
+    made = {
+        "u": normal(rng, batch, length, channels),
+        "k": normal(rng, channels, taps),
+        "skip": normal(rng, channels),
+        "pre_gate": normal(rng, batch, length, channels),
+    }
+    if two_sided:
+        made["k_reverse"] = normal(rng, channels, taps)
+    else:
+        made["initial_state"] = normal(rng, batch, taps - 1, channels)
+    return made, {}
+
+
+def long_convolution_cases(full):
+    # blocks are of 256 points
+    more = [(150, 170)]
+    everywhere = [(100, 60, True), (1, 1), (300, 290, True), (120, 700)]
+    return switched(
+        long_convolution, full, (90, 80), *more, *(everywhere if full else ())
+    )
+
+
+def attention_sizes():
+    def size(width, **more):
+        shape = (2, 4096, 8)
+        return {
+            "q": ((*shape[:2], 4, width), jnp.bfloat16),
+            "k": ((*shape[:2], 4, width), jnp.bfloat16),
+            "v": ((*shape, 64), jnp.bfloat16),
+            "log_decay": (shape, jnp.float32),
+            **more,
+        }
+
+    reset = {"reset": ((2, 4096), bool)}
+    return {
+        "bfloat16": size(64),
+        "bfloat16, delta rule": size(64, beta=((2, 4096, 8), jnp.float32)),
+        "bfloat16, reset": size(64, **reset),
+        "bfloat16, 128 keys": size(128),
+    }
+
+
+def long_convolution_sizes():
+    def size(length):
+        return {
+            "u": ((8, length, 768), jnp.bfloat16),
+            "k": ((768, length), jnp.float32),
+        }
+
+    return {"bfloat16, L=512": size(512), "bfloat16, L=1024": size(1024)}
+
+
 def in_both(sizes):
     return {"complex64": sizes(jnp.complex64), "float32": sizes(jnp.float32)}
 
@@ -322,6 +411,18 @@ KERNELS = {
         filter_cases(moments),
         in_both(moment_sizes),
         {"kernels.vandermonde.triton": {"LOW": 4, "HIGH": 2, "TILES": 2}},
+    ),
+    "chunked_scan": Kernel(
+        chunked_scan,
+        attention_cases,
+        attention_sizes(),
+        {"kernels.chunked_scan.triton": {"CHUNK": 32}},
+    ),
+    "fft_conv": Kernel(
+        fft_conv,
+        long_convolution_cases,
+        long_convolution_sizes(),
+        {"kernels.fft_conv.triton": {"BLOCK": 256}},
     ),
     "cauchy": Kernel(
         cauchy,

@@ -29,6 +29,11 @@ WORKDIR = flags.DEFINE_string(
 SEEDS = flags.DEFINE_list("seeds", [], "several runs, such as 0,1,2, one after another")
 PROFILE = flags.DEFINE_bool("profile", False, "trace steps 2 to 6 to <workdir>/profile")
 REPORT = flags.DEFINE_bool("report", True, "write <workdir>/report.html at the end")
+CERTIFICATE = flags.DEFINE_string(
+    "certificate",
+    None,
+    "of python -m kernels.check; default runs/kernels/<device kind>.json if it exists",
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several hosts; SLURM is noticed"
 )
@@ -40,11 +45,12 @@ def main(argv: list[str]) -> int:
     # Here and not above: a mistyped flag is answered before JAX has started.
     import jax
 
-    from train import loop
+    from train import certificate, loop
 
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if DISTRIBUTED.value or tasks > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
+    certificate.apply(CERTIFICATE.value)
     seeds = [_number(seed) for seed in SEEDS.value] or [CONFIG.value.seed]
     found = {}
     for seed in seeds:

@@ -4,9 +4,28 @@ import jax
 import jax.numpy as jnp
 
 from kernels import checks, dispatch, segments
-from kernels.fft_conv import reference, xla
+from kernels.fft_conv import (
+    choice,
+    direct,
+    monarch,
+    overlap_save,
+    reference,
+    taps,
+    xla,
+)
+from kernels.fft_conv.butterfly import block_sizes, butterfly_conv, dft_factors
 
-BACKENDS = {"xla": xla, "reference": reference}
+__all__ = ["block_sizes", "butterfly_conv", "dft_factors", "fft_conv"]
+
+BACKENDS = {
+    "direct": direct,
+    "overlap_save": overlap_save,
+    "triton": dispatch.triton("kernels.fft_conv.triton"),
+    "pallas_tpu": dispatch.pallas_tpu("kernels.fft_conv.pallas_tpu"),
+    "monarch": monarch,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def fft_conv(
@@ -42,10 +61,13 @@ def fft_conv(
         pre_gate, post_gate: [B, L, H] or None.
         reverse: time runs the other way, v[t+j] for v[t-j] and v[t-1-j] for v[t+1+j];
             the initial state holds the values after the call, also in order of time.
-        backend: a key of BACKENDS, or None for the first that supports these arguments.
+        backend: a key of BACKENDS, or None for the one that suits the sizes, the dtype
+            and the device: few taps or steps "direct", a filter much shorter than a
+            long sequence "overlap_save", otherwise one FFT, as "monarch" where that is
+            faster; `backend_report()` says which and why.
 
     Returns:
-        y: [B, L, H] in u's dtype.
+        y: [B, L, H] in u's dtype. "monarch" with bfloat16 u multiplies in bfloat16.
         final_state: [B, K-1, H], the initial_state of the next call (with reverse, of
             the call to the left), float32 or wider, zero beyond a reset; None with
             k_reverse, which has no state because it needs the future.
@@ -60,7 +82,8 @@ def fft_conv(
     """
     op = "fft_conv"
     _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate)
-    module = dispatch.pick(op, BACKENDS, backend, u, k)
+    advice = choice.advice(u, k, initial_state, k_reverse)
+    module = dispatch.pick(op, BACKENDS, backend, u, k, advice=advice)
     dtype = jnp.promote_types(jnp.promote_types(u.dtype, k.dtype), jnp.float32)
     v = u.astype(dtype)
     if pre_gate is not None:
@@ -77,7 +100,7 @@ def fft_conv(
         state = state.astype(dtype)
     k = k.astype(dtype)
     ahead = None if k_reverse is None else k_reverse.astype(dtype)
-    y = module.convolve(v, k, ahead, state, segment)
+    y = module.convolve(v, k, ahead, state, segment, u.dtype == jnp.bfloat16)
     if skip is not None:
         y = y + skip.astype(dtype) * v
     final = None
@@ -107,14 +130,8 @@ def _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate)
     )
     checks.sequence(op, "u", u, "[B, L, H]", ndim=3)
     batch, _, channels = u.shape
-    for name, taps in (("k", k), ("k_reverse", k_reverse)):
-        if taps is not None and (
-            taps.ndim != 2 or taps.shape[0] != channels or taps.shape[1] < 1
-        ):
-            raise ValueError(
-                f"{op}: {name} must be [H, K] with H = {channels}, K >= 1, "
-                f"got {taps.shape}"
-            )
+    taps.check(op, "k", k, channels)
+    taps.check(op, "k_reverse", k_reverse, channels)
     if k_reverse is not None and initial_state is not None:
         raise ValueError(
             f"{op}: initial_state must be None with k_reverse, which has no state, "

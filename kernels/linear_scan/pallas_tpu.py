@@ -52,8 +52,8 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
     walk = blocks.Walk.over(states[0], descending=not reverse)
     varying = decay[0].shape[1] > 1
     da_shape = states[0].shape if varying else state[0].shape
-    exact = da_shape == a[0].shape  # nothing is left to sum
-    da_like = jax.ShapeDtypeStruct(da_shape, a[0].dtype if exact else state[0].dtype)
+    summed = not varying or states[0].size != a[0].size  # over time or afterwards
+    da_like = jax.ShapeDtypeStruct(da_shape, (state if summed else a)[0].dtype)
     dx_like = jax.ShapeDtypeStruct(states[0].shape, like_x[0].dtype)
     da, dx, dstate = _call(
         _backward,

@@ -1,0 +1,523 @@
+"""What each operation is tried on, and how a backend is compared with the definition.
+
+`OPERATIONS` says per operation which variants there are and how their inputs are made.
+A `Case` is one variant at one length with or without initial state, resets and reverse;
+the product of all of them by dtype is what `kernels.check` covers.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import (
+    cauchy,
+    contracted_scan,
+    fft_conv,
+    linear_scan,
+    selective_scan,
+    short_conv,
+    vandermonde,
+    vandermonde_transpose,
+)
+from kernels.chunked_scan import chunked_scan
+from kernels.fft_conv import block_sizes, butterfly_conv
+from kernels.tolerance import assert_close
+
+DTYPES = ("float32", "bfloat16", "float64")
+LONGEST_DECAY = 1000
+OUTPUTS = ("output", "final_state", "transition")
+
+# For what runs once per shape: compiling it well would cost more than it saves.
+QUICK_TO_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+class Case(NamedTuple):
+    variant: str
+    length: int
+    state: bool = False
+    reset: bool = False
+    reverse: bool = False
+
+    def __str__(self):
+        options = [name for name in self._fields[2:] if getattr(self, name)]
+        return ", ".join([self.variant, f"L={self.length}", *options])
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One public operation.
+
+    `make(rng, variant, length, size)` gives all its arrays, with the initial state and
+    the resets where the variant takes them; `static(case)` its other arguments; `small`
+    and `wide` are sizes for computing and for compiling only; beyond `longest` the
+    definition takes too much memory.
+    """
+
+    call: Callable
+    make: Callable[[np.random.Generator, str, int, dict], dict]
+    variants: tuple[str, ...]
+    small: dict[str, int]
+    wide: dict[str, int]
+    static: Callable[[Case], dict[str, Any]]
+    longest: int = 2**20
+
+    @property
+    def name(self) -> str:
+        return self.call.__name__
+
+    @property
+    def folder(self) -> str:
+        """Of its sources, below kernels/."""
+        return self.call.__module__.split(".")[1]
+
+    @property
+    def backends(self) -> dict:
+        return sys.modules[self.call.__module__].BACKENDS
+
+    def inputs(self, case: Case, wide: bool = False) -> dict:
+        rng = np.random.default_rng(case.length)
+        size = self.wide if wide else self.small
+        made = self.make(rng, case.variant, case.length, size)
+        left_out = {"initial_state": case.state, "reset": case.reset}
+        return {k: x for k, x in made.items() if left_out.get(k, True)}
+
+    def product(self, lengths, dtypes, wide: bool = False) -> Iterator[tuple]:
+        """All (variant, length, state, reset, reverse, dtype); the first is the case
+        with every option. Long ones only if the definition is not needed (`wide`)."""
+        for variant in self.variants:
+            made = self.make(np.random.default_rng(0), variant, 1, self.small)
+            real = any(x.dtype.kind == "f" for x in jax.tree.leaves(made))
+            yield from itertools.product(
+                [variant],
+                [length for length in lengths if length <= self.longest or wide],
+                (True, False) if "initial_state" in made else (False,),
+                (True, False) if "reset" in made else (False,),
+                (True, False) if "reset" in made else (False,),
+                # what is complex alone has no bfloat16
+                [dtype for dtype in dtypes if real or dtype != "bfloat16"],
+            )
+
+
+def covering(candidates: list[tuple], strength: int = 2) -> list[tuple]:
+    """Few of the candidates that show every two (`strength`) of their values together.
+
+    Greedy: the next one shows the most that was not seen yet, the first of several.
+    """
+    shows = {c: set(itertools.combinations(enumerate(c), strength)) for c in candidates}
+    unseen, chosen = set().union(*shows.values()), []
+    while unseen:
+        chosen.append(max(candidates, key=lambda c: len(shows[c] & unseen)))
+        unseen -= shows[chosen[-1]]
+    return chosen
+
+
+# Inputs. The total decay of a long call is not so small that float32 has only 0 for it.
+
+
+def _mild(length):
+    return min(1, 30 / length)
+
+
+def _normal(rng, *shape, kind="r"):
+    x = rng.standard_normal(shape)
+    return x + 1j * rng.standard_normal(shape) if kind == "c" else x
+
+
+def _resets(rng, B, L):
+    return rng.uniform(size=(B, L)) < 0.15
+
+
+def _scan(rng, variant, length, size):
+    B, D = size["B"], size["D"]
+    shape, kinds, a_shape = (B, length, D), "rr", None
+    if variant == "broadcast a":  # one decay for each of the heads
+        shape, a_shape = (B, length, D // 5, 5), (B, length, D // 5, 1)
+    elif variant == "constant a":
+        kinds, a_shape = "cc", (D,)
+    else:
+        kinds = {"real": "rr", "complex": "cc", "complex a": "cr", "complex x": "rc"}[
+            variant
+        ]
+    a = rng.uniform(0.3, 0.999, a_shape or shape) ** _mild(length)
+    if kinds[0] == "c":
+        a = a * np.exp(1j * rng.uniform(-3, 3, a.shape))
+    return {
+        "a": a,
+        "x": _normal(rng, *shape, kind=kinds[1]),
+        "initial_state": _normal(rng, B, *shape[2:], kind="c" if "c" in kinds else "r"),
+        "reset": _resets(rng, B, length),
+    }
+
+
+def _bank(rng, variant, length, size):
+    B, H, N = size["B"], size["H"], size["N"]
+    kind, timed = variant[0], variant.endswith("dt")
+    log_a = -rng.uniform(0.01, 0.5, (H, N)) * _mild(length)
+    if kind == "c":
+        # with dt the phase dt * Im(log_a) is rounded in the inputs' precision
+        log_a = log_a + 1j * rng.uniform(-1, 1, (H, N)) * (
+            0.5 * _mild(length) if timed else 3
+        )
+    made = {
+        "log_a": log_a,
+        "b": _normal(rng, H, N, kind=kind),
+        "c": _normal(rng, H, N, kind=kind),
+        "u": _normal(rng, B, length, H),
+        "initial_state": _normal(rng, B, H, N, kind=kind),
+        "reset": _resets(rng, B, length),
+    }
+    if timed:
+        made["dt"] = rng.uniform(0, 3, (B, length)) * (rng.uniform(size=length) < 0.8)
+    return made
+
+
+def _selective(rng, variant, length, size):
+    B, D, N = size["B"], size["D"], size["N"]
+    made = {
+        "u": _normal(rng, B, length, D),
+        "dt": rng.uniform(0.01, 0.5, (B, length, D)),
+        "A": -rng.uniform(0.1, 2, (D, N)) * _mild(length),
+        "B": _normal(rng, B, length, N),
+        "C": _normal(rng, B, length, N),
+        "initial_state": _normal(rng, B, D, N),
+        "reset": _resets(rng, B, length),
+    }
+    if variant == "skip":
+        made["skip"] = _normal(rng, D)
+    return made
+
+
+def _chunked(rng, variant, length, size):
+    B, H, G, K, V = (size[name] for name in "BHGKV")
+    k = _normal(rng, B, length, G, K)
+    made = {
+        "q": _normal(rng, B, length, G, K) / np.sqrt(K),
+        # the delta rule is stable for beta |k|^2 <= 2
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": _normal(rng, B, length, H, V),
+        "initial_state": _normal(rng, B, H, K, V),
+        "reset": _resets(rng, B, length),
+    }
+    decays = {"constant": (H,), "scalar": (B, length, H), "vector": (B, length, H, K)}
+    *rule, decay = variant.removesuffix(" decay").split(", ")
+    if decay != "no":
+        shape = decays[decay]
+        made["log_decay"] = -rng.uniform(0.01, 1, shape) * _mild(length)
+    if rule == ["delta rule"]:
+        made["beta"] = rng.uniform(0.1, 1, (B, length, H)) * _mild(length)
+    return made
+
+
+def _convolution(rng, variant, length, size):
+    B, H = size["B"], size["H"]
+    # the definition keeps L x K values for its gradient
+    taps = 17 if variant == "short filter" else min(length, size["K"])
+    decay = np.exp(-np.arange(taps) / 20)
+    made = {
+        "u": _normal(rng, B, length, H),
+        "k": _normal(rng, H, taps) * decay,
+        "initial_state": _normal(rng, B, taps - 1, H),
+        "reset": _resets(rng, B, length),
+    }
+    if variant in ("gated", "two-sided"):
+        made["skip"] = _normal(rng, H)
+        made["pre_gate"] = _normal(rng, B, length, H)
+        made["post_gate"] = _normal(rng, B, length, H)
+    if variant == "two-sided":
+        made["k_reverse"] = _normal(rng, H, taps) * decay
+        del made["initial_state"]
+    return made
+
+
+def _butterfly(rng, variant, length, size):
+    B, H = size["B"], size["H"]
+    taps = min(length, size["K"])
+    made = {
+        "u": _normal(rng, B, length, H),
+        "k": _normal(rng, H, taps) * np.exp(-np.arange(taps) / 20),
+        "skip": _normal(rng, H),
+    }
+    if variant == "two-sided":
+        made["k_reverse"] = _normal(rng, H, taps)
+    heads = (H,) if variant == "factors per channel" else ()
+    for name in ("u_factors", "k_factors"):
+        made[name] = [_learned(rng, n, heads) for n in block_sizes(length + size["K"])]
+    return made
+
+
+def _learned(rng, n, heads):
+    """[*heads, n, n, 2], not far from the factor of a Fourier transform."""
+    angle = -2 * np.pi / n * np.outer(np.arange(n), np.arange(n))
+    pair = np.stack([np.cos(angle), np.sin(angle)], -1)
+    return pair + 0.1 * rng.standard_normal((*heads, *pair.shape))
+
+
+def _short(rng, variant, length, size):
+    B, H, W = size["B"], size["H"], size["W"]
+    made = {
+        "u": _normal(rng, B, length, H),
+        "w": _normal(rng, H, W),
+        "initial_state": _normal(rng, B, W - 1, H),
+        "reset": _resets(rng, B, length),
+    }
+    if variant == "bias":
+        made["bias"] = _normal(rng, H)
+    return made
+
+
+def _nodes(rng, variant, size):
+    log_z = -rng.uniform(0.001, 0.5, (size["H"], size["N"]))
+    if variant == "real":
+        return log_z
+    return log_z + 1j * rng.uniform(-3.2, 3.2, log_z.shape)
+
+
+def _filter(rng, variant, length, size):
+    kind = "r" if variant in ("real", "real c") else "c"
+    return {
+        "c": _normal(rng, 2, size["H"], size["N"], kind=kind),
+        "log_z": _nodes(rng, variant, size),
+    }
+
+
+def _moments(rng, variant, length, size):
+    return {
+        "u": _normal(rng, size["B"], size["H"], length),
+        "log_z": _nodes(rng, variant, size),
+    }
+
+
+def _cauchy(rng, variant, length, size):
+    H, N = size["H"], size["N"]
+    dt = 10 ** rng.uniform(-3, -1, (H, 1))
+    sums = {"one sum": 1, "shared nodes": 4}[variant]
+    return {
+        "v": _normal(rng, sums, H, N, kind="c"),
+        "z": dt * (-0.5 + 1j * np.arange(1, N + 1) ** 2),
+    }
+
+
+def _scan_options(case):
+    # rounding a decay moves its L-th power L times as far: too far for a long call
+    return {"reverse": case.reverse, "return_transition": case.length <= LONGEST_DECAY}
+
+
+def _direction(case):
+    return {"reverse": case.reverse}
+
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        Operation(
+            linear_scan,
+            _scan,
+            ("real", "complex", "complex a", "complex x", "constant a", "broadcast a"),
+            {"B": 2, "D": 10},
+            {"B": 2, "D": 320},
+            _scan_options,
+        ),
+        Operation(
+            contracted_scan,
+            _bank,
+            ("complex", "real", "complex, dt", "real, dt"),
+            {"B": 2, "H": 4, "N": 3},
+            {"B": 2, "H": 256, "N": 32},
+            _scan_options,
+        ),
+        Operation(
+            selective_scan,
+            _selective,
+            ("skip", "no skip"),
+            {"B": 2, "D": 5, "N": 4},
+            {"B": 2, "D": 256, "N": 16},
+            _scan_options,
+        ),
+        Operation(
+            chunked_scan,
+            _chunked,
+            (
+                "scalar decay",
+                "delta rule, scalar decay",
+                "vector decay",
+                "delta rule, vector decay",
+                "constant decay",
+                "delta rule, no decay",
+            ),
+            {"B": 2, "H": 2, "G": 1, "K": 5, "V": 3},
+            {"B": 2, "H": 8, "G": 4, "K": 64, "V": 64},
+            _scan_options,
+        ),
+        Operation(
+            fft_conv,
+            _convolution,
+            ("gated", "no gates", "two-sided", "short filter"),
+            {"B": 2, "H": 3, "K": 2048},
+            {"B": 2, "H": 256, "K": 4096},
+            _direction,
+        ),
+        Operation(
+            butterfly_conv,
+            _butterfly,
+            ("one-sided", "two-sided", "factors per channel"),
+            {"B": 2, "H": 2, "K": 20},
+            {"B": 2, "H": 64, "K": 4096},
+            lambda case: {},
+            longest=1000,
+        ),
+        Operation(
+            short_conv,
+            _short,
+            ("bias", "no bias"),
+            {"B": 2, "H": 5, "W": 4},
+            {"B": 2, "H": 256, "W": 4},
+            _direction,
+        ),
+        Operation(
+            vandermonde,
+            _filter,
+            ("complex", "real", "real c"),
+            {"H": 3, "N": 5},
+            {"H": 128, "N": 32},
+            lambda case: {"length": case.length},
+        ),
+        Operation(
+            vandermonde_transpose,
+            _moments,
+            ("complex", "real"),
+            {"B": 2, "H": 3, "N": 5},
+            {"B": 4, "H": 128, "N": 32},
+            lambda case: {},
+        ),
+        Operation(
+            cauchy,
+            _cauchy,
+            ("shared nodes", "one sum"),
+            {"H": 3, "N": 5},
+            {"H": 128, "N": 32},
+            lambda case: {"length": case.length},
+        ),
+    )
+}
+
+
+# Comparison.
+
+
+def rounded(inputs, dtype):
+    """Float arrays in `dtype` (complex ones in its complex counterpart)."""
+    wide = dtype == "float64"
+
+    def cast(x):
+        x = np.asarray(x)
+        if np.iscomplexobj(x):
+            return x.astype(np.complex128 if wide else np.complex64)
+        return (
+            x.astype(jnp.dtype(dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        )
+
+    return jax.tree.map(cast, inputs)
+
+
+def widened(inputs):
+    """The same numbers in float64 and complex128."""
+    return rounded(inputs, "float64")
+
+
+def results(op, inputs, **static):
+    """All outputs of `op(**inputs, **static)`, and the gradient of a fixed random
+    functional of them by every floating input."""
+    return evaluate(op, inputs, static)
+
+
+def expected(op, inputs, **static):
+    """`results` of the definition in float64, on the CPU: not every accelerator has
+    float64."""
+    static = {**static, "backend": "reference"}
+    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
+        return evaluate(op, widened(inputs), static, QUICK_TO_COMPILE)
+
+
+def evaluate(op, inputs, static, compiler_options=None):
+    """`results`, compiled with these options of XLA."""
+    moving, fixed = parted(inputs)
+    items = (
+        tuple(sorted((given or {}).items())) for given in (static, compiler_options)
+    )
+    return jax.tree.map(np.asarray, _compiled(op, *items)(moving, fixed))
+
+
+def parted(inputs):
+    """What has a gradient, and what has none: flags, and None."""
+    fixed = {
+        name: x
+        for name, x in inputs.items()
+        if all(leaf.dtype == bool for leaf in jax.tree.leaves(x))
+    }
+    return {name: x for name, x in inputs.items() if name not in fixed}, fixed
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(op, static, compiler_options):
+    """One function for all dtypes, so that the reference is compiled once per shape."""
+
+    def functional(moving, fixed):
+        values = op(**moving, **fixed, **dict(static))
+        total = 0
+        for i, leaf in enumerate(jax.tree.leaves(values)):
+            rng = np.random.default_rng(i)
+            for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+                weight = rng.standard_normal(leaf.shape).astype(part.dtype)
+                wide = jnp.promote_types(part.dtype, jnp.float32)
+                total = total + jnp.sum(weight.astype(wide) * part.astype(wide))
+        return total, values
+
+    def run(moving, fixed):
+        gradient = jax.value_and_grad(functional, has_aux=True)
+        (_, values), gradients = gradient(moving, fixed)
+        return values, gradients
+
+    return jax.jit(run, compiler_options=dict(compiler_options) or None)
+
+
+def check(op, inputs, dtype, backend, **static):
+    """`backend` in `dtype` against the definition in float64 on the same numbers.
+
+    Returns:
+        the outputs of the backend.
+
+    Raises:
+        AssertionError: an output or a gradient is off by more than its limit.
+    """
+    inputs = rounded(inputs, dtype)
+    values, gradients = expected(op, inputs, **static)
+    with jax.enable_x64(dtype == "float64"):
+        found, found_gradients = results(op, inputs, backend=backend, **static)
+    assert_close(found, values, "value", dtype)
+    assert_close(found_gradients, gradients, "gradient", dtype)
+    return found
+
+
+def named_outputs(values) -> dict:
+    """The outputs of an operation by name."""
+    outputs = values if isinstance(values, tuple) else (values,)
+    return dict(zip(OUTPUTS, outputs, strict=False))
+
+
+def named_arrays(tree: dict) -> dict:
+    """Every array with a name such as "u" or "factors[0]"."""
+    return {
+        name + jax.tree_util.keystr(path): array
+        for name, x in tree.items()
+        for path, array in jax.tree_util.tree_leaves_with_path(x)
+    }

@@ -1,0 +1,216 @@
+"""python -m kernels.check: every backend against its definition, on this machine.
+
+Values, final state, transition and the gradient by every argument, against
+`reference.py` in float64 on the same numbers, within the limits of
+`kernels/tolerance.py`. By default every two of variant, length, initial state, reset,
+reverse and dtype are tried together; --full tries all combinations, at lengths of 4096
+and more too (hours on a CPU), and --quick one of each.
+
+    python -m kernels.check [--op NAME ...] [--backend NAME ...] [--dtype NAME ...]
+                            [--full | --quick] [--out FILE.json]
+
+How a backend was tried is said in the table and in the certificate:
+    run          computed on this device, as it is when it is chosen
+    interpreted  computed on the CPU, Pallas in interpret mode and Triton in Triton's
+                 interpreter (a process of its own, at short lengths)
+    lowered      lowered for a TPU, forward and backward, at real sizes; not run
+    compiled     compiled to machine code for sm_80 or sm_90 at real sizes; not run. The
+                 figures are the largest of all kernels.
+
+The certificate goes to --out, or, when everything was checked, to
+runs/kernels/<device kind>.json, where `python -m train.main` finds it and leaves out of
+the default choice what failed. The exit code is 1 where something failed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kernels import certificate, compat
+from kernels.cases import DTYPES, OPERATIONS
+from kernels.conformance import Row, Worst, run
+
+SHOWN = 5  # failures of one row
+
+
+def table(rows: Iterable[Row]) -> Table:
+    shown = Table(title="largest error over largest value, and its limit")
+    for name in ("operation", "backend", "how", "dtype", "cases", "values", "gradients",
+                 "kernels", "verdict"):  # fmt: skip
+        shown.add_column(name, no_wrap=name in ("operation", "backend", "dtype"))
+    before = None
+    for row in rows:
+        if row.op != before:
+            shown.add_section()
+        verdict = row.verdict
+        if row.failures:
+            verdict = "[red]FAILED[/red]"
+        elif row.cases and row.not_taken:
+            verdict += f", {len(row.not_taken)} not taken"
+        shown.add_row(
+            row.op if row.op != before else "",
+            row.backend,
+            row.how,
+            row.dtype,
+            str(row.cases),
+            _shown(row.value),
+            escape(_shown(row.gradient, named=True)),
+            escape(_kernels(row.kernels)),
+            verdict,
+        )
+        before = row.op
+    return shown
+
+
+def _shown(worst: Worst | None, named: bool = False) -> str:
+    if worst is None:
+        return "-"
+    text = f"{worst.error:.1e} / {worst.limit:.0e}"
+    return f"{text} ({worst.name})" if named else text
+
+
+def _kernels(kernels: list[dict]) -> str:
+    if not kernels:
+        return "-"
+    if "registers" not in kernels[0]:
+        return "forward {}, backward {}".format(
+            max(k["forward"] for k in kernels),
+            max(k["both_passes"] - k["forward"] for k in kernels),
+        )
+    most = {
+        name: max(kernel[name] for kernel in kernels)
+        for name in ("registers", "spilled_bytes", "shared_bytes")
+    }
+    return (
+        f"{most['registers']} registers, {most['spilled_bytes']} B spilled, "
+        f"{most['shared_bytes']} B shared"
+    )
+
+
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """One line for every reason why something was not tried, with a case."""
+    lines = {}
+    for row in rows:
+        for text in row.not_taken:
+            case, _, reason = text.partition(": ")
+            lines.setdefault((row.op, row.backend, row.how, reason), case)
+    return [
+        f"not run: {op}, backend {backend} ({how}; {case}): {reason}"
+        for (op, backend, how, reason), case in lines.items()
+    ]
+
+
+def failures(rows: Iterable[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        start = f"FAILED: {row.op}, backend {row.backend}, {row.dtype} ({row.how}): "
+        lines += [start + failure for failure in row.failures[:SHOWN]]
+        if len(row.failures) > SHOWN:
+            lines.append(f"{start}and {len(row.failures) - SHOWN} more")
+    return lines
+
+
+def contents(rows: Sequence[Row], coverage: str) -> dict:
+    """What the certificate says; see `kernels/certificate.py`."""
+    folders = {row.op: OPERATIONS[row.op].folder for row in rows}
+    return {
+        "coverage": coverage,
+        "device": certificate.device(),
+        "versions": certificate.versions(),
+        "sources": {
+            op: certificate.source_hash(folder) for op, folder in folders.items()
+        },
+        "results": [row.as_json() for row in rows],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    chosen = [OPERATIONS[name] for name in options.op]
+    coverage = "quick" if options.quick else "full" if options.full else "default"
+    device = certificate.device()
+    console.print(f"{device['kind']} ({device['driver']}), jax {jax.__version__}")
+    with console.status("") as status:
+        rows = run(chosen, options.backend, options.dtype, coverage, status.update)
+    console.print(table(rows))
+    for line in [*reasons(rows), *failures(rows)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if options.out is None:
+        print("no certificate of a part; --out FILE writes one all the same")
+    else:
+        named = f"{coverage}, part" if options.part else coverage
+        certificate.write(options.out, contents(rows, named))
+        print(f"certificate: {options.out}")
+    return int(any(row.failures for row in rows))
+
+
+def _parse(argv):
+    backends = list(dict.fromkeys(b for o in OPERATIONS.values() for b in o.backends))
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.check",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    for flag, names, text in (
+        ("op", list(OPERATIONS), "only these operations"),
+        ("backend", backends, "only these backends"),
+        ("dtype", DTYPES, "only these dtypes"),
+    ):
+        parser.add_argument(
+            f"--{flag}", nargs="+", action="extend", choices=names, metavar="NAME",
+            help=f"{text}: {', '.join(names)}",
+        )  # fmt: skip
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument("--full", action="store_true", help="all combinations")
+    how_much.add_argument("--quick", action="store_true", help="one case of each")
+    parser.add_argument("--out", type=Path, help="where the certificate goes")
+    options = parser.parse_args(argv)
+    options.part = bool(options.op or options.backend or options.dtype)
+    dtypes = list(DTYPES)
+    if compat.platform() == "tpu":
+        dtypes.remove("float64")  # a TPU has none
+    for flag, default in (("op", OPERATIONS), ("backend", backends), ("dtype", dtypes)):
+        given = getattr(options, flag)
+        setattr(options, flag, list(dict.fromkeys(given or default)))
+    there = sorted({name for op in options.op for name in OPERATIONS[op].backends})
+    if not {*there} & {*options.backend}:
+        parser.error(
+            f"argument --backend: {', '.join(options.op)} has {', '.join(there)}, not "
+            f"{', '.join(options.backend)}"
+        )
+    if options.out is None and not (options.part or options.quick):
+        options.out = certificate.default_path()
+    if options.out is not None:
+        _make_room(parser, options.out)
+    try:
+        jax.devices("cpu")
+    except RuntimeError:
+        parser.error(
+            "JAX_PLATFORMS must leave the CPU, where the definitions are computed, "
+            f"such as cuda,cpu; got {os.environ.get('JAX_PLATFORMS')}"
+        )
+    return options
+
+
+def _make_room(parser, out: Path) -> None:
+    """An error now and not after minutes where `out` cannot be written."""
+    if out.is_dir():
+        parser.error(f"argument --out: must be a file, got folder {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"argument --out: {problem}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

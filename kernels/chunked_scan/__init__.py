@@ -1,0 +1,150 @@
+"""Linear attention with decay: recurrences whose state is a matrix."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import checks, dispatch, segments
+from kernels.chunked_scan import reference, xla
+
+BACKENDS = {
+    "triton": dispatch.triton("kernels.chunked_scan.triton"),
+    "pallas_tpu": dispatch.pallas_tpu("kernels.chunked_scan.pallas_tpu"),
+    "xla": xla,
+    "reference": reference,
+}
+
+
+def chunked_scan(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    *,
+    reverse: bool = False,
+    return_transition: bool = False,
+    backend: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """H heads, each with a state of K keys by V values.
+
+        S[t] = exp(g[t]) S[t-1] + k[t] v[t]^T                [B, H, K, V]
+        o[t] = S[t]^T q[t]                                   [B, H, V]
+
+    with g the log decay, and with beta the delta rule, which first takes away what the
+    state holds under the key:
+
+        S[t] = (I - beta[t] k[t] k[t]^T) exp(g[t]) S[t-1] + beta[t] k[t] v[t]^T
+
+    Nothing is scaled or normalised here; the delta rule is stable for beta |k|^2 <= 2.
+
+    Args:
+        q, k: [B, L, G, K] real; G divides H, and head h uses group h // (H / G).
+        v: [B, L, H, V] real.
+        log_decay: <= 0, -inf allowed: None for no decay, [H] for a constant one
+            (retention, lightning attention), [B, L, H] (Mamba-2, gated DeltaNet), or
+            [B, L, H, K] for one per key channel (GLA, Kimi delta attention).
+        beta: [B, L, H] for the delta rule, or None.
+        initial_state: [B, H, K, V]; zeros if None.
+        reset: [B, L] bool; True cuts the link between t-1 and t.
+        reverse: the recurrence runs from L-1 to 0, where the initial state enters at
+            L-1.
+        return_transition: also return how the initial state arrives.
+        backend: a key of BACKENDS, or None for the first that supports these arguments.
+
+    Returns:
+        o: [B, L, H, V] in v's dtype.
+        final_state: [B, H, K, V], float32 or wider, the initial_state of the next call.
+        transition: d final_state / d initial_state, 0 where a reset lies inside: the
+            total decay [B, H], or [B, H, K] where it is per channel; with beta a matrix
+            [B, H, K, K] that multiplies the initial state from the left, at the cost of
+            K more values per head.
+
+    A token with g = 0 and k = 0, or with beta = 0, leaves the state as it was.
+    Differentiable in every floating argument through all results. Memory is linear in
+    L: states are kept at chunk boundaries and everything inside is made again.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend cannot run.
+
+    Source: https://arxiv.org/abs/2405.21060 (scalar decay), 2312.06635 (per channel),
+    2412.06464 (gated delta rule), 2510.26692 (delta rule with decay per channel).
+    """
+    op = "chunked_scan"
+    _check(op, q, k, v, log_decay, beta, initial_state, reset)
+    module = dispatch.pick(op, BACKENDS, backend, q, v, log_decay, beta)
+    given = (x for x in (q, k, v, log_decay, beta, initial_state) if x is not None)
+    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in given))
+    batch, _, heads, values = v.shape
+    shape = batch, heads, q.shape[-1], values
+    if initial_state is None:
+        initial_state = jnp.zeros(shape, dtype)
+    if log_decay is None:
+        log_decay = jnp.zeros(heads, dtype)
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
+    state, inputs = initial_state.astype(dtype), v
+    by_columns = return_transition and beta is not None
+    if by_columns:
+        # columns without values, which begin as the unit matrix
+        unit = jnp.broadcast_to(jnp.eye(shape[2], dtype=dtype), (*shape[:3], shape[2]))
+        state = jnp.concatenate([state, unit], -1)
+        inputs = jnp.pad(v, [(0, 0)] * 3 + [(0, shape[2])])
+    into, out = (None, None) if reset is None else segments.links(reset, reverse)
+    sequences = (q, k, inputs, log_decay, beta, into)
+    if reverse:
+        sequences = jax.tree.map(lambda x: jnp.flip(x, 1), sequences)
+    *sequences, into = sequences
+    o, final = module.chunked_scan(*sequences, state, into)
+    o = jnp.flip(o, 1) if reverse else o
+    if out is not None:
+        final = jnp.where(out[:, None, None, None], 0, final)
+    o, result = o[..., :values].astype(v.dtype), final[..., :values]
+    if not return_transition:
+        return o, result
+    if by_columns:
+        return o, result, final[..., values:]
+    transition = jnp.exp(log_decay.astype(dtype).sum(1))
+    if reset is not None:
+        cut = reset.any(1).reshape(-1, *[1] * (transition.ndim - 1))
+        transition = jnp.where(cut, 0, transition)
+    return o, result, transition
+
+
+def _check(op, q, k, v, log_decay, beta, initial_state, reset):
+    checks.floating(
+        op,
+        real=True,
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        beta=beta,
+        initial_state=initial_state,
+    )
+    checks.sequence(op, "v", v, "[B, L, H, V]", ndim=4)
+    batch, length, heads, values = v.shape
+    if q.ndim != 4 or q.shape[:2] != (batch, length):
+        raise ValueError(
+            f"{op}: q must be [B, L, G, K] with B = {batch} and L = {length} as in v, "
+            f"got {q.shape}"
+        )
+    if q.shape[2] < 1 or heads % q.shape[2]:
+        raise ValueError(
+            f"{op}: q must have a number of groups G that divides H = {heads}, the "
+            f"heads of v, got {q.shape}"
+        )
+    checks.shape(op, "k", k, q.shape, "[B, L, G, K]")
+    scalar, vector = v.shape[:3], (*v.shape[:3], q.shape[3])
+    if log_decay is not None and log_decay.shape not in ((heads,), scalar, vector):
+        raise ValueError(
+            f"{op}: log_decay must be [H] = {(heads,)}, [B, L, H] = {scalar} or "
+            f"[B, L, H, K] = {vector}, got {log_decay.shape}"
+        )
+    checks.shape(op, "beta", beta, scalar, "[B, L, H]")
+    checks.shape(
+        op, "initial_state", initial_state, (batch, heads, *vector[3:], values),
+        "[B, H, K, V]",
+    )  # fmt: skip
+    checks.reset(op, reset, v)

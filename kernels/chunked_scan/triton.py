@@ -1,0 +1,350 @@
+"""On GPUs: states between chunks first, then all chunks at once.
+
+With G the cumulated log decay inside a chunk, S the state before it, and all masked to
+pairs of one segment,
+
+    o[i] = e^G[i] q[i] S + sum_{j <= i} e^(G[i] - G[j]) (q[i] . k[j]) v[j]
+    S' = e^G[T] S + sum_j e^(G[T] - G[j]) k[j] v[j]^T.
+
+Only the second line is sequential: one kernel walks through the chunks and writes
+every S, another makes the outputs of all chunks. The backward pass walks from the end
+with the gradients of the states, then makes the gradients of all chunks. Differences of
+G are taken before exp and are never positive.
+
+By the delta rule v is not given but solved for, see triton_delta.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from kernels import segments
+from kernels.compat import triton_call
+
+CHUNK = 64  # steps; half as many where products of float32 take their registers
+WIDEST = 128  # K, whose tiles are held whole; half of it in float32
+
+
+def unsupported(q, v, log_decay, beta) -> str | None:
+    if log_decay is not None and log_decay.ndim == 4:
+        return "has no decay per channel"
+    widest = WIDEST if q.dtype == jnp.bfloat16 else WIDEST // 2
+    if q.shape[-1] > widest:
+        return f"K is at most {widest} in {q.dtype.name}"
+    return None
+
+
+def chunked_scan(q, k, v, log_decay, beta, state, into):
+    """o [B, L, H, V] and the final state; see reference.chunked_scan."""
+    segment = None if into is None else segments.ids(into)
+    g = log_decay.astype(state.dtype)
+    if beta is None:
+        return _scan(q, k, v, g, state, segment)
+    # here, because that module is made of this one's parts
+    from kernels.chunked_scan import triton_delta
+
+    return triton_delta.scan(q, k, v, g, beta.astype(state.dtype), state, segment)
+
+
+@jax.custom_vjp
+def _scan(q, k, v, g, state, segment):
+    """q, k [B, L, G, K], v [B, L, H, V], g [B, L, H], state [B, H, K, V], segment
+    [B, L] or None."""
+    states, final = walk(k, v, g, state, segment, reverse=False)
+    return outputs(q, k, v, g, states, segment), final
+
+
+def _forward_rule(q, k, v, g, state, segment):
+    return _scan(q, k, v, g, state, segment), (q, k, v, g, state, segment)
+
+
+def _backward_rule(saved, given):
+    q, k, v, g, state, segment = saved
+    d_out, d_final = given
+    states, _ = walk(k, v, g, state, segment, reverse=False)
+    # the gradient of the states is the same walk from the end with (q, do) for (k, v)
+    d_states, d_state = walk(q, d_out, g, d_final, segment, reverse=True)
+    dq, dk, dv, dg = gradients(q, k, v, d_out, g, states, d_states, segment)
+    return dq, dk, dv, dg, d_state, None
+
+
+_scan.defvjp(_forward_rule, _backward_rule)
+
+
+def walk(k, v, g, state, segment, reverse):
+    """The state before (in reverse: behind) every chunk [B, H, C, K, V], and the last
+    one."""
+    batch, length, heads, width = v.shape
+    chunks = triton.cdiv(length, chunk(k))
+    tile = min(32, fitting(width))
+    dtype = state.dtype
+    return triton_call(
+        _states_kernel,
+        (batch * heads, triton.cdiv(width, tile)),
+        (k, v, g, state, either(segment, g), length, heads, k.shape[2], chunks),
+        (
+            jax.ShapeDtypeStruct((batch, heads, chunks, *state.shape[2:]), dtype),
+            jax.ShapeDtypeStruct(state.shape, dtype),
+        ),
+        num_warps=4,
+        **constants(k, v, segment),
+        TILE=tile,
+        REVERSE=reverse,
+    )
+
+
+def outputs(q, k, v, g, states, segment):
+    batch, length, heads, width = v.shape
+    chunks = states.shape[2]
+    tile = min(64, fitting(width))
+    (out,) = triton_call(
+        _outputs_kernel,
+        (chunks, triton.cdiv(width, tile), batch * heads),
+        (q, k, v, g, states, either(segment, g), length, heads, k.shape[2], chunks),
+        (jax.ShapeDtypeStruct(v.shape, v.dtype),),
+        num_warps=4,
+        **constants(k, v, segment),
+        TILE=tile,
+    )
+    return out
+
+
+def gradients(q, k, v, d_out, g, states, d_states, segment):
+    batch, length, heads, width = v.shape
+    chunks, dtype = states.shape[2], states.dtype
+    groups, modes = k.shape[2:]
+    sizes = (length, heads, groups, chunks)
+    per_head = jax.ShapeDtypeStruct((batch, length, heads, modes), dtype)
+    dq, dk, dv, dg = triton_call(
+        _gradients_kernel,
+        (chunks, batch * heads),
+        (q, k, v, d_out, g, states, d_states, either(segment, g), *sizes),
+        (
+            per_head,
+            per_head,
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct(g.shape, g.dtype),
+        ),
+        num_warps=8,
+        **constants(k, v, segment),
+        TILE=min(32 if k.dtype == jnp.bfloat16 else 16, fitting(width)),
+    )
+
+    def of_group(x, like):
+        x = x.reshape(batch, length, groups, heads // groups, modes).sum(3)
+        return x.astype(like.dtype)
+
+    return of_group(dq, q), of_group(dk, k), dv, dg
+
+
+def fitting(size):
+    return max(16, triton.next_power_of_2(size))
+
+
+def chunk(k):
+    return CHUNK if k.dtype == jnp.bfloat16 else CHUNK // 2
+
+
+def either(array, other):
+    return other if array is None else array
+
+
+def constants(k, v, segment):
+    return {
+        "K": k.shape[-1],
+        "V": v.shape[-1],
+        "MODES": fitting(k.shape[-1]),
+        "CHUNK": chunk(k),
+        "SEGMENTS": segment is not None,
+        "PRECISION": "tf32x3" if k.dtype == jnp.float32 else "ieee",
+    }
+
+
+@triton.jit
+def decays(
+    g, segment, b, h, heads, length, start,
+    CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """For the tokens of a chunk: G in two parts, segment numbers, and how much of the
+    state before reaches them (`enter`), of them the state behind (`leave`), of the
+    state before the state behind (`through`).
+
+    Differences of one cumulated sum would lose a small decay after a large one: its
+    parts are multiples of 1/16, exact in float32, and a rest that stays small.
+    """
+    t = start + tl.arange(0, CHUNK)
+    given = tl.load(g + (b * length + t) * heads + h, mask=t < length, other=0.0)
+    given = tl.maximum(given, -1e4)  # exp of which is 0 as well
+    coarse = tl.floor(16.0 * given) / 16.0
+    fine = given - coarse
+    G, F = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
+    G_last, F_last = tl.sum(coarse, 0), tl.sum(fine, 0)
+    enter = tl.exp(G + F)
+    leave = tl.exp((G_last - G) + (F_last - F))
+    through = tl.exp(G_last + F_last)
+    number = tl.zeros_like(t)
+    if SEGMENTS:
+        number = tl.load(segment + b * length + tl.minimum(t, length - 1))
+        before = tl.load(segment + b * length + start - 1, mask=start > 0, other=0)
+        last = tl.max(number, 0)
+        enter = tl.where(number == before, enter, 0.0)
+        leave = tl.where(number == last, leave, 0.0)
+        through = tl.where(before == last, through, 0.0)
+    return G, F, number, enter, leave, through
+
+
+@triton.jit
+def rows(x, b, length, heads, h, start, column, width, CHUNK: tl.constexpr):
+    """Addresses and mask of a tile [CHUNK, columns] of x [B, L, heads, width]."""
+    t = start + tl.arange(0, CHUNK)
+    at = ((b * length + t) * heads + h)[:, None] * width + column[None, :]
+    return x + at, (t < length)[:, None] & (column < width)[None, :]
+
+
+@triton.jit
+def _states_kernel(
+    k, v, g, state, segment, length, heads, groups, chunks,
+    states, final,
+    K: tl.constexpr, V: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // heads, row % heads
+    group = h // (heads // groups)
+    n, d = tl.arange(0, MODES), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = n[:, None] * V + d[None, :]
+    real = (n < K)[:, None] & (d < V)[None, :]
+    S = tl.load(state + row * K * V + inside, mask=real, other=0.0)
+    for step in range(0, chunks):
+        c = chunks - 1 - step if REVERSE else step
+        start = c * CHUNK
+        tl.store(states + (row * chunks + c) * K * V + inside, S, mask=real)
+        _, _, _, enter, leave, through = decays(
+            g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
+        )
+        weight = enter if REVERSE else leave
+        k_at, k_mask = rows(k, b, length, groups, group, start, n, K, CHUNK)
+        v_at, v_mask = rows(v, b, length, heads, h, start, d, V, CHUNK)
+        k_tile = tl.load(k_at, mask=k_mask, other=0.0)
+        v_tile = tl.load(v_at, mask=v_mask, other=0.0)
+        weighted = (k_tile * weight[:, None]).to(k_tile.dtype)
+        given = tl.dot(
+            tl.trans(weighted), v_tile.to(k_tile.dtype), input_precision=PRECISION
+        )
+        S = through * S + given.to(S.dtype)
+    tl.store(final + row * K * V + inside, S, mask=real)
+
+
+@triton.jit
+def _outputs_kernel(
+    q, k, v, g, states, segment, length, heads, groups, chunks,
+    out,
+    K: tl.constexpr, V: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    row = tl.program_id(2).to(tl.int64)
+    b, h = row // heads, row % heads
+    group = h // (heads // groups)
+    start = c * CHUNK
+    n, d = tl.arange(0, MODES), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    G, F, number, enter, _, _ = decays(
+        g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
+    )
+    q_at, q_mask = rows(q, b, length, groups, group, start, n, K, CHUNK)
+    k_at, k_mask = rows(k, b, length, groups, group, start, n, K, CHUNK)
+    v_at, v_mask = rows(v, b, length, heads, h, start, d, V, CHUNK)
+    q_tile = tl.load(q_at, mask=q_mask, other=0.0)
+    k_tile = tl.load(k_at, mask=k_mask, other=0.0)
+    v_tile = tl.load(v_at, mask=v_mask, other=0.0).to(k_tile.dtype)
+    S = tl.load(
+        states + (row * chunks + c) * K * V + n[:, None] * V + d[None, :],
+        mask=(n < K)[:, None] & (d < V)[None, :],
+        other=0.0,
+    )
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    scores = scores * mask(G, F, number, CHUNK)
+    y = tl.dot(scores.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+    seen = tl.dot(q_tile, S.to(q_tile.dtype), input_precision=PRECISION)
+    o_at, o_mask = rows(out, b, length, heads, h, start, d, V, CHUNK)
+    tl.store(o_at, (y + enter[:, None] * seen).to(out.dtype.element_ty), mask=o_mask)
+
+
+@triton.jit
+def mask(G, F, number, CHUNK: tl.constexpr):
+    """[i, j] the decay from j to i where j <= i in one segment, else 0."""
+    i = tl.arange(0, CHUNK)
+    linked = (i[:, None] >= i[None, :]) & (number[:, None] == number[None, :])
+    span = (G[:, None] - G[None, :]) + (F[:, None] - F[None, :])
+    return tl.where(linked, tl.exp(tl.where(linked, span, 0.0)), 0.0)
+
+
+@triton.jit
+def _gradients_kernel(
+    q, k, v, d_out, g, states, d_states, segment, length, heads, groups, chunks,
+    dq_out, dk_out, dv_out, dg_out,
+    K: tl.constexpr, V: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    group = h // (heads // groups)
+    start = c * CHUNK
+    n = tl.arange(0, MODES)
+    G, F, number, enter, leave, through = decays(
+        g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
+    )
+    between = mask(G, F, number, CHUNK)
+    q_at, q_mask = rows(q, b, length, groups, group, start, n, K, CHUNK)
+    k_at, k_mask = rows(k, b, length, groups, group, start, n, K, CHUNK)
+    q_tile = tl.load(q_at, mask=q_mask, other=0.0)
+    k_tile = tl.load(k_at, mask=k_mask, other=0.0)
+    dtype = k_tile.dtype
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * between
+    d_scores = tl.zeros_like(scores)
+    dq = tl.zeros([CHUNK, MODES], scores.dtype)
+    dk = tl.zeros([CHUNK, MODES], scores.dtype)
+    passed = tl.zeros([MODES, TILE], scores.dtype)
+    for first in range(0, V, TILE):
+        d = first + tl.arange(0, TILE)
+        v_at, v_mask = rows(v, b, length, heads, h, start, d, V, CHUNK)
+        o_at, o_mask = rows(d_out, b, length, heads, h, start, d, V, CHUNK)
+        v_tile = tl.load(v_at, mask=v_mask, other=0.0).to(dtype)
+        do = tl.load(o_at, mask=o_mask, other=0.0).to(dtype)
+        at = (row * chunks + c) * K * V + n[:, None] * V + d[None, :]
+        real = (n < K)[:, None] & (d < V)[None, :]
+        S = tl.load(states + at, mask=real, other=0.0)
+        dS = tl.load(d_states + at, mask=real, other=0.0)
+        passed += S * dS
+        S, dS = S.to(dtype), dS.to(dtype)
+        d_scores += tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
+        dq += tl.dot(do, tl.trans(S), input_precision=PRECISION)
+        dk += tl.dot(v_tile, tl.trans(dS), input_precision=PRECISION)
+        dv = tl.dot(k_tile, dS, input_precision=PRECISION) * leave[:, None]
+        dv += tl.dot(tl.trans(scores).to(dtype), do, input_precision=PRECISION)
+        dv_at, dv_mask = rows(dv_out, b, length, heads, h, start, d, V, CHUNK)
+        tl.store(dv_at, dv.to(dv_out.dtype.element_ty), mask=dv_mask)
+    dq = dq * enter[:, None]
+    dk = dk * leave[:, None]
+    # each decay times its gradient; those on the diagonal are constant
+    i = tl.arange(0, CHUNK)
+    moved = tl.where(i[:, None] == i[None, :], 0.0, scores * d_scores)
+    entered, left = tl.sum(q_tile * dq, 1), tl.sum(k_tile * dk, 1)
+    d_G = tl.sum(moved, 1) - tl.sum(moved, 0) + entered - left
+    # what G of the last step scales: the whole state behind the chunk
+    d_last = through * tl.sum(tl.sum(passed, 1), 0) + tl.sum(left, 0)
+    # g of a step is in G of that step and all later ones
+    d_g = tl.sum(d_G, 0) - tl.cumsum(d_G, 0) + d_G + d_last
+    d_scores = (d_scores * between).to(dtype)
+    dq += tl.dot(d_scores, k_tile, input_precision=PRECISION)
+    dk += tl.dot(tl.trans(d_scores), q_tile, input_precision=PRECISION)
+    dq_at, per_head = rows(dq_out, b, length, heads, h, start, n, K, CHUNK)
+    dk_at, _ = rows(dk_out, b, length, heads, h, start, n, K, CHUNK)
+    tl.store(dq_at, dq.to(dq_out.dtype.element_ty), mask=per_head)
+    tl.store(dk_at, dk.to(dk_out.dtype.element_ty), mask=per_head)
+    t = start + tl.arange(0, CHUNK)
+    g_at = dg_out + (b * length + t) * heads + h
+    tl.store(g_at, d_g.to(dg_out.dtype.element_ty), mask=t < length)

@@ -1,0 +1,397 @@
+"""Every backend of an operation against the definition, in every way there is here.
+
+A backend is either computed (on this device, or interpreted on the CPU) and compared
+with the definition in float64, values and gradients, or only lowered or compiled for
+the accelerator that is not here. `run` gives one `Row` per operation, backend, way and
+dtype.
+"""
+
+import concurrent.futures
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from kernels import cases, compat
+from kernels.cases import DTYPES, OPERATIONS, Case, Operation
+from kernels.tolerance import error, limit
+
+# The first is what "quick" tries.
+LENGTHS = (1000, 1, 7, 64)
+LONG = (4096, 16384)  # only in "full"
+INTERPRETED = {"triton": (100, 1, 7), "pallas_tpu": (1000, 1, 7)}  # seconds per case
+WIDE = 4096  # of what is only lowered or compiled
+CAPABILITIES = (80, 90)
+HOWS = ("run", "interpreted", "lowered", *(f"compiled sm_{c}" for c in CAPABILITIES))
+
+
+@dataclass
+class Worst:
+    """The largest error of a row: in which output, or by which argument."""
+
+    error: float
+    limit: float
+    name: str
+    case: str
+
+
+@dataclass
+class Row:
+    """One backend of one operation in one dtype, tried in one way."""
+
+    op: str
+    backend: str
+    how: str
+    dtype: str
+    cases: int = 0
+    value: Worst | None = None
+    gradient: Worst | None = None
+    failures: list[str] = field(default_factory=list)
+    not_taken: list[str] = field(default_factory=list)
+    kernels: list[dict] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        if self.failures:
+            return "failed"
+        return "passed" if self.cases else "not run"
+
+    def attempt(self, case: Case, function: Callable):
+        """What `function()` gives; None where the backend refuses or fails."""
+        try:
+            found = function()
+        except Exception as problem:
+            reason = _refusal(problem, self.op, self.backend)
+            if reason is not None:
+                self.not_taken.append(f"{case}: {reason}")
+                return None
+            self.cases += 1
+            self.failures.append(f"{case}: {_one_line(problem)}")
+            return None
+        self.cases += 1
+        return found
+
+    def compare(self, case: Case, found: tuple, expected: tuple) -> None:
+        """Both are (values, gradients by name)."""
+        values, targets = (cases.named_outputs(both[0]) for both in (found, expected))
+        self.value = self._worst(case, "value", values, targets, self.value)
+        self.gradient = self._worst(
+            case, "gradient", found[1], expected[1], self.gradient
+        )
+
+    def _worst(self, case, kind, found, expected, worst):
+        allowed = limit(self.dtype, kind)
+        found, expected = cases.named_arrays(found), cases.named_arrays(expected)
+        for name, target in expected.items():
+            if name not in found:
+                self.failures.append(f"{case}: {kind} {name} is missing")
+                continue
+            here = error(found[name], target)
+            if not here <= allowed:
+                what = name if kind == "value" else f"gradient of {name}"
+                self.failures.append(
+                    f"{case}: {what}: {_off(here, found[name], target, allowed)}"
+                )
+            if worst is None or here > worst.error:
+                worst = Worst(here, allowed, name, str(case))
+        return worst
+
+    def as_json(self) -> dict:
+        made = asdict(self) | {"verdict": self.verdict}
+        for kind in ("value", "gradient"):
+            if made[kind] and not math.isfinite(made[kind]["error"]):
+                made[kind]["error"] = None  # not finite, or of another shape
+        return made
+
+    @classmethod
+    def from_json(cls, made: dict) -> "Row":
+        made = {k: v for k, v in made.items() if k != "verdict"}
+        for kind in ("value", "gradient"):
+            if made[kind]:
+                found = made[kind]["error"]
+                made[kind]["error"] = math.inf if found is None else found
+                made[kind] = Worst(**made[kind])
+        return cls(**made)
+
+
+def _off(size: float, found, target, allowed: float) -> str:
+    if found.shape != target.shape:
+        return f"shape {found.shape} instead of {target.shape}"
+    if not math.isfinite(size):
+        return "not finite"
+    return f"error {size:.2g}, limit {allowed:.0e}"
+
+
+def _refusal(problem: Exception, op: str, backend: str) -> str | None:
+    """Why the backend does not take the arguments, if that is what `problem` says."""
+    beginning = f"{op}: backend {backend!r} cannot run; "
+    text = str(problem)
+    if not isinstance(problem, ValueError) or not text.startswith(beginning):
+        return None
+    found = re.search(rf"{re.escape(repr(backend))}: (.*?)(?:; '|$)", text, re.S)
+    return found[1]
+
+
+def _one_line(problem: Exception) -> str:
+    first = next((line for line in str(problem).splitlines() if line.strip()), "")
+    return f"{type(problem).__name__}: {first.strip()[:300]}"
+
+
+# The ways in which a backend is tried.
+
+
+def run(
+    operations: Sequence[Operation],
+    backends: Sequence[str],
+    dtypes: Sequence[str],
+    coverage: str = "default",
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Tries the backends of these names in every way there is here.
+
+    Args:
+        operations: of OPERATIONS.
+        backends: names; an operation that has none of them gives no rows.
+        dtypes: of DTYPES.
+        coverage: "quick" is one case, "default" covers every two values of what a case
+            consists of, "full" is the product, with longer sequences too.
+        progress: is told what is being tried.
+    """
+    rows, waiting = [], []
+    elsewhere = [o for o in operations if "triton" in {*backends} & {*o.backends}]
+    if compat.platform() == "gpu" or compat.interpreted():
+        elsewhere = []
+    # Triton away from a GPU works in other processes or outside Python's lock.
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        try:
+            if elsewhere:
+                for way, of in (
+                    (interpreted, elsewhere),
+                    *((compiled, operation) for operation in elsewhere),
+                ):
+                    waiting.append(beside.submit(way, of, dtypes, coverage))
+            for operation in operations:
+                progress(operation.name)
+                names = [name for name in operation.backends if name in backends]
+                if operation in elsewhere:
+                    names.remove("triton")
+                rows += computed(operation, names, dtypes, coverage)
+                if "pallas_tpu" in names and compat.platform() != "tpu":
+                    rows += lowered(operation, dtypes, coverage)
+            progress("Triton")
+            for job in waiting:
+                rows += job.result()
+        finally:
+            beside.shutdown(cancel_futures=True)
+    return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> tuple:
+    return (
+        list(OPERATIONS).index(row.op),
+        list(OPERATIONS[row.op].backends).index(row.backend),
+        HOWS.index(row.how),
+        DTYPES.index(row.dtype),
+    )
+
+
+def _is_interpreted(backend: str) -> bool:
+    """Of a backend that is computed in this process."""
+    if backend == "triton":
+        return compat.interpreted()
+    return backend == "pallas_tpu" and compat.platform() == "cpu"
+
+
+def _selected(candidates, coverage, strength=2):
+    """(case, dtype) of everything that is tried."""
+    candidates = list(candidates)
+    if coverage == "quick":
+        candidates = candidates[:1]
+    elif coverage == "default":
+        candidates = cases.covering(candidates, strength)
+    return [(Case(*values), dtype) for *values, dtype in candidates]
+
+
+def _plan(operation, backend, dtypes, coverage):
+    lengths = LENGTHS + LONG if coverage == "full" else LENGTHS
+    if _is_interpreted(backend):
+        lengths = INTERPRETED[backend]
+    elif backend == "reference" and coverage == "default":
+        # only what a lower precision does to the definition is of interest
+        products = (operation.product(lengths, [dtype]) for dtype in dtypes)
+        return [pair for product in products for pair in _selected(product, "quick")]
+    return _selected(operation.product(lengths, dtypes), coverage)
+
+
+def computed(operation, backends, dtypes, coverage) -> list[Row]:
+    """Values and gradients of the backends, on this device or interpreted."""
+    plans = {name: _plan(operation, name, dtypes, coverage) for name in backends}
+    rows = {}
+    for case, dtype in dict.fromkeys(pair for plan in plans.values() for pair in plan):
+        inputs = cases.rounded(operation.inputs(case), dtype)
+        static = operation.static(case)
+        definition = functools.cache(
+            functools.partial(cases.expected, operation.call, inputs, **static)
+        )
+        for name in (name for name, plan in plans.items() if (case, dtype) in plan):
+            # nobody waits for what is interpreted
+            quick = cases.QUICK_TO_COMPILE if _is_interpreted(name) else None
+
+            def both(static=static | {"backend": name}, inputs=inputs, quick=quick):
+                found = cases.evaluate(operation.call, inputs, static, quick)
+                return found, definition()  # noqa: B023 - called in this round
+
+            how = "interpreted" if _is_interpreted(name) else "run"
+            row = rows.setdefault((name, dtype), Row(operation.name, name, how, dtype))
+            with jax.enable_x64(dtype == "float64"):
+                pair = row.attempt(case, both)
+            if pair is not None:
+                row.compare(case, *pair)
+    return list(rows.values())
+
+
+def lowered(operation, dtypes, coverage) -> list[Row]:
+    """pallas_tpu lowered for a TPU."""
+    rows = {}
+    for case, dtype in _wide_cases(operation, dtypes, coverage):
+        empty = Row(operation.name, "pallas_tpu", "lowered", dtype)
+        row = rows.setdefault(dtype, empty)
+        forward, both, arrays = _passes(operation, case, dtype, "pallas_tpu")
+
+        def count(arrays=arrays, functions=(forward, both)):
+            return [_tpu_kernels(function, arrays) for function in functions]
+
+        counts = row.attempt(case, count)
+        if counts is not None:
+            names = ("case", "forward", "both_passes")
+            row.kernels.append(dict(zip(names, (str(case), *counts), strict=True)))
+    return list(rows.values())
+
+
+def _tpu_kernels(function, arrays) -> int:
+    with compat.lowering_for("tpu"):
+        traced = jax.jit(function).trace(*arrays)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    count = text.count("@tpu_custom_call")
+    if not count:
+        raise RuntimeError("there is no TPU kernel in the lowered program")
+    return count
+
+
+def compiled(operation, dtypes, coverage) -> list[Row]:
+    """triton compiled for GPUs that need not be here."""
+    if _not_installed():
+        return []
+    capabilities = CAPABILITIES[-1:] if coverage == "quick" else CAPABILITIES
+    rows, done = {}, []
+    for case, dtype in _wide_cases(operation, dtypes, coverage):
+        _, both, arrays = _passes(operation, case, dtype, "triton")
+
+        @functools.cache  # traced twice, JAX would remember and call nothing
+        def record(both=both, arrays=arrays):
+            with compat.lowering_for("gpu"), compat.recorded() as found:
+                jax.eval_shape(both, *arrays)
+            return found
+
+        for capability in capabilities:
+            how = f"compiled sm_{capability}"
+            empty = Row(operation.name, "triton", how, dtype)
+            row = rows.setdefault((dtype, capability), empty)
+            for call in row.attempt(case, record) or ():
+                if (call, dtype, capability) not in done:
+                    done.append((call, dtype, capability))
+                    _compile(row, case, call, capability)
+    for row in rows.values():
+        if row.cases and not row.kernels and not row.failures:
+            row.failures.append("no Triton kernel was called")
+    return list(rows.values())
+
+
+def _compile(row, case, call, capability):
+    name = call.kernel.__name__
+    try:
+        figures = compat.compiled(call, capability)
+    except Exception as problem:
+        row.failures.append(f"{case}: {name}: {_one_line(problem)}")
+        return
+    about = {"kernel": name, "case": str(case), "num_warps": call.num_warps}
+    row.kernels.append(about | figures)
+
+
+def _wide_cases(operation, dtypes, coverage):
+    narrow = [dtype for dtype in dtypes if dtype != "float64"]
+    candidates = operation.product((WIDE,), narrow, wide=True)
+    return _selected(candidates, coverage, strength=1)
+
+
+def _passes(operation, case, dtype, backend):
+    """The forward pass, both passes, and the shapes of their two arguments."""
+    inputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        cases.rounded(operation.inputs(case, wide=True), dtype),
+    )
+    moving, fixed = cases.parted(inputs)
+    static = operation.static(case)
+
+    def forward(moving, fixed):
+        return operation.call(**moving, **fixed, **static, backend=backend)
+
+    def both(moving, fixed):
+        values, pull = jax.vjp(lambda moving: forward(moving, fixed), moving)
+        return values, pull(jax.tree.map(jnp.ones_like, values))
+
+    return forward, both, (moving, fixed)
+
+
+def interpreted(operations, dtypes, coverage) -> list[Row]:
+    """triton in Triton's interpreter, which must be asked for before anything is
+    imported: `kernels.check` in another process. Where that dies, one per operation."""
+    missing = _not_installed()
+    if missing:
+        return [
+            Row(o.name, "triton", "interpreted", dtype, not_taken=[f"all: {missing}"])
+            for o in operations
+            for dtype in dtypes
+        ]
+    command = [sys.executable, "-m", "kernels.check", "--backend", "triton"]
+    command += ["--op", *(operation.name for operation in operations)]
+    command += ["--dtype", *dtypes]
+    if coverage != "default":
+        command.append(f"--{coverage}")
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place, "rows.json")
+        done = subprocess.run(
+            [*command, "--out", str(out)],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        if out.exists():
+            made = json.loads(out.read_text())
+            return [Row.from_json(row) for row in made["results"]]
+    if len(operations) > 1:
+        return [
+            row
+            for operation in operations
+            for row in interpreted([operation], dtypes, coverage)
+        ]
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    died = f"the interpreter's process ended with code {done.returncode}: {last}"
+    name = operations[0].name
+    return [Row(name, "triton", "interpreted", d, 1, failures=[died]) for d in dtypes]
+
+
+def _not_installed() -> str | None:
+    with compat.recorded():
+        return compat.triton_missing()

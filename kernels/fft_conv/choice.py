@@ -1,0 +1,44 @@
+"""Which form suits a call by default, in the open: `backend_report()` shows the words.
+
+Thresholds are measured on a CPU (`python -m kernels.bench --op fft_conv`). On GPUs and
+TPUs they are not: there direct and overlap-save follow the same count of operations and
+bytes, and Monarch is taken on TPUs, where XLA's FFT is slow and a matmul is not, and in
+bfloat16 on GPUs.
+"""
+
+import jax.numpy as jnp
+
+from kernels import compat
+
+FEW = 16  # taps, or steps, up to which multiplies and adds are faster than an FFT
+LONG = 2**16  # steps from which on blocks are faster than one FFT
+SHORT = 8  # and how many times longer than its filter the sequence must be then
+
+
+def advice(u, k, initial_state, k_reverse) -> dict[str, tuple[bool, str]]:
+    """Backend -> whether to take it by default, and why (not)."""
+    length, taps = u.shape[1], k.shape[1]
+    seen = taps if initial_state is not None else min(taps, length)
+    if k_reverse is not None:
+        taps = max(taps, k_reverse.shape[1])
+        seen += min(k_reverse.shape[1], length - 1)
+    few = min(seen, length) <= FEW
+    short = length >= max(LONG, SHORT * taps)
+    tpu = compat.platform() == "tpu"
+    low = u.dtype == jnp.bfloat16
+    sizes = f"K={taps} taps against L={length}"
+    pays = f"pays from L={max(LONG, SHORT * taps)}"
+    return {
+        "direct": (few, sizes if few else f"{sizes}, pays up to {FEW} of either"),
+        "overlap_save": (short, sizes if short else f"{sizes}, {pays}"),
+        "triton": (
+            low,
+            f"{u.dtype.name}, whose matmuls are {'fast' if low else 'not'}",
+        ),
+        "monarch": (
+            tpu,
+            "matmuls, XLA's FFT is slow on tpu"
+            if tpu
+            else f"XLA's FFT is faster on {compat.platform()}",
+        ),
+    }

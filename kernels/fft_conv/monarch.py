@@ -1,0 +1,289 @@
+"""The FFT as matmuls, for devices on which XLA's FFT is slow (FlashFFTConv,
+https://arxiv.org/abs/2311.05908).
+
+N = n_1 n_2 ... n_p points. With j = j_1 M + m and M = n_2 ... n_p, a transform is
+`n_1` points over j_1, a factor exp(-2 pi i k_1 m / N), and for each k_1 a transform of
+M points over m. Its result is left in the order [k_1, ..., k_p]: filter and input share
+it, so nothing is ever transposed.
+
+The input is real. So rows k_1 and n_1 - k_1 are conjugates after the first step, only
+the n_1 / 2 + 1 first are computed, and the work is halved without pairing sequences up.
+Rows of zeros (half of the padded input) enter no matmul, rows that are not wanted
+leave none.
+
+Beyond BLOCK points there are three passes over the data: the first step; for one row
+k_1 after the other the convolution of M points; the last step. Complex numbers are
+pairs of reals.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import pairs
+from kernels.fft_conv import windows
+
+BLOCK = 2**16  # points up to which there are no passes over rows
+ROW = 2**15  # points of a row beyond that, unless there would be more than WIDEST rows
+WIDEST = 128
+
+
+def unsupported(*arguments) -> str | None:
+    return None
+
+
+def convolve(v, k, k_reverse, state, segment, low):
+    """With `low`, matmuls of bfloat16 with sums in float32; see reference.convolve."""
+
+    def window(v, taps, start, count):
+        points = windows.least(v.shape[-1], taps.shape[-1], start, count)
+        return circular(v, taps, block_sizes(points), start, count, low)
+
+    return windows.convolve(window, Monarch(low), v, k, k_reverse, state, segment)
+
+
+@dataclass(frozen=True)
+class Monarch:
+    """Transforms of real sequences as `xla.FFT`, in permuted order."""
+
+    low: bool
+
+    def plan(self, least):
+        return block_sizes(least)
+
+    def forward(self, x, plan):
+        X = inner(outer(x, plan, 0, self.low), plan[1:], self.low)
+        return tuple(part.reshape(*x.shape[:-1], -1) for part in X)
+
+    def inverse(self, spectrum, plan):
+        row = math.prod(plan[1:])
+        X = tuple(part.reshape(*part.shape[:-1], -1, row) for part in spectrum)
+        X = inner_inverse(X, plan[1:], self.low)
+        return outer_inverse(X, plan, 0, math.prod(plan), self.low)
+
+
+def block_sizes(points, order=None):
+    """See `butterfly.block_sizes`."""
+    if order is None:
+        order = 2 if points <= 1024 else 3 if points <= BLOCK else 4
+        if order == 4:
+            rows = min(WIDEST, max(16, -(-points // ROW)))
+            return rows, *block_sizes(-(-points // rows), 3)
+    sizes = []
+    for left in range(order, 1, -1):
+        size = math.ceil(round(points ** (1 / left), 6))
+        if size > 8:  # whole registers
+            size += -size % 8
+        sizes.append(size)
+        points = -(-points // size)
+    return *sizes, points
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def circular(v, taps, sizes, start, count, low):
+    """Outputs start, ..., start + count - 1 of a circular convolution.
+
+    v [B, H, *], taps [H, *], the product of `sizes` points -> [B, H, count].
+    """
+
+    def row(rows):
+        V, K = (inner(X, sizes[1:], low) for X in rows)
+        return inner_inverse(pairs.mul(_every_example(K), V), sizes[1:], low)
+
+    rows = tuple(_rows_first(outer(x, sizes, 0, low)) for x in (v, taps))
+    Y = _rows_last(_over_rows(row, rows, sizes))
+    return outer_inverse(Y, sizes, start, count, low)
+
+
+def _forward(v, taps, *static):
+    return circular(v, taps, *static), (v, taps)
+
+
+def _backward(sizes, start, count, low, saved, dy):
+    """Correlations, from the inputs alone."""
+    v, taps = saved
+
+    def row(rows):
+        V, K, D = (inner(X, sizes[1:], low) for X in rows)
+        dV = pairs.mul(pairs.conj(_every_example(K)), D)
+        dK = tuple(part.sum(-3) for part in pairs.mul(pairs.conj(V), D))
+        return tuple(inner_inverse(X, sizes[1:], low) for X in (dV, dK))
+
+    rows = tuple(_rows_first(outer(x, sizes, 0, low)) for x in (v, taps))
+    rows = (*rows, _rows_first(outer(dy, sizes, start, low)))
+    dV, dK = (_rows_last(X) for X in _over_rows(row, rows, sizes))
+    dv = outer_inverse(dV, sizes, 0, v.shape[-1], low)
+    return dv, outer_inverse(dK, sizes, 0, taps.shape[-1], low)
+
+
+circular.defvjp(_forward, _backward)
+
+
+@partial(jax.checkpoint, static_argnums=4)
+def butterfly(u, k, u_factors, k_factors, low):
+    """See `butterfly.butterfly_conv`: u [B, H, L], k [H, K], factors pairs."""
+    sizes = tuple(re.shape[-1] for re, _ in u_factors)
+
+    @jax.checkpoint
+    def row(rows):
+        U, K = (
+            inner(X, sizes[1:], low, factors[1:])
+            for X, factors in zip(rows, (u_factors, k_factors), strict=True)
+        )
+        return inner_inverse(pairs.mul(U, K), sizes[1:], low)
+
+    rows = tuple(
+        _rows_first(outer(x, sizes, 0, low, factors[0]))
+        for x, factors in ((u, u_factors), (k[None], k_factors))
+    )
+    Y = jax.lax.map(row, rows) if len(sizes) > 3 else jax.vmap(row)(rows)
+    return outer_inverse(_rows_last(Y), sizes, 0, u.shape[-1], low)
+
+
+def _over_rows(row, rows, sizes):
+    return jax.lax.map(row, rows) if len(sizes) > 3 else row(rows)
+
+
+def _rows_first(X):
+    return tuple(jnp.moveaxis(part, -2, 0) for part in X)
+
+
+def _rows_last(X):
+    return tuple(jnp.moveaxis(part, 0, -2) for part in X)
+
+
+def _every_example(K):
+    return tuple(part[..., None, :, :] for part in K)
+
+
+def outer(x, sizes, start, low, matrix=None):
+    """The first step on x [..., *], which begins at point `start` among zeros.
+
+    Returns [..., n_1 // 2 + 1, M], the rows that determine all. With a `matrix` other
+    than the DFT's, as in `inner`, they do not, and all n_1 are returned.
+    """
+    n, row = sizes[0], math.prod(sizes[1:])
+    first, last, before = _used_rows(sizes, start, x.shape[-1])
+    after = (last - first) * row - before - x.shape[-1]
+    x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((before, after),))
+    x = x.reshape(*x.shape[:-1], 1, last - first, row)
+    if matrix is None:
+        matrix = dft(n, x.dtype, slice(0, n // 2 + 1), slice(first, last))
+    else:
+        matrix = tuple(part[..., first:last] for part in matrix)
+    X = tuple(matmul(part, x, low)[..., 0, :, :] for part in matrix)
+    return pairs.mul(twiddles(sizes, x.dtype, X[0].shape[-2]), X)
+
+
+def outer_inverse(X, sizes, start, count, low):
+    """Points start, ..., start + count - 1 of what has the rows X; `outer`'s inverse.
+
+    Where X has all n_1 rows and no symmetry, the real part.
+    """
+    n = sizes[0]
+    first, last, before = _used_rows(sizes, start, count)
+    rows = X[0].shape[-2]
+    X = pairs.mul(pairs.conj(twiddles(sizes, X[0].dtype, rows)), X)
+    # a row that stands for its conjugate too counts twice
+    twice = np.where(np.arange(rows) * 2 % n == 0, 1, 2) if rows < n else 1
+    re, im = dft(n, X[0].dtype, slice(first, last), slice(0, rows), twice / n)
+    y = matmul(re, X[0], low) + matmul(im, X[1], low)
+    y = y.reshape(*y.shape[:-2], -1)
+    return y[..., before : before + count]
+
+
+def _used_rows(sizes, start, count):
+    """The rows j_1 that hold `count` points from `start` on, and points before."""
+    row = math.prod(sizes[1:])
+    first = start // row
+    return first, -(-(start + count) // row), start - first * row
+
+
+def inner(X, sizes, low, matrices=None):
+    """X [..., M] transformed over its last axis, left in the order [k_2, ..., k_p].
+
+    matrices: for each step a pair [n, n], or [H, n, n] for X [B, H, M]; the DFT where
+    None.
+    """
+    shape = X[0].shape
+    X = tuple(part[..., None, :] for part in X)
+    for step, n in enumerate(sizes):
+        rest = sizes[step:]
+        split = (*shape[:-1], -1, n, math.prod(rest[1:]))
+        X = tuple(part.reshape(split) for part in X)
+        matrix = dft(n, X[0].dtype) if matrices is None else matrices[step]
+        X = _complex_matmul(matrix, X, low)
+        if rest[1:]:
+            X = pairs.mul(twiddles(rest, X[0].dtype, n), X)
+    return tuple(part.reshape(shape) for part in X)
+
+
+def inner_inverse(X, sizes, low):
+    shape = X[0].shape
+    for step in reversed(range(len(sizes))):
+        n, rest = sizes[step], sizes[step:]
+        split = (*shape[:-1], -1, n, math.prod(rest[1:]))
+        X = tuple(part.reshape(split) for part in X)
+        if rest[1:]:
+            X = pairs.mul(pairs.conj(twiddles(rest, X[0].dtype, n)), X)
+        X = _complex_matmul(pairs.conj(dft(n, X[0].dtype, scale=1 / n)), X, low)
+    return tuple(part.reshape(shape) for part in X)
+
+
+def dft(n, dtype, rows=slice(None), columns=slice(None), scale=1.0):
+    """exp(-2 pi i k j / n) as a pair, for some k and j."""
+    k, j = np.arange(n)[rows], np.arange(n)[columns]
+    return _circle(k[:, None] * j, n, dtype, scale)
+
+
+def twiddles(sizes, dtype, rows):
+    """exp(-2 pi i k_1 m / N) for k_1 < rows, [rows, M].
+
+    A product over the digits of m, [rows, n_i] each: the compiler is kept from
+    multiplying these out, which for a million points takes it minutes.
+    """
+    points = math.prod(sizes)
+    k = np.arange(rows)[:, None]
+    table = _circle(0 * k, 1, dtype)
+    for i in range(1, len(sizes)):
+        digit = np.arange(sizes[i]) * math.prod(sizes[i + 1 :])
+        factor = jax.lax.optimization_barrier(_circle(k * digit, points, dtype))
+        table = pairs.mul(
+            tuple(part[..., None] for part in table),
+            tuple(part[:, None] for part in factor),
+        )
+        table = tuple(part.reshape(rows, -1) for part in table)
+    return table
+
+
+def _circle(number, points, dtype, scale=1.0):
+    """exp(-2 pi i number / points) as a pair, from exact integers in float64."""
+    angle = 2 * np.pi * (number % points) / points
+    parts = np.cos(angle) * scale, -np.sin(angle) * scale
+    return tuple(jnp.asarray(part, dtype) for part in parts)
+
+
+def _complex_matmul(matrix, X, low):
+    a, b = matrix
+    re, im = X
+    return (
+        matmul(a, re, low) - matmul(b, im, low),
+        matmul(a, im, low) + matmul(b, re, low),
+    )
+
+
+def matmul(matrix, x, low):
+    """[n, m] of every [.., n, m], in float32 or wider; per channel if [H, n, n]."""
+    equation = "hkn,bhpnm->bhpkm" if matrix.ndim == 3 else "kn,...nm->...km"
+    if low:
+        return jnp.einsum(
+            equation,
+            matrix.astype(jnp.bfloat16),
+            x.astype(jnp.bfloat16),
+            preferred_element_type=jnp.float32,
+        )
+    return jnp.einsum(equation, matrix, x, precision=jax.lax.Precision.HIGHEST)

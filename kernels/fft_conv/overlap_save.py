@@ -1,0 +1,110 @@
+"""Overlap-save: FFTs of short blocks, for a filter much shorter than the sequence.
+
+Each block is transformed with the K - 1 inputs before it, of which the outputs are
+thrown away. Blocks stream through: temporary memory is that of a few blocks, whatever
+the length.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from scipy.fft import next_fast_len
+
+from kernels import compat
+from kernels.fft_conv import windows, xla
+
+SHORTEST = 2048  # points of a block; below, blocks cost more than they save
+OVERHEAD = 8  # a block has at least this many times the points of the filter
+
+
+def unsupported(*arguments) -> str | None:
+    return None
+
+
+def convolve(v, k, k_reverse, state, segment, low):
+    """In v's own precision, whatever `low` is; see reference.convolve.
+
+    With resets the blocks are those of `segmented`, which for a short filter has no
+    long ones either.
+    """
+    return windows.convolve(window, xla.FFT(), v, k, k_reverse, state, segment)
+
+
+def window(v, taps, start, count):
+    return _blocks(v, taps, start, count)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _blocks(v, taps, start, count):
+    size, step, group, groups = _sizes(v, taps, count)
+    K = jnp.fft.rfft(taps, size)[:, None]
+    padded = _padded(v, taps, start, group * groups * step)
+
+    def some(i):
+        V = jnp.fft.rfft(_frames(padded, i, size, step, group))
+        y = jnp.fft.irfft(V * K, size)[..., size - step :]
+        return y.reshape(*v.shape[:2], -1)
+
+    y = jax.lax.map(some, jnp.arange(groups))
+    return jnp.moveaxis(y, 0, 2).reshape(*v.shape[:2], -1)[..., :count]
+
+
+def _forward(v, taps, start, count):
+    return _blocks(v, taps, start, count), (v, taps)
+
+
+def _backward(start, count, saved, dy):
+    """To the input, the same with time turned; to the taps, a sum over blocks."""
+    v, taps = saved
+    given = v.shape[-1]
+    dv = _blocks(dy[..., ::-1], taps, count - given + start, given)[..., ::-1]
+    size, step, group, groups = _sizes(v, taps, count)
+    total = group * groups * step
+    padded = _padded(v, taps, start, total)
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (0, total - count)))
+
+    def some(K, i):
+        V = jnp.fft.rfft(_frames(padded, i, size, step, group))
+        out = jax.lax.dynamic_slice_in_dim(dy, i * group * step, group * step, -1)
+        out = out.reshape(*dy.shape[:2], group, step)
+        out = jnp.pad(out, ((0, 0),) * 3 + ((size - step, 0),))
+        return K + (V.conj() * jnp.fft.rfft(out)).sum((0, 2)), None
+
+    K = jnp.zeros_like(jnp.fft.rfft(taps, size))
+    K, _ = jax.lax.scan(some, K, jnp.arange(groups))
+    return dv, jnp.fft.irfft(K, size)[:, : taps.shape[1]]
+
+
+_blocks.defvjp(_forward, _backward)
+
+
+def _sizes(v, taps, count):
+    """Points and new steps of a block, blocks at a time, and how many times."""
+    shortest = max(SHORTEST, OVERHEAD * taps.shape[1])
+    size = next_fast_len(min(shortest, count + taps.shape[1] - 1), real=True)
+    step = size - taps.shape[1] + 1
+    blocks = -(-count // step)
+    most = windows.CACHED if compat.platform() == "cpu" else windows.MOST
+    group = max(1, min(blocks, most // (v.shape[0] * v.shape[1] * size)))
+    return size, step, group, -(-blocks // group)
+
+
+def _padded(v, taps, start, total):
+    """The inputs that `total` outputs from `start` < K on see, in order of time."""
+    before = taps.shape[1] - 1 - start
+    v = v[..., : total + start]
+    after = total + start - v.shape[-1]
+    return jnp.pad(v, ((0, 0), (0, 0), (before, after)))
+
+
+def _frames(padded, i, size, step, group):
+    """[B, H, group, size]: blocks of `step`, each with what lies before it."""
+    before = size - step
+    start = i * group * step
+    part = jax.lax.dynamic_slice_in_dim(padded, start, group * step + before, -1)
+    if group == 1:
+        return part[..., None, :]
+    part = jnp.pad(part, ((0, 0), (0, 0), (0, step - before)))
+    rows = part.reshape(*part.shape[:2], group + 1, step)
+    return jnp.concatenate([rows[..., :-1, :], rows[..., 1:, :before]], -1)

@@ -1,0 +1,233 @@
+"""Pallas kernels without a TPU: computed in interpret mode, and lowered for one."""
+
+from dataclasses import replace
+from importlib import import_module
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import check, rounded
+
+from kernels import backend_report, blocks, compat
+from kernels.cases import DTYPES, OPERATIONS, Case, covering
+
+
+class Kernel(NamedTuple):
+    """How the pallas_tpu backend of one operation is tried.
+
+    size: of the small arrays, for its entry in OPERATIONS.
+    variants: of OPERATIONS, those whose kernels differ; the others are slow tests.
+    constants: {module: {name: value}} that make several blocks of them on every axis.
+    refused: sizes that the backend does not take, and words of the reason.
+    """
+
+    size: dict[str, int]
+    variants: tuple[str, ...]
+    constants: dict[str, dict[str, int]]
+    refused: tuple[dict[str, int], str] | None = None
+
+
+LENGTH = 40  # two blocks of 16 steps and a half
+# two blocks of channels, of which the last hangs over
+NARROW = {"kernels.blocks": {"LANES": 128, "ELEMENTS": 16 * 128}}
+
+KERNELS = {
+    "linear_scan": Kernel(
+        {"B": 2, "D": 135}, ("real", "complex a", "complex x", "constant a"), NARROW
+    ),
+    "selective_scan": Kernel(
+        {"B": 2, "D": 135, "N": 9},
+        ("skip",),
+        {"kernels.selective_scan.pallas_tpu": {"STEPS": 16, "STATE": 1}},
+        ({"N": 129}, "takes at most 128 modes, got 129"),
+    ),
+    "short_conv": Kernel(
+        {"B": 2, "H": 135, "W": 4},
+        ("bias",),
+        NARROW,
+        ({"W": 65}, "takes at most 64 taps, got 65"),
+    ),
+}
+
+
+def operation(name, **size):
+    return replace(OPERATIONS[name], small=KERNELS[name].size | size)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    def make(name):
+        for module, constants in KERNELS[name].constants.items():
+            for constant, value in constants.items():
+                monkeypatch.setattr(import_module(module), constant, value)
+
+    return make
+
+
+def tried(cases_of):
+    """Parametrises by the (case, dtype) that `cases_of(operation)` gives."""
+    return pytest.mark.parametrize(
+        ("name", "case", "dtype"),
+        [
+            pytest.param(
+                name, case, dtype, id=f"{name}-{case}-{dtype}".replace(" ", "_")
+            )
+            for name in KERNELS
+            for case, dtype in cases_of(operation(name))
+        ],
+    )
+
+
+def some_cases(op):
+    variants = KERNELS[op.name].variants
+    yield Case(variants[0], LENGTH), "bfloat16"
+    for i, variant in enumerate(variants):
+        yield Case(variant, LENGTH, True, True, i % 2 == 0), "float64"
+
+
+def more_cases(op):
+    for *case, dtype in covering(list(op.product((LENGTH, 1, 7, 64), DTYPES))):
+        yield Case(*case), dtype
+
+
+def long_cases(op):
+    yield Case(op.variants[0], 1000, True, True, True), "float32"
+
+
+@tried(some_cases)
+def test_equals_definition(name, case, dtype, small_blocks):
+    small_blocks(name)
+    compare(operation(name), case, dtype)
+
+
+@pytest.mark.slow
+@tried(more_cases)
+def test_all_options_equal_definition(name, case, dtype, small_blocks):
+    small_blocks(name)
+    compare(operation(name), case, dtype)
+
+
+@pytest.mark.slow
+@tried(long_cases)
+def test_equals_definition_in_whole_blocks(name, case, dtype):
+    compare(operation(name), case, dtype)
+
+
+def compare(op, case, dtype):
+    inputs, static = op.inputs(case), op.static(case)
+    check(op.call, inputs, dtype, "pallas_tpu", **static)
+
+
+def passes(op, case, dtype, wide=False):
+    """The forward pass, both passes, and shapes of their arguments."""
+    inputs = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in rounded(op.inputs(case, wide), dtype).items()
+    }
+    fixed = {name: x for name, x in inputs.items() if x.dtype == bool}
+    moving = {name: x for name, x in inputs.items() if name not in fixed}
+
+    def forward(moving, fixed):
+        return op.call(**moving, **fixed, **op.static(case), backend="pallas_tpu")
+
+    def both(moving, fixed):
+        values, pull = jax.vjp(lambda moving: forward(moving, fixed), moving)
+        return values, pull(jax.tree.map(jnp.ones_like, values))
+
+    return forward, both, (moving, fixed)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_small_arrays_are_several_blocks(name, small_blocks, monkeypatch):
+    small_blocks(name)
+    grids, call = [], compat.pallas_tpu_call
+
+    def recorded(kernel, *, grid, **options):
+        grids.append(grid)
+        return call(kernel, grid=grid, **options)
+
+    monkeypatch.setattr(compat, "pallas_tpu_call", recorded)
+    op = operation(name)
+    _, both, shapes = passes(op, Case(op.variants[0], LENGTH), "float32")
+    jax.eval_shape(both, *shapes)
+    assert len(grids) == 2
+    assert all(size > 1 for grid in grids for size in grid)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x64"),
+    [("float32", False), ("bfloat16", False), ("float32", True)],
+    ids=["float32", "bfloat16", "float32-x64"],
+)
+@pytest.mark.parametrize("name", KERNELS)
+def test_lowers_for_tpu(name, dtype, x64):
+    op = operation(name)
+    case = Case(op.variants[0], 1000, True, True, True)
+    with jax.enable_x64(x64), compat.lowering_for("tpu"):
+        forward, both, shapes = passes(op, case, dtype, wide=True)
+        assert tpu_kernels(forward, shapes) == 1
+        assert tpu_kernels(both, shapes) == 2
+
+
+def tpu_kernels(function, shapes):
+    traced = jax.jit(function).trace(*shapes)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    return text.count("@tpu_custom_call")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_default_on_a_tpu_and_what_it_refuses(name):
+    def default(op, dtype="float32", backend=None):
+        case = Case(op.variants[0], 8)
+        shapes, static = passes(op, case, dtype)[2][0], op.static(case)
+        jax.eval_shape(lambda x: op.call(**x, **static, backend=backend), shapes)
+        return backend_report()[name][0]
+
+    assert default(operation(name)) == "xla"
+    with compat.lowering_for("tpu"):
+        assert default(operation(name)) == "pallas_tpu"
+        with jax.enable_x64(True):
+            assert default(operation(name), "float64") == "xla"
+            with pytest.raises(ValueError, match="'pallas_tpu': a TPU has no float64"):
+                default(operation(name), "float64", "pallas_tpu")
+        if KERNELS[name].refused is not None:
+            size, words = KERNELS[name].refused
+            large = operation(name, **size)
+            assert default(large) == "xla"
+            with pytest.raises(ValueError, match=f"'pallas_tpu': {words}"):
+                default(large, backend="pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    ("channels", "width"),
+    [(1, 1), (200, 200), (512, 512), (640, 128), (768, 384), (700, 512), (1536, 512)],
+)
+def test_blocks_fit_tiles(channels, width):
+    assert blocks.lanes(channels, 512) == width
+    for length in (1, 16, 100, 100_000):
+        steps = blocks.steps(length, width)
+        assert steps % blocks.GROUP == 0
+        assert steps * width <= blocks.ELEMENTS
+        assert steps >= min(length, 128)
+
+
+def test_interpret_mode_shows_what_is_not_written():
+    """Outputs begin as NaN there, so a block that is never written cannot pass."""
+
+    def forgetful(x, y):
+        y[:8] = x[:8]
+
+    x = jnp.ones((16, 128))
+    spec = blocks.pl.BlockSpec((16, 128), lambda i: (0, 0))
+    y = compat.pallas_tpu_call(
+        forgetful,
+        grid=(1,),
+        semantics=("parallel",),
+        in_specs=[spec],
+        out_specs=spec,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+    )(x)
+    assert np.isfinite(y[:8]).all()
+    assert np.isnan(y[8:]).all()

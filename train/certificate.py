@@ -1,0 +1,129 @@
+"""Leaves out of the default choice what `python -m kernels.check` found wrong here.
+
+The first process reads the certificate and decides, all others follow, so that all
+compile the same program. The kernels themselves read nothing.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from kernels import certificate, exclude
+from kernels.cases import OPERATIONS
+
+
+def apply(path: str | Path | None = None) -> None:
+    """Excludes the backends that failed on this device with these sources.
+
+    Says in a line what it excludes, and what of the certificate it ignores because it
+    was made on another device, with other versions, or of other sources.
+
+    Args:
+        path: of the certificate; None takes that of `certificate.default_path()`, if
+            there is one.
+
+    Raises:
+        ValueError: there is no such file, or it is no certificate.
+    """
+    decision = {}
+    if jax.process_index() == 0:
+        try:
+            decision = decide(path)
+        except ValueError as error:
+            decision = {"error": str(error)}
+    decision = _from_the_first(decision)
+    if "error" in decision:
+        raise ValueError(decision["error"])
+    if jax.process_index() == 0:
+        for line in decision["lines"]:
+            print(line, flush=True)
+    for op, backend, reason in decision["exclude"]:
+        exclude(op, backend, reason)
+
+
+def decide(path: str | Path | None) -> dict[str, list]:
+    """{"lines": what there is to say, "exclude": (operation, backend, reason)}."""
+    place = Path(certificate.default_path() if path is None else path)
+    if not place.is_file():
+        if path is None:
+            return {"lines": [], "exclude": []}
+        raise ValueError(
+            "--certificate must be a file that python -m kernels.check wrote, got "
+            f"{place}"
+        )
+    made = read(place)
+    start, advice = f"certificate {place}", "python -m kernels.check makes a new one"
+    other = [
+        f"{key} {there.get(key)} there, {value} here"
+        for there, here in (
+            (made["device"], certificate.device()),
+            (made["versions"], certificate.versions()),
+        )
+        for key, value in here.items()
+        if there.get(key) != value
+    ]
+    if other:
+        line = f"{start} is ignored ({'; '.join(other)}); {advice}"
+        return {"lines": [line], "exclude": []}
+    changed = {op for op, digest in made["sources"].items() if digest != _digest(op)}
+    failed: dict[tuple[str, str], list] = {}
+    for row in made["results"]:
+        # what was only interpreted or compiled was tried for another device
+        if row["verdict"] == "failed" and row["how"] == "run":
+            failed.setdefault((row["op"], row["backend"]), []).append(row)
+    lines = []
+    if changed:
+        names = ", ".join(sorted(changed))
+        lines.append(f"{start} is ignored for {names} (other sources); {advice}")
+    exclusions = []
+    for (op, backend), rows in failed.items():
+        if op not in changed:
+            row = rows[0]
+            reason = f"failed in {row['dtype']} ({row['failures'][0]}), {start}"
+            exclusions.append((op, backend, reason))
+            lines.append(f"{op}: backend {backend} is left out: {reason}")
+    return {"lines": lines, "exclude": exclusions}
+
+
+def read(path: Path) -> dict:
+    """A certificate whose structure is what `kernels.certificate` says."""
+    try:
+        made = json.loads(path.read_text())
+        if made["format"] != certificate.FORMAT:
+            raise ValueError(f"format {made['format']}, not {certificate.FORMAT}")
+        for key in ("device", "versions", "sources"):
+            if not isinstance(made[key], dict):
+                raise TypeError(f"{key} is no object")
+        for row in made["results"]:
+            texts = [row[key] for key in ("op", "backend", "how", "dtype", "verdict")]
+            if row["verdict"] == "failed":
+                texts.append(row["failures"][0])
+            if row["op"] not in made["sources"]:
+                raise ValueError(f"sources has no {row['op']}")
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("an entry of results is no text")
+    except (ValueError, TypeError, LookupError, OSError) as error:
+        raise ValueError(
+            f"{path} is no certificate of python -m kernels.check "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    return made
+
+
+def _digest(op: str) -> str | None:
+    operation = OPERATIONS.get(op)
+    return operation and certificate.source_hash(operation.folder)
+
+
+def _from_the_first(decision: dict) -> dict:
+    """The decision of process 0, in all processes."""
+    if jax.process_count() == 1:
+        return decision
+    text = np.frombuffer(json.dumps(decision).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    padded = np.zeros(size, np.uint8)
+    padded[: text.size] = text[:size]
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
