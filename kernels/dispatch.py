@@ -27,7 +27,7 @@ class OnPlatform:
     def __init__(
         self, module: str, platform: str, missing: Callable[[], str | None]
     ) -> None:
-        self._module, self._platform, self._missing = module, platform, missing
+        self._module, self.platform, self._missing = module, platform, missing
 
     def unsupported(self, *arguments) -> str | None:
         missing = self._missing()
@@ -35,8 +35,8 @@ class OnPlatform:
 
     def not_by_default(self) -> str | None:
         """Why only a call that names this backend gets it; None if there is no why."""
-        if compat.platform() != self._platform:
-            return f"for {self._platform}, would be interpreted here"
+        if elsewhere(self):
+            return f"for {self.platform}, would be interpreted here"
         if compat.partitioned_by_xla():
             return "several devices outside jax.shard_map: XLA cannot split a kernel"
         return None
@@ -54,6 +54,11 @@ def triton(module: str) -> OnPlatform:
 
 def pallas_tpu(module: str) -> OnPlatform:
     return OnPlatform(module, "tpu", compat.pallas_tpu_missing)
+
+
+def elsewhere(module: ModuleType | OnPlatform) -> bool:
+    """Whether a backend is for another platform than this one."""
+    return isinstance(module, OnPlatform) and compat.platform() != module.platform
 
 
 def pick(

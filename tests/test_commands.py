@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import pixels
-from kernels import bench as kernels_bench
+from kernels.bench import __main__ as kernels_bench
 from kernels.tolerance import assert_close
 from layers import build, prepare
 from train import bench, evaluate, generate, loop, reproduce

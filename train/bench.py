@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import common
-from kernels import bench as timing
 from kernels import fft_conv
+from kernels.bench import cases as plain
+from kernels.bench import timing
 from layers import S4, S4D, S5, build, prepare
 from layers.common import logical
 from ssm import sequence as seq
@@ -33,7 +34,7 @@ from ssm import sequence as seq
 class TableS4D(S4D):
     """S4D whose filter is a product with the (n, L) table of powers."""
 
-    make = staticmethod(timing.filter_by_table)
+    make = staticmethod(plain.filter_by_table)
 
     def _forward(self, system, rule, B, D, u, state, sequence):
         if state is not None:
@@ -45,7 +46,7 @@ class TableS4D(S4D):
 class TapsS4D(TableS4D):
     """S4D whose filter is a sum over modes, mapped over taps."""
 
-    make = staticmethod(timing.filter_by_taps)
+    make = staticmethod(plain.filter_by_taps)
 
 
 class TableS4(S4):
@@ -53,7 +54,7 @@ class TableS4(S4):
     down; C~ at the length of the call."""
 
     def _filters(self, system, C_tilde, L):
-        make = timing.dplr_filter_by_table(L)
+        make = plain.dplr_filter_by_table(L)
         return make(C_tilde[0], system.B, system.P[0], system.lam, jnp.log(system.dt))[
             None
         ]
@@ -67,7 +68,7 @@ class AssociativeS5(S5):
         lam, dt, B, C, D = self._parameters()
         z = lam * dt
         inputs = (jnp.expm1(z) / lam) * (x @ B.T)
-        states = timing.scan_by_associative_scan(jnp.exp(z), inputs)
+        states = plain.scan_by_associative_scan(jnp.exp(z), inputs)
         return (states @ C[0].T).real + D * x, state
 
 

@@ -52,6 +52,6 @@ def _product(a, b):
 
 
 def stacked(left, below, right):
-    """[[left, 0], [below, right]], all of one shape [N, T, T]."""
+    """[[left, 0], [below, right]], all of one shape [..., T, T]."""
     top = jnp.concatenate([left, jnp.zeros_like(below)], -1)
     return jnp.concatenate([top, jnp.concatenate([below, right], -1)], -2)

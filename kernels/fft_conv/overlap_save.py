@@ -46,8 +46,7 @@ def _blocks(v, taps, start, count):
         y = jnp.fft.irfft(V * K, size)[..., size - step :]
         return y.reshape(*v.shape[:2], -1)
 
-    y = jax.lax.map(some, jnp.arange(groups))
-    return jnp.moveaxis(y, 0, 2).reshape(*v.shape[:2], -1)[..., :count]
+    return _joined(jax.lax.map(some, jnp.arange(groups)))[..., :count]
 
 
 def _forward(v, taps, start, count):
@@ -55,25 +54,32 @@ def _forward(v, taps, start, count):
 
 
 def _backward(start, count, saved, dy):
-    """To the input, the same with time turned; to the taps, a sum over blocks."""
+    """To the input, blocks that overlap and add; to the taps, a sum over blocks."""
     v, taps = saved
-    given = v.shape[-1]
-    dv = _blocks(dy[..., ::-1], taps, count - given + start, given)[..., ::-1]
     size, step, group, groups = _sizes(v, taps, count)
+    K = jnp.fft.rfft(taps, size)[:, None].conj()
     total = group * groups * step
     padded = _padded(v, taps, start, total)
     dy = jnp.pad(dy, ((0, 0), (0, 0), (0, total - count)))
 
-    def some(K, i):
-        V = jnp.fft.rfft(_frames(padded, i, size, step, group))
-        out = jax.lax.dynamic_slice_in_dim(dy, i * group * step, group * step, -1)
-        out = out.reshape(*dy.shape[:2], group, step)
-        out = jnp.pad(out, ((0, 0),) * 3 + ((size - step, 0),))
-        return K + (V.conj() * jnp.fft.rfft(out)).sum((0, 2)), None
+    gap = ((0, 0),) * 3 + ((size - step, 0),)
 
-    K = jnp.zeros_like(jnp.fft.rfft(taps, size))
-    K, _ = jax.lax.scan(some, K, jnp.arange(groups))
-    return dv, jnp.fft.irfft(K, size)[:, : taps.shape[1]]
+    def some(carry, i):
+        dK, over = carry
+        V = jnp.fft.rfft(_frames(padded, i, size, step, group))
+        D = jax.lax.dynamic_slice_in_dim(dy, i * group * step, group * step, -1)
+        D = jnp.pad(D.reshape(*D.shape[:2], group, step), gap)
+        D = jnp.fft.rfft(D)
+        dv, over = _overlapped(jnp.fft.irfft(K * D, size), over, step)
+        return (dK + (V.conj() * D).sum((0, 2)), over), dv
+
+    dK = jnp.zeros_like(K[:, 0])
+    over = jnp.zeros((*dy.shape[:2], size - step), dy.dtype)
+    (dK, over), dv = jax.lax.scan(some, (dK, over), jnp.arange(groups))
+    dv = jnp.concatenate([_joined(dv), over], -1)[..., taps.shape[1] - 1 - start :]
+    dv = dv[..., : v.shape[-1]]
+    beyond = ((0, 0), (0, 0), (0, v.shape[-1] - dv.shape[-1]))
+    return jnp.pad(dv, beyond), jnp.fft.irfft(dK, size)[:, : taps.shape[1]]
 
 
 _blocks.defvjp(_forward, _backward)
@@ -108,3 +114,17 @@ def _frames(padded, i, size, step, group):
     part = jnp.pad(part, ((0, 0), (0, 0), (0, step - before)))
     rows = part.reshape(*part.shape[:2], group + 1, step)
     return jnp.concatenate([rows[..., :-1, :], rows[..., 1:, :before]], -1)
+
+
+def _overlapped(frames, over, step):
+    """The sum of frames one step apart up to the last, on which `over` from earlier
+    frames lies, and what goes beyond. Only a single frame may overlap by more."""
+    first, rest = frames[..., :step], frames[..., step:]
+    before = jnp.concatenate([over[..., None, :], rest[..., :-1, :]], -2)[..., :step]
+    gap = ((0, 0),) * 3 + ((0, step - before.shape[-1]),)
+    return (first + jnp.pad(before, gap)).reshape(*over.shape[:2], -1), rest[..., -1, :]
+
+
+def _joined(parts):
+    """[groups, B, H, *] -> [B, H, time]."""
+    return jnp.moveaxis(parts, 0, 2).reshape(*parts.shape[1:3], -1)

@@ -1,34 +1,11 @@
-"""python -m kernels.bench: speed and memory beside plain forms and floors, on this
-device.
+"""What is timed: every operation, beside the forms a reader would write in JAX."""
 
-Every row is one operation at one size in float32. The subject and its baselines are
-compiled, then called in turn, repeat after repeat, so that a busy machine slows all of
-them alike; the table gives ratios of medians. Floors (copy bandwidth, matmul rate) are
-measured in the same run. Peak temporary memory is XLA's own count for the compiled
-function.
-
-    python -m kernels.bench [--op NAME] [--out FILE.json] [--repeats N] [--small]
-
-On Linux the C library gives large buffers back after every call, and each new one costs
-page faults. Started with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296
-MALLOC_TRIM_THRESHOLD_=34359738368 it keeps them, which speeds everything up, the plain
-forms most.
-"""
-
-import argparse
-import json
-import os
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from kernels import (
     chunked_scan,
@@ -54,6 +31,18 @@ class Case:
     make: Callable
     forms: Callable  # size -> {name: function}; the first is the subject
     flops: Callable = lambda s: 0  # of the subject's matmuls
+
+    def at_length(self, length: int, small: bool = False) -> dict[str, int]:
+        """The size with the same number of entries at another length: fewer rows for a
+        longer one, then fewer channels or heads."""
+        size = dict(self.small if small else self.size)
+        width = next(name for name in ("H", "D", "P") if name in size)
+        entries = size["L"] * size.get("B", 1)
+        if "B" in size:
+            size["B"] = max(1, entries // length)
+        if entries < length or "B" not in size:
+            size[width] = max(1, size[width] * entries // length)
+        return size | {"L": length}
 
 
 # The plain forms, each the way a reader of the equation would write it in JAX.
@@ -233,17 +222,6 @@ def convolution_per_head(u, k):
     return jax.vmap(jax.vmap(one, (1, 0), 1), (0, None))(u, k)
 
 
-def convolution_by_toeplitz(u, k, reset=None):
-    length = u.shape[1]
-    lag = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    matrix = jnp.where(lag >= 0, k[:, jnp.maximum(lag, 0)], 0)
-    if reset is None:
-        return jnp.einsum("hts,bsh->bth", matrix, u)
-    segment = jnp.cumsum(reset, 1)
-    same = (segment[:, :, None] == segment[:, None, :]).astype(u.dtype)
-    return jnp.einsum("bts,hts,bsh->bth", same, matrix, u)
-
-
 def depthwise_by_lax_conv(u, w):
     return jax.lax.conv_general_dilated(
         u,
@@ -337,13 +315,18 @@ def make_convolution(s, rng):
     return _normal(rng, s["B"], s["L"], s["H"]), _normal(rng, s["H"], s["L"])
 
 
+def make_filtering(s, rng):
+    return _normal(rng, s["B"], s["L"], s["H"]), _normal(rng, s["H"], s["K"])
+
+
 def make_short(s, rng):
     return _normal(rng, s["B"], s["L"], s["H"]), _normal(rng, s["H"], s["W"])
 
 
-def _resets(s):
-    rng = np.random.default_rng(1)
-    return jnp.asarray(rng.uniform(size=(s["B"], s["L"])) < 0.01)
+def resets(u):
+    """Before one token of a hundred; from the input, or the compiler would do what
+    depends on them alone."""
+    return u[..., 0] > 2.33
 
 
 CASES = [
@@ -476,17 +459,29 @@ CASES = [
         lambda s: {
             "fft_conv": lambda u, k: fft_conv(u, k)[0],
             "per-head FFT": convolution_per_head,
+            "Monarch": lambda u, k: fft_conv(u, k, backend="monarch")[0],
         },
     ),
     Case(
         "fft_conv",
-        "causal, resets",
-        {"B": 4, "H": 32, "L": 1024},
+        "256 taps",
+        {"B": 1, "H": 16, "L": 262144, "K": 256},
+        {"B": 1, "H": 4, "L": 4096, "K": 64},
+        make_filtering,
+        lambda s: {
+            "fft_conv": lambda u, k: fft_conv(u, k)[0],
+            "one FFT": lambda u, k: fft_conv(u, k, backend="xla")[0],
+        },
+    ),
+    Case(
+        "fft_conv",
+        "resets",
+        {"B": 4, "H": 64, "L": 16384},
         {"B": 2, "H": 8, "L": 256},
         make_convolution,
         lambda s: {
-            "fft_conv": lambda u, k: fft_conv(u, k, reset=_resets(s))[0],
-            "masked Toeplitz": lambda u, k: convolution_by_toeplitz(u, k, _resets(s)),
+            "fft_conv": lambda u, k: fft_conv(u, k, reset=resets(u))[0],
+            "without resets": lambda u, k: fft_conv(u, k)[0],
         },
     ),
     Case(
@@ -501,205 +496,3 @@ CASES = [
         },
     ),
 ]
-
-
-def with_gradients(function):
-    """The result and the gradient by every argument, for a cotangent given as input."""
-
-    def run(cotangent, *arguments):
-        y, pull = jax.vjp(function, *arguments)
-        return y, pull(cotangent)
-
-    return run
-
-
-def compile_function(function, arguments):
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    return compiled, seconds, compiled.memory_analysis().temp_size_in_bytes
-
-
-def measure(functions: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every function, called in turn `repeats` times after one warm-up."""
-    times = {name: [] for name in functions}
-    for _, (function, arguments) in functions.items():
-        jax.block_until_ready(function(*arguments))
-    for _ in range(repeats):
-        for name, (function, arguments) in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def summary(times):
-    low, middle, high = np.percentile(times, [25, 50, 75])
-    return {"median_s": middle, "quartiles_s": [low, high]}
-
-
-def floors(small: bool) -> dict[str, float]:
-    """Copy bandwidth in B/s and float32 matmul rate in FLOP/s of this device."""
-    size = (16 if small else 64) * 2**20
-    x = jnp.ones(size // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
-    side = 1024 if small else 2048
-    square = jnp.ones((side, side), jnp.float32)
-    matmul = jax.jit(jnp.matmul)
-    copies, products = [], []
-    x = copy(x)
-    jax.block_until_ready(matmul(square, square))
-    for _ in range(7):
-        start = time.perf_counter()
-        x = jax.block_until_ready(copy(x))
-        copies.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        jax.block_until_ready(matmul(square, square))
-        products.append(time.perf_counter() - start)
-    return {
-        "copy_bytes_per_s": 2 * size / float(np.median(copies)),
-        "matmul_flop_per_s": 2 * side**3 / float(np.median(products)),
-    }
-
-
-def run_case(case: Case, small: bool, repeats: int, floor: dict) -> list[dict]:
-    size = case.small if small else case.size
-    arguments = jax.device_put(case.make(size, np.random.default_rng(0)))
-    forms = case.forms(size)
-    result = jax.eval_shape(next(iter(forms.values())), *arguments)
-    cotangent = jnp.ones(result.shape, result.dtype)
-    moved = sum(x.nbytes for x in arguments) + cotangent.nbytes
-    least = max(
-        moved / floor["copy_bytes_per_s"],
-        case.flops(size) / floor["matmul_flop_per_s"],
-    )
-    rows = []
-    for kind in ("forward", "forward+backward"):
-        functions, made = {}, {}
-        for name, form in forms.items():
-            both = kind == "forward+backward"
-            inputs = (cotangent, *arguments) if both else tuple(arguments)
-            compiled, seconds, temporary = compile_function(
-                with_gradients(form) if both else form, inputs
-            )
-            functions[name] = (compiled, inputs)
-            made[name] = {"compile_s": seconds, "temporary_bytes": temporary}
-        for name, times in measure(functions, repeats).items():
-            made[name] |= summary(times)
-            rows.append(
-                {
-                    "op": case.op,
-                    "case": case.name,
-                    "size": size,
-                    "kind": kind,
-                    "form": name,
-                    "subject": name == next(iter(forms)),
-                    "floor_s": least * (3 if kind == "forward+backward" else 1),
-                    **made[name],
-                }
-            )
-    return rows
-
-
-def compile_times(case: Case, small: bool) -> dict[str, float]:
-    """Seconds to compile forward+backward at L and at 4 L: the program is one size."""
-    base = dict(case.small if small else case.size)
-    seconds = {}
-    for factor in (1, 4):
-        size = base | {"L": base["L"] // 4 * factor}
-        arguments = jax.eval_shape(
-            lambda size=size: jax.tree.map(
-                jnp.asarray, case.make(size, np.random.default_rng(0))
-            )
-        )
-        form = next(iter(case.forms(size).values()))
-        result = jax.eval_shape(form, *arguments)
-        _, seconds[f"L={size['L']}"], _ = compile_function(
-            with_gradients(form), (result, *arguments)
-        )
-    return seconds
-
-
-def table(rows: list[dict]) -> Table:
-    shown = Table(
-        title="subject, and how many times slower and larger the plain forms are"
-    )
-    for name in ("operation", "size", "pass", "form", "ms (quartiles)", "time ratio",
-                 "temp MB", "temp ratio", "x floor"):  # fmt: skip
-        shown.add_column(name, no_wrap=name != "operation")
-    subject = None
-    for row in rows:
-        if row["subject"]:
-            subject = row
-            shown.add_section()
-        low, high = row["quartiles_s"]
-        size = " ".join(f"{k}{v}" for k, v in row["size"].items())
-        memory = row["temporary_bytes"]
-        shown.add_row(
-            f"{row['op']}: {row['case']}" if row["subject"] else "",
-            size if row["subject"] else "",
-            row["kind"],
-            row["form"],
-            f"{1e3 * row['median_s']:.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})",
-            f"{row['median_s'] / subject['median_s']:.2f}",
-            f"{memory / 1e6:.1f}",
-            f"{memory / max(subject['temporary_bytes'], 1):.1f}",
-            f"{row['median_s'] / row['floor_s']:.1f}",
-        )
-    return shown
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    ops = sorted({case.op for case in CASES})
-    parser.add_argument("--op", choices=ops, help="only this operation")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--small", action="store_true", help="small sizes, seconds")
-    options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error("--repeats must be >= 1")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    floor = floors(options.small)
-    console.print(
-        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), "
-        f"jax {jax.__version__}; copy {floor['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"matmul {floor['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s"
-    )
-    rows, compiled = [], {}
-    for case in CASES:
-        if options.op in (None, case.op):
-            rows += run_case(case, options.small, options.repeats, floor)
-            compiled[f"{case.op}: {case.name}"] = compile_times(case, options.small)
-    console.print(table(rows))
-    for name, seconds in compiled.items():
-        listed = ", ".join(f"{length}: {s:.2f} s" for length, s in seconds.items())
-        console.print(f"compile forward+backward, {name}: {listed}")
-    if options.out:
-        options.out.write_text(json.dumps(report(rows, compiled, floor), indent=1))
-
-
-def environment():
-    """What figures depend on: the device, versions and the allocator setting."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "machine": platform.platform(),
-        "cores": os.cpu_count(),
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
-    }
-
-
-def report(rows, compiled, floor):
-    return environment() | {"floors": floor, "rows": rows, "compile_s": compiled}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,296 @@
+"""python -m kernels.bench: speed and memory beside plain forms and floors, on this
+device.
+
+    python -m kernels.bench [--op NAME ...] [--device cpu|gpu|tpu] [--dtype bfloat16]
+        [--lengths 1024,16384,...|none] [--out FILE.json] [--repeats N] [--small]
+
+Every case is one operation at one size. The operation and its baselines are compiled,
+then called in turn, repeat after repeat, so that a busy machine slows all of them
+alike; the table gives medians with quartiles and their ratios. On an accelerator every
+backend that can run has its own row, and so have public PyTorch kernels that are
+installed beside it. Floors (the bytes that must move over the copy bandwidth, the FLOPs
+over the matmul rate) are measured in the same run. Memory is XLA's own count of
+temporaries.
+
+Then every case is swept over lengths with the same number of entries at each: fewer
+rows for longer sequences, then fewer channels. A form that would need more than half of
+the memory, or took longer than --limit seconds at the length before, is left out, and
+the table says so. The figures go to FILE.json and a picture of the sweep to FILE.png.
+
+On Linux the C library gives large buffers back after every call, and each new one costs
+page faults. Started with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296
+MALLOC_TRIM_THRESHOLD_=34359738368 it keeps them, which speeds everything up, the plain
+forms most.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kernels import dispatch
+from kernels.bench import peers, plot, timing
+from kernels.bench.cases import CASES, Case
+from kernels.cases import OPERATIONS
+
+LENGTHS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
+KINDS = ("forward", "forward+backward")
+
+
+def forms_of(case: Case, size: dict, arguments) -> dict:
+    """Name -> function; the first is the operation with its default backend."""
+    forms = case.forms(size)
+    subject, *plain = forms.items()
+    if jax.default_backend() == "cpu":
+        return forms
+    backends = {
+        f"{case.op} [{name}]": _on_backend(subject[1], case.op, name)
+        for name, module in OPERATIONS[case.op].backends.items()
+        if name != "reference" and not dispatch.elsewhere(module)
+    }
+    usable = {k: f for k, f in backends.items() if _traces(f, arguments)}
+    return {subject[0]: subject[1], **usable, **dict(plain)}
+
+
+def _on_backend(function, op, name):
+    def run(*arguments):
+        with dispatch.prefer(**{op: name}):
+            return function(*arguments)
+
+    return run
+
+
+def _traces(function, arguments) -> bool:
+    try:
+        jax.eval_shape(function, *arguments)
+    except ValueError:  # the backend cannot take these arguments
+        return False
+    return True
+
+
+def run_case(case: Case, size: dict, options, floor: dict, too_slow=()) -> list[dict]:
+    """A row per form, forward and with gradients; a form in `too_slow` is not run."""
+    arguments = jax.device_put(
+        _cast(case.make(size, np.random.default_rng(0)), options)
+    )
+    forms = forms_of(case, size, arguments)
+    subject = next(iter(forms))
+    result = jax.eval_shape(forms[subject], *arguments)
+    cotangent = jnp.ones(result.shape, result.dtype)
+    least = least_seconds(case, size, arguments, cotangent, floor)
+    rows = []
+    for kind in KINDS:
+        both = kind == "forward+backward"
+        inputs = (cotangent, *arguments) if both else tuple(arguments)
+        functions, made = {}, {}
+        for name, form in forms.items():
+            made[name] = {
+                "op": case.op,
+                "case": case.name,
+                "size": size,
+                "kind": kind,
+                "form": name,
+                "subject": name == subject,
+                "floor_s": least * (3 if both else 1),
+            }
+            if name in too_slow:
+                made[name]["left_out"] = f"over {options.limit} s at the length before"
+                continue
+            try:
+                compiled, seconds, temporary = timing.compile_function(
+                    timing.with_gradients(form) if both else form, inputs
+                )
+            except jax.errors.JaxRuntimeError as error:
+                made[name]["left_out"] = str(error).splitlines()[0][:80]
+                continue
+            made[name] |= {"compile_s": seconds, "temporary_bytes": temporary}
+            if temporary > timing.memory() / 2:
+                made[name]["left_out"] = f"needs {temporary / 2**30:.0f} GiB"
+            else:
+                functions[name] = (compiled, inputs)
+        for name, times in timing.measure(functions, options.repeats).items():
+            made[name] |= timing.summary(times)
+        rows += made.values()
+    return rows + peer_rows(case, arguments, options, rows)
+
+
+def _cast(arguments, options):
+    return jax.tree.map(
+        lambda x: x.astype(jnp.dtype(options.dtype)) if x.dtype == np.float32 else x,
+        arguments,
+    )
+
+
+def least_seconds(case, size, arguments, cotangent, floor) -> float:
+    moved = sum(x.nbytes for x in arguments) + cotangent.nbytes
+    return max(
+        moved / floor["copy_bytes_per_s"], case.flops(size) / floor["matmul_flop_per_s"]
+    )
+
+
+def peer_rows(case, arguments, options, rows) -> list[dict]:
+    found = []
+    for peer in peers.installed(case.op, case.name):
+        for kind, figures in peers.measure(peer, arguments, options.repeats).items():
+            like = next(row for row in rows if row["kind"] == (kind or KINDS[0]))
+            row = {k: like[k] for k in ("op", "case", "size", "kind", "floor_s")}
+            row |= {"form": peer.name, "subject": False}
+            if "failed" in figures:
+                row["left_out"] = figures["failed"].splitlines()[0][:80]
+            else:
+                row["temporary_bytes"] = figures["temporary_bytes"]
+                row |= timing.summary(figures["times_s"])
+            found.append(row)
+    return found
+
+
+def compile_times(case: Case, size: dict) -> dict[str, float]:
+    """Seconds to compile both passes at L / 4 and at L: the program is one size."""
+    seconds = {}
+    for length in (size["L"] // 4, size["L"]):
+        here = size | {"L": length}
+        made = case.make(here, np.random.default_rng(0))
+        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made]
+        form = next(iter(case.forms(here).values()))
+        result = jax.eval_shape(form, *arguments)
+        _, seconds[f"L={length}"], _ = timing.compile_function(
+            timing.with_gradients(form), (result, *arguments)
+        )
+    return seconds
+
+
+def sweep(case: Case, options, floor: dict) -> list[dict]:
+    """Rows at every length; what was slow at one is not run at the next."""
+    rows, too_slow = [], set()
+    for length in options.lengths:
+        found = run_case(case, case.at_length(length, options.small), options, floor, too_slow)
+        too_slow |= {
+            row["form"] for row in found if row.get("median_s", 0) > options.limit
+        }
+        rows += found
+    return rows
+
+
+def table(rows: list[dict], title: str) -> Table:
+    shown = Table(title=title)
+    for name in ("operation", "size", "pass", "form", "ms (quartiles)", "time ratio",
+                 "temp MB", "temp ratio", "x floor"):  # fmt: skip
+        shown.add_column(name, no_wrap=name not in ("operation", "ms (quartiles)"))
+    subjects = {_place(row): row for row in rows if row["subject"]}
+    for row in sorted(rows, key=lambda row: list(subjects).index(_place(row))):
+        subject = subjects[_place(row)]
+        if row is subject:
+            shown.add_section()
+        size = " ".join(f"{k}{v}" for k, v in row["size"].items())
+        names = [f"{row['op']}: {row['case']}", size, row["kind"]]
+        first = names if row is subject else ["", "", row["kind"]]
+        shown.add_row(*first, row["form"], *_figures(row, subject))
+    return shown
+
+
+def _place(row):
+    return row["op"], row["case"], str(row["size"]), row["kind"]
+
+
+def _figures(row, subject) -> list[str]:
+    if "left_out" in row:
+        return [row["left_out"]]
+    low, high = row["quartiles_s"]
+    memory, least = row["temporary_bytes"], max(subject.get("temporary_bytes", 1), 1)
+    ratio = row["median_s"] / subject["median_s"] if "median_s" in subject else None
+    return [
+        f"{1e3 * row['median_s']:.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})",
+        "" if ratio is None else f"{ratio:.2f}",
+        f"{memory / 1e6:.1f}",
+        f"{memory / least:.1f}",
+        f"{row['median_s'] / row['floor_s']:.1f}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _options(argv)
+    if options.device:
+        jax.config.update("jax_platforms", options.device)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 180
+    floor = timing.floors(options.small, options.dtype)
+    title = (
+        f"{jax.devices()[0].device_kind} ({jax.default_backend()}), {options.dtype}, "
+        f"jax {jax.__version__}; copy {floor['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"matmul {floor['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s"
+    )
+    console.print(title)
+    cases = [case for case in CASES if not options.op or case.op in options.op]
+    found = {"rows": [], "compile_s": {}, "sweep": []}
+    for case in cases:
+        size = case.small if options.small else case.size
+        rows = run_case(case, size, options, floor)
+        console.print(table(rows, "ratios are to the first form"))
+        found["rows"] += rows
+        name = f"{case.op}: {case.name}"
+        found["compile_s"][name] = seconds = compile_times(case, size)
+        listed = ", ".join(f"{length}: {s:.2f} s" for length, s in seconds.items())
+        console.print(f"compile forward+backward, {listed}")
+        if options.lengths:
+            rows = sweep(case, options, floor)
+            console.print(table(rows, "the same number of entries at every length"))
+            found["sweep"] += rows
+    out = options.out or _default_out()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figures = timing.environment() | {"dtype": options.dtype, "floors": floor} | found
+    out.write_text(json.dumps(figures, indent=1))
+    console.print(f"figures: {out}")
+    if found["sweep"]:
+        plot.write(found["sweep"], title, out.with_suffix(".png"))
+        console.print(f"picture: {out.with_suffix('.png')}")
+    return 0
+
+
+def _default_out() -> Path:
+    kind = re.sub(r"[^\w.-]+", "-", jax.devices()[0].device_kind)
+    return Path("runs", "kernels", f"bench-{kind}.json")
+
+
+def _options(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    ops = sorted({case.op for case in CASES})
+    parser.add_argument("--op", choices=ops, nargs="+", help="only these operations")
+    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--lengths", help="of the sweep; none leaves it out")
+    parser.add_argument("--limit", type=float, default=10, help="seconds; see above")
+    parser.add_argument("--out", type=Path, help="FILE.json, and FILE.png beside it")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="small sizes, no sweep")
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        parser.error(f"--repeats must be >= 1, got {options.repeats}")
+    if options.lengths is None:
+        options.lengths = [] if options.small else LENGTHS
+    elif options.lengths == "none":
+        options.lengths = []
+    elif re.fullmatch(r"\d+(,\d+)*", options.lengths) and "0" not in (
+        options.lengths.split(",")
+    ):
+        options.lengths = sorted(map(int, options.lengths.split(",")))
+    else:
+        parser.error(
+            "--lengths must be none or numbers >= 1 such as 1024,65536, got "
+            f"{options.lengths!r}"
+        )
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""Timing of compiled functions in turn, and the floors of this device."""
+
+import math
+import os
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LEAST = 2e-3  # seconds of a sample: shorter functions are called several times
+
+
+def with_gradients(function):
+    """The result and the gradient by every argument, for a cotangent given as input."""
+
+    def run(cotangent, *arguments):
+        y, pull = jax.vjp(function, *arguments)
+        return y, pull(cotangent)
+
+    return run
+
+
+def compile_function(function, arguments):
+    """The compiled function, the seconds that took, its temporary bytes."""
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    return compiled, seconds, compiled.memory_analysis().temp_size_in_bytes
+
+
+def measure(functions: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every function, called in turn `repeats` times after two warm-ups.
+
+    functions: name -> (function, arguments). A function so short that calling it is
+    what would be timed is called several times in a row.
+    """
+    counts = {name: _count(*entry) for name, entry in functions.items()}
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, (function, arguments) in functions.items():
+            times[name].append(_seconds(function, arguments, counts[name]))
+    return times
+
+
+def _count(function, arguments) -> int:
+    _seconds(function, arguments, 1)
+    return max(1, math.ceil(LEAST / _seconds(function, arguments, 1)))
+
+
+def _seconds(function, arguments, count) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        result = function(*arguments)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / count
+
+
+def summary(times) -> dict:
+    low, middle, high = np.percentile(times, [25, 50, 75])
+    return {"median_s": float(middle), "quartiles_s": [float(low), float(high)]}
+
+
+def floors(small: bool = False, dtype="float32") -> dict[str, float]:
+    """Copy bandwidth in B/s and matmul rate in FLOP/s of this device, for `dtype`."""
+    accelerator = jax.default_backend() != "cpu"
+    size = 2**24 if small else 2**30 if accelerator else 2**26
+    side = 1024 if small else 8192 if accelerator else 2048
+    x = jnp.ones(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1, donate_argnums=0)
+    square = jnp.ones((side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    copies, products = [], []
+    x = copy(x)
+    jax.block_until_ready(product(square, square))
+    for _ in range(7):
+        start = time.perf_counter()
+        x = jax.block_until_ready(copy(x))
+        copies.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        jax.block_until_ready(product(square, square))
+        products.append(time.perf_counter() - start)
+    return {
+        "copy_bytes_per_s": 2 * size / float(np.median(copies)),
+        "matmul_flop_per_s": 2 * side**3 / float(np.median(products)),
+    }
+
+
+def memory() -> int:
+    """Bytes of memory that the device, or on a CPU the machine, has in all."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 8 * 2**30
+
+
+def environment() -> dict:
+    """What figures depend on: the device, versions and the allocator setting."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+    }
