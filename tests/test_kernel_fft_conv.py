@@ -372,12 +372,6 @@ def test_choice_is_in_the_open(name, monkeypatch):
             assert words in fits[chosen][1]
 
 
-def test_direct_refuses_what_would_compile_for_long():
-    u, k = np.ones((1, 500, 2), np.float32), np.ones((2, 400), np.float32)
-    with pytest.raises(ValueError, match="'direct': more than 128 taps and steps"):
-        fft_conv(u, k, backend="direct")
-
-
 # FlashButterfly.
 
 

@@ -412,4 +412,4 @@ def test_contracted_bad_input(change, words):
 
 
 def test_backends_are_named():
-    assert list(BACKENDS) == ["xla", "reference"]
+    assert list(BACKENDS) == ["triton", "pallas_tpu", "xla", "reference"]

@@ -17,8 +17,20 @@ MAY_IMPORT = {
 }
 # What a ring may take from outside (rich prints the tables of `python -m ...`); None:
 # anything.
+PEERS = {  # of kernels.bench, where they are installed
+    "accelerated_scan", "causal_conv1d", "fla", "flashfftconv", "mamba_ssm", "torch",
+}  # fmt: skip
 MAY_USE = {
-    "kernels": {"jax", "numpy", "scipy", "jax_triton", "triton", "rich"},
+    "kernels": {
+        "jax",
+        "numpy",
+        "scipy",
+        "jax_triton",
+        "triton",
+        "rich",
+        "matplotlib",
+        *PEERS,
+    },
     "ssm": {"jax", "numpy", "scipy"},
     "layers": {"jax", "numpy", "flax", "rich"},
     "train": None,

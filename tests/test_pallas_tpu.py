@@ -21,12 +21,14 @@ class Kernel(NamedTuple):
     variants: of OPERATIONS, those whose kernels differ; the others are slow tests.
     constants: {module: {name: value}} that make several blocks of them on every axis.
     refused: sizes that the backend does not take, and words of the reason.
+    not_taken: variants that it does not take.
     """
 
     size: dict[str, int]
     variants: tuple[str, ...]
     constants: dict[str, dict[str, int]]
     refused: tuple[dict[str, int], str] | None = None
+    not_taken: tuple[str, ...] = ()
 
 
 LENGTH = 40  # two blocks of 16 steps and a half
@@ -42,6 +44,12 @@ KERNELS = {
         ("skip",),
         {"kernels.selective_scan.pallas_tpu": {"STEPS": 16, "STATE": 1}},
         ({"N": 129}, "takes at most 128 modes, got 129"),
+    ),
+    "chunked_scan": Kernel(
+        {"B": 2, "H": 4, "G": 2, "K": 5, "V": 3},
+        ("scalar decay", "delta rule, scalar decay"),
+        {"kernels.chunked_scan.pallas_tpu": {"CHUNK": 16}},
+        not_taken=("vector decay", "delta rule, vector decay"),
     ),
     "short_conv": Kernel(
         {"B": 2, "H": 135, "W": 4},
@@ -89,7 +97,8 @@ def some_cases(op):
 
 def more_cases(op):
     for *case, dtype in covering(list(op.product((LENGTH, 1, 7, 64), DTYPES))):
-        yield Case(*case), dtype
+        if case[0] not in KERNELS[op.name].not_taken:
+            yield Case(*case), dtype
 
 
 def long_cases(op):
@@ -198,6 +207,25 @@ def test_default_on_a_tpu_and_what_it_refuses(name):
             assert default(large) == "xla"
             with pytest.raises(ValueError, match=f"'pallas_tpu': {words}"):
                 default(large, backend="pallas_tpu")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("length", [40, 150])  # one block, and rows of blocks
+def test_long_convolution(length, dtype, monkeypatch):
+    module = import_module("kernels.fft_conv.pallas_tpu")
+    monkeypatch.setattr(module, "BLOCK", 256)
+    op = replace(OPERATIONS["fft_conv"], small={"B": 2, "H": 2, "K": 200})
+    compare(op, Case("gated", length, state=True), dtype)
+    compare(op, Case("two-sided", length), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_convolution_lowers_for_tpu(dtype):
+    op = OPERATIONS["fft_conv"]
+    with compat.lowering_for("tpu"):
+        forward, both, shapes = passes(op, Case("gated", 1000), dtype, wide=True)
+        assert tpu_kernels(forward, shapes) == 1
+        assert tpu_kernels(both, shapes) == 3
 
 
 @pytest.mark.parametrize(

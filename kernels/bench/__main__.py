@@ -169,7 +169,8 @@ def sweep(case: Case, options, floor: dict) -> list[dict]:
     """Rows at every length; what was slow at one is not run at the next."""
     rows, too_slow = [], set()
     for length in options.lengths:
-        found = run_case(case, case.at_length(length, options.small), options, floor, too_slow)
+        size = case.at_length(length, options.small)
+        found = run_case(case, size, options, floor, too_slow)
         too_slow |= {
             row["form"] for row in found if row.get("median_s", 0) > options.limit
         }

@@ -13,16 +13,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import blocks, segments
+from kernels import blocks, compat, segments
 from kernels.chunked_scan import wy
-from kernels.compat import pallas_tpu_call
 
 CHUNK = 128  # steps: the width of the matrix unit
 
 
 def unsupported(q, v, log_decay, beta) -> str | None:
     if log_decay is not None and log_decay.ndim == 4:
-        return "has no decay per channel"
+        return "takes no decay per channel"
     return blocks.unsupported(q, v)
 
 
@@ -141,7 +140,7 @@ def _walk(q, k, U, W, weights, state):
     grid, keys, per_head, values, states, matrix, rows = _specs(q, U, False)
     shape = jax.ShapeDtypeStruct
     delta_rule = W is not None
-    return pallas_tpu_call(
+    return compat.pallas_tpu_call(
         partial(_walk_kernel, delta_rule=delta_rule),
         grid=grid,
         semantics=SEMANTICS,
@@ -164,7 +163,7 @@ def _walk_back(q, k, U, W, weights, states, d_out, d_final):
     batch, heads, length, _ = U.shape
     per_token = shape((batch, heads, length, q.shape[-1]), dtype)
     row = pl.BlockSpec((None, None, None, 8, CHUNK), rows.index_map)
-    made = pallas_tpu_call(
+    made = compat.pallas_tpu_call(
         partial(_walk_back_kernel, delta_rule=delta_rule),
         grid=grid,
         semantics=SEMANTICS,

@@ -28,7 +28,7 @@ WIDEST = 128  # K, whose tiles are held whole; half of it in float32
 
 def unsupported(q, v, log_decay, beta) -> str | None:
     if log_decay is not None and log_decay.ndim == 4:
-        return "has no decay per channel"
+        return "takes no decay per channel"
     widest = WIDEST if q.dtype == jnp.bfloat16 else WIDEST // 2
     if q.shape[-1] > widest:
         return f"K is at most {widest} in {q.dtype.name}"

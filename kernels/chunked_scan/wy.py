@@ -41,10 +41,10 @@ def system(k, v, g, beta, segment, size):
 
         links = per_group(number[..., None] == number[..., None, :])
         first = per_group(number == before)[..., None]
-    among = links * decays.scores(keys, keys, "highest")
+    (among,) = decays.scores([keys], keys, "highest")
     entering = first * decays.enter[..., None] * keys[:, None]
     right = jnp.concatenate([given, entering], -1)
-    solved = delta.solve(jnp.tril(weights * among, -1), weights * right)
+    solved = delta.solve(weights * links * among, weights * right)
     solved = solved.reshape(batch, chunks, heads, size, -1).swapaxes(2, 3)
     solved = solved.reshape(batch, -1, *solved.shape[3:])[:, :length].astype(k.dtype)
     return solved[..., :values], solved[..., values:]

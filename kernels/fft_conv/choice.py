@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from kernels import compat
 
 FEW = 16  # taps, or steps, up to which multiplies and adds are faster than an FFT
-LONG = 2**16  # steps from which on blocks are faster than one FFT
-SHORT = 8  # and how many times longer than its filter the sequence must be then
+LONG = 2**18  # steps from which on blocks are faster than one FFT
+SHORT = 32  # and how many times longer than its filter the sequence must be then
 
 
 def advice(u, k, initial_state, k_reverse) -> dict[str, tuple[bool, str]]:

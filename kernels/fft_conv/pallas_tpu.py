@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import blocks as tiles
-from kernels.compat import pallas_tpu_call
+from kernels import compat
 from kernels.fft_conv import blockwise
 
 BLOCK = 128 * 128  # points: two factors as wide as the matrix unit
@@ -29,7 +29,7 @@ def blocks(x, K, block, taken, made, low):
     x = tuple(_block(part, block, taken) for part in x)
     K = tuple(part.reshape(-1, *block) for part in K)
     grid, example, channel, table = _specs(x, block)
-    y = pallas_tpu_call(
+    y = compat.pallas_tpu_call(
         partial(_block_kernel, low=low, parts=len(x)),
         grid=grid,
         semantics=("parallel", "parallel"),
@@ -49,7 +49,7 @@ def spectrum_gradient(x, dy, K, block, given, low):
     x = tuple(_block(part, block, (0, part.shape[-1])) for part in x)
     dy = tuple(_block(part, block, given) for part in dy)
     grid, example, channel, table = _specs(x, block)
-    dK = pallas_tpu_call(
+    dK = compat.pallas_tpu_call(
         partial(_spectrum_kernel, low=low, parts=parts),
         grid=grid,
         semantics=("parallel", "arbitrary"),
