@@ -478,12 +478,21 @@ def test_what_does_not_compile_is_named(triton, monkeypatch):
     assert "_backward" in backward
 
 
+def test_what_no_gpu_has_room_for_is_caught(triton, monkeypatch):
+    figures = {"registers": 32, "spilled_bytes": 0, "shared_bytes": 232449}
+    monkeypatch.setattr(compat, "compiled", lambda call, capability: figures)
+    operation = OPERATIONS["linear_scan"]
+    (row,) = conformance.compiled(operation, ["float32"], "quick")
+    assert "_forward: 232449 B of shared memory, there are 232448" in row.failures[0]
+    assert row.kernels[0]["shared_bytes"] == 232449
+
+
 def test_a_tpu_backend_without_a_kernel_is_caught(monkeypatch):
     module = sys.modules["kernels.linear_scan"]
     monkeypatch.setattr(module, "BACKENDS", {"pallas_tpu": xla})
     (row,) = conformance.lowered(OPERATIONS["linear_scan"], ["float32"], "quick")
     assert row.verdict == "failed"
-    assert "there is no TPU kernel in the lowered program" in row.failures[0]
+    assert "there is no TPU kernel in any lowered program" in row.failures[0]
 
 
 # The command.

@@ -28,8 +28,8 @@ class Scalar(NamedTuple):
     enter: jax.Array  # [N, R, T]
 
     def scores(self, rows, keys, precision):
-        shared = (jnp.matmul(each, keys.mT, precision=precision) for each in rows)
-        return [each[:, None] * self.between for each in shared]
+        shared = jnp.matmul(rows, keys.mT, precision=precision)
+        return shared[:, None] * self.between
 
     def read(self, rows, state, precision):
         found = jnp.matmul(rows[:, None], state, precision=precision)
@@ -67,41 +67,39 @@ class Vector(NamedTuple):
     """One decay per head and key channel: on rows and keys, each brought to a point
     between them."""
 
-    levels: list[tuple[jax.Array, jax.Array]]  # both [N * R, T, K], see `vector`
+    weights: list[jax.Array]  # [N * R, T, K] for blocks of 1, 2, 4, ... T / 2 tokens
+    enter: jax.Array  # [N * R, T, K]
+    leave: jax.Array  # [N * R, T, K]
     heads: int
 
     def scores(self, rows, keys, precision):
-        """Of blocks of 1, 2, 4, ... tokens: between two of them rows have decayed from
-        where the right one begins, and keys up to there. All kinds of rows at once:
-        their gradients, taken one by one, would be three times as slow."""
-        rows = jnp.stack([self._per_head(each) for each in rows])
-        keys = self._per_head(keys)
-        kinds, _, length, _ = rows.shape
-        scores = jnp.sum(rows * keys, -1).reshape(kinds, -1, 1, 1)
-        for level, (enter, leave) in enumerate(self.levels[:-1]):
-            size = 2**level
-            _, right = _halves(rows * enter, size)
-            left, _ = _halves(keys * leave, size)
+        """Between two neighbouring blocks rows have decayed from where the right one
+        begins, and keys up to there; both blocks together are one of twice the size."""
+        rows, keys = self._per_head(rows), self._per_head(keys)
+        length = rows.shape[1]
+        scores = jnp.sum(rows * keys, -1)[..., None]
+        for weight in self.weights:
+            size = scores.shape[-1]
+            left, _ = _halves(keys * weight, size)
+            _, right = _halves(rows * weight, size)
             across = jnp.matmul(right, left.mT, precision=precision)
-            scores = stacked(scores[:, 0::2], across, scores[:, 1::2])
-        return scores.reshape(kinds, -1, self.heads, length, length)
+            scores = stacked(*_halves(scores, size), across)
+        return scores.reshape(-1, self.heads, length, length)
 
     def read(self, rows, state, precision):
-        rows = self._split(self._per_head(rows) * self.levels[-1][0])
+        rows = self._split(self._per_head(rows) * self.enter)
         return jnp.matmul(rows, state, precision=precision)
 
     def write(self, keys, u):
-        keys = self._split(self._per_head(keys) * self.levels[-1][1])
+        keys = self._split(self._per_head(keys) * self.leave)
         return jnp.matmul(keys.mT, u, precision="highest")
 
     def keep(self, state):
-        return self._split(self.levels[-1][0])[..., -1, :, None] * state
+        return self._split(self.enter[:, -1:]).mT * state
 
     def _per_head(self, x):
-        groups, *rest = x.shape
-        return jnp.broadcast_to(x[:, None], (groups, self.heads, *rest)).reshape(
-            -1, *rest
-        )
+        x = jnp.broadcast_to(x[:, None], (x.shape[0], self.heads, *x.shape[1:]))
+        return x.reshape(-1, *x.shape[2:])
 
     def _split(self, x):
         return x.reshape(-1, self.heads, *x.shape[1:])
@@ -110,27 +108,31 @@ class Vector(NamedTuple):
 def vector(g: jax.Array) -> Vector:
     """From log decays [N, R, T, K], T a power of two.
 
-    Level m has for blocks of 2^m tokens the decay from a block's beginning through each
-    token, and after each token to the block's end. They are products in a tree: of
-    numbers that may be 0, with m roundings.
+    For blocks of doubling size: the decay from a block's beginning through each token
+    (`enter`), and after each token to its end (`leave`). They are products in a tree:
+    of numbers that may be 0, with as many roundings as there are sizes.
     """
     enter = jnp.exp(g).reshape(-1, *g.shape[2:])
     leave = jnp.ones_like(enter)
-    levels = [(enter, leave)]
-    while 2 ** (len(levels) - 1) < enter.shape[1]:
-        size = 2 ** (len(levels) - 1)
-        first, second = _halves(enter, size)
+    shape, weights = enter.shape, []
+    while 2 ** len(weights) < shape[1]:
+        size = 2 ** len(weights)
+        left, right = _halves(enter, size)
         before, after = _halves(leave, size)
-        enter = _joined(first, first[:, -1:] * second, enter.shape)
-        leave = _joined(before * second[:, -1:], after, enter.shape)
-        levels.append((enter, leave))
-    return Vector(levels, g.shape[1])
+        weights.append(_joined(before, right, shape))
+        enter = _joined(left, left[:, -1:] * right, shape)
+        leave = _joined(before * right[:, -1:], after, shape)
+    return Vector(weights, enter, leave, g.shape[1])
 
 
 def _halves(x, size):
-    """The left and the right of each two blocks [size, K] of x [..., N, T, K]."""
-    x = x.reshape(*x.shape[:-3], -1, 2, size, x.shape[-1])
-    return x[..., 0, :, :], x[..., 1, :, :]
+    """The left and the right of each two blocks [size, K] that follow one another.
+
+    Split, not indexed: the gradients are joined again, where those of slices would be
+    padded with zeros and added up, which is slow.
+    """
+    left, right = jnp.split(x.reshape(-1, 2, size, x.shape[-1]), 2, 1)
+    return left[:, 0], right[:, 0]
 
 
 def _joined(left, right, shape):

@@ -41,7 +41,7 @@ def _inverse(A):
     parts = jnp.concatenate([A[:, :half, :half], A[:, half:, half:]])
     left, right = jnp.split(_inverse(parts), 2)
     below = -_product(right, _product(A[:, half:, :half], left))
-    return stacked(left, below, right)
+    return stacked(left, right, below)
 
 
 def _product(a, b):
@@ -51,7 +51,7 @@ def _product(a, b):
     return jnp.matmul(a, b, precision="highest")
 
 
-def stacked(left, below, right):
-    """[[left, 0], [below, right]], all of one shape [..., T, T]."""
+def stacked(left, right, below):
+    """[[left, 0], [below, right]], all of one shape [N, T, T]."""
     top = jnp.concatenate([left, jnp.zeros_like(below)], -1)
     return jnp.concatenate([top, jnp.concatenate([below, right], -1)], -2)

@@ -74,14 +74,13 @@ def _chunk(precision, state, q, k, v, g, beta, into):
     q, k = q[:, 0], k[:, 0]
     links, first, last, whole = _masks(into)
     decays = decay.scalar(g) if g.ndim == 3 else decay.vector(g)
-    if beta is None:
-        (scores,) = decays.scores([q], k, precision)
-    else:
-        scores, among = decays.scores([q, k], k, "highest")
+    if beta is not None:
         beta = beta[..., None]
         known = first * decays.read(k, state, "highest")
-        v = delta.solve(beta * links * among, beta * (v - known))
-    o = jnp.matmul(links * scores, v, precision=precision)
+        among = links * decays.scores(k, k, "highest")
+        v = delta.solve(beta * among, beta * (v - known))
+    scores = links * decays.scores(q, k, precision)
+    o = jnp.matmul(scores, v, precision=precision)
     o = o + first * decays.read(q, state, precision)
     return whole * decays.keep(state) + decays.write(k, last * v), o
 

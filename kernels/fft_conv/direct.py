@@ -1,10 +1,8 @@
 """Multiplies and adds: for a filter of a few taps, or a few steps after a long state.
 
-Shifted multiplies, many to a pass over the output: with few taps it is long and there is
-one pass; with few steps (decoding) it is short and stays in the cache.
+Shifted multiplies, many to a pass over the output: with few taps it is long and there
+is one pass; with few steps (decoding) it is short and stays in the cache.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,24 +37,82 @@ def convolve(v, k, k_reverse, state, segment, low):
 def _correlate(whole, number, segment, taps):
     """y[t] = sum_j taps[j] whole[t+j], where number[t+j] is segment[t]."""
     count = taps.shape[1]
-    taps = jax.lax.optimization_barrier(taps.T)  # or every pass would read it across
+    steps = whole.shape[1] - count + 1
+    rows = _rows(taps)
     seen = _windows(whole, number, segment, count)
+    zero = jnp.zeros((whole.shape[0], steps, whole.shape[2]), whole.dtype)
+    return _sum(count, lambda j: rows[j] * seen(j), zero)
+
+
+def _forward(*arguments):
+    return _correlate(*arguments), arguments
+
+
+def _backward(saved, dy):
+    whole, number, segment, taps = saved
+    by_steps = dy.shape[1] < taps.shape[1]
+    form = _backward_by_steps if by_steps else _backward_by_taps
+    dwhole, dtaps = form(whole, number, segment, taps, dy)
+    return dwhole, None, None, dtaps
+
+
+_correlate.defvjp(_forward, _backward)
+
+
+def _backward_by_taps(whole, number, segment, taps, dy):
+    """Tap after tap for their gradient, or XLA would hold `whole` once per tap."""
+    count = taps.shape[1]
+    seen = _windows(whole, number, segment, count)
+    around = ((0, 0), (count - 1, count - 1))
+    after = None
+    if number is not None:
+        after = jnp.pad(segment, around, constant_values=-1)
+    dwhole = _correlate(jnp.pad(dy, (*around, (0, 0))), after, number, taps[:, ::-1])
+    dtaps = jax.lax.map(lambda j: (dy * seen(j)).sum((0, 1)), jnp.arange(count))
+    return dwhole, dtaps.T
+
+
+def _backward_by_steps(whole, number, segment, taps, dy):
+    """What each step gives to all taps, and to all inputs."""
+    count, steps = taps.shape[1], dy.shape[1]
+    shifted = jnp.pad(_rows(taps), ((steps - 1, steps - 1), (0, 0)))[None]
+
+    def same(t, start, length, term):
+        if number is None:
+            return term
+        linked = _part(number, start, length) == _part(segment, t, 1)
+        return jnp.where(linked[..., None], term, 0)
+
+    def to_taps(t):
+        return same(t, t, count, _part(dy, t, 1) * _part(whole, t, count))
+
+    def to_inputs(t):
+        tap = _part(shifted, steps - 1 - t, whole.shape[1])
+        return same(t, 0, whole.shape[1], _part(dy, t, 1) * tap)
+
+    dtaps = _sum(steps, to_taps, jnp.zeros_like(whole[:, :count])).sum(0)
+    return _sum(steps, to_inputs, jnp.zeros_like(whole)), dtaps.T
+
+
+def _sum(count, term, total):
+    """total + term(0) + ... + term(count - 1), UNROLLED terms to a pass."""
     passes, left = divmod(count, UNROLLED)
 
-    def some(i, y):
+    def some(i, total):
         for j in range(UNROLLED):
-            lag = UNROLLED * i + j
-            y = y + taps[lag] * seen(lag)
-        return y
+            total = total + term(UNROLLED * i + j)
+        return total
 
-    y = jnp.zeros_like(whole[:, : whole.shape[1] - count + 1])
-    if passes == 1:
-        y = some(0, y)
-    elif passes:
-        y = jax.lax.fori_loop(0, passes, some, y)
-    for lag in range(count - left, count):
-        y = y + taps[lag] * seen(lag)
-    return y
+    if passes:
+        total = jax.lax.fori_loop(0, passes, some, total)
+    for j in range(count - left, count):
+        total = total + term(j)
+    return total
+
+
+def _rows(taps):
+    """[K, H], made once: each pass would read across [H, K] again."""
+    return jax.lax.optimization_barrier(taps.T)
 
 
 def _windows(whole, number, segment, count):
@@ -74,50 +130,3 @@ def _windows(whole, number, segment, count):
 
 def _part(x, start, count):
     return jax.lax.dynamic_slice_in_dim(x, start, count, 1)
-
-
-def _forward(*arguments):
-    return _correlate(*arguments), arguments
-
-
-def _backward(saved, dy):
-    whole, number, segment, taps = saved
-    by_steps = dy.shape[1] < taps.shape[1]
-    form = _backward_by_steps if by_steps else _backward_by_taps
-    dwhole, dtaps = form(whole, number, segment, taps, dy)
-    return dwhole, None, None, dtaps
-
-
-def _backward_by_taps(whole, number, segment, taps, dy):
-    """Tap after tap for their gradient, or XLA would hold `whole` once per tap."""
-    count = taps.shape[1]
-    seen = _windows(whole, number, segment, count)
-    around = ((0, 0), (count - 1, count - 1))
-    after = None
-    if number is not None:
-        after = jnp.pad(segment, around, constant_values=-1)
-    dwhole = _correlate(jnp.pad(dy, (*around, (0, 0))), after, number, taps[:, ::-1])
-    dtaps = jax.lax.map(lambda j: (dy * seen(j)).sum((0, 1)), jnp.arange(count))
-    return dwhole, dtaps.T
-
-
-def _backward_by_steps(whole, number, segment, taps, dy):
-    count = taps.shape[1]
-    taps = jax.lax.optimization_barrier(taps.T)
-
-    def step(t, gradients):
-        dwhole, dtaps = gradients
-        here = _part(dy, t, 1)
-        if number is not None:
-            same = _part(number, t, count) == _part(segment, t, 1)
-            here = jnp.where(same[..., None], here, 0)
-        window = _part(dwhole, t, count) + here * taps
-        dwhole = jax.lax.dynamic_update_slice_in_dim(dwhole, window, t, 1)
-        return dwhole, dtaps + (here * _part(whole, t, count)).sum(0)
-
-    zero = jnp.zeros_like(whole), jnp.zeros_like(taps)
-    dwhole, dtaps = jax.lax.fori_loop(0, dy.shape[1], step, zero)
-    return dwhole, dtaps.T
-
-
-_correlate.defvjp(_forward, _backward)

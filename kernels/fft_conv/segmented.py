@@ -1,4 +1,4 @@
-"""Causal convolution that stays inside segments, exactly, in O(L log L).
+"""Causal convolution that stays inside segments, exactly, in O(L log^2 L).
 
     y[t] = sum_{s <= t, s in the segment of t} k[t-s] v[s]
 
