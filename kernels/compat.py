@@ -219,14 +219,14 @@ class _Tensor:
 
 
 @functools.cache
-def _interpreter_dots() -> None:
-    """Makes the interpreter's `tl.dot` right for bfloat16, which it keeps as uint16 and
-    would multiply as such."""
+def _mend_interpreter() -> None:
+    """Makes the interpreter right for bfloat16, which it keeps as uint16: `tl.dot`
+    would multiply it as such, and casts to it would cut off where a GPU rounds."""
     from triton import language as tl
     from triton.runtime import interpreter
 
     builder = type(interpreter.interpreter_builder)
-    plain = builder.create_dot
+    dot, cast = builder.create_dot, builder.cast_impl
 
     def widened(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -235,13 +235,19 @@ def _interpreter_dots() -> None:
         return interpreter.TensorHandle(words.view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
-        return plain(self, widened(a), widened(b), *rest)
+        return dot(self, widened(a), widened(b), *rest)
 
-    builder.create_dot = create_dot
+    def cast_impl(self, x, target):
+        if target.scalar != tl.bfloat16 or not x.dtype.scalar.is_floating():
+            return cast(self, x, target)
+        rounded = widened(x).data.astype(jnp.bfloat16)
+        return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 def _interpret(kernel, grid, arguments, outputs, constants):
-    _interpreter_dots()
+    _mend_interpreter()
     arrays = [x for x in arguments if not isinstance(x, int)]
 
     def run(*words):

@@ -331,7 +331,7 @@ def long_convolution(rng, length, taps, two_sided=False):
 
 
 def long_convolution_cases(full):
-    # blocks are of 256 points
+    # blocks are of 256 points, real ones in bfloat16 of 1024
     more = [(150, 170)]
     everywhere = [(100, 60, True), (1, 1), (300, 290, True), (120, 700)]
     return switched(
@@ -422,7 +422,7 @@ KERNELS = {
         fft_conv,
         long_convolution_cases,
         long_convolution_sizes(),
-        {"kernels.fft_conv.triton": {"BLOCK": 256}},
+        {"kernels.fft_conv.triton": {"BLOCK": 1024}},
     ),
     "cauchy": Kernel(
         cauchy,

@@ -56,11 +56,11 @@ def scalar(g: jax.Array) -> Scalar:
     ones = jnp.triu(jnp.ones((size, size), g.dtype))
     parts = jnp.matmul(jnp.stack([coarse, g - coarse]), ones, precision="highest")
     past = jnp.tril(jnp.ones((size, size), bool), -1)
-    # masked before the exponential, which overflows above the diagonal; the diagonal
-    # is constant, or its two gradients would cancel with an error
+    # masked before the exponential, which would overflow above the diagonal; the
+    # diagonal is constant, or its two gradients would cancel with an error
     span = sum(part[..., :, None] - part[..., None, :] for part in parts)
-    between = jnp.where(past, jnp.exp(jnp.where(past, span, 0)), 0)
-    return Scalar(between + jnp.eye(size, dtype=g.dtype), jnp.exp(parts.sum(0)))
+    between = jnp.exp(jnp.where(past, span, -jnp.inf)) + jnp.eye(size, dtype=g.dtype)
+    return Scalar(between, jnp.exp(parts.sum(0)))
 
 
 class Vector(NamedTuple):

@@ -41,7 +41,7 @@ def system(k, v, g, beta, segment, size):
 
         links = per_group(number[..., None] == number[..., None, :])
         first = per_group(number == before)[..., None]
-    (among,) = decays.scores([keys], keys, "highest")
+    among = jnp.matmul(keys, keys.mT, precision="highest")[:, None] * decays.between
     entering = first * decays.enter[..., None] * keys[:, None]
     right = jnp.concatenate([given, entering], -1)
     solved = delta.solve(weights * links * among, weights * right)

@@ -1,7 +1,7 @@
 """Convolutions whose blocks are made by a kernel: transform, product and inverse
 without a way through memory.
 
-Up to a backend's BLOCK points a sequence is a matrix [n_1, n_2], and its FFT two
+Up to a backend's largest block a sequence is a matrix [n_1, n_2], and its FFT two
 matmuls with a product by twiddles between them (Monarch of order 2, see monarch.py for
 the order of its results). Longer ones take their first step and their last in XLA, and
 between them every row is such a block of complex numbers.
@@ -9,8 +9,9 @@ between them every row is such a block of complex numbers.
 Gates and skip stay outside: [B, L, H] must be turned to put time last, and XLA makes
 them in the same pass. The spectrum of the filter is made once, for all examples.
 
-A backend has BLOCK, SIDES and
+A backend has SIDES, powers of two, and
 
+    largest(low)                                      points of a block: real, complex
     blocks(x, K, block, taken, made, low)             the convolution of every block
     spectrum_gradient(x, dy, K, block, given, low)    sum_b conj(X) D / points
 """
@@ -30,16 +31,17 @@ def convolve(backend, v, k, k_reverse, state, segment, low):
 
     def window(v, taps, start, count):
         points = windows.least(v.shape[-1], taps.shape[-1], start, count)
-        sizes = block_sizes(points, backend.BLOCK, backend.SIDES)
+        sizes = block_sizes(points, *backend.largest(low), backend.SIDES)
         return circular(backend, v, taps, sizes, start, count, low)
 
     transform = monarch.Monarch(low)
     return windows.convolve(window, transform, v, k, k_reverse, state, segment)
 
 
-def block_sizes(points: int, most: int, sides: tuple[int, ...]) -> tuple[int, ...]:
-    """(n_1, n_2), or (rows, n_1, n_2) beyond `most` points: the fewest that suffice."""
-    rows = -(-points // most)
+def block_sizes(points, most, of_row, sides) -> tuple[int, ...]:
+    """(n_1, n_2), or beyond `most` points (rows, n_1, n_2) with up to `of_row` in each:
+    the fewest that suffice."""
+    rows = 1 if points <= most else -(-points // of_row)
     points = -(-points // rows)
     enough = ((a, b) for a in sides for b in sides if a >= b and a * b >= points)
     block = min(enough, key=math.prod)

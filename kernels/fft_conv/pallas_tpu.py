@@ -11,12 +11,16 @@ from kernels import blocks as tiles
 from kernels import compat
 from kernels.fft_conv import blockwise
 
-BLOCK = 128 * 128  # points: two factors as wide as the matrix unit
 SIDES = (16, 32, 64, 128)
+BLOCK = 128 * 128  # points: two factors as wide as the matrix unit
 
 
 def unsupported(u, k) -> str | None:
     return tiles.unsupported(u, k)
+
+
+def largest(low):
+    return BLOCK, BLOCK
 
 
 def convolve(*arguments):

@@ -298,37 +298,10 @@ def _sum_over_distance(X, K, same, group, reach, back):
 
 
 def _sum_over_blocks(X, D, same, group, reach):
-    """[H, reach, points]: at d - 1 the sum of X[j-d] D[j] over linked blocks.
-
-    Block after block into all d at once: of a sum over several axes XLA makes a loop
-    for every element.
-    """
-    batch, _, groups, blocks, _ = X[0].shape
-    later = ((0, 0),) * 3 + ((0, reach), (0, 0))
-    D = tuple(jnp.pad(p, later) for p in D)
-    links = [
-        jnp.pad(same(d), ((0, 0),) * 3 + ((0, d - 1), (0, 0)))
-        for d in range(1, reach + 1)
-    ]
-    links = jnp.stack(links, -2)[..., 0]
-
-    def add(i, total):
-        row, block = jnp.divmod(i, blocks)
-        start = (*jnp.divmod(row, groups), block)
-        x = tuple(_at(p, start, 1) for p in X)
-        met = pairs.mul(x, tuple(_at(p, start, reach) for p in D))
-        linked = _at(links[..., None], start, 1)[:, 0]
-        return tuple(
-            t + jnp.where(linked, m, 0) for t, m in zip(total, met, strict=True)
-        )
-
-    zero = jnp.zeros((X[0].shape[1], reach, X[0].shape[-1]), X[0].dtype)
-    return jax.lax.fori_loop(0, batch * groups * blocks, add, (zero, zero))
-
-
-def _at(x, start, count):
-    """Blocks from `start` = (example, group, block) on, [H, count, *]."""
-    example, group, block = start
-    begin = (example, 0, group, block) + (0,) * (x.ndim - 4)
-    size = (1, x.shape[1], 1, count, *x.shape[4:])
-    return jax.lax.dynamic_slice(x, begin, size)[0, :, 0]
+    """[H, reach, points]: at d - 1 the sum of X[j-d] D[j] over linked blocks."""
+    sums = []
+    for d in range(1, reach + 1):
+        before = tuple(p[..., : group - d, :] for p in X)
+        met = pairs.mul(before, tuple(p[..., d - 1 :, :] for p in D))
+        sums.append([jnp.where(same(d), p, 0).sum((0, 2, 3)) for p in met])
+    return tuple(jnp.stack(parts, 1) for parts in zip(*sums, strict=True))

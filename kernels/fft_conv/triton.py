@@ -11,12 +11,17 @@ import triton.language as tl
 from kernels.compat import triton_call
 from kernels.fft_conv import blockwise
 
-BLOCK = 64 * 64  # points whose parts fit the registers of a program
 SIDES = (16, 32, 64)
+BLOCK = 64 * 64  # real points of bfloat16 whose parts fit the registers of a program
 
 
 def unsupported(*arguments) -> str | None:
     return None
+
+
+def largest(low):
+    """Both parts of a complex block, or float32, need as much again."""
+    return (BLOCK, BLOCK // 2) if low else (BLOCK // 4, BLOCK // 4)
 
 
 def convolve(*arguments):

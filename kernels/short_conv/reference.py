@@ -10,17 +10,17 @@ def unsupported(*arguments) -> str | None:
 
 def short_conv(u, w, bias, state, segment):
     """y[t] = bias + sum_j w[:, j] u[t-j] in one segment; `state` is in segment 0."""
-    wide = u.astype(state.dtype)
+    wide, w = u.astype(state.dtype), w.astype(state.dtype)
     if segment is None:
         segment = jnp.zeros(u.shape[:2], jnp.int32)
-    bias = 0 if bias is None else bias
+    bias = 0 if bias is None else bias.astype(state.dtype)
 
     def step(carry, inputs):
         window, before = carry
         u, now = inputs
         window = jnp.where((now == before)[:, None, None], window, 0)
         window = jnp.concatenate([window, u[:, None]], 1)  # oldest first
-        y = jnp.einsum("bwh,hw->bh", window, w[:, ::-1].astype(u.dtype)) + bias
+        y = jnp.einsum("bwh,hw->bh", window, w[:, ::-1]) + bias
         return (window[:, 1:], now), y
 
     carry = (state, jnp.zeros(u.shape[0], segment.dtype))
