@@ -459,7 +459,17 @@ def in_the_interpreter(name, full=False):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", KERNELS)
+# sums over nodes are tried quickly by their compilation alone
+SLOW = {"vandermonde", "vandermonde_transpose", "cauchy"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in KERNELS
+    ],
+)
 def test_equals_definition(name):
     in_the_interpreter(name)
 

@@ -1,8 +1,8 @@
 """Overlap-save: FFTs of short blocks, for a filter much shorter than the sequence.
 
 Each block is transformed with the K - 1 inputs before it, of which the outputs are
-thrown away. Blocks stream through: temporary memory is that of a few blocks, whatever
-the length.
+thrown away. Blocks stream through: beside input and output, turned to put time last,
+there are the spectra of a few blocks, whatever the length.
 """
 
 from functools import partial
@@ -31,12 +31,8 @@ def convolve(v, k, k_reverse, state, segment, low):
     return windows.convolve(window, xla.FFT(), v, k, k_reverse, state, segment)
 
 
-def window(v, taps, start, count):
-    return _blocks(v, taps, start, count)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _blocks(v, taps, start, count):
+def window(v, taps, start, count):
     size, step, group, groups = _sizes(v, taps, count)
     K = jnp.fft.rfft(taps, size)[:, None]
     padded = _padded(v, taps, start, group * groups * step)
@@ -50,7 +46,7 @@ def _blocks(v, taps, start, count):
 
 
 def _forward(v, taps, start, count):
-    return _blocks(v, taps, start, count), (v, taps)
+    return window(v, taps, start, count), (v, taps)
 
 
 def _backward(start, count, saved, dy):
@@ -61,7 +57,6 @@ def _backward(start, count, saved, dy):
     total = group * groups * step
     padded = _padded(v, taps, start, total)
     dy = jnp.pad(dy, ((0, 0), (0, 0), (0, total - count)))
-
     gap = ((0, 0),) * 3 + ((size - step, 0),)
 
     def some(carry, i):
@@ -82,7 +77,7 @@ def _backward(start, count, saved, dy):
     return jnp.pad(dv, beyond), jnp.fft.irfft(dK, size)[:, : taps.shape[1]]
 
 
-_blocks.defvjp(_forward, _backward)
+window.defvjp(_forward, _backward)
 
 
 def _sizes(v, taps, count):
@@ -93,7 +88,8 @@ def _sizes(v, taps, count):
     blocks = -(-count // step)
     most = windows.CACHED if compat.platform() == "cpu" else windows.MOST
     group = max(1, min(blocks, most // (v.shape[0] * v.shape[1] * size)))
-    return size, step, group, -(-blocks // group)
+    groups = -(-blocks // group)
+    return size, step, -(-blocks // groups), groups
 
 
 def _padded(v, taps, start, total):
