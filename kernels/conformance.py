@@ -272,7 +272,7 @@ def lowered(operation, dtypes, coverage) -> list[Row]:
     for case, dtype in _wide_cases(operation, dtypes, coverage):
         empty = Row(operation.name, "pallas_tpu", "lowered", dtype)
         row = rows.setdefault(dtype, empty)
-        forward, both, arrays = _passes(operation, case, dtype, "pallas_tpu")
+        forward, both, arrays = passes(operation, case, dtype, "pallas_tpu")
 
         def count(arrays=arrays, functions=(forward, both)):
             return [_tpu_kernels(function, arrays) for function in functions]
@@ -302,7 +302,7 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
     capabilities = [90] if coverage == "quick" else list(CAPABILITIES)
     rows, done = {}, []
     for case, dtype in _wide_cases(operation, dtypes, coverage):
-        _, both, arrays = _passes(operation, case, dtype, "triton")
+        _, both, arrays = passes(operation, case, dtype, "triton")
 
         @functools.cache  # traced twice, JAX would remember and call nothing
         def record(both=both, arrays=arrays):
@@ -346,11 +346,11 @@ def _wide_cases(operation, dtypes, coverage):
     return _selected(candidates, coverage, strength=1)
 
 
-def _passes(operation, case, dtype, backend):
+def passes(operation, case, dtype, backend, wide=True):
     """The forward pass, both passes, and the shapes of their two arguments."""
     inputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        cases.rounded(operation.inputs(case, wide=True), dtype),
+        cases.rounded(operation.inputs(case, wide), dtype),
     )
     moving, fixed = cases.parted(inputs)
     static = operation.static(case)

@@ -133,3 +133,8 @@ def test_benchmarks_run_at_small_sizes(tmp_path, monkeypatch, capsys):
     kernels_bench.main()
     assert json.loads(out.read_text())["rows"][0]["op"] == "short_conv"
     assert "short_conv" in capsys.readouterr().out
+
+
+def test_every_peer_has_its_case():
+    timed = {(case.op, case.name) for case in kernels_bench.CASES}
+    assert {(peer.op, peer.case) for peer in kernels_bench.peers.PEERS} <= timed

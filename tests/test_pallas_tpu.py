@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check, rounded
+from kernel_cases import check
 
-from kernels import backend_report, blocks, compat
+from kernels import backend_report, blocks, compat, conformance
 from kernels.cases import DTYPES, OPERATIONS, Case, covering
 
 
@@ -130,22 +130,7 @@ def compare(op, case, dtype):
 
 
 def passes(op, case, dtype, wide=False):
-    """The forward pass, both passes, and shapes of their arguments."""
-    inputs = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for name, x in rounded(op.inputs(case, wide), dtype).items()
-    }
-    fixed = {name: x for name, x in inputs.items() if x.dtype == bool}
-    moving = {name: x for name, x in inputs.items() if name not in fixed}
-
-    def forward(moving, fixed):
-        return op.call(**moving, **fixed, **op.static(case), backend="pallas_tpu")
-
-    def both(moving, fixed):
-        values, pull = jax.vjp(lambda moving: forward(moving, fixed), moving)
-        return values, pull(jax.tree.map(jnp.ones_like, values))
-
-    return forward, both, (moving, fixed)
+    return conformance.passes(op, case, dtype, "pallas_tpu", wide)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -42,18 +42,6 @@ def _simple_gla(tensors):
     return _first(chunk_simple_gla, q=0, k=1, v=2, g=3), list(tensors)
 
 
-def _gla(tensors):
-    from fla.ops.gla import chunk_gla
-
-    return _first(chunk_gla, q=0, k=1, v=2, g=3), list(tensors)
-
-
-def _delta(tensors):
-    from fla.ops.delta_rule import chunk_delta_rule
-
-    return _first(chunk_delta_rule, q=0, k=1, v=2, beta=3), list(tensors)
-
-
 def _gated_delta(tensors):
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -98,8 +86,6 @@ PEERS = [
         _accelerated_scan,
     ),
     Peer("chunked_scan", "scalar decay", "flash-linear-attention", "fla", _simple_gla),
-    Peer("chunked_scan", "vector decay", "flash-linear-attention", "fla", _gla),
-    Peer("chunked_scan", "delta rule", "flash-linear-attention", "fla", _delta),
     Peer(
         "chunked_scan",
         "gated delta rule",
