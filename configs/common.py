@@ -54,6 +54,89 @@ LAYER_ARGS = {
         bidirectional=False,
     ),
     "lru": dict(state_size=64, r_min=0.0, r_max=1.0, max_phase=6.283185307179586),
+    "mamba": dict(
+        state_size=16,
+        expand=2,
+        conv_width=4,
+        rank=0,  # features / 16
+        dt_min=1e-3,
+        dt_max=1e-1,
+        dt_floor=1e-4,
+    ),
+    "mamba2": dict(
+        state_size=64,
+        head_size=0,  # 64, or all of a narrow layer
+        groups=1,
+        expand=2,
+        conv_width=4,
+        dt_min=1e-3,
+        dt_max=1e-1,
+        dt_floor=1e-4,
+        dt_limit=(0.0, float("inf")),
+    ),
+    "rg_lru": dict(width=0, heads=1, conv_width=4, a_min=0.9, a_max=0.999),
+    "retention": dict(heads=4, expand_k=1.0, expand_v=2.0, base=10_000.0),
+    "lightning": dict(heads=4, expand_k=1.0, expand_v=1.0, slope_scale=1.0),
+    "gla": dict(heads=4, expand_k=0.5, expand_v=1.0, rank=16, normaliser=16.0),
+    "delta_net": dict(heads=4, expand_k=1.0, expand_v=1.0, conv_width=4),
+    "gated_delta_net": dict(
+        heads=4, expand_k=1.0, expand_v=2.0, conv_width=4, dt_min=1e-3, dt_max=1e-1
+    ),
+    "h3": dict(
+        state_size=64,
+        taps=64,
+        head_size=1,
+        spectrum="lin",  # a key of ssm.spectra.SPECTRA
+        dt_min=1e-3,
+        dt_max=1e-1,
+    ),
+    "hyena": dict(
+        order=2,
+        conv_width=3,
+        hidden=64,
+        inner=2,
+        bands=1,
+        frequency=1.0,
+        fast=0.3,
+        slow=1.5,
+        target=0.01,
+        shift=0.0,
+    ),
+    "long_conv": dict(
+        start="random",  # double_exp
+        squash=0.0,
+        smooth=0,
+        smooth_domain="time",  # frequency
+        filter_dropout=0.0,
+        bidirectional=False,
+    ),
+    "flash_butterfly": dict(
+        start="random",  # double_exp
+        squash=0.0,
+        smooth=0,
+        smooth_domain="time",  # frequency
+        filter_dropout=0.0,
+        bidirectional=False,
+        order=0,
+        per_feature=False,
+    ),
+    "sg_conv": dict(
+        knots=64,
+        layout="cat",  # sum
+        decay="fixed",  # learned
+        decay_min=2.0,
+        decay_max=2.0,
+        bidirectional=False,
+    ),
+    "attention": dict(
+        heads=4,
+        kv_heads=0,
+        window=0,  # tokens of a sliding window
+        rotary=1.0,
+        base=10_000.0,
+        bidirectional=False,
+    ),
+    "lstm": dict(),
     "gru": dict(),
 }
 
@@ -64,7 +147,9 @@ def base() -> ConfigDict:
         dict(
             seed=0,
             model=dict(
-                layer="s4d",  # a name in layers.LAYERS or the dotted path of a class
+                # A name in layers.LAYERS, the dotted path of a class, or a tuple of
+                # them: the pattern that the blocks repeat, see set_layer.
+                layer="s4d",
                 layer_args={},  # its fields, see LAYER_ARGS
                 features=64,
                 depth=4,
@@ -75,7 +160,9 @@ def base() -> ConfigDict:
                 head="mean",  # mean, last, token, retrieval
                 norm="layer",  # layer, batch, rms
                 prenorm=True,
-                gate="glu",  # glu, gelu, full_glu, half_glu1, half_glu2
+                gate="",  # none, glu, gelu, full_glu, half_glu1, half_glu2;
+                mlp=-1.0,  # width of a gated MLP per feature, 0: none;
+                # "" and -1: as the layer's family has it, see layers.build.BLOCKS
                 dropout=0.0,
                 tie_dropout=True,
                 dtype="float32",
@@ -129,9 +216,25 @@ def groups(ssm_lr: float = 0.25) -> list:
     )
     return [
         (ssm, dict(lr=ssm_lr, wd=0.0, optional=True)),
-        (r".*/(bias|recurrent_bias|scale|D)", dict(lr=1.0, wd=0.0)),
+        (
+            r".*/(\w*bias|scale|D|A_log|Lambda|filter|frequency|decay|[uk]_factor_\d+)"
+            r"|.*/filter(_\d+)?/kernel",
+            dict(lr=1.0, wd=0.0),
+        ),
         (r".*", dict(lr=1.0, wd=1.0)),
     ]
+
+
+def set_layer(config: ConfigDict, name: str) -> None:
+    """Puts a layer and its fields into config.model: a name, or several joined by +,
+    the pattern that the blocks repeat, with the fields of each under its name."""
+    names = tuple(name.split("+"))
+    with config.ignore_type():
+        config.model.layer = name if len(names) == 1 else names
+    if len(names) == 1:
+        config.model.layer_args = LAYER_ARGS.get(name, {})
+    else:
+        config.model.layer_args = {n: LAYER_ARGS[n] for n in names if n in LAYER_ARGS}
 
 
 def apply(config: ConfigDict, recipe: dict) -> None:
@@ -139,8 +242,11 @@ def apply(config: ConfigDict, recipe: dict) -> None:
     its layer_args that the config's layer has."""
     for section in ("model", "optimizer", "train"):
         config[section].update(recipe.get(section, {}))
-    known = config.model.layer_args
-    known.update({k: v for k, v in recipe.get("layer_args", {}).items() if k in known})
+    model = config.model
+    single = isinstance(model.layer, str)
+    for known in [model.layer_args] if single else model.layer_args.values():
+        given = recipe.get("layer_args", {}).items()
+        known.update({k: v for k, v in given if k in known})
 
 
 def parse_arg(arg: str, **defaults) -> ConfigDict:

@@ -97,14 +97,14 @@ def get_config(arg="listops"):
         seed=0,  # of the generated data, not of the run
         **DATA[arg.task][arg.scale],
     )
-    config.model.update(layer=arg.layer, norm="batch")
-    config.model.layer_args = common.LAYER_ARGS.get(arg.layer, {})
+    config.model.norm = "batch"
+    common.set_layer(config, arg.layer)
     config.optimizer.clip = 0.0
     recipe = (S5 if arg.layer == "s5" else S4)[arg.task]
     common.apply(config, dict(layer_args=dict(spectrum="legs", bidirectional=True)))
     common.apply(config, recipe)
     if arg.layer not in (*S4_LIKE, "s5"):  # another kind of state, so its own size
-        config.model.layer_args = common.LAYER_ARGS.get(arg.layer, {})
+        common.set_layer(config, arg.layer)
     if arg.scale == "small":
         common.apply(config, SMALL[arg.task])
     names, decay = recipe["regular"]

@@ -27,8 +27,7 @@ def get_config(arg=""):
         loss=("auto", "classification", "token", "regression"),
     )
     config = common.base()
-    config.model.layer = arg.layer
-    config.model.layer_args = common.LAYER_ARGS.get(arg.layer, {})
+    common.set_layer(config, arg.layer)
     config.model.head = arg.head
     config.data.update(
         name="arrays",

@@ -104,8 +104,7 @@ def get_config(arg="digits"):
     of a class."""
     arg = common.parse_arg(arg, task=TASKS, layer="s4d", target=TARGETS, scale=SCALES)
     config = common.base()
-    config.model.layer = arg.layer
-    config.model.layer_args = common.LAYER_ARGS.get(arg.layer, {})
+    common.set_layer(config, arg.layer)
     if arg.task == "digits":
         if arg.scale != "small":
             raise ValueError("config argument scale must be small for digits")

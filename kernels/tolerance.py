@@ -15,11 +15,15 @@ LIMITS = {
 }
 LIMITS["complex128"] = LIMITS["float64"]
 LIMITS["complex64"] = LIMITS["float32"]
+EXACT = ("bool", "int32")
 
 
 def limit(dtype, kind: str = "value") -> float:
-    """The largest error allowed for results computed from inputs of `dtype`."""
+    """The largest error allowed for results computed from inputs of `dtype`: none for
+    counts and flags."""
     name = jnp.dtype(dtype).name
+    if name in EXACT:
+        return 0.0
     if name not in LIMITS:
         raise ValueError(f"dtype must be one of {', '.join(LIMITS)}, got {name}")
     if kind not in LIMITS[name]:

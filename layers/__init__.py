@@ -7,28 +7,60 @@ x and y are [B, L, H]; the state goes in and comes out, so L = 1 is decoding and
 call is a prefill. `sequence` is a `ssm.Sequence` with mask, reset and dt.
 """
 
+from layers.attention import Attention
 from layers.build import LAYERS, build, get
 from layers.common import prepare
+from layers.delta_net import DeltaNet
 from layers.dss import DSS
+from layers.flash_butterfly import FlashButterfly
+from layers.gated_delta_net import GatedDeltaNet
+from layers.gla import GLA
 from layers.gru import GRU
+from layers.h3 import H3
+from layers.hyena import Hyena
+from layers.lightning import Lightning
+from layers.long_conv import LongConv
 from layers.lru import LRU
+from layers.lstm import LSTM
+from layers.mamba import Mamba
+from layers.mamba2 import Mamba2
+from layers.mixing import materialize
 from layers.model import Model
+from layers.retention import Retention
+from layers.rg_lru import RGLRU
 from layers.s4 import S4
 from layers.s4d import S4D
 from layers.s5 import S5
+from layers.sg_conv import SGConv
 from ssm.sequence import Sequence
 
 __all__ = [
     "DSS",
+    "GLA",
     "GRU",
+    "H3",
     "LAYERS",
     "LRU",
+    "LSTM",
+    "RGLRU",
     "S4",
     "S4D",
     "S5",
+    "Attention",
+    "DeltaNet",
+    "FlashButterfly",
+    "GatedDeltaNet",
+    "Hyena",
+    "Lightning",
+    "LongConv",
+    "Mamba",
+    "Mamba2",
     "Model",
+    "Retention",
+    "SGConv",
     "Sequence",
     "build",
     "get",
+    "materialize",
     "prepare",
 ]

@@ -5,7 +5,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from layers.common import dense
+from layers.common import dense, linear
+from layers.recorder import record
+from ssm.sequence import Sequence
+
+
+def none(y, features, drop, dtype):
+    """drop(y), for mixers that have their own gate (Mamba)."""
+    return drop(y)
 
 
 def gelu(y, features, drop, dtype):
@@ -33,6 +40,7 @@ def half_glu2(y, features, drop, dtype):
 
 
 GATES = {
+    "none": none,
     "gelu": gelu,
     "glu": glu,
     "full_glu": glu,
@@ -68,14 +76,37 @@ class Norm(nn.Module):
         )(x, mask=None if mask is None else mask[..., None])
 
 
+class GatedMLP(nn.Module):
+    """W_down (silu(W_gate x) * W_up x) (https://arxiv.org/abs/2002.05202).
+
+    Attributes:
+        features: H; width: of the hidden layer.
+        dtype: of activations.
+    """
+
+    features: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """[..., H] -> [..., H]."""
+        gate, up = jnp.split(linear(2 * self.width, "in", self.dtype)(x), 2, -1)
+        return linear(self.features, "out", self.dtype, ("mlp", "embed"))(
+            nn.silu(gate) * up
+        )
+
+
 class Block(nn.Module):
-    """x + drop(gate(mixer(norm(x)))), or norm(x + ...) after the residual.
+    """x + drop(gate(mixer(norm(x)))), or norm(x + ...) after the residual; then the
+    same around a gated MLP, where there is one.
 
     Attributes:
         mixer: makes the mixer, any layer of the contract `x, state, sequence, train`.
         features: H.
         norm: one of `NORMS`; prenorm: before the mixer, else after the residual.
         gate: a key of `GATES`.
+        mlp: hidden width of the MLP; 0 for none.
         dropout: rate; tie_dropout: one mask for all tokens of a sequence.
         dtype: of activations.
         norm_momentum: of the running batch statistics.
@@ -86,6 +117,7 @@ class Block(nn.Module):
     norm: str = "layer"
     prenorm: bool = True
     gate: str = "glu"
+    mlp: int = 0
     dropout: float = 0.0
     tie_dropout: bool = True
     dtype: jnp.dtype = jnp.float32
@@ -95,18 +127,31 @@ class Block(nn.Module):
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H] and the mixer's state."""
         mask = None if sequence is None else sequence.mask
-        norm = Norm(self.norm, self.dtype, self.norm_momentum, name="norm")
 
         def drop(y):
             axes = (1,) if self.tie_dropout else ()
             return nn.Dropout(self.dropout, axes)(y, deterministic=not train)
 
-        y = norm(x, mask, train) if self.prenorm else x
-        y, state = self.mixer(name="mixer")(y, state, sequence, train)
-        y = x + GATES[self.gate](y, self.features, drop, self.dtype)
-        if not self.prenorm:
-            y = norm(y, mask, train)
-        return y, state
+        def before(norm, x):
+            return norm(x, mask, train) if self.prenorm else x
+
+        def after(norm, x):
+            return x if self.prenorm else norm(x, mask, train)
+
+        norm = self._norm("norm")
+        y, state = self.mixer(name="mixer")(before(norm, x), state, sequence, train)
+        y = GATES[self.gate](y, self.features, drop, self.dtype)
+        x = after(norm, x + y)
+        if self.mlp:
+            norm = self._norm("mlp_norm")
+            mlp = GatedMLP(self.features, self.mlp, self.dtype, name="mlp")
+            x = after(norm, x + drop(mlp(before(norm, x))))
+        record(self, sequence or Sequence(), output=x, state=state)
+        return x, state
+
+    @nn.nowrap
+    def _norm(self, name):
+        return Norm(self.norm, self.dtype, self.norm_momentum, name=name)
 
     @nn.nowrap
     def init_state(self, batch_size):

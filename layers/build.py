@@ -7,17 +7,71 @@ import importlib
 import flax.linen as nn
 import jax.numpy as jnp
 
+from layers.attention import Attention
 from layers.block import GATES, NORMS, Block
+from layers.delta_net import DeltaNet
 from layers.dss import DSS
+from layers.flash_butterfly import FlashButterfly
+from layers.gated_delta_net import GatedDeltaNet
+from layers.gla import GLA
 from layers.gru import GRU
+from layers.h3 import H3
+from layers.hyena import Hyena
+from layers.lightning import Lightning
+from layers.long_conv import LongConv
 from layers.lru import LRU
+from layers.lstm import LSTM
+from layers.mamba import Mamba
+from layers.mamba2 import Mamba2
 from layers.model import ENCODERS, HEADS, Model
+from layers.retention import Retention
+from layers.rg_lru import RGLRU
 from layers.s4 import S4
 from layers.s4d import S4D
 from layers.s5 import S5
+from layers.sg_conv import SGConv
 from layers.stack import Stack
 
-LAYERS = {"s4": S4, "s4d": S4D, "dss": DSS, "s5": S5, "lru": LRU, "gru": GRU}
+LAYERS = {
+    "s4": S4,
+    "s4d": S4D,
+    "dss": DSS,
+    "s5": S5,
+    "lru": LRU,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "rg_lru": RGLRU,
+    "retention": Retention,
+    "lightning": Lightning,
+    "gla": GLA,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+    "h3": H3,
+    "hyena": Hyena,
+    "long_conv": LongConv,
+    "flash_butterfly": FlashButterfly,
+    "sg_conv": SGConv,
+    "attention": Attention,
+    "lstm": LSTM,
+    "gru": GRU,
+}
+
+# How the papers place a mixer in its block: the gate behind it, and the hidden width of
+# a gated MLP per feature. What is not here, a user's layer too, is placed as S4 is.
+BLOCKS = {
+    "mamba": ("none", 0.0),
+    "mamba2": ("none", 0.0),
+    "rg_lru": ("none", 3.0),
+    "retention": ("none", 2.0),
+    "lightning": ("none", 2.0),
+    "gla": ("none", 8 / 3),
+    "delta_net": ("none", 8 / 3),
+    "gated_delta_net": ("none", 8 / 3),
+    "h3": ("none", 4.0),
+    "hyena": ("none", 4.0),
+    "attention": ("none", 8 / 3),
+}
+S4_BLOCK = ("glu", 0.0)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -51,13 +105,14 @@ def build(config) -> Model:
     """A `Model` from a mapping such as `configs.common.base().model`.
 
     `layer` is a name or a sequence of names, the pattern that `depth` blocks repeat;
-    `layer_args` holds fields of the layer (for a pattern: of each, by name). Raises
-    `ValueError` naming the key, what it was and what it may be.
+    `layer_args` holds fields of the layer (for a pattern: of each, by name). Gate ""
+    and mlp -1 are those of the layer's family, see `BLOCKS`. Raises `ValueError` naming
+    the key, what it was and what it may be.
     """
     _one_of("encoder", config["encoder"], ENCODERS)
     _one_of("head", config["head"], HEADS)
     _one_of("norm", config["norm"], NORMS)
-    _one_of("gate", config["gate"], GATES)
+    _one_of("gate", config["gate"], ("", *GATES))
     _one_of("dtype", config["dtype"], DTYPES)
     for key in ("features", "depth", "outputs"):
         if config[key] < 1:
@@ -67,20 +122,10 @@ def build(config) -> Model:
             f"vocab_size: a token encoder needs at least 1, got {config['vocab_size']}"
         )
     dtype = DTYPES[config["dtype"]]
-    pattern = tuple(
-        functools.partial(
-            Block,
-            mixer=mixer,
-            features=config["features"],
-            norm=config["norm"],
-            prenorm=config["prenorm"],
-            gate=config["gate"],
-            dropout=config["dropout"],
-            tie_dropout=config["tie_dropout"],
-            dtype=dtype,
-        )
-        for mixer in _mixers(config, dtype)
-    )
+    names, args = config["layer"], dict(config["layer_args"])
+    if isinstance(names, str):
+        names, args = (names,), {names: args}
+    pattern = tuple(_block(name, args.get(name, {}), config, dtype) for name in names)
     return Model(
         stack=functools.partial(
             Stack, pattern=pattern, depth=config["depth"], remat=config["remat"]
@@ -95,27 +140,40 @@ def build(config) -> Model:
     )
 
 
-def _mixers(config, dtype):
-    """A factory per position of the pattern."""
-    names, args = config["layer"], dict(config["layer_args"])
-    if isinstance(names, str):
-        names, args = (names,), {names: args}
-    for name in names:
-        cls = get(name)
-        fields = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-        given = dict(args.get(name, {}))
-        unknown = sorted(set(given) - fields)
-        if unknown:
-            valid = sorted(fields - {"features", "dtype"})
-            raise ValueError(
-                f"layer_args: {name} has no {unknown}; may be {valid}. A config takes "
-                f"layer and arguments together: configs/FILE.py:...,layer={name}"
-            )
-        given.setdefault("features", config["features"])
-        given.setdefault("dtype", dtype)
-        if "length" in fields:
-            given.setdefault("length", config["length"])
-        yield functools.partial(cls, **given)
+def _block(name, args, config, dtype):
+    """A factory of the block around one layer of the pattern."""
+    gate, mlp = BLOCKS.get(name, S4_BLOCK)
+    mlp = mlp if config["mlp"] < 0 else config["mlp"]
+    return functools.partial(
+        Block,
+        mixer=_mixer(name, args, config, dtype),
+        features=config["features"],
+        norm=config["norm"],
+        prenorm=config["prenorm"],
+        gate=config["gate"] or gate,
+        mlp=round(mlp * config["features"]),
+        dropout=config["dropout"],
+        tie_dropout=config["tie_dropout"],
+        dtype=dtype,
+    )
+
+
+def _mixer(name, args, config, dtype):
+    cls = get(name)
+    fields = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
+    given = dict(args)
+    unknown = sorted(set(given) - fields)
+    if unknown:
+        valid = sorted(fields - {"features", "dtype"})
+        raise ValueError(
+            f"layer_args: {name} has no {unknown}; may be {valid}. A config takes "
+            f"layer and arguments together: configs/FILE.py:...,layer={name}"
+        )
+    given.setdefault("features", config["features"])
+    given.setdefault("dtype", dtype)
+    for capacity in {"length", "context"} & fields:
+        given.setdefault(capacity, config["length"])
+    return functools.partial(cls, **given)
 
 
 def _one_of(key, value, valid):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import fft_conv
 from ssm import recurrence
 from ssm import sequence as seq
 
@@ -38,21 +39,33 @@ def complex_normal(std=1.0):
     return init
 
 
+def uniform(key, shape, dtype=jnp.float32, *, bound):
+    """Initialiser U(-bound, bound)."""
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def dense(
     features,
     name,
     dtype,
     axes=("embed", "mlp"),
     bias_init=nn.initializers.zeros_init(),  # noqa: B008 (a pure function)
+    kernel_init=nn.initializers.lecun_normal(),  # noqa: B008
 ):
-    """`nn.Dense` with logical axes on its kernel and bias."""
+    """`nn.Dense` with logical axes on its kernel and bias; bias_init None for none."""
     return nn.Dense(
         features,
         name=name,
         dtype=dtype,
-        kernel_init=logical(nn.initializers.lecun_normal(), *axes),
-        bias_init=logical(bias_init, axes[1]),
+        use_bias=bias_init is not None,
+        kernel_init=logical(kernel_init, *axes),
+        bias_init=None if bias_init is None else logical(bias_init, axes[1]),
     )
+
+
+def linear(features, name, dtype, axes=("embed", "mlp")):
+    """A projection without bias, as the families of gated mixers use them."""
+    return dense(features, name, dtype, axes, bias_init=None)
 
 
 CONSTANTS = "constants"  # the collection of what `prepare` computes
@@ -85,6 +98,37 @@ def prepare(module, variables, token):
     return {**variables, **constants}
 
 
+def begin(layer, x, state, sequence):
+    """What every mixer checks first: x [B, L, layer.features], a sequence that fits it
+    and a state of the kind that `layer.init_state` gives. Returns the Sequence."""
+    sequence = seq.check(x, sequence)
+    if x.ndim != 3 or x.shape[-1] != layer.features:
+        raise ValueError(f"x: must be [B, L, {layer.features}], got {x.shape}")
+    if state is not None:
+        if getattr(layer, "bidirectional", False):
+            no_state(type(layer).__name__, state)
+        check_state(state, jax.eval_shape(lambda: layer.init_state(x.shape[0])))
+    return sequence
+
+
+def at_least_one(layer, *names):
+    """Raises a `ValueError` naming the first of these fields that is below 1."""
+    for name in names:
+        if getattr(layer, name) < 1:
+            raise ValueError(f"{name}: must be at least 1, got {getattr(layer, name)}")
+
+
+def wide(dtype):
+    """The dtype of gates, states and SSM parameters where activations are `dtype`:
+    float32 or better."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide_complex(dtype):
+    """The complex dtype of the same precision."""
+    return jnp.promote_types(wide(dtype), jnp.complex64)
+
+
 def check_state(state, expected):
     """Raises a `ValueError` naming `state` unless it is None or has the structure,
     shapes of `expected` (what `init_state` returns for this batch)."""
@@ -113,6 +157,41 @@ def no_initial_state(layer):
         f"bidirectional: {layer} has no recurrent mode with bidirectional=True; "
         "init_state needs bidirectional=False"
     )
+
+
+def regular(layer, sequence):
+    """Raises a `ValueError` naming dt, for which the taps of a filter have no place."""
+    if sequence.dt is not None:
+        raise ValueError(
+            f"dt: the filters of {type(layer).__name__} have taps at regular steps; "
+            "pass None"
+        )
+
+
+def within_length(layer, x):
+    """Raises a `ValueError` naming `length` where a call has more tokens."""
+    at_least_one(layer, "length")
+    if x.shape[1] > layer.length:
+        raise ValueError(
+            f"length: {type(layer).__name__} has filters of {layer.length} taps, got a "
+            f"call of {x.shape[1]} tokens; build it with length={x.shape[1]}"
+        )
+
+
+def long_conv(u, k, state, sequence, skip=None):
+    """y = k * u + skip u, and the last K-1 inputs that exist, the state [B, K-1, H].
+
+    u [B, L, H] with right padding only, k [H, K], skip [H]; state None: no past.
+    """
+    y, _ = fft_conv(u, k, state, sequence.reset, skip=skip)
+    if state is None:
+        state = past_inputs(u.shape[0], k.shape[1], k.shape[0], u.dtype)
+    return y, seq.window(state, u, sequence)
+
+
+def past_inputs(batch_size, taps, features, dtype):
+    """The state of `long_conv` before the first token, zeros [B, K-1, H]."""
+    return jnp.zeros((batch_size, taps - 1, features), wide(dtype))
 
 
 def diagonal_modes(module, system, convolve, D, u, state, sequence):

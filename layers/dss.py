@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from kernels import fft_conv, vandermonde
 from layers.common import (
-    check_state,
+    begin,
     complex_normal,
     constant,
     diagonal_modes,
     logical,
     no_initial_state,
-    no_state,
+    wide,
+    wide_complex,
 )
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
@@ -64,16 +65,12 @@ class DSS(nn.Module):
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = seq.check(x, sequence)
-        if x.shape[-1] != self.features or x.ndim != 3:
-            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
+        sequence = begin(self, x, state, sequence)
         lam, dt, C, D = self._parameters()
-        u = x.astype(jnp.float32)
+        u = x.astype(wide(self.dtype))
         if self.bidirectional:
-            no_state("DSS", state)
             y, state = self._both_directions(lam, dt, C, D, u, sequence), None
         else:
-            check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
             system = self._system(lam, dt, C[0])
 
             def convolve(u, mask):
@@ -86,12 +83,11 @@ class DSS(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size):
-        """Zeros [B, H, n] complex64."""
+        """Zeros [B, H, n] complex."""
         if self.bidirectional:
             raise no_initial_state("DSS")
-        return jnp.zeros(
-            (batch_size, self.features, self.state_size // 2), jnp.complex64
-        )
+        shape = batch_size, self.features, self.state_size // 2
+        return jnp.zeros(shape, wide_complex(self.dtype))
 
     def eigenvalues(self):
         """log a [H, n] complex per token, a the eigenvalues of the recurrence. By

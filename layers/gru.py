@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.common import check_state, dense, logical
+from layers.common import begin, dense, logical, wide
 from ssm import sequence as seq
 
 
@@ -27,7 +27,7 @@ class GRU(nn.Module):
 
     Attributes:
         features: H, of the input, the state and the output.
-        dtype: of the output; the recurrence runs in float32.
+        dtype: of the output; the recurrence is float32 or better.
     """
 
     features: int
@@ -38,12 +38,9 @@ class GRU(nn.Module):
         """x [B, L, H] -> y [B, L, H], state [B, H]. `ValueError` for a wrong shape or a
         dt."""
         del train
-        sequence = seq.check(x, sequence)
-        if x.shape[-1] != self.features or x.ndim != 3:
-            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
+        sequence = begin(self, x, state, sequence)
         if sequence.dt is not None:
             raise ValueError("dt: a GRU has no notion of elapsed time; pass None")
-        check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
         state = self.init_state(x.shape[0]) if state is None else state
         H = self.features
         U = self.param(
@@ -54,8 +51,8 @@ class GRU(nn.Module):
         bias = self.param(
             "recurrent_bias", logical(nn.initializers.zeros_init(), "mlp"), (H,)
         )
-        u = seq.zero_masked(x.astype(jnp.float32), sequence)
-        gates = dense(3 * H, "input", jnp.float32)(u)
+        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
+        gates = dense(3 * H, "input", wide(self.dtype))(u)
 
         def step(h, token):
             gate, exists, reset = token
@@ -76,5 +73,5 @@ class GRU(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size):
-        """Zeros [B, H] float32."""
-        return jnp.zeros((batch_size, self.features), jnp.float32)
+        """Zeros [B, H]."""
+        return jnp.zeros((batch_size, self.features), wide(self.dtype))

@@ -58,11 +58,12 @@ class Case:
         )
         self.key = next(keys)
         try:
-            zeros = layer.init_state(B)
+            layer.init_state(B)
         except ValueError:
             self.state = None  # no recurrent mode
         else:
-            self.state = _random_like(next(keys), zeros)
+            _, reached = self(self.x[:, :3])
+            self.state = _random_like(next(keys), reached)
 
     def __call__(self, x, state=None, sequence=None):
         return self.apply(self.variables, x, state, sequence)
@@ -70,6 +71,15 @@ class Case:
     def needs_state(self):
         if self.state is None:
             raise NotApplicable("no recurrent mode: the layer reads the future")
+
+    def needs_reset(self):
+        reset = Sequence(reset=jnp.zeros((B, self.length), bool))
+        try:
+            jax.eval_shape(self, self.x, self.state, reset)
+        except ValueError as refusal:
+            if not str(refusal).startswith("reset:"):
+                raise
+            raise NotApplicable(f"refused: {refusal}") from None
 
     def in_pieces(self, sizes, x, state, sequence):
         """The outputs and final state of consecutive calls of the given lengths."""
@@ -87,7 +97,11 @@ class Case:
         respect to the parameters, the input and the initial state.
         call(variables, x, state, *extra) -> (y, state)."""
 
-        def scalar(variables, x, state, *extra):
+        leaves, structure = jax.tree.flatten(state)
+
+        def scalar(variables, x, moving, fixed, *extra):
+            state = [f if m is None else m for f, m in zip(fixed, moving, strict=True)]
+            state = jax.tree.unflatten(structure, state)
             total = 0.0
             for i, leaf in enumerate(
                 jax.tree.leaves(call(variables, x, state, *extra))
@@ -98,22 +112,32 @@ class Case:
                     total = total + jnp.sum(leaf.imag * weight[::-1])
             return total
 
+        moving = [leaf if _moves(leaf) else None for leaf in leaves]
+        fixed = [None if _moves(leaf) else leaf for leaf in leaves]
         argnums = (0, 1) if state is None else (0, 1, 2)
         compiled = self.compiled.setdefault(call, jax.jit(jax.grad(scalar, argnums)))
-        return compiled(self.variables, x, state, *extra)
+        return compiled(self.variables, x, moving, fixed, *extra)
 
     def whole(self, variables, x, state):
         """One call on everything, in train mode."""
         return self.layer.apply(variables, x, state, None, True)
 
 
+def _moves(leaf):
+    """Whether a leaf has a gradient: counts and flags have none."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def _random_like(key, tree):
-    """A state with normal entries (complex ones in both parts)."""
+    """A state with normal entries (complex ones in both parts); counts and flags stay
+    as they are."""
 
     def draw(key, leaf):
         if jnp.iscomplexobj(leaf):
             parts = jax.random.normal(key, (2, *leaf.shape))
             return jax.lax.complex(parts[0], parts[1])
+        if not _moves(leaf):
+            return leaf
         return jax.random.normal(key, leaf.shape, leaf.dtype)
 
     leaves, structure = jax.tree.flatten(tree)
@@ -221,6 +245,7 @@ def padding_gradients(case):
 
 def packing(case):
     """Documents packed with resets equal separate calls: outputs and final state."""
+    case.needs_reset()
     cuts = [0, 4, 5, case.length]
     reset = np.zeros((B, case.length), bool)
     reset[:, cuts[:-1]] = True
@@ -232,6 +257,7 @@ def packing(case):
 
 def packing_gradients(case):
     """No gradient crosses a reset."""
+    case.needs_reset()
     cut = 5
     reset = jnp.zeros((B, case.length), bool).at[:, cut].set(True)
 
@@ -251,6 +277,7 @@ def packing_gradients(case):
 
 def masked_reset(case):
     """A reset on a masked token applies to the next real one, in this call or later."""
+    case.needs_reset()
     real = [0, 1, 2, 3, 7, 8, 9, 10]
     mask = jnp.zeros((B, case.length), bool).at[:, jnp.asarray(real)].set(True)
     reset = jnp.zeros((B, case.length), bool).at[:, jnp.asarray([5, 12])].set(True)
@@ -265,6 +292,7 @@ def masked_reset(case):
 
 def every_reset(case):
     """With a reset at every token, each token is alone."""
+    case.needs_reset()
     reset = jnp.ones((B, case.length), bool)
     together, _ = case(case.x, case.state, Sequence(reset=reset))
     alone, _ = case(case.x.reshape(-1, 1, case.x.shape[-1]))
@@ -470,6 +498,36 @@ CASES = {
     "s5 without conj_sym": lambda: LAYERS["s5"](FEATURES, 8, conj_sym=False),
     "s5 bidirectional": lambda: LAYERS["s5"](FEATURES, 8, bidirectional=True),
     "lru": lambda: LAYERS["lru"](FEATURES, 8),
+    "mamba": lambda: LAYERS["mamba"](FEATURES, 4),
+    "mamba2": lambda: LAYERS["mamba2"](FEATURES, 4, 3, 2),
+    "rg_lru": lambda: LAYERS["rg_lru"](FEATURES, 8, 2),
+    "retention": lambda: LAYERS["retention"](FEATURES, 3),
+    "lightning": lambda: LAYERS["lightning"](FEATURES, 3),
+    "gla": lambda: LAYERS["gla"](FEATURES, 3, rank=2),
+    "delta_net": lambda: LAYERS["delta_net"](FEATURES, 2),
+    "gated_delta_net": lambda: LAYERS["gated_delta_net"](FEATURES, 2),
+    "h3": lambda: LAYERS["h3"](FEATURES, 4, 5),
+    "h3 heads": lambda: LAYERS["h3"](FEATURES, 4, 5, 2),
+    "hyena": lambda: LAYERS["hyena"](FEATURES, 2 * L, 3, hidden=8),
+    "long_conv": lambda: LAYERS["long_conv"](FEATURES, 2 * L),
+    "long_conv smooth": lambda: LAYERS["long_conv"](
+        FEATURES, L + 4, "double_exp", 0.01, 3, "frequency"
+    ),
+    "long_conv bidirectional": lambda: LAYERS["long_conv"](
+        FEATURES, 2 * L, bidirectional=True
+    ),
+    "flash_butterfly": lambda: LAYERS["flash_butterfly"](FEATURES, 2 * L),
+    "sg_conv": lambda: LAYERS["sg_conv"](FEATURES, 2 * L, 4),
+    "sg_conv learned": lambda: LAYERS["sg_conv"](FEATURES, L + 4, 4, "sum", "learned"),
+    "sg_conv bidirectional": lambda: LAYERS["sg_conv"](
+        FEATURES, 2 * L, 4, bidirectional=True
+    ),
+    "attention": lambda: LAYERS["attention"](FEATURES, 3, context=2 * L),
+    "attention window": lambda: LAYERS["attention"](FEATURES, 1, window=4),
+    "attention bidirectional": lambda: LAYERS["attention"](
+        FEATURES, 3, 1, context=2 * L, bidirectional=True
+    ),
+    "lstm": lambda: LAYERS["lstm"](FEATURES),
     "gru": lambda: LAYERS["gru"](FEATURES),
 }
 

@@ -1,11 +1,10 @@
 """LRU, the linear recurrent unit (https://arxiv.org/abs/2303.06349)."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import check_state, logical
+from layers.common import begin, logical, wide, wide_complex
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -36,12 +35,9 @@ class LRU(nn.Module):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex. `ValueError` for a wrong
         shape."""
         del train
-        sequence = seq.check(x, sequence)
-        if x.shape[-1] != self.features or x.ndim != 3:
-            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
-        check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
+        sequence = begin(self, x, state, sequence)
         log_lam, gamma, B, C, D = self._parameters()
-        u = seq.zero_masked(x.astype(jnp.float32), sequence)
+        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
 
         def rule(elapsed):
             return log_lam if elapsed is None else log_lam * elapsed, gamma
@@ -54,8 +50,8 @@ class LRU(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size):
-        """Zeros [B, P] complex64."""
-        return jnp.zeros((batch_size, self.state_size), jnp.complex64)
+        """Zeros [B, P] complex."""
+        return jnp.zeros((batch_size, self.state_size), wide_complex(self.dtype))
 
     def eigenvalues(self):
         """log lam [P] complex, per token. By `layer.apply(variables,

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 
 from kernels import fft_conv, segments
 from layers.common import (
-    check_state,
+    begin,
     complex_normal,
     constant,
     constant_pair,
     logical,
     no_initial_state,
-    no_state,
     once,
+    wide,
+    wide_complex,
 )
 from ssm import discretize, dplr, filters, hippo, spectra, stability
 from ssm import sequence as seq
@@ -66,13 +67,10 @@ class S4(nn.Module):
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = seq.check(x, sequence)
-        if x.shape[-1] != self.features or x.ndim != 3:
-            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
+        sequence = begin(self, x, state, sequence)
         system, C_tilde, D = self._parameters()
-        u = seq.zero_masked(x.astype(jnp.float32), sequence)
+        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
         if self.bidirectional:
-            no_state("S4", state)
             if sequence.dt is not None:
                 raise ValueError(
                     "dt: a bidirectional S4 convolves and needs regular steps; pass "
@@ -80,7 +78,6 @@ class S4(nn.Module):
                 )
             y, state = self._convolution(system, C_tilde, D, u, None, sequence)
         else:
-            check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
             if sequence.dt is not None:
                 y, state = self._varying(system, C_tilde, D, u, state, sequence)
             elif u.shape[1] == 1 and state is not None:
@@ -91,12 +88,11 @@ class S4(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size):
-        """Zeros [B, H, n] complex64."""
+        """Zeros [B, H, n] complex."""
         if self.bidirectional:
             raise no_initial_state("S4")
-        return jnp.zeros(
-            (batch_size, self.features, self.state_size // 2), jnp.complex64
-        )
+        shape = batch_size, self.features, self.state_size // 2
+        return jnp.zeros(shape, wide_complex(self.dtype))
 
     def eigenvalues(self):
         """log a [H, n] complex per token, a the eigenvalues of the recurrence without

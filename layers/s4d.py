@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from kernels import fft_conv
 from layers.common import (
-    check_state,
+    begin,
     complex_normal,
     constant,
     diagonal_modes,
     logical,
     no_initial_state,
-    no_state,
+    wide,
+    wide_complex,
 )
 from ssm import discretize, filters, recurrence, spectra, stability
 from ssm import sequence as seq
@@ -59,16 +60,12 @@ class S4D(nn.Module):
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = seq.check(x, sequence)
-        if x.shape[-1] != self.features or x.ndim != 3:
-            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
+        sequence = begin(self, x, state, sequence)
         lam, dt, B, C, D = self._parameters()
-        u = x.astype(jnp.float32)
+        u = x.astype(wide(self.dtype))
         if self.bidirectional:
-            no_state("S4D", state)
             y, state = self._both_directions(lam, dt, B, C, D, u, sequence), None
         else:
-            check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
             rule = functools.partial(discretize.get(self.discretization), lam, dt)
             log_a, gain = rule()
             system = recurrence.Diagonal(log_a, gain * B, 2.0 * C[0])
@@ -77,12 +74,11 @@ class S4D(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size):
-        """Zeros [B, H, n] complex64."""
+        """Zeros [B, H, n] complex."""
         if self.bidirectional:
             raise no_initial_state("S4D")
-        return jnp.zeros(
-            (batch_size, self.features, self.state_size // 2), jnp.complex64
-        )
+        shape = batch_size, self.features, self.state_size // 2
+        return jnp.zeros(shape, wide_complex(self.dtype))
 
     def eigenvalues(self):
         """log a [H, n] complex per token, a the eigenvalues of the recurrence; one of

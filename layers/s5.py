@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import check_state, logical, no_initial_state, no_state
+from layers.common import begin, logical, no_initial_state, wide, wide_complex
 from ssm import discretize, recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -51,15 +51,9 @@ class S5(nn.Module):
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = seq.check(x, sequence)
-        if x.shape[-1] != self.features or x.ndim != 3:
-            raise ValueError(f"x: must be [B, L, {self.features}], got {x.shape}")
-        if self.bidirectional:
-            no_state("S5", state)
-        else:
-            check_state(state, jax.eval_shape(lambda: self.init_state(x.shape[0])))
+        sequence = begin(self, x, state, sequence)
         lam, dt, B, C, D = self._parameters()
-        u = seq.zero_masked(x.astype(jnp.float32), sequence)
+        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
         discretization = discretize.get(self.discretization)
 
         def rule(elapsed):
@@ -82,11 +76,11 @@ class S5(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch_size):
-        """Zeros [B, P] complex64."""
+        """Zeros [B, P] complex."""
         if self.bidirectional:
             raise no_initial_state("S5")
         stored = self.state_size // (1 + self.conj_sym)
-        return jnp.zeros((batch_size, stored), jnp.complex64)
+        return jnp.zeros((batch_size, stored), wide_complex(self.dtype))
 
     def eigenvalues(self):
         """log a [P] complex per token, a the eigenvalues of the recurrence; one of

@@ -7,8 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from layers.common import CONSTANTS
+from layers.mixing import EXPOSED, MOVED
+from layers.recorder import RECORD
 
-COLLECTIONS = ("params", "batch_stats", "buffers", CONSTANTS)
+COLLECTIONS = (
+    "params",
+    "batch_stats",
+    "buffers",
+    CONSTANTS,
+    EXPOSED,
+    MOVED,
+    RECORD,
+)
 TRAIN = 4  # position of `train` in __call__, counting self: static under nn.remat
 
 

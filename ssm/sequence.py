@@ -164,3 +164,47 @@ def align_right(x, mask):
     shift = mask.shape[1] - lengths(mask)
     index = (jnp.arange(mask.shape[1]) - shift[:, None]) % mask.shape[1]
     return _gather_along_length(index)(x)
+
+
+def window(before, x, sequence):
+    """The last W values that exist, [B, W, ...]: what a finite response keeps.
+
+    before [B, W, ...] are the values before x [B, L, ...], in order of time; values
+    beyond a reset are 0, as if nothing had ever been there. x has right padding only
+    (see `compact`); a reset on padding empties the whole window.
+    """
+    W, L = before.shape[1], x.shape[1]
+    x = zero_masked(x, sequence).astype(before.dtype)
+    both = jnp.concatenate([before, x], axis=1)
+    if sequence.mask is None:
+        last, index = both[:, L:], None
+    else:
+        index = lengths(sequence.mask)[:, None] + jnp.arange(W)
+        last = _gather_along_length(index)(both)
+    if sequence.reset is None:
+        return last
+    segment = jnp.cumsum(sequence.reset, axis=1)
+    segments = jnp.pad(segment, ((0, 0), (W, 0)))
+    here = segments[:, L:] if index is None else jnp.take_along_axis(segments, index, 1)
+    current = Sequence(mask=here == segment[:, -1:])
+    return zero_masked(last, current)
+
+
+def begun(before, sequence, shape):
+    """Whether something came before each token, [B, L] bool, and before the next call,
+    [B] bool: False at the first token of a sequence and after a reset.
+
+    before [B] bool says it of the first token; shape is (B, L). Right padding only.
+    """
+    started = jnp.ones(shape, bool).at[:, 0].set(before)
+    after = jnp.ones(shape[:1], bool)
+    if sequence.mask is not None:
+        after = before | sequence.mask[:, 0]
+    if sequence.reset is not None:
+        started = started & ~sequence.reset
+        if sequence.mask is None:
+            pending = False
+        else:
+            pending = jnp.any(sequence.reset & ~sequence.mask, axis=1)
+        after = after & ~pending
+    return started, after

@@ -114,3 +114,23 @@ def log_dt(key, shape, dt_min=1e-3, dt_max=1e-1):
             f"dt_min, dt_max: need 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
         )
     return jax.random.uniform(key, shape, minval=np.log(dt_min), maxval=np.log(dt_max))
+
+
+def softplus_dt(key, shape, dtype=jnp.float32, *, dt_min=1e-3, dt_max=1e-1, floor=1e-4):
+    """b with softplus(b) log-uniform in [dt_min, dt_max] and not below `floor`: the
+    bias of a step that depends on the input (Mamba)."""
+    dt = jnp.exp(log_dt(key, shape, dt_min, dt_max))
+    dt = jnp.maximum(dt, floor)
+    return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+
+def griffin_ring(key, shape, dtype=jnp.float32, *, a_min=0.9, a_max=0.999):
+    """Lambda with a^2 uniform in [a_min^2, a_max^2] for a = exp(-softplus(Lambda)).
+    Source: https://arxiv.org/abs/2402.19427."""
+    if not 0 < a_min < a_max < 1:
+        raise ValueError(
+            f"a_min, a_max: need 0 < a_min < a_max < 1, got {a_min}, {a_max}"
+        )
+    square = jax.random.uniform(key, shape, minval=a_min**2, maxval=a_max**2)
+    rate = -0.5 * jnp.log(square)
+    return jnp.log(jnp.expm1(rate)).astype(dtype)

@@ -144,7 +144,7 @@ def test_assert_close_names_the_leaf():
 
 def test_limits():
     assert limit("complex64", "gradient") == limit(jnp.float32, "gradient")
-    with pytest.raises(ValueError, match=r"dtype must be one of float64, .* got int32"):
-        limit("int32")
+    with pytest.raises(ValueError, match=r"dtype must be one of float64, .* got int8"):
+        limit("int8")
     with pytest.raises(ValueError, match="kind must be"):
         limit("float32", "speed")

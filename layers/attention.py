@@ -1,0 +1,202 @@
+"""Softmax attention, full or over a sliding window, with rotary positions
+(https://arxiv.org/abs/1706.03762, https://arxiv.org/abs/2104.09864)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers import heads
+from layers.common import at_least_one, begin, linear, no_initial_state, wide
+from layers.mixing import expose
+from ssm import rotary
+from ssm import sequence as seq
+
+
+class KVCache(NamedTuple):
+    """The last tokens that a later one may see, right-aligned."""
+
+    key: jax.Array  # [B, R-1, G, K], not turned: positions count from the query
+    value: jax.Array  # [B, R-1, G, K]
+    count: jax.Array  # [B] int32, how many of them exist
+
+
+class Attention(nn.Module):
+    """y = W_out softmax(q k^T / sqrt(K)) v over the last R tokens, itself among them.
+
+    q and k are turned by their positions. R is `window`, or `context`: full attention
+    over whatever a call and the cache hold, up to that capacity, beyond which the
+    oldest tokens are dropped. A window costs O(L window), in memory too.
+
+    Elapsed times have no meaning for it: `dt` is a `ValueError`.
+
+    Attributes:
+        features: H, in `heads` heads of K = H / heads.
+        heads: their number; kv_heads: G of the keys and values, which divides it; 0
+            for as many.
+        context: the longest call and the capacity of the cache. Not with `window`.
+        window: R of a sliding window; 0 for full attention.
+        rotary: share of the K channels that turn; 0 for no positions.
+        base: of the rotary frequencies.
+        bidirectional: every token sees all others of its segment; then no state.
+        dtype: of activations; logits and the cache are float32 or better.
+    """
+
+    features: int
+    heads: int = 4
+    kv_heads: int = 0
+    context: int = 1024
+    window: int = 0
+    rotary: float = 1.0
+    base: float = 10_000.0
+    bidirectional: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], `KVCache` (None if bidirectional).
+
+        `ValueError` for a wrong shape, a dt, heads that do not divide, or a call longer
+        than the context.
+        """
+        del train
+        sequence = begin(self, x, state, sequence)
+        reach, G, K = self._sizes()
+        if sequence.dt is not None:
+            raise ValueError("dt: attention has no notion of elapsed time; pass None")
+        if not self.window and x.shape[1] > self.context:
+            raise ValueError(
+                f"context: a call of {x.shape[1]} tokens needs at least as many, got "
+                f"{self.context}"
+            )
+        x, sequence, restore = seq.compact(x, sequence)
+        q = heads.project(x, self.heads, K, "query", self.dtype)
+        k = heads.project(x, G, K, "key", self.dtype)
+        v = heads.project(x, G, K, "value", self.dtype)
+        v = expose(self, "values", v)
+        if self.bidirectional:
+            o, cache = self._all_to_all(q, k, v, sequence), None
+        else:
+            o, cache = self._causal(q, k, v, state, sequence, reach)
+        o = expose(self, "mixed", o).reshape(*x.shape[:2], -1)
+        y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(o)
+        return restore(y).astype(self.dtype), cache
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """An empty cache."""
+        if self.bidirectional:
+            raise no_initial_state("Attention")
+        reach, G, K = self._sizes()
+        empty = jnp.zeros((batch_size, reach - 1, G, K), wide(self.dtype))
+        return KVCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
+
+    @nn.nowrap
+    def _sizes(self):
+        """R, G, K."""
+        at_least_one(self, "heads", "context")
+        G = self.kv_heads or self.heads
+        if self.features % self.heads:
+            raise ValueError(
+                f"heads: must divide features={self.features}, got {self.heads}"
+            )
+        if self.heads % G:
+            raise ValueError(f"kv_heads: must divide heads={self.heads}, got {G}")
+        if self.window < 0:
+            raise ValueError(f"window: must be 0 or positive, got {self.window}")
+        if not 0 <= self.rotary <= 1:
+            raise ValueError(f"rotary: must be in [0, 1], got {self.rotary}")
+        return self.window or self.context, G, self.features // self.heads
+
+    @nn.nowrap
+    def _turn(self, x, positions):
+        size = int(x.shape[-1] * self.rotary) // 2 * 2
+        return rotary.rotate(x, positions, self.base, size) if size else x
+
+    @nn.nowrap
+    def _all_to_all(self, q, k, v, sequence):
+        visible = None
+        if sequence.reset is not None:
+            segment = jnp.cumsum(sequence.reset, axis=1)
+            visible = segment[:, :, None] == segment[:, None]
+        if sequence.mask is not None:
+            exists = sequence.mask[:, None]
+            # A token that does not exist sees itself, so that no row is empty.
+            exists = exists | jnp.eye(q.shape[1], dtype=bool)
+            visible = exists if visible is None else visible & exists
+        positions = jnp.arange(q.shape[1])
+        q, k = (self._turn(z, positions) for z in (q, k))
+        mask = None if visible is None else visible[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    @nn.nowrap
+    def _causal(self, q, k, v, cache, sequence, reach):
+        length = q.shape[1]
+        fresh = cache is None
+        cache = self.init_state(q.shape[0]) if fresh else cache
+        before = jnp.arange(reach - 1) >= reach - 1 - cache.count[:, None]
+        new = self._remember(cache, k, v, sequence)
+        if fresh and sequence.reset is None and length <= reach:
+            # Padding stands on the right, where no token that exists looks.
+            q, k = (self._turn(z, jnp.arange(length)) for z in (q, k))
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True), new
+        segment = jnp.zeros(q.shape[:2], jnp.int32)
+        if sequence.reset is not None:
+            segment = jnp.cumsum(sequence.reset, axis=1)
+        key, value = (
+            jnp.concatenate([old.astype(now.dtype), now], axis=1)
+            for old, now in ((cache.key, k), (cache.value, v))
+        )
+        # Slots of the cache belong to segment 0, those that are empty to none.
+        segments = jnp.concatenate([jnp.where(before, 0, -1), segment], axis=1)
+        return self._in_blocks(q, key, value, segment, segments, reach), new
+
+    @nn.nowrap
+    def _remember(self, cache, k, v, sequence):
+        seen = jnp.ones(k.shape[:2], bool)
+        slots = jnp.arange(cache.key.shape[1])
+        filled = slots >= cache.key.shape[1] - cache.count[:, None]
+        return KVCache(
+            seq.window(cache.key, k, sequence),
+            seq.window(cache.value, v, sequence),
+            seq.lengths(seq.window(filled, seen, sequence)),
+        )
+
+    @nn.nowrap
+    def _in_blocks(self, q, key, value, segment, segments, reach):
+        """Queries [B, L] in blocks of at most R: block i sees the R - 1 keys before it
+        and its own, so a long call costs O(L R).
+
+        key, value and segments [B, R - 1 + L] start R - 1 tokens before the queries.
+        """
+        length = q.shape[1]
+        size = min(length, reach)
+        blocks = -(-length // size)
+        pad = blocks * size - length
+
+        def padded(x, fill=0):
+            width = [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)
+            return jnp.pad(x, width, constant_values=fill)
+
+        q, segment = padded(q), padded(segment)
+        key, value, segments = padded(key), padded(value), padded(segments)
+        ahead = reach - 1
+        delay = jnp.arange(size)[:, None] + ahead - jnp.arange(ahead + size)
+        near = (delay >= 0) & (delay < reach)
+
+        def block(i):
+            def own(x, width):
+                return jax.lax.dynamic_slice_in_dim(x, i * size, width, 1)
+
+            k, v, seen = (own(x, ahead + size) for x in (key, value, segments))
+            visible = near & (own(segment, size)[:, :, None] == seen[:, None])
+            turned = self._turn(own(q, size), jnp.arange(ahead, ahead + size))
+            k = self._turn(k, jnp.arange(ahead + size))
+            return jax.nn.dot_product_attention(turned, k, v, mask=visible[:, None])
+
+        if blocks == 1:
+            return block(0)[:, :length]
+        o = jax.lax.map(jax.checkpoint(block), jnp.arange(blocks))
+        o = jnp.moveaxis(o, 0, 1)
+        return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :length]

@@ -1,0 +1,88 @@
+"""Gated DeltaNet: the delta rule that also forgets (https://arxiv.org/abs/2412.06464)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels import chunked_scan
+from layers import heads
+from layers.common import begin, linear, logical, wide
+from layers.delta_net import DeltaState, short_convolutions, write_strength, zero_state
+from layers.mixing import expose
+from layers.recorder import record
+from ssm import sequence as seq
+from ssm import spectra
+
+
+class GatedDeltaNet(nn.Module):
+    """DeltaNet with a scalar decay per head, as in Mamba-2, and an output gate:
+
+        q, k, v, beta as in DeltaNet
+        g    = -exp(A_log) softplus(W_a x + dt_bias)          [heads]
+        S[t] = (I - beta k k^T) exp(g[t]) S[t-1] + beta k v^T [heads, K, V]
+        y    = W_out (RMSNorm(S[t]^T q[t]) silu(W_r x))
+
+    Elapsed time multiplies g.
+
+    Attributes:
+        features: H.
+        heads: their number.
+        expand_k, expand_v: all keys together have expand_k H channels, values
+            expand_v H.
+        conv_width: W.
+        dt_min, dt_max: range of the initial softplus(dt_bias), log-uniform.
+        dtype: of activations; gates and states are float32 or better.
+    """
+
+    features: int
+    heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    conv_width: int = 4
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], `DeltaState`. `ValueError` for a wrong shape, or
+        widths that the heads do not divide."""
+        del train
+        sequence = begin(self, x, state, sequence)
+        x, sequence, restore = seq.compact(x, sequence)
+        q, k, v, tails = short_convolutions(self, x, state, sequence)
+        beta = write_strength(self, x, sequence)
+        g = self._log_decay(x, sequence)
+        gate = nn.silu(linear(v.shape[2] * v.shape[3], "gate", self.dtype)(x))
+        S = None if state is None else state.S
+        v = expose(self, "values", v)
+        o, S = chunked_scan(q, k, v, g, beta, S, sequence.reset)
+        o = expose(self, "mixed", o)
+        y = heads.gated_output(o, gate, self.features, self.dtype)
+        return restore(y).astype(self.dtype), DeltaState(*tails, S)
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros."""
+        return zero_state(self, batch_size)
+
+    def _log_decay(self, x, sequence):
+        """g [B, L, heads], 0 on masked tokens."""
+        start = functools.partial(
+            spectra.softplus_dt, dt_min=self.dt_min, dt_max=self.dt_max
+        )
+
+        def rates(key, shape, dtype=jnp.float32):
+            return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+        bias = self.param("dt_bias", logical(start, "heads"), (self.heads,))
+        A_log = self.param("A_log", logical(rates, "heads"), (self.heads,))
+        dt = linear(self.heads, "dt", wide(self.dtype), ("embed", "heads"))(x)
+        dt = nn.softplus(dt + bias)
+        elapsed = seq.elapsed(sequence)
+        dt = dt if elapsed is None else dt * elapsed[..., None]
+        g = -jnp.exp(A_log) * dt
+        record(self, sequence, dt=dt, log_decay=g)
+        return g

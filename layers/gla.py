@@ -1,0 +1,70 @@
+"""GLA, gated linear attention (https://arxiv.org/abs/2312.06635)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from kernels import chunked_scan
+from layers import heads
+from layers.common import at_least_one, begin, dense, linear, wide
+from layers.mixing import expose
+from layers.recorder import record
+from ssm import sequence as seq
+
+
+class GLA(nn.Module):
+    """Linear attention in which every key channel forgets at a rate of its own:
+
+        q, k, v, r = W x, q / sqrt(K)
+        g          = log sigmoid(W_2 W_1 x + b) / normaliser  [heads, K]
+        S[t]       = diag(exp(g[t])) S[t-1] + k[t] v[t]^T     [heads, K, V]
+        y          = W_out (RMSNorm(S[t]^T q[t]) silu(r))
+
+    Elapsed time multiplies g.
+
+    Attributes:
+        features: H.
+        heads: their number.
+        expand_k, expand_v: all keys together have expand_k H channels, values
+            expand_v H.
+        rank: of W_2 W_1.
+        normaliser: brings the initial decay near 1.
+        dtype: of activations; decays and states are float32 or better.
+    """
+
+    features: int
+    heads: int = 4
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    rank: int = 16
+    normaliser: float = 16.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], state [B, heads, K, V]. `ValueError` for a wrong
+        shape, or widths that the heads do not divide."""
+        del train
+        sequence = begin(self, x, state, sequence)
+        at_least_one(self, "rank")
+        x, sequence, restore = seq.compact(x, sequence)
+        K, V = heads.sizes(self)
+        q = heads.project(x, self.heads, K, "query", self.dtype) * K**-0.5
+        k = heads.project(x, self.heads, K, "key", self.dtype)
+        v = expose(self, "values", heads.project(x, self.heads, V, "value", self.dtype))
+        gate = nn.silu(linear(self.heads * V, "gate", self.dtype)(x))
+        low = linear(self.rank, "decay_in", self.dtype, ("embed", None))(x)
+        g = dense(self.heads * K, "decay", wide(self.dtype), (None, "mlp"))(low)
+        g = heads.split(nn.log_sigmoid(g) / self.normaliser, self.heads)
+        elapsed = seq.elapsed(sequence)
+        g = g if elapsed is None else g * elapsed[..., None, None]
+        record(self, sequence, log_decay=g)
+        o, S = chunked_scan(q, k, v, g, None, state, sequence.reset)
+        y = heads.gated_output(
+            expose(self, "mixed", o), gate, self.features, self.dtype
+        )
+        return restore(y).astype(self.dtype), S
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros [B, heads, K, V]."""
+        return jnp.zeros((batch_size, self.heads, *heads.sizes(self)), wide(self.dtype))

@@ -1,0 +1,144 @@
+"""H3, hungry hungry hippos (https://arxiv.org/abs/2212.14052)."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers.common import (
+    at_least_one,
+    begin,
+    dense,
+    logical,
+    long_conv,
+    past_inputs,
+    regular,
+    uniform,
+    wide,
+)
+from layers.mixing import expose
+from layers.s4d import S4D
+from ssm import sequence as seq
+
+
+class H3State(NamedTuple):
+    """What the past leaves behind."""
+
+    shift: jax.Array  # [B, d-1, H] the last keys
+    ssm: jax.Array  # [B, P^2, H / P, n] complex
+
+
+class Shift(nn.Module):
+    """The system whose state is its last d inputs, a filter of d taps with a skip:
+
+        y[t] = sum_{j < d} kernel[j] u[t-j] + D u[t]
+
+    Attributes:
+        features: H.
+        taps: d.
+    """
+
+    features: int
+    taps: int
+
+    @nn.compact
+    def __call__(self, u, state, sequence):
+        """u [B, L, H] with right padding only -> y and the last inputs [B, d-1, H]."""
+        shape = self.features, self.taps
+        start = functools.partial(uniform, bound=self.taps**-0.5)
+        kernel = self.param("kernel", logical(start, "embed", None), shape)
+        normal = nn.initializers.normal(1.0)
+        D = self.param("D", logical(normal, "embed"), (self.features,))
+        return long_conv(u, kernel, state, sequence, D)
+
+
+class H3(nn.Module):
+    """Linear attention whose key is remembered by a shift, and whose sum by S4D:
+
+        q, k, v = W x + b                                          H wide each
+        s       = Shift(k)                                         the last d keys
+        y       = W_out (q S4D(s v)) + b_out
+
+    In heads of P features s v is an outer product, so that every one of H / P systems
+    filters P^2 numbers, and q contracts the axis of s:
+
+        o[j] = sum_i q[i] S4D(s[i] v[j])
+
+    Filters of taps have no elapsed time: `dt` is a `ValueError`.
+
+    Attributes:
+        features: H.
+        state_size: N of S4D, real.
+        taps: d.
+        head_size: P, which divides H.
+        spectrum, dt_min, dt_max: of S4D.
+        dtype: of activations; filters and states are float32 or better.
+    """
+
+    features: int
+    state_size: int = 64
+    taps: int = 64
+    head_size: int = 1
+    spectrum: str = "lin"
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], `H3State`. `ValueError` for a wrong shape, a
+        head_size that does not divide H, or a dt."""
+        del train
+        P = self._head_size()
+        sequence = begin(self, x, state, sequence)
+        regular(self, sequence)
+        tail, h = (None, None) if state is None else state
+        x, sequence, restore = seq.compact(x, sequence)
+        q, k, v = jnp.split(dense(3 * self.features, "in", self.dtype)(x), 3, -1)
+        k, tail = Shift(self.features, self.taps, name="shift")(k, tail, sequence)
+        v = expose(self, "values", v)
+        o, h = self._attend(q, k, v, h, sequence, P)
+        o = expose(self, "mixed", o)
+        y = dense(self.features, "out", self.dtype, ("mlp", "embed"))(o)
+        return restore(y), H3State(tail, h)
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros."""
+        P = self._head_size()
+        tail = past_inputs(batch_size, self.taps, self.features, self.dtype)
+        h = batch_size, P * P, self.features // P, self.state_size // 2
+        return H3State(tail, jnp.zeros(h, jnp.promote_types(tail.dtype, jnp.complex64)))
+
+    @nn.nowrap
+    def _head_size(self):
+        at_least_one(self, "taps", "head_size")
+        if self.features % self.head_size:
+            raise ValueError(
+                f"head_size: must divide features={self.features}, got {self.head_size}"
+            )
+        return self.head_size
+
+    def _attend(self, q, s, v, h, sequence, P):
+        """o [B, L, H] and the state [B, P^2, H / P, n]; the pairs (i, j) of a head go
+        with the batch."""
+        B, L, H = v.shape
+        q, s, v = (z.reshape(B, L, H // P, P) for z in (q, s, v))
+        outer = jnp.einsum("blhi,blhj->bijlh", s, v).reshape(B * P * P, L, H // P)
+        every = jax.tree.map(lambda field: jnp.repeat(field, P * P, 0), sequence)
+        h = None if h is None else h.reshape(-1, *h.shape[2:])
+        s4d = S4D(
+            H // P,
+            self.state_size,
+            self.spectrum,
+            dt_min=self.dt_min,
+            dt_max=self.dt_max,
+            dtype=wide(self.dtype),
+            name="ssm",
+        )
+        y, h = s4d(outer, h, every)
+        y = y.reshape(B, P, P, L, H // P)
+        o = jnp.einsum("blhi,bijlh->blhj", q.astype(y.dtype), y)
+        return o.reshape(B, L, H), h.reshape(B, P * P, *h.shape[1:])

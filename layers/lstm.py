@@ -1,0 +1,87 @@
+"""LSTM, the gated recurrent baseline with a cell
+(https://www.bioinf.jku.at/publications/older/2604.pdf)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers.common import begin, dense, logical, wide
+from ssm import sequence as seq
+
+
+class LSTMState(NamedTuple):
+    """Both [B, H]."""
+
+    h: jax.Array
+    c: jax.Array
+
+
+def _open_forget_gate(key, shape, dtype=jnp.float32):
+    """Biases of i, f, g, o: 1 for f, so that a fresh cell remembers, else 0."""
+    del key
+    H = shape[0] // 4
+    return jnp.zeros(shape, dtype).at[H : 2 * H].set(1)
+
+
+class LSTM(nn.Module):
+    """Long short-term memory, sequential in every mode:
+
+        i, f, o = sigmoid(W u + U h[t-1] + b), g = tanh(W u + U h[t-1] + b)
+        c[t]    = f c[t-1] + i g
+        h[t]    = o tanh(c[t]),   y = h
+
+    Elapsed times have no meaning for it: `dt` is a `ValueError`.
+
+    Attributes:
+        features: H, of the input, the states and the output.
+        dtype: of the output; the recurrence is float32 or better.
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], `LSTMState`. `ValueError` for a wrong shape or a
+        dt."""
+        del train
+        sequence = begin(self, x, state, sequence)
+        if sequence.dt is not None:
+            raise ValueError("dt: an LSTM has no notion of elapsed time; pass None")
+        state = self.init_state(x.shape[0]) if state is None else state
+        H, dtype = self.features, wide(self.dtype)
+        U = self.param(
+            "recurrent_kernel",
+            logical(nn.initializers.orthogonal(), "embed", "mlp"),
+            (H, 4 * H),
+        )
+        project = dense(4 * H, "input", dtype, bias_init=_open_forget_gate)
+        gates = project(seq.zero_masked(x.astype(dtype), sequence))
+
+        def step(state, token):
+            gate, exists, reset = token
+            if reset is not None:
+                state = jax.tree.map(lambda s: jnp.where(reset[:, None], 0, s), state)
+            i, f, g, o = jnp.split(gate + state.h @ U, 4, -1)
+            c = nn.sigmoid(f) * state.c + nn.sigmoid(i) * jnp.tanh(g)
+            new = LSTMState(nn.sigmoid(o) * jnp.tanh(c), c)
+            if exists is not None:
+                new = jax.tree.map(
+                    lambda n, s: jnp.where(exists[:, None], n, s), new, state
+                )
+            return new, new.h
+
+        tokens = (gates, sequence.mask, sequence.reset)
+        state, y = jax.lax.scan(
+            step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tokens)
+        )
+        y = seq.zero_masked(jnp.swapaxes(y, 0, 1), sequence)
+        return y.astype(self.dtype), state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros."""
+        zeros = jnp.zeros((batch_size, self.features), wide(self.dtype))
+        return LSTMState(zeros, zeros)

@@ -1,0 +1,128 @@
+"""Mamba, the selective state-space model S6 (https://arxiv.org/abs/2312.00752)."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import selective_scan
+from layers.common import at_least_one, begin, dense, linear, logical, wide
+from layers.mixing import expose
+from layers.recorder import record
+from layers.short_conv import ShortConv
+from ssm import sequence as seq
+from ssm import spectra
+
+
+class MambaState(NamedTuple):
+    """What the past leaves behind."""
+
+    conv: jax.Array  # [B, W-1, E] the last inputs of the short convolution
+    ssm: jax.Array  # [B, E, N]
+
+
+class Mamba(nn.Module):
+    """Systems whose step, input and output weights depend on the input:
+
+        u, z    = W_in x                                      [B, L, E] each
+        u       = silu(short convolution of u)
+        d, B, C = W_select u                                  R, N and N wide
+        Delta   = softplus(W_dt d + b_dt)                     [B, L, E]
+        h[t]    = exp(Delta[t] A) h[t-1] + Delta[t] u[t] B[t] [B, E, N]
+        y[t]    = W_out ((C[t] h[t] + D u[t]) silu(z[t]))
+
+    A = -exp(A_log) starts at -1, ..., -N. Elapsed time multiplies Delta.
+
+    Attributes:
+        features: H.
+        state_size: N of every inner feature.
+        expand: E = expand H.
+        conv_width: W.
+        rank: R; 0 for H / 16, rounded up.
+        dt_min, dt_max: range of the initial Delta (log-uniform); dt_floor: its least.
+        dtype: of activations; Delta, A and states are float32 or better.
+    """
+
+    features: int
+    state_size: int = 16
+    expand: int = 2
+    conv_width: int = 4
+    rank: int = 0
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], `MambaState`. `ValueError` for a wrong shape."""
+        del train
+        sequence = begin(self, x, state, sequence)
+        tail, h = (None, None) if state is None else state
+        x, sequence, restore = seq.compact(x, sequence)
+        E, N, R = self._sizes()
+        u, z = jnp.split(linear(2 * E, "in", self.dtype)(x), 2, -1)
+        conv = ShortConv(E, self.conv_width, dtype=self.dtype, name="conv")
+        u, tail = conv(u, tail, sequence)
+        u = seq.zero_masked(nn.silu(u), sequence)
+        select = linear(R + 2 * N, "select", self.dtype, ("mlp", None))(u)
+        low, B, C = jnp.split(select, [R, R + N], -1)
+        Delta = self._step(low, sequence)
+        A, D = self._A_and_D()
+        record(self, sequence, dt=Delta, log_decay=Delta * A.max(-1))
+        u = expose(self, "values", u)
+        y, h = selective_scan(u, Delta, A, B, C, h, sequence.reset, skip=D)
+        y = expose(self, "mixed", y) * nn.silu(z)
+        y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(y)
+        return restore(y).astype(self.dtype), MambaState(tail, h)
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros."""
+        E, N, _ = self._sizes()
+        return MambaState(
+            jnp.zeros((batch_size, self.conv_width - 1, E), wide(self.dtype)),
+            jnp.zeros((batch_size, E, N), wide(self.dtype)),
+        )
+
+    @nn.nowrap
+    def _sizes(self):
+        at_least_one(self, "state_size", "expand", "conv_width")
+        R = self.rank or math.ceil(self.features / 16)
+        return self.expand * self.features, self.state_size, R
+
+    def _step(self, low, sequence):
+        """Delta [B, L, E], 0 on masked tokens."""
+        E = self._sizes()[0]
+        project = dense(
+            E,
+            "dt",
+            wide(self.dtype),
+            (None, "mlp"),
+            bias_init=functools.partial(
+                spectra.softplus_dt,
+                dt_min=self.dt_min,
+                dt_max=self.dt_max,
+                floor=self.dt_floor,
+            ),
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        )
+        elapsed = seq.elapsed(sequence)
+        Delta = nn.softplus(project(low))
+        return Delta if elapsed is None else Delta * elapsed[..., None]
+
+    def _A_and_D(self):
+        E, N, _ = self._sizes()
+
+        def spread(key, shape, dtype=jnp.float32):
+            del key
+            log_n = np.log(np.arange(1, N + 1))
+            return jnp.asarray(np.broadcast_to(log_n, shape), dtype)
+
+        A_log = self.param("A_log", logical(spread, "mlp", "state"), (E, N))
+        D = self.param("D", logical(nn.initializers.ones, "mlp"), (E,))
+        return -jnp.exp(A_log), D

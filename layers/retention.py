@@ -1,0 +1,85 @@
+"""Retention, the mixer of RetNet (https://arxiv.org/abs/2307.08621)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import chunked_scan
+from layers import heads
+from layers.common import begin, linear, wide
+from layers.mixing import expose
+from layers.recorder import record
+from ssm import rotary
+from ssm import sequence as seq
+
+
+class Retention(nn.Module):
+    """Linear attention whose every head forgets at its own fixed rate:
+
+        q, k, v, g = W x, q and k turned by their positions, k / sqrt(K)
+        S[t]       = gamma S[t-1] + k[t] v[t]^T               [heads, K, V]
+        y          = W_out (RMSNorm(S[t]^T q[t]) silu(g))
+
+    gamma = 1 - 2^(-5 - head). The state is kept turned to the last token, so that
+    positions need no counter. Elapsed time multiplies log gamma and the turn.
+
+    Attributes:
+        features: H.
+        heads: their number.
+        expand_k, expand_v: all keys together have expand_k H channels, values
+            expand_v H.
+        base: of the rotary frequencies.
+        dtype: of activations; decays and states are float32 or better.
+    """
+
+    features: int
+    heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    base: float = 10_000.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, H] -> y [B, L, H], state [B, heads, K, V]. `ValueError` for a wrong
+        shape, or widths that the heads do not divide."""
+        del train
+        sequence = begin(self, x, state, sequence)
+        x, sequence, restore = seq.compact(x, sequence)
+        K, V = heads.sizes(self)
+        q = heads.project(x, self.heads, K, "query", self.dtype)
+        k = heads.project(x, self.heads, K, "key", self.dtype) * K**-0.5
+        v = heads.project(x, self.heads, V, "value", self.dtype)
+        gate = nn.silu(linear(self.heads * V, "gate", self.dtype)(x))
+        log_decay, positions = self._decay(x, sequence)
+        record(self, sequence, log_decay=log_decay)
+        q, k = (rotary.rotate(z, positions, self.base) for z in (q, k))
+        v = expose(self, "values", v)
+        o, S = chunked_scan(q, k, v, log_decay, None, state, sequence.reset)
+        y = heads.gated_output(
+            expose(self, "mixed", o), gate, self.features, self.dtype
+        )
+        return restore(y).astype(self.dtype), self._to_last(S, positions)
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros [B, heads, K, V]."""
+        return jnp.zeros((batch_size, self.heads, *heads.sizes(self)), wide(self.dtype))
+
+    @nn.nowrap
+    def _decay(self, x, sequence):
+        """log gamma [B, L, heads], and positions [B, L], 0 before the call."""
+        gamma = np.log1p(-(2.0 ** (-5 - np.arange(self.heads))))
+        elapsed = seq.elapsed(sequence)
+        if elapsed is None:
+            elapsed = jnp.ones(x.shape[:2], wide(self.dtype))
+        return elapsed[..., None] * jnp.asarray(gamma, elapsed.dtype), jnp.cumsum(
+            elapsed, axis=1
+        )
+
+    @nn.nowrap
+    def _to_last(self, S, positions):
+        """The keys of S [B, heads, K, V] turned back by the time of the call."""
+        keys = jnp.moveaxis(S, -1, 1)  # values in the place of tokens
+        back = jnp.broadcast_to(-positions[:, -1:], keys.shape[:2])
+        return jnp.moveaxis(rotary.rotate(keys, back, self.base), 1, -1)

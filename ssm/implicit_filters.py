@@ -1,0 +1,136 @@
+"""Long filters from few numbers, and what shapes those that are given tap by tap.
+
+A filter is [..., K], lag 0 first. Tables are NumPy float64, to be cast once.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The standard deviation of the first taps of a free filter, by how it starts.
+SCALES = {"random": 0.002, "double_exp": 0.02}
+
+
+def free(key, shape, dtype=jnp.float32, *, start="random"):
+    """Initial taps [..., H, K] of a free filter: normal with a standard deviation of
+    `SCALES[start]`; "double_exp" times exp(-(j / K) (H / 2)^(h / H)), so that later
+    features forget faster. Source: https://arxiv.org/abs/2302.06646."""
+    taps = SCALES[start] * jax.random.normal(key, shape, dtype)
+    if start == "random":
+        return taps
+    H, K = shape[-2:]
+    rate = (H / 2) ** (np.arange(H) / H)
+    return taps * jnp.asarray(np.exp(-rate[:, None] * np.arange(K) / K), dtype)
+
+
+def squash(k, threshold):
+    """sign(k) max(|k| - threshold, 0): small taps become 0, and learn nothing there."""
+    return jnp.sign(k) * jax.nn.relu(jnp.abs(k) - threshold)
+
+
+def smooth_time(k, width):
+    """Each tap the mean of the `width` (odd) around it; beyond the ends are zeros."""
+    return _weighted(k, np.full(width, 1 / width))
+
+
+def smooth_frequency(k, width):
+    """Each of the K / 2 + 1 bins of the spectrum a sum over the `width` (odd) around
+    it, i bins away weighted by exp(-i^2 / 2), not normalised, as published: a window
+    over the lags, that amplifies both ends and attenuates the middle."""
+    i = np.arange(width) - width // 2
+    spectrum = _weighted(jnp.fft.rfft(k), np.exp(-0.5 * i**2))
+    return jnp.fft.irfft(spectrum, k.shape[-1])
+
+
+SMOOTHERS = {"time": smooth_time, "frequency": smooth_frequency}
+
+
+def _weighted(x, weights):
+    """y[j] = sum_i weights[i] x[j + i - width // 2]."""
+    width, K = len(weights), x.shape[-1]
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(width // 2, width // 2)])
+    return sum(float(w) * padded[..., i : i + K] for i, w in enumerate(weights))
+
+
+def scales(length, knots):
+    """The least S with knots 2^(S-1) >= length."""
+    return 1 + (-(-length // knots) - 1).bit_length()
+
+
+def upsample(w, factor):
+    """w [..., d] -> [..., d factor], linear between the middles of equal cells and
+    constant beyond the first and the last; factor is a power of two."""
+    if factor == 1:
+        return w
+    w = jnp.concatenate([w[..., :1], w, w[..., -1:]], -1)
+    ramp = jnp.asarray((np.arange(factor) + 0.5) / factor, w.dtype)
+    between = w[..., :-1, None] + (w[..., 1:] - w[..., :-1])[..., None] * ramp
+    return between.reshape(*w.shape[:-1], -1)[..., factor // 2 : -(factor // 2)]
+
+
+def concatenated(w, multiplier):
+    """Scales one after the other, of lengths d, d, 2d, 4d, ...:
+
+        k = concat_i multiplier^(S-1-i) upsample(w_i, 2^max(0, i-1))
+
+    w [S, ..., H, d], multiplier [H] -> [..., H, d 2^(S-1)]. Source:
+    https://arxiv.org/abs/2210.09298.
+    """
+    factors = [1, *(2**i for i in range(len(w) - 1))]
+    return jnp.concatenate(_weighed(w, multiplier, factors), -1)
+
+
+def summed(w, multiplier):
+    """Scales on top of each other, of lengths d, 2d, 4d, ...:
+
+        k = sum_i multiplier^(S-1-i) upsample(w_i, 2^i)
+
+    Shapes and source as `concatenated`.
+    """
+    parts = _weighed(w, multiplier, [2**i for i in range(len(w))])
+    longest, ndim = parts[-1].shape[-1], parts[-1].ndim
+    return sum(
+        jnp.pad(part, [(0, 0)] * (ndim - 1) + [(0, longest - part.shape[-1])])
+        for part in parts
+    )
+
+
+LAYOUTS = {"cat": concatenated, "sum": summed}
+
+
+def _weighed(w, multiplier, factors):
+    return [
+        upsample(part * (multiplier ** (len(w) - 1 - i))[:, None], factor)
+        for i, (part, factor) in enumerate(zip(w, factors, strict=True))
+    ]
+
+
+def power_decay(k, exponent):
+    """k[h, j] (j + 1)^-exponent[h]; k [..., H, K], exponent [H]."""
+    log_lag = jnp.asarray(np.log1p(np.arange(k.shape[-1])), k.dtype)
+    return k * jnp.exp(-exponent[:, None] * log_lag)
+
+
+def positions(length, bands):
+    """What an implicit filter knows of lag j, [length, 1 + 2 bands]:
+
+        t = j / (length - 1), and Re, Im exp(-2 pi i f j / length)
+
+    for `bands` frequencies f from 1e-4 to bands - 1. Source:
+    https://arxiv.org/abs/2302.10866.
+    """
+    f = np.linspace(1e-4, bands - 1, bands)
+    waves = np.exp(-2j * np.pi / length * np.outer(np.arange(length), f))
+    return np.concatenate([_time(length)[:, None], waves.real, waves.imag], -1)
+
+
+def exponential_window(length, features, fast, slow, target, shift):
+    """exp(-t |delta|) + shift [features, length], t from 0 to 1: without the shift it
+    falls to `target` at t = slow in the first feature and at t = fast in the last, with
+    delta evenly spaced between. Source: https://arxiv.org/abs/2302.10866."""
+    delta = np.log(target) * np.linspace(1 / slow, 1 / fast, features)
+    return np.exp(-np.abs(delta)[:, None] * _time(length)) + shift
+
+
+def _time(length):
+    return np.linspace(0.0, 1.0, length)

@@ -1,0 +1,59 @@
+"""The mixing matrix of a layer, applied to its values, is the layer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.tolerance import assert_close
+from layers import LAYERS, laws, materialize
+
+L = 7
+CASES = [name for name in laws.CASES if name.split()[0] not in ("gru", "lstm")]
+QUICK = ("s4d", "s5", "mamba", "gated_delta_net", "attention window", "long_conv")
+
+
+def made(layer):
+    x = jax.random.normal(jax.random.key(1), (2, L, layer.features))
+    return nn.unbox(jax.jit(layer.init)({"params": jax.random.key(0)}, x)), x
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES],
+)
+def test_matrix_times_values_is_the_layer(case):
+    layer = laws.CASES[case]()
+    M, values, mixed = materialize(layer, *made(layer))
+    per_channel = M.ndim == values.ndim + 1
+    left = "b...ts,bs...->bt..." if per_channel else "bcdts,bsd->btc"
+    if per_channel or values.ndim == 3:
+        assert_close(jnp.einsum(left, M, values), mixed, "gradient")
+    bidirectional = "bidirectional" in case or "butterfly" in case
+    assert bidirectional or not np.any(np.triu(np.asarray(M), 1))
+
+
+def test_rows_of_attention_sum_to_one():
+    layer = LAYERS["attention"](6, 2)
+    M, _, _ = materialize(layer, *made(layer))
+    assert_close(M.sum(-1), jnp.ones_like(M[..., 0]))
+
+
+def test_matrix_of_a_time_invariant_layer_is_toeplitz():
+    layer = LAYERS["s4d"](3, 4)
+    M, values, mixed = materialize(layer, made(layer)[0], L)
+    assert M.shape == (1, 3, L, L) and values.shape == mixed.shape == (1, L, 3)
+    assert_close(M[..., 1:, 1:], M[..., :-1, :-1])
+
+
+def test_a_matrix_that_depends_on_the_input_needs_one():
+    layer = LAYERS["mamba"](6, 4)
+    with pytest.raises(ValueError, match="x: the matrix of Mamba depends on the input"):
+        materialize(layer, made(layer)[0], L)
+
+
+def test_a_layer_that_is_not_linear_has_no_matrix():
+    layer = LAYERS["gru"](3)
+    with pytest.raises(ValueError, match="layer: GRU is not linear in its values"):
+        materialize(layer, *made(layer))
