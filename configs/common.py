@@ -196,6 +196,7 @@ def base() -> ConfigDict:
                 label_smoothing=0.0,
                 ema=0.0,  # decay of the averaged weights; 0: none
                 accumulate=1,  # gradients averaged before one update
+                record=False,  # what goes on inside the layers, in every log
             ),
             mesh=dict(data=-1, fsdp=1, sequence=1),  # -1: the devices that are left
         )

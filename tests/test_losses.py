@@ -51,6 +51,14 @@ def test_token_accuracy_is_a_count():
     assert (metrics["accuracy"], weight) == (2, 3)
 
 
+def test_sequence_accuracy_counts_the_tokens_of_sequences_that_are_all_right():
+    outputs = jax.nn.one_hot(jnp.array([[0, 1, 2, 3], [0, 1, 2, 3], [0, 0, 0, 0]]), 4)
+    targets = np.array([[0, -1, 2, 0], [0, 1, 3, -1], [1, 1, 1, 1]])
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    _, weight, metrics = evaluate("token", outputs, batch(targets, mask))
+    assert weight == 5 and metrics == {"accuracy": 4, "sequence_accuracy": 2}
+
+
 def test_label_smoothing_mixes_in_the_uniform_distribution():
     outputs = RNG.normal(size=(1, 6)).astype(np.float32)
     data = batch(np.array([2]), np.ones((1, 1), bool))

@@ -59,7 +59,7 @@ def parsed(monkeypatch):
     def parse(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.main", *arguments])
         flags.FLAGS.unparse_flags()
-        for name in ("workdir", "seeds", "config"):
+        for name in ("workdir", "seeds", "lengths", "report", "config"):
             flags.FLAGS[name].unparse()
         return main._parse(sys.argv)
 
@@ -102,6 +102,22 @@ def test_a_stopped_run_ends_the_row_of_seeds(parsed, monkeypatch, capsys):
     monkeypatch.setattr(loop, "run", lambda *_: {"step": 1, "stopped": "SIGTERM"})
     assert main.main(parsed(f"--config={CONFIG}", "--seeds=0,1")) == 0
     assert capsys.readouterr().out.count("workdir:") == 1
+
+
+def test_main_tests_at_several_lengths(parsed, monkeypatch, tmp_path):
+    from train import evaluate, loop
+
+    asked = []
+    monkeypatch.setattr(loop, "run", lambda *_: {"step": 1})
+    monkeypatch.setattr(evaluate, "load_run", lambda workdir: workdir)
+    monkeypatch.setattr(evaluate, "at_lengths", lambda *words: asked.append(words))
+    command = ["--config=configs/synthetic.py:induction", f"--workdir={tmp_path}"]
+    command += ["--noreport", "--lengths=1,4"]
+    assert main.main(parsed(*command)) == 0
+    assert asked == [(tmp_path, tmp_path, "test", (1, 4))]
+    monkeypatch.setattr(loop, "run", None)  # what cannot be is said before
+    with pytest.raises(ValueError, match="'digits' has one length only"):
+        main.main(parsed(f"--config={CONFIG}", "--lengths=2"))
 
 
 def test_default_workdir(parsed, monkeypatch):

@@ -1,11 +1,15 @@
 """Scores of a trained run, and its recurrent mode beside its parallel one.
 
 python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
+
+With --lengths 1,2,4,8 instead the scores on sequences as long as in training and 2, 4
+and 8 times as long, where the dataset can make such; also in <workdir>/lengths.json.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
 
 from layers.build import build
 from ssm.sequence import Sequence
 from train import checkpoint, data, losses, record, sharding, step
+
+LENGTHS = "lengths.json"
 
 
 class Run(NamedTuple):
@@ -104,14 +112,75 @@ def scores(run: Run, split: str) -> dict[str, float]:
     return step.evaluate(eval_step, run.variables, batches, mesh)
 
 
+def at_lengths(run: Run, workdir, split: str, times: Iterable[int]) -> dict:
+    """Scores on sequences of several lengths, printed and kept in workdir/lengths.json.
+
+    Args:
+        run: a trained run, read back from `workdir`.
+        workdir: of the run.
+        split: of the dataset.
+        times: lengths in training lengths, such as (1, 2, 4, 8).
+
+    Returns:
+        {"step", "split", "lengths": [{"times", "length", loss and metrics}, ...]}
+
+    Raises:
+        ValueError: a dataset that has one length only, or a layer whose capacity
+            (model.length) is smaller.
+    """
+    rows = []
+    for n in times:
+        dataset = data.stretched(run.config.data, n)
+        config = run.config.copy_and_resolve_references()
+        options = config.train
+        # As many tokens at once as in training: memory must do for those.
+        size = (options.eval_batch_size or options.batch_size) // n
+        options.eval_batch_size = max(1, size)
+        stretched = run._replace(config=config, dataset=dataset)
+        length = {"times": n, "length": dataset.spec["length"]}
+        rows.append(length | scores(stretched, split))
+    found = {"step": run.step, "split": split, "lengths": rows}
+    if jax.process_index() == 0:
+        path = Path(workdir) / LENGTHS
+        checkpoint.write_atomically(path, json.dumps(found, indent=2) + "\n")
+        _print_lengths(found)
+    return found
+
+
+def _print_lengths(found: dict) -> None:
+    table = Table(title=f"{found['split']}, step {found['step']}")
+    for name in found["lengths"][0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in found["lengths"]:
+        table.add_row(
+            *(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values())
+        )
+    Console().print(table)
+
+
+def parse_times(text: str) -> tuple[int, ...]:
+    """Multiples of the training length, such as "1,2,4,8"; `ValueError` for others."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(
+            f"--lengths must be whole numbers from 1, such as 1,2,4,8, got {text!r}"
+        )
+    return tuple(map(int, words))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m train.evaluate")
     parser.add_argument("--workdir", required=True, help="of a trained run")
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
+    parser.add_argument("--lengths", help="multiples of the training length")
     options = parser.parse_args(argv)
     try:
         run = load_run(options.workdir, options.step)
+        if options.lengths is not None:
+            times = parse_times(options.lengths)
+            at_lengths(run, options.workdir, options.split, times)
+            return 0
         found = scores(run, options.split)
         batch = next(iter(run.dataset.evaluation(options.split, 16)))
         gap = compare_modes(run.model, run.variables, jax.tree.map(np.asarray, batch))

@@ -14,7 +14,17 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from layers.build import build
-from train import checkpoint, data, losses, optimizers, record, sharding, state, step
+from train import (
+    checkpoint,
+    data,
+    flight,
+    losses,
+    optimizers,
+    record,
+    sharding,
+    state,
+    step,
+)
 from train.checkpoint import CheckpointError, Checkpoints
 from train.metrics import Metrics
 from train.record import SCORES
@@ -81,8 +91,9 @@ def run(
         ) from error
     except FloatingPointError as error:
         good = checkpoint.last_good(workdir)  # known only now: saves have ended
+        broken = replay(config, workdir, parts, dataset, progress.step)
         raise FloatingPointError(
-            f"{error}; last good checkpoint: {good} in {workdir}. A lower "
+            f"{error}; {broken}last good checkpoint: {good} in {workdir}. A lower "
             "optimizer.lr, a longer warmup or a smaller clip may help"
         ) from error
     if progress.step < config.train.steps:
@@ -167,6 +178,7 @@ def set_up(config, dataset, mesh, model) -> SimpleNamespace:
         schedule=schedule,
         train_step=compiled,
         eval_step=step.make_eval_step(model, losses.make(spec), padded),
+        probe=flight.make_probe(model, losses.make(spec), seed, padded),
         batches=dataset.train(options.batch_size, seed, config.data.workers),
     )
 
@@ -208,7 +220,7 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
             metrics.advance(progress.step)
             last, better = progress.step == options.steps, False
             if last or progress.step % options.log_every == 0:
-                log(parts, progress, metrics)
+                log(config, parts, progress, metrics, batch)
             if last or progress.step % options.eval_every == 0:
                 with metrics.paused():
                     better = validate(config, parts, progress, metrics)
@@ -219,13 +231,36 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
                     save(parts, progress, checkpoints)
 
 
-def log(parts, progress, metrics) -> None:
-    """Writes the means over the steps since the last log."""
+def replay(config, workdir, parts, dataset, until: int) -> str:
+    """What broke first between the last checkpoint and the step `until`, found by going
+    through these steps once more; "" if it does not happen again."""
+    options = config.train
+    parts.batches = dataset.train(options.batch_size, config.seed, config.data.workers)
+    with Checkpoints(workdir, options.keep) as checkpoints:
+        begun = start(config, workdir, parts, checkpoints)
+    with contextlib.closing(parts.batches) as batches:
+        said = flight.find(
+            parts.probe,
+            parts.train_step,
+            begun.state,
+            batches,
+            parts.mesh,
+            range(begun.step + 1, until + 1),
+        )
+    return f"first of all, {said}; " if said else ""
+
+
+def log(config, parts, progress, metrics, batch) -> None:
+    """Writes the means over the steps since the last log, and of its last batch what
+    the recorder shows."""
     check_window(progress)
     names = [name for name in progress.window[0] if name != "weight"]
     means = {k: float(np.mean([m[k] for m in progress.window])) for k in names}
     means["lr"] = float(parts.schedule(progress.step - 1))
     means["steps_per_second"] = metrics.rate(progress.step)
+    if config.train.record:
+        shown = flight.quantities(parts.probe(progress.state, batch).record)
+        means |= {f"record/{name}": value for name, value in shown.items()}
     metrics.write(progress.step, "train", means)
     progress.window = []
 

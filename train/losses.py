@@ -25,7 +25,9 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
     - "classification": -log softmax(outputs)[targets], outputs [B, K], targets int
       [B]; a row whose mask is all False has no weight. Metric: accuracy.
     - "token": the same per token, outputs [B, L, K], targets int [B, L]; a token has a
-      weight where its mask is True and its target is not -1. Metric: accuracy.
+      weight where its mask is True and its target is not -1. Metrics: accuracy, and
+      sequence_accuracy, the share of tokens in whose sequence all are right: of
+      sequences, where each has as many that count.
     - "regression": mean over the K outputs of (outputs - targets)^2. Per sequence,
       outputs [B, K], targets [B, K] or [B]; or per real token, outputs [B, L, K],
       targets [B, L, K] or [B, L]. Metric: absolute_error.
@@ -91,7 +93,11 @@ def _cross_entropy(outputs, targets, real, label_smoothing):
         uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * uniform
     correct = logits.argmax(axis=-1) == targets
-    return _sums(losses, real, {"accuracy": correct})
+    metrics = {"accuracy": correct}
+    if correct.ndim > 1:
+        whole = jnp.all(correct | ~real, axis=1, keepdims=True)
+        metrics["sequence_accuracy"] = jnp.broadcast_to(whole, real.shape)
+    return _sums(losses, real, metrics)
 
 
 def _regression(outputs, batch):

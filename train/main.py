@@ -29,6 +29,9 @@ WORKDIR = flags.DEFINE_string(
 SEEDS = flags.DEFINE_list("seeds", [], "several runs, such as 0,1,2, one after another")
 PROFILE = flags.DEFINE_bool("profile", False, "trace steps 2 to 6 to <workdir>/profile")
 REPORT = flags.DEFINE_bool("report", True, "write <workdir>/report.html at the end")
+LENGTHS = flags.DEFINE_string(
+    "lengths", None, "at the end also test at so many training lengths, as 1,2,4,8"
+)
 CERTIFICATE = flags.DEFINE_string(
     "certificate",
     None,
@@ -45,13 +48,16 @@ def main(argv: list[str]) -> int:
     # Here and not above: a mistyped flag is answered before JAX has started.
     import jax
 
-    from train import certificate, loop
+    from train import certificate, data, evaluate, loop
 
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if DISTRIBUTED.value or tasks > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
     certificate.apply(CERTIFICATE.value)
     seeds = [_number(seed) for seed in SEEDS.value] or [CONFIG.value.seed]
+    times = () if LENGTHS.value is None else evaluate.parse_times(LENGTHS.value)
+    for n in times:  # now, not after hours
+        data.stretched(CONFIG.value.data, n)
     found = {}
     for seed in seeds:
         config = CONFIG.value.copy_and_resolve_references()
@@ -64,6 +70,8 @@ def main(argv: list[str]) -> int:
         found[seed] = loop.run(config, workdir, PROFILE.value)
         if "stopped" in found[seed]:
             return 0
+        if times:
+            evaluate.at_lengths(evaluate.load_run(workdir), workdir, "test", times)
         if REPORT.value and jax.process_count() == 1:
             _write_report(workdir)
     if len(seeds) > 1:

@@ -1,28 +1,26 @@
 """The README's tables: every layer, several seeds, one command.
 
-    python -m train.reproduce [--task digits|listops] [--layers s4d,s5] [--seeds 0,1,2]
+    python -m train.reproduce [--task digits|listops|selective_copying|induction|mqar]
+                              [--layers s4d,s5] [--seeds 0,1,2]
                               [--workdir runs/reproduce] [--readme README.md]
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
-the test split selects nothing.
+the test split selects nothing. `train.contest` has the last three tasks, whose layers
+are made equal.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from configs import lra, pixels
-from train import baseline, checkpoint, data, loop
-
-SECONDS = "seconds.json"
+from train import baseline, checkpoint, contest, data
 
 
 class Task(NamedTuple):
@@ -45,28 +43,23 @@ def config_of(task, layer):
 
 
 def run_one(task, layer, seed, workdir) -> dict:
-    """One finished run: its results, and the seconds it took, compilation included."""
+    """One finished run of a row."""
     config = config_of(task, layer)
     config.seed = seed
-    begun = time.monotonic()
-    results = loop.run(config, workdir)
-    if "stopped" in results:  # by SIGTERM or Ctrl-C; the next start goes on from here
-        raise SystemExit(0)
-    kept = workdir / SECONDS
-    if not kept.exists():
-        seconds = time.monotonic() - begun
-        checkpoint.write_atomically(kept, json.dumps(seconds))
-    return results | {"seconds": json.loads(kept.read_text())}
+    return contest.trained(config, workdir / f"{task}-{layer}-{seed}")
 
 
-def table(task, found, seeds) -> str:
-    """Markdown: a row per layer with the median and range over seeds."""
-    dataset = data.load(config_of(task, next(iter(found))).data)
+def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> str:
+    """Markdown: a row per layer (all of the task's if empty) with the median and range
+    over seeds."""
+    layers = layers or TASKS[task].layers
+    dataset = data.load(config_of(task, layers[0]).data)
     lines = [
         "| layer | test accuracy, median (range) | parallel vs recurrent | seconds |",
         "|---|---|---|---|",
     ]
-    for layer, runs in found.items():
+    for layer in layers:
+        runs = [run_one(task, layer, seed, workdir) for seed in seeds]
         scores = [run["test"]["accuracy"] for run in runs]
         gaps = [run["parallel_vs_recurrent"] for run in runs]
         gap = max(gaps) if all(isinstance(g, float) for g in gaps) else None
@@ -102,7 +95,9 @@ def rewrite(readme: Path, task: str, text: str) -> None:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m train.reproduce")
-    parser.add_argument("--task", choices=TASKS, default="digits")
+    tables = {task: table for task in TASKS}
+    tables |= {task: contest.table for task in contest.CONTESTS}
+    parser.add_argument("--task", choices=tables, default="digits")
     parser.add_argument("--layers", default="", help="of the table; default: all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
@@ -114,15 +109,9 @@ def main(argv=None):
         parser.error(
             f"--seeds must be whole numbers such as 0,1,2, got {options.seeds}"
         )
-    task, found = options.task, {}
-    layers = options.layers.split(",") if options.layers else TASKS[task].layers
+    task, layers = options.task, [x for x in options.layers.split(",") if x]
     try:
-        for layer in layers:
-            found[layer] = [
-                run_one(task, layer, seed, options.workdir / f"{task}-{layer}-{seed}")
-                for seed in seeds
-            ]
-        text = table(task, found, seeds)
+        text = tables[task](task, layers, seeds, options.workdir)
         rewrite(options.readme, task, text)
     except (ValueError, checkpoint.CheckpointError) as problem:
         parser.error(str(problem))

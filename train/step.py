@@ -53,7 +53,7 @@ def make_train_step(
         (outputs, _), collections = model.apply(
             {"params": params, **collections},
             batch["inputs"],
-            sequence=_sequence(batch, padded),
+            sequence=sequence_of(batch, padded),
             train=True,
             rngs={"dropout": key},
             mutable=list(collections),
@@ -115,7 +115,7 @@ def make_eval_step(
 
     def eval_step(variables, batch):
         outputs, _ = model.apply(
-            variables, batch["inputs"], sequence=_sequence(batch, padded)
+            variables, batch["inputs"], sequence=sequence_of(batch, padded)
         )
         loss, weight, metrics = loss_fn(outputs, batch)
         return {"loss": loss, "weight": weight, **metrics}
@@ -149,7 +149,8 @@ def all_finite(state: TrainState) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
 
 
-def _sequence(batch: Mapping, padded: bool) -> Sequence:
+def sequence_of(batch: Mapping, padded: bool) -> Sequence:
+    """What accompanies the inputs of a batch, without the mask where none is needed."""
     mask = batch["mask"] if padded else None
     return Sequence(mask=mask, reset=batch.get("reset"), dt=batch.get("dt"))
 

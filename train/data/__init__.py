@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 
-from train.data import arrays, digits, images, listops
+from train.data import arrays, digits, images, listops, synthetic
 from train.data.pipeline import Dataset
 
 DATASETS = {
@@ -12,6 +12,11 @@ DATASETS = {
     "listops": listops.load,
     "mnist": images.mnist,
     "cifar": images.cifar,
+    "mqar": synthetic.mqar,
+    "copying": synthetic.copying,
+    "selective_copying": synthetic.selective_copying,
+    "induction": synthetic.induction,
+    "passkey": synthetic.passkey,
 }
 
 # Read by the training loop, not by a dataset.
@@ -42,3 +47,23 @@ def load(config: Mapping) -> Dataset:
             f"which has {', '.join(valid)}"
         )
     return DATASETS[name](**arguments)
+
+
+def stretched(config: Mapping, times: int) -> Dataset:
+    """The dataset of `config` with sequences `times` as long, all else being equal.
+
+    Raises:
+        ValueError: a dataset that has no argument "length", or none of that length.
+    """
+    name = config["name"]
+    able = {
+        name: parameters["length"].default
+        for name, make in DATASETS.items()
+        if "length" in (parameters := inspect.signature(make).parameters)
+    }
+    if name not in able:
+        raise ValueError(
+            f"the dataset {name!r} has one length only; data.name must be one of "
+            f"{', '.join(sorted(able))} for others"
+        )
+    return load({**config, "length": times * config.get("length", able[name])})

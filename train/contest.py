@@ -1,0 +1,281 @@
+"""Several layers on one synthetic task, as equal as they can be made.
+
+All contenders have the same number of parameters, within a tenth, by the choice of
+their features, and the same learning rates to choose from: that of RATES whose last
+step is best on validation, trained with the first seed. The test selects nothing.
+"""
+
+import bisect
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from configs import synthetic
+from layers.build import build
+from train import checkpoint, data, evaluate, loop, metrics, state
+
+RATES = (1e-3, 3e-3, 1e-2)
+TOLERANCE = 0.1
+FEATURES = range(4, 1025, 4)  # of the contenders; heads divide them
+SECONDS = "seconds.json"
+
+
+class Contender(NamedTuple):
+    """A row: a layer, those of its fields that differ, and what a paper reports."""
+
+    layer: str
+    layer_args: Mapping
+    published: str
+
+
+class Contest(NamedTuple):
+    """A table: `make(f"{argument},layer=NAME")` gives a run before it is made equal."""
+
+    make: Callable
+    argument: str
+    parameters: int
+    lengths: tuple[int, ...]  # tested at so many training lengths
+    contenders: tuple[Contender, ...]
+
+
+# Published accuracies are those of larger models on longer sequences:
+# https://arxiv.org/abs/2312.00752 and, for mqar, https://arxiv.org/abs/2312.04927 and
+# https://arxiv.org/abs/2402.18668.
+RISES = "rises with the state"
+CONTESTS = {
+    "selective_copying": Contest(
+        synthetic.get_config,
+        "selective_copying",
+        parameters=50_000,
+        lengths=(1,),
+        contenders=(
+            Contender("s4d", {}, "0.183 (S4)"),
+            Contender("mamba", {}, "0.998"),
+        ),
+    ),
+    "induction": Contest(
+        synthetic.get_config,
+        "induction",
+        parameters=50_000,
+        lengths=(1, 2, 4, 8),
+        contenders=(
+            Contender("attention", {"heads": 2}, "0.836 at 2x"),
+            Contender("mamba", {}, "1 at every length"),
+            Contender("s4d", {}, "not reported"),
+            Contender("hyena", {}, "1 at 2x, 0.441 at 4x"),
+        ),
+    ),
+    "mqar": Contest(
+        synthetic.get_config,
+        "mqar",
+        parameters=50_000,
+        lengths=(1,),
+        contenders=(
+            Contender("s4d", {"state_size": 16}, "fails: weights do not see the input"),
+            Contender("s4d", {"state_size": 128}, "fails"),
+            Contender("mamba", {"state_size": 1}, RISES),
+            Contender("mamba", {"state_size": 16}, RISES),
+            Contender("mamba2", {"state_size": 4, "head_size": 8}, RISES),
+            Contender("mamba2", {"state_size": 64, "head_size": 8}, RISES),
+            Contender("gated_delta_net", {"heads": 4}, RISES),
+            Contender("gated_delta_net", {"heads": 1}, RISES),
+            Contender("attention", {"heads": 2, "window": 4}, "no more than it sees"),
+            Contender("attention", {"heads": 2}, "1"),
+        ),
+    ),
+}
+
+
+def trained(config: ConfigDict, workdir: Path) -> dict:
+    """One finished run: its results, and the seconds it took, compilation included."""
+    begun = time.monotonic()
+    results = loop.run(config, workdir)
+    if "stopped" in results:  # by SIGTERM or Ctrl-C; the next start goes on from here
+        raise SystemExit(0)
+    kept = workdir / SECONDS
+    if not kept.exists():
+        seconds = time.monotonic() - begun
+        checkpoint.write_atomically(kept, json.dumps(seconds))
+    return results | {"seconds": json.loads(kept.read_text())}
+
+
+def parameters(config: ConfigDict) -> int:
+    """How many numbers the model of a resolved config learns; computes none."""
+    inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
+    shapes = state.param_shapes(build(config.model), {"inputs": inputs})
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def state_floats(config: ConfigDict) -> int:
+    """How many floats the recurrent state of one sequence has; a complex number has
+    two, what only counts has none."""
+    model = build(config.model)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1)))
+    floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return sum(
+        leaf.size * (1 + jnp.issubdtype(leaf.dtype, jnp.complexfloating))
+        for leaf in floats
+    )
+
+
+def equalise(config: ConfigDict, budget: int) -> None:
+    """Sets model.features so that the parameters come closest to `budget`.
+
+    Raises:
+        ValueError: the closest number is more than TOLERANCE away.
+    """
+
+    def count(features):
+        config.model.features = features
+        return parameters(config)
+
+    above = bisect.bisect_left(FEATURES, budget, hi=len(FEATURES) - 1, key=count)
+    near = FEATURES[max(above - 1, 0) : above + 1]
+    config.model.features = min(near, key=lambda f: abs(count(f) - budget))
+    found = parameters(config)
+    if abs(found / budget - 1) > TOLERANCE:
+        raise ValueError(
+            f"parameters must be within {TOLERANCE:.0%} of {budget:,}; {found:,} with "
+            f"{config.model.features} features are the closest of {config.model.layer}"
+        )
+
+
+def config_of(contest: Contest, contender: Contender) -> ConfigDict:
+    """The resolved config of one row."""
+    config = contest.make(f"{contest.argument},layer={contender.layer}")
+    config.model.layer_args.update(contender.layer_args)
+    config = loop.resolve(config, data.load(config.data).spec)
+    equalise(config, contest.parameters)
+    return config
+
+
+def label(contender: Contender) -> str:
+    """The row's name, which is also that of its folders."""
+    given = [f"{name}={value}" for name, value in contender.layer_args.items()]
+    return ",".join([contender.layer, *given])
+
+
+class Row(NamedTuple):
+    """What came out for one contender."""
+
+    contender: Contender
+    config: ConfigDict
+    seconds: float
+    accuracies: list[list[float]]  # a list over lengths for every seed
+
+
+def play(
+    contest: Contest, contender: Contender, seeds: Sequence[int], workdir: Path
+) -> Row:
+    """Chooses the learning rate of a contender, trains it with all seeds and tests it.
+
+    Raises:
+        FloatingPointError: no rate, or another seed, ended with finite numbers.
+    """
+    config = config_of(contest, contender)
+
+    def run(rate, seed):
+        config.optimizer.lr, config.seed = rate, seed
+        folder = workdir / f"{contest.argument}-{label(contender)}-{rate}-{seed}"
+        return trained(config, folder), folder
+
+    quality = {}
+    for rate in RATES:
+        try:
+            quality[rate] = _last_validation(run(rate, seeds[0])[1])
+        except FloatingPointError as problem:
+            print(f"learning rate {rate} is out: {problem}", flush=True)
+    if not quality:
+        raise FloatingPointError(f"{label(contender)}: finite at none of {RATES}")
+    best = max(quality, key=quality.get)
+    runs = [run(best, seed) for seed in seeds]
+    config.optimizer.lr = best
+    return Row(
+        contender,
+        config,
+        statistics.median(results["seconds"] for results, _ in runs),
+        [_tested(contest, folder, results["step"]) for results, folder in runs],
+    )
+
+
+def _last_validation(folder: Path) -> tuple[float, float]:
+    """Accuracy and, for those that are equal, the loss, more being better."""
+    lines = (folder / metrics.FILE).read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == "validation"]
+    return rows[-1]["accuracy"], -rows[-1]["loss"]
+
+
+def _tested(contest: Contest, folder: Path, step: int) -> list[float]:
+    """Test accuracy at every length of the contest."""
+    kept = folder / evaluate.LENGTHS
+    found = json.loads(kept.read_text()) if kept.exists() else {"step": None}
+    times = [row["times"] for row in found.get("lengths", ())]
+    if (found["step"], tuple(times)) != (step, contest.lengths):
+        run = evaluate.load_run(folder)
+        found = evaluate.at_lengths(run, folder, "test", contest.lengths)
+    return [row["accuracy"] for row in found["lengths"]]
+
+
+def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> str:
+    """Markdown: a row per contender with the median and range over seeds.
+
+    Args:
+        name: of the contest.
+        layers: only these; all if empty.
+        seeds: of the runs; the first also chooses the learning rate.
+        workdir: gets a folder for every run; those that are finished stay as they are.
+
+    Raises:
+        ValueError: layers that are no contenders, or parameters that cannot be made
+            equal.
+    """
+    contest = CONTESTS[name]
+    names = {contender.layer for contender in contest.contenders}
+    unknown = sorted(set(layers) - names)
+    if unknown:
+        raise ValueError(
+            f"--layers must be among {', '.join(sorted(names))}, got {unknown[0]!r}"
+        )
+    chosen = [c for c in contest.contenders if not layers or c.layer in layers]
+    rows = [play(contest, contender, seeds, workdir) for contender in chosen]
+    titles = ["layer", "features", "parameters", "state", "lr"]
+    titles += [f"test at {n}x" for n in contest.lengths] + ["published", "seconds"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    config = rows[0].config
+    lines += [
+        "",
+        f"`configs/synthetic.py:{contest.argument}`: {config.train.steps} steps of "
+        f"{config.train.batch_size} sequences of {config.data.length} tokens; accuracy "
+        "of the answers, median (range) over the seeds "
+        f"{', '.join(map(str, seeds))}, last checkpoint; the best of the learning "
+        f"rates {', '.join(f'{rate:g}' for rate in RATES)} on validation with seed "
+        f"{seeds[0]}; state: floats per sequence, caches at full capacity; seconds per "
+        "run with compilation on "
+        f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(jax.devices())} "
+        f"device), jax {jax.__version__}. Published: of larger models on longer "
+        "sequences.",
+    ]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    by_length = zip(*row.accuracies, strict=True)
+    return [
+        f"`{label(row.contender)}`",
+        str(row.config.model.features),
+        f"{parameters(row.config):,}",
+        f"{state_floats(row.config):,}",
+        f"{row.config.optimizer.lr:g}",
+        *(f"{statistics.median(a):.3f} ({min(a):.3f}-{max(a):.3f})" for a in by_length),
+        row.contender.published,
+        f"{row.seconds:.0f}",
+    ]

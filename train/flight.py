@@ -1,0 +1,124 @@
+"""The flight recorder of a run: a few scalars of every layer, and where it broke.
+
+With `train.record` every log has them; see `layers.recorder` for what they are. When a
+run ends because something is not finite, its last steps are run again from the last
+checkpoint, with the recorder on, and the error names the first quantity that broke.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from layers.recorder import RECORD
+from train import sharding
+from train.checkpoint import named_leaves
+from train.losses import LossFn
+from train.step import sequence_of
+
+
+class Probe(NamedTuple):
+    """What one step looks like from inside, before its update."""
+
+    weights: Mapping  # the largest magnitude of every parameter
+    record: Mapping  # the collection RECORD
+    loss: jax.Array
+    gradients: Mapping  # the norm of every parameter's
+
+
+def make_probe(model: nn.Module, loss_fn: LossFn, seed: int, padded: bool) -> Callable:
+    """The jitted (state, batch) -> `Probe` of the step that would come next."""
+
+    def forward(params, collections, batch, key):
+        (outputs, _), changed = model.apply(
+            {"params": params, **collections},
+            batch["inputs"],
+            sequence=sequence_of(batch, padded),
+            train=True,
+            rngs={"dropout": key},
+            mutable=[*collections, RECORD],
+        )
+        loss, weight, _ = loss_fn(outputs, batch)
+        return loss / jnp.maximum(weight, 1), changed.get(RECORD, {})
+
+    def probe(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (loss, record), gradients = jax.value_and_grad(forward, has_aux=True)(
+            state.params, state.collections(), batch, key
+        )
+        weights = jax.tree.map(lambda p: jnp.max(jnp.abs(p)), state.params)
+        norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(jnp.square(g))), gradients)
+        return Probe(weights, record, loss, norms)
+
+    return jax.jit(probe)
+
+
+def quantities(record: Mapping) -> dict[str, float]:
+    """The collection RECORD as "block 3: dt_max" -> value, in the order of the blocks.
+
+    Of a model that is not a stack of blocks the names are paths.
+    """
+    found = []
+    for path, value in named_leaves(jax.device_get(record)):
+        match = re.fullmatch(r"stack/(repeated/block|rest)_(\d+)/(.*)", path)
+        if match is None:
+            found.append((math.inf, path.replace("/", ": "), float(value.max())))
+            continue
+        kind, position, name = match[1], int(match[2]), match[3]
+        name = name.removeprefix("mixer/").replace("/", " ")
+        if kind == "rest":
+            found.append((_repeated(record) + position, name, float(value)))
+            continue
+        pattern = len(record["stack"]["repeated"])
+        for repetition, one in enumerate(value):
+            found.append((repetition * pattern + position, name, float(one)))
+    found.sort(key=lambda entry: entry[0])
+    return {
+        name if math.isinf(block) else f"block {block + 1}: {name}": value
+        for block, name, value in found
+    }
+
+
+def _repeated(record) -> int:
+    """How many blocks lie in the repetitions of the pattern."""
+    repeated = record["stack"].get("repeated", {})
+    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(repeated)]
+    return len(repeated) * (sizes[0] if sizes else 0)
+
+
+def first_bad(probe: Probe) -> str:
+    """The first quantity that is not finite, in the order of the computation, and its
+    value; "" if all are."""
+
+    def bad(named):
+        return next(((k, v) for k, v in named if not math.isfinite(v)), None)
+
+    def leaves(tree, kind):
+        return ((f"{kind} {p}", float(v)) for p, v in named_leaves(tree))
+
+    host = jax.device_get(probe)
+    found = (
+        bad(leaves(host.weights, "the parameter"))
+        or bad(quantities(host.record).items())
+        or bad([("the loss", float(host.loss))])
+        or bad(leaves(host.gradients, "the gradient of"))
+    )
+    return "" if found is None else f"{found[0]} is {found[1]}"
+
+
+def find(
+    probe: Callable, train_step: Callable, state, batches: Iterator, mesh, steps: range
+) -> str:
+    """Runs `steps` again and says what broke first, and in which of them; "" if nothing
+    does."""
+    for number in steps:
+        batch = sharding.place(next(batches), mesh)
+        said = first_bad(probe(state, batch))
+        if said:
+            return f"{said} in step {number}"
+        state, _ = train_step(state, batch)
+    return ""
