@@ -147,8 +147,8 @@ def _page(lines):
             "# Errors by dtype",
             "",
             f"`{command}` on {jax.devices()[0].device_kind}, jax {jax.__version__}: "
-            f"largest difference from float64 over the largest value, {BATCH} sequences "
-            f"of {FEATURES} features, default fields, initial parameters.",
+            f"largest difference from float64 over the largest value, {BATCH} "
+            f"sequences of {FEATURES} features, default fields, initial parameters.",
             "",
             *lines,
             "",
