@@ -5,8 +5,8 @@ import functools
 import importlib
 
 import flax.linen as nn
-import jax.numpy as jnp
 
+from layers import precision
 from layers.attention import Attention
 from layers.block import GATES, NORMS, Block
 from layers.delta_net import DeltaNet
@@ -73,8 +73,6 @@ BLOCKS = {
 }
 S4_BLOCK = ("glu", 0.0)
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
 
 def get(name):
     """The layer class called `name`: a key of `LAYERS`, or the dotted path of the
@@ -113,7 +111,6 @@ def build(config) -> Model:
     _one_of("head", config["head"], HEADS)
     _one_of("norm", config["norm"], NORMS)
     _one_of("gate", config["gate"], ("", *GATES))
-    _one_of("dtype", config["dtype"], DTYPES)
     for key in ("features", "depth", "outputs"):
         if config[key] < 1:
             raise ValueError(f"{key}: must be at least 1, got {config[key]}")
@@ -121,7 +118,7 @@ def build(config) -> Model:
         raise ValueError(
             f"vocab_size: a token encoder needs at least 1, got {config['vocab_size']}"
         )
-    dtype = DTYPES[config["dtype"]]
+    dtype = precision.get(config["dtype"]).compute
     names, args = config["layer"], dict(config["layer_args"])
     if isinstance(names, str):
         names, args = (names,), {names: args}

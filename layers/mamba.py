@@ -17,6 +17,9 @@ from layers.short_conv import ShortConv
 from ssm import sequence as seq
 from ssm import spectra
 
+# What the backward pass gets of `Mamba._mix`: the output and states of the scan.
+KEPT = jax.checkpoint_policies.save_only_these_names("selective_scan")
+
 
 class MambaState(NamedTuple):
     """What the past leaves behind."""
@@ -64,6 +67,13 @@ class Mamba(nn.Module):
         sequence = begin(self, x, state, sequence)
         tail, h = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
+        # All but the scan is cheap to make again, and much larger than what is kept.
+        mix = nn.remat(type(self)._mix, policy=KEPT)
+        y, tail, h = mix(self, x, tail, h, sequence)
+        return restore(y).astype(self.dtype), MambaState(tail, h)
+
+    def _mix(self, x, tail, h, sequence):
+        """The output, the last inputs of the convolution and the state."""
         E, N, R = self._sizes()
         u, z = jnp.split(linear(2 * E, "in", self.dtype)(x), 2, -1)
         conv = ShortConv(E, self.conv_width, dtype=self.dtype, name="conv")
@@ -75,10 +85,14 @@ class Mamba(nn.Module):
         A, D = self._A_and_D()
         record(self, sequence, dt=Delta, log_decay=Delta * A.max(-1))
         u = expose(self, "values", u)
-        y, h = selective_scan(u, Delta, A, B, C, h, sequence.reset, skip=D)
+        y, h = self._scan(u, Delta, A, B, C, h, sequence.reset, D)
         y = expose(self, "mixed", y) * nn.silu(z)
         y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(y)
-        return restore(y).astype(self.dtype), MambaState(tail, h)
+        return y, tail, h
+
+    @nn.nowrap
+    def _scan(self, u, Delta, A, B, C, h, reset, D):
+        return selective_scan(u, Delta, A, B, C, h, reset, skip=D)
 
     @nn.nowrap
     def init_state(self, batch_size):

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from configs import common, lra, pixels
 from layers import LAYERS, build
+from layers.build import BLOCKS
 from train import data, losses, optimizers
 from train.data import images, original
 
@@ -111,6 +112,22 @@ def test_layer_args_are_the_fields_of_the_layers():
         assert dict(arguments) == fields, name
     config = flag_values("own:path=x", "--config.model.layer_args.spectrum=inv")
     assert config.model.layer_args.spectrum == "inv"
+
+
+def test_a_pattern_of_layers_is_one_word():
+    config = flag_values(
+        "synthetic:induction,layer=mamba+mamba+attention",
+        "--config.model.layer_args.mamba.state_size=4",
+    )
+    assert config.model.layer == ("mamba", "mamba", "attention")
+    assert config.model.layer_args.mamba.state_size == 4
+    config.model.update(encoder="token", vocab_size=9, outputs=9, depth=3)
+    mamba, again, attention = build(config.model).stack().pattern
+    assert mamba.keywords["mixer"]().state_size == 4
+    assert mamba.keywords["mlp"] == again.keywords["mlp"] == 0
+    mlp = round(config.model.features * BLOCKS["attention"][1])
+    assert attention.keywords["mlp"] == mlp > 0
+    assert {b.keywords["gate"] for b in (mamba, attention)} == {"none"}
 
 
 # Which group every parameter of every layer belongs to: a new parameter has to be

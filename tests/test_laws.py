@@ -21,8 +21,12 @@ def examined(name, only):
 
 
 # One of each way to compute; the others take minutes to compile.
-QUICK = ("s4", "dss", "s4d bidirectional", "s5", "lru", "gru")
+QUICK = ("s4", "s4d bidirectional", "s5", "mamba", "gated_delta_net", "attention")
 QUICK_GRADIENTS = ("s4d",)
+
+WITHOUT_TIME = {"gru", "lstm", "delta_net", "attention"}
+WITHOUT_TIME |= {"long_conv", "flash_butterfly", "sg_conv", "hyena", "h3"}
+RESETS = {"packing", "reset on a masked token", "reset everywhere"}
 
 
 def cases(quick):
@@ -33,30 +37,48 @@ def cases(quick):
     ]
 
 
+def reads_the_future(name):
+    return "bidirectional" in name or "flash_butterfly" in name
+
+
+def without_time(name):
+    convolves = "bidirectional" in name and not name.startswith("s5")
+    return convolves or name.split()[0] in WITHOUT_TIME
+
+
 @pytest.mark.parametrize("name", cases(QUICK))
 def test_every_law_of_values_holds(name):
     expected = {"sharding"} if jax.local_device_count() == 1 else set()
-    if "bidirectional" in name:
+    if reads_the_future(name):
         expected |= {"one call = pieces = steps", "causality"}
     else:
         expected |= {"no recurrent mode"}
-    if name in ("gru", "s4 bidirectional", "s4d bidirectional", "dss bidirectional"):
+    if without_time(name):
         expected |= {"elapsed time"}
+    if name == "flash_butterfly":
+        expected |= RESETS
     assert examined(name, VALUES) == expected
 
 
 @pytest.mark.parametrize("name", cases(QUICK_GRADIENTS))
 def test_every_law_of_gradients_holds(name):
     expected = set()
-    if "bidirectional" in name:
+    if reads_the_future(name):
         expected |= {"one call = pieces, gradients"}
-    if name == "gru" or "bidirectional" in name:
+    if without_time(name) or reads_the_future(name):
         expected |= {"elapsed time, gradients"}
+    if name == "flash_butterfly":
+        expected |= {"packing, gradients"}
     assert examined(name, GRADIENTS) == expected
 
 
+ACROSS = ("mamba", "mamba2", "gla", "gated_delta_net", "rg_lru")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["s4", "dss", "s4d", "s4d bilinear", "s5", "lru"])
+@pytest.mark.parametrize(
+    "name", ["s4", "dss", "s4d", "s4d bilinear", "s5", "lru", *ACROSS]
+)
 def test_laws_hold_across_chunks(name):
     """Longer than the chunks in which states exist at once."""
     findings = laws.examine(laws.CASES[name](), length=600)

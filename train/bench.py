@@ -1,7 +1,7 @@
 """Speed of layers, training steps and decoding beside textbook forms, on this device.
 
-    python -m train.bench [--case mixer|step|step_s4|decode|compile] [--repeats 7]
-                          [--small] [--out FILE.json]
+    python -m train.bench [--case mixer|step|step_s4|step_mamba|long_conv|hyena|decode
+                          |compile] [--repeats 7] [--small] [--out FILE.json]
 
 Subject and baseline are compiled, then called in turn, so that a busy machine slows
 both alike; figures are medians with quartiles, ratios are baseline over subject.
@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import common
-from kernels import fft_conv
+from kernels import fft_conv, short_conv
 from kernels.bench import cases as plain
 from kernels.bench import timing
-from layers import S4, S4D, S5, build, prepare
+from layers import S4, S4D, S5, Hyena, LongConv, Mamba, build, prepare
 from layers.common import logical
 from ssm import sequence as seq
 
@@ -107,6 +107,20 @@ class DenseS4D(nn.Module):
         return jnp.zeros(shape, jnp.complex64)
 
 
+class ScanMamba(Mamba):
+    """Mamba on a scan over time under `jax.checkpoint`, which is given the discretised
+    inputs of all steps; nothing else is made again."""
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        return self._mix(x, None, None, seq.check(x, sequence))[0], state
+
+    @nn.nowrap
+    def _scan(self, u, Delta, A, B, C, h, reset, D):
+        y = plain.selective_by_materialised_scan(u, Delta, A, B, C)
+        return y + D * u, h
+
+
 def model_config(layer, features, depth, **layer_args):
     """A scalar-to-class model of the default shape."""
     config = common.base().model
@@ -175,13 +189,71 @@ def step_s4_case(small):
     return _steps(forms, small, length=128 if small else 1024)
 
 
-def _steps(forms, small, **layer_args):
+def step_mamba_case(small):
+    """Training step of the 4-layer Mamba model: B16 L1024 H128 N16."""
+    forms = {"Mamba": "mamba", "checkpointed time scan": HERE + "ScanMamba"}
+    return _steps(forms, small, dict(gate="none"))
+
+
+def _steps(forms, small, block=None, **layer_args):
     B, L, H = (2, 128, 16) if small else (16, 1024, 128)
     functions = {}
     for name, layer in forms.items():
-        step, arguments = step_function(model_config(layer, H, 4, **layer_args))
+        config = model_config(layer, H, 4, **layer_args)
+        config.update(block or {})
+        step, arguments = step_function(config)
         functions[name] = (step, arguments(B, L))
     return functions
+
+
+def long_conv_case(small):
+    """LongConv, forward+backward: B8 L4096 H128, beside its convolution alone."""
+    B, L, H = (2, 128, 16) if small else (8, 4096, 128)
+    x, k, D = _normal((B, L, H), (H, L), (H,))
+
+    def parts(x, k, D):
+        return fft_conv(x, k, skip=D)[0]
+
+    return _beside(LongConv(H, L), x, "fft_conv", parts, (x, k, D))
+
+
+def hyena_case(small):
+    """Hyena, forward+backward: B8 L4096 H128, beside its projections and convolutions
+    with given filters."""
+    B, L, H = (2, 128, 16) if small else (8, 4096, 128)
+    given = _normal((B, L, H), (H, 3 * H), (3 * H, 3), (H, L), (H,), (H, H))
+
+    def parts(x, into, short, k, D, out):
+        a, b, v = jnp.split(short_conv(x @ into, short)[0], 3, -1)
+        return (a * fft_conv(b * v, k, skip=D)[0]) @ out
+
+    return _beside(
+        Hyena(H, L), given[0], "projections and convolutions", parts, tuple(given)
+    )
+
+
+def _normal(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [
+        jax.random.normal(k, s) * s[-1] ** -0.5
+        for k, s in zip(keys, shapes, strict=True)
+    ]
+
+
+def _beside(layer, x, name, parts, given):
+    """The gradient of a layer in everything, beside that of `parts(*given)`."""
+    variables = nn.unbox(jax.jit(layer.init)({"params": jax.random.key(1)}, x))
+
+    def whole(variables, x):
+        return jnp.sum(layer.apply(variables, x)[0] ** 2)
+
+    def plainly(*given):
+        return jnp.sum(parts(*given) ** 2)
+
+    return {
+        type(layer).__name__: (jax.grad(whole, (0, 1)), (variables, x)),
+        name: (jax.grad(plainly, tuple(range(len(given)))), given),
+    }
 
 
 def decode_case(small):
@@ -212,6 +284,9 @@ CASES = {
     "mixer": mixer_case,
     "step": step_case,
     "step_s4": step_s4_case,
+    "step_mamba": step_mamba_case,
+    "long_conv": long_conv_case,
+    "hyena": hyena_case,
     "decode": decode_case,
 }
 

@@ -1,0 +1,88 @@
+"""One policy says which dtype is used where; bfloat16 trains every layer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from layers import LAYERS, build, precision, rounding
+
+QUICK = ("s4d", "mamba")
+
+
+def model_of(layer, **changes):
+    config = common.base().model
+    config.update(layer=layer, features=8, depth=2, encoder="token", vocab_size=5)
+    config.update(outputs=5, length=24, head="token", **changes)
+    return build(config)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in LAYERS],
+)
+def test_training_in_bfloat16_stays_finite(layer):
+    model = model_of(layer, dtype="bfloat16")
+    tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 5)
+    variables = nn.unbox(jax.jit(model.init)({"params": jax.random.key(1)}, tokens))
+    params = variables.pop("params")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+    @jax.jit
+    def step(params, moments):
+        def loss(params):
+            logits, _ = model.apply({"params": params, **variables}, tokens)
+            labels = jnp.roll(tokens, -1, 1)
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, labels
+            ).mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, moments = optimizer.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments, value
+
+    moments, losses = optimizer.init(params), []
+    for _ in range(30):
+        params, moments, value = step(params, moments)
+        losses.append(float(value))
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_policy_is_found_by_name():
+    policy = precision.get("bfloat16")
+    assert policy == (jnp.float32, jnp.bfloat16, jnp.float32)
+    with pytest.raises(ValueError, match="dtype: unknown 'float16'; may be"):
+        precision.get("float16")
+    with pytest.raises(ValueError, match="dtype: unknown 'half'; may be"):
+        model_of("s4d", dtype="half")
+
+
+def test_command_writes_the_table(tmp_path, capsys):
+    out = tmp_path / "rounding.md"
+    arguments = ["--layers", "lru", "--lengths", "9", "--out", str(out)]
+    assert rounding.main(arguments) == 0
+    row = out.read_text().strip().splitlines()[-1]
+    name, length, *errors = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (name, length) == ("`lru`", "9")
+    *single, half = map(float, errors)
+    assert 0 < max(single) < 1e-4 < half < 2e-2
+    assert row in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layers", "s6"], "--layers: unknown ['s6']; may be"),
+        (["--lengths", "9,x"], "--lengths must be whole numbers"),
+        (["--lengths", "0"], "--lengths must be whole numbers from 1"),
+    ],
+)
+def test_command_refuses_what_cannot_be(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        rounding.main(arguments)
+    assert said in capsys.readouterr().err
