@@ -558,20 +558,21 @@ def _print(found):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("law", *found, title="largest error over largest value")
+    table = Table("layer", title="largest error over largest value")
+    for law in LAWS:
+        table.add_column(law, min_width=7, max_width=10)
     reasons = {}
-    for i, law in enumerate(LAWS):
+    for name, findings in found.items():
         row = []
-        for findings in found.values():
-            finding = findings[i]
+        for finding in findings:
             if finding.error is None:
                 note = reasons.setdefault(finding.reason, len(reasons) + 1)
-                row.append(f"n/a [{note}]".replace("[", r"\["))
+                row.append(rf"- \[{note}]")
             else:
                 text = f"{finding.error:.0e}" if finding.error else "0"
                 row.append(text if finding.passed else f"[red]FAILS {text}[/red]")
-        table.add_row(law, *row)
-    console = Console(width=max(100, 28 + 16 * len(found)))
+        table.add_row(name, *row)
+    console = Console(width=220)
     console.print(table)
     for reason, note in reasons.items():
         console.print(rf"\[{note}] {reason}", highlight=False)

@@ -408,4 +408,4 @@ BAD = {
 )
 def test_a_field_that_cannot_be_is_named(layer, field, value, message):
     with pytest.raises(ValueError, match=message):
-        LAYERS[layer](H, **{field: value}).init(jax.random.key(0), X)
+        jax.eval_shape(LAYERS[layer](H, **{field: value}).init, jax.random.key(0), X)

@@ -21,7 +21,7 @@ def examined(name, only):
 
 
 # One of each way to compute; the others take minutes to compile.
-QUICK = ("s4", "s4d bidirectional", "s5", "mamba", "gated_delta_net", "attention")
+QUICK = ("s4d bidirectional", "s5", "mamba", "attention")
 QUICK_GRADIENTS = ("s4d",)
 
 WITHOUT_TIME = {"gru", "lstm", "delta_net", "attention"}

@@ -69,7 +69,13 @@ def stepped(model, variables, x, sequence=None):
 
 # Every head with one layer, every layer with one head.
 HEADS = [("s4d", "mean"), ("s4d", "last")]
-HEADS += [(name, "token") for name in LAYERS if name != "flash_butterfly"]
+HEADS += [
+    pytest.param(
+        name, "token", marks=[] if name in ("s4", "attention") else [pytest.mark.slow]
+    )
+    for name in LAYERS
+    if name != "flash_butterfly"
+]
 
 
 @pytest.mark.parametrize(("layer", "head"), HEADS)
@@ -123,6 +129,7 @@ def test_a_pattern_repeats_and_its_rest_is_unrolled(depth):
     assert ("repeated" in stack, "rest_0" in stack) == (depth > 1, depth % 2 == 1)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory():
     def gradients(remat):
         model, variables, x = made(remat=remat, layer=("s5", "gru"), depth=3)
