@@ -77,6 +77,22 @@ def write(path: Path, contents: dict) -> None:
     os.replace(aside, path)
 
 
+def obstacle(path: Path) -> str | None:
+    """Why no file can be written there, for who is about to work for its contents."""
+    if path.is_dir():
+        return f"must be a file, got folder {path}"
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        aside.unlink()
+    except OSError as problem:
+        return str(problem)
+    if path.exists() and not os.access(path, os.W_OK):
+        return f"must be a file that can be written, got {path}"
+    return None
+
+
 def _closure(paths: list[Path]) -> list[Path]:
     found = set(paths)
     waiting = list(paths)

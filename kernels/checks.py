@@ -1,7 +1,40 @@
 """Argument checks shared by the operations; every message names the argument."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def arrays(op: str, allow_empty: bool = False, **arguments) -> None:
+    """Each must be an array of JAX or NumPy, with an entry along every axis."""
+    for name, array in arguments.items():
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{op}: {name} must be an array of jax.numpy or NumPy, got "
+                f"{_kind(array)}"
+            )
+        if not (allow_empty or array.size):
+            raise ValueError(
+                f"{op}: {name} must be without an empty axis, got shape {array.shape}"
+            )
+
+
+def arrays_or_none(op: str, **arguments) -> None:
+    """Each must be None or an array; where it may be empty its shape says."""
+    given = {name: array for name, array in arguments.items() if array is not None}
+    arrays(op, allow_empty=True, **given)
+
+
+def _kind(argument) -> str:
+    return "None" if argument is None else f"a {type(argument).__name__}"
+
+
+def complex(op: str, **arrays) -> None:
+    for name, array in arrays.items():
+        if not jnp.iscomplexobj(array):
+            raise ValueError(f"{op}: {name} must be complex, got {array.dtype.name}")
 
 
 def floating(op: str, real: bool = False, **arrays) -> None:
@@ -25,13 +58,9 @@ def shape(op: str, name: str, array, expected: tuple[int, ...], letters: str) ->
 
 
 def sequence(op: str, name: str, array, letters: str, ndim: int | None = None) -> None:
-    """`array` starts with [B, L], L >= 1, and has `ndim` axes where given."""
+    """`array` starts with [B, L] and has `ndim` axes where given."""
     if array.ndim < 2 or (ndim is not None and array.ndim != ndim):
         raise ValueError(f"{op}: {name} must be {letters}, got shape {array.shape}")
-    if array.shape[1] < 1:
-        raise ValueError(
-            f"{op}: {name} must have length L >= 1, got shape {array.shape}"
-        )
 
 
 def reset(op: str, array: jax.Array | None, like: jax.Array) -> None:
@@ -42,6 +71,8 @@ def reset(op: str, array: jax.Array | None, like: jax.Array) -> None:
         raise ValueError(f"{op}: reset must be bool, got {array.dtype.name}")
 
 
-def positive(op: str, name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def positive(op: str, name: str, value) -> int:
+    """The value as an int."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
+    return operator.index(value)

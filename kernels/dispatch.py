@@ -14,6 +14,19 @@ from types import ModuleType
 
 from kernels import compat
 
+OPERATIONS = (
+    "butterfly_conv",
+    "cauchy",
+    "chunked_scan",
+    "contracted_scan",
+    "fft_conv",
+    "linear_scan",
+    "selective_scan",
+    "short_conv",
+    "vandermonde",
+    "vandermonde_transpose",
+)
+
 _log = logging.getLogger(__name__)
 _excluded: dict[tuple[str, str], str] = {}
 _chosen: dict[str, tuple[str, str]] = {}
@@ -103,7 +116,8 @@ def pick(
             for name, module in backends.items()
         )
 
-    backend = backend or (_preferred.get() or {}).get(op)
+    if backend is None:
+        backend = (_preferred.get() or {}).get(op)
     if backend is not None:
         if backend not in backends:
             raise ValueError(f"{op}: unknown backend {backend!r}; {listing()}")
@@ -122,7 +136,12 @@ def pick(
 
 
 def exclude(op: str, backend: str, reason: str) -> None:
-    """Takes `backend` out of the default choice for `op`; naming it still works."""
+    """Takes `backend` out of the default choice for `op`; naming it still works.
+
+    Raises:
+        ValueError: there is no such operation, or it has no such backend.
+    """
+    _known("exclude", op, backend)
     _excluded[op, backend] = reason
 
 
@@ -130,8 +149,15 @@ def exclude(op: str, backend: str, reason: str) -> None:
 def prefer(**backends: str) -> Iterator[None]:
     """Calls inside that name no backend take these: `prefer(linear_scan="xla")`.
 
-    As with a named backend nothing else is taken where it cannot run.
+    As with a named backend nothing else is taken where it cannot run. It acts when a
+    call is traced: what `jax.jit` compiled before keeps its backend, and what it
+    compiles inside keeps it afterwards.
+
+    Raises:
+        ValueError: there is no such operation, or it has no such backend.
     """
+    for op, backend in backends.items():
+        _known("prefer", op, backend)
     token = _preferred.set((_preferred.get() or {}) | backends)
     try:
         yield
@@ -140,8 +166,28 @@ def prefer(**backends: str) -> Iterator[None]:
 
 
 def backend_report() -> dict[str, tuple[str, str]]:
-    """Operation -> (backend of its latest call, why), for all called so far."""
+    """Operation -> (backend, why), as chosen when it was traced last; a call that is
+    compiled already chooses nothing and is not in it."""
     return dict(_chosen)
+
+
+def _known(function: str, op: str, backend: str) -> None:
+    if op not in OPERATIONS:
+        raise ValueError(
+            f"{function}: operation must be one of {', '.join(OPERATIONS)}, got {op!r}"
+        )
+    names = _table(op)
+    if backend not in names:
+        raise ValueError(
+            f"{function}: backend of {op} must be one of {', '.join(names)}, got "
+            f"{backend!r}"
+        )
+
+
+def _table(op: str) -> dict:
+    # here, because the operations import this module
+    function = getattr(importlib.import_module("kernels"), op)
+    return importlib.import_module(function.__module__).BACKENDS
 
 
 def _not_by_default(module) -> str | None:

@@ -326,7 +326,7 @@ SHAPE = (2, 5, 4)
     ("change", "message"),
     [
         (dict(v=jnp.ones(SHAPE)), r"v must be \[B, L, H, V\], got shape \(2, 5, 4\)"),
-        (dict(v=jnp.ones((2, 0, 4, 6))), "v must have length L >= 1"),
+        (dict(v=jnp.ones((2, 0, 4, 6))), "v must be without an empty axis"),
         (dict(v=jnp.ones((*SHAPE, 6), int)), "v must be real floating point, got int"),
         (dict(q=jnp.ones(SHAPE)), r"q must be \[B, L, G, K\] with B = 2 and L = 5"),
         (dict(q=jnp.ones((2, 5, 3, 8))), "q must have a number of groups G that div"),

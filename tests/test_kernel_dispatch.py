@@ -3,12 +3,14 @@
 import logging
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kernels
 from kernels import compat, dispatch
+from kernels.cases import OPERATIONS
 from kernels.tolerance import assert_close, error, limit
 
 
@@ -16,6 +18,13 @@ from kernels.tolerance import assert_close, error, limit
 def clean(monkeypatch):
     monkeypatch.setattr(dispatch, "_excluded", {})
     monkeypatch.setattr(dispatch, "_chosen", {})
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Operations and backends of these tests alone."""
+    monkeypatch.setattr(dispatch, "OPERATIONS", ("op", "other"))
+    monkeypatch.setattr(dispatch, "_table", lambda op: TABLE)
 
 
 def backend(reason=None):
@@ -56,7 +65,7 @@ def test_nothing_can_run():
         dispatch.pick("op", {"fast": FAST}, None)
 
 
-def test_excluded_backend_is_not_the_default_but_can_be_named():
+def test_excluded_backend_is_not_the_default_but_can_be_named(made_up):
     able = backend()
     table = {"fast": able, "slow": SLOW}
     kernels.exclude("op", "fast", "wrong gradient here")
@@ -72,7 +81,7 @@ def test_excluded_backend_is_not_the_default_but_can_be_named():
         dispatch.pick("op", table, None)
 
 
-def test_preferred_backend_is_as_good_as_named():
+def test_preferred_backend_is_as_good_as_named(made_up):
     with kernels.prefer(op="slow", other="fast"):
         with kernels.prefer(other="slow"):
             assert dispatch.pick("other", TABLE, None) is SLOW
@@ -80,6 +89,36 @@ def test_preferred_backend_is_as_good_as_named():
         with pytest.raises(ValueError, match="other: backend 'fast' cannot run"):
             dispatch.pick("other", TABLE, None)
     assert dispatch.pick("other", TABLE, None) is SLOW
+
+
+def test_unknown_names_are_refused():
+    assert {*OPERATIONS} == {*dispatch.OPERATIONS}
+    for call in (
+        kernels.exclude,
+        lambda *names: kernels.prefer(**{names[0]: names[1]}),
+    ):
+        what = "exclude" if call is kernels.exclude else "prefer"
+        with pytest.raises(ValueError, match=f"{what}: operation must be one of .*scn"):
+            enter(call("linear_scn", "xla", "why"))
+        words = f"{what}: backend of cauchy must be one of triton, xla, ref.*'pallas'"
+        with pytest.raises(ValueError, match=words):
+            enter(call("cauchy", "pallas", "why"))
+    with pytest.raises(ValueError, match="linear_scan: unknown backend ''"):
+        kernels.linear_scan(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), backend="")
+
+
+def enter(context):
+    with context:
+        pass
+
+
+def test_a_preference_acts_when_a_call_is_traced():
+    scan = jax.jit(lambda x: kernels.linear_scan(x, x)[0])
+    x = jnp.ones((1, 2, 1))
+    with kernels.prefer(linear_scan="reference"):
+        scan(x)
+    scan(x)
+    assert kernels.backend_report()["linear_scan"][0] == "reference"
 
 
 def test_a_backend_for_another_platform_waits_to_be_named(monkeypatch):

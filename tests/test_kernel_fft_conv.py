@@ -487,7 +487,7 @@ def test_bad_sizes(call):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"u": np.ones((2, 0, 3), np.float32)}, "u must have length"),
+        ({"u": np.ones((2, 0, 3), np.float32)}, "u must be without an empty axis"),
         ({"u": np.ones((2, 4, 3), np.complex64)}, "u must be real"),
         ({"k": np.ones((4, 3), np.float32)}, "k must be \\[H, K\\] with H = 3"),
         ({"k": np.ones((3, 5), np.complex64)}, "k must be real"),

@@ -203,7 +203,7 @@ def test_vmap():
     [
         ({"a": np.ones((2, 5, 3))}, "a must be .* got \\(2, 5, 3\\)"),
         ({"a": np.ones((2, 4), np.float32)}, "a must be"),
-        ({"x": np.ones((2, 0, 3), np.float32)}, "x must have length L >= 1"),
+        ({"x": np.ones((2, 0, 3), np.float32)}, "x must be without an empty axis"),
         ({"x": np.ones(4, np.float32)}, "x must be \\[B, L"),
         ({"x": np.ones((2, 4, 3), np.int32)}, "x must be floating point"),
         ({"initial_state": np.ones((2, 4), np.float32)}, "initial_state must be"),
@@ -392,7 +392,7 @@ def test_contracted_memory_is_linear_and_without_modes():
     ("change", "words"),
     [
         ({"u": np.ones((2, 4, 3), np.complex64)}, "u must be real"),
-        ({"u": np.ones((2, 0, 3), np.float32)}, "u must have length"),
+        ({"u": np.ones((2, 0, 3), np.float32)}, "u must be without an empty axis"),
         ({"log_a": np.ones((2, 4), np.float32)}, "log_a must be \\[H, N\\] with H = 3"),
         ({"b": np.ones((3, 3), np.float32)}, "b must be \\[H, N\\]"),
         ({"c": np.ones((3, 3), np.float32)}, "c must be \\[H, N\\]"),

@@ -93,7 +93,7 @@ def test_state_is_float32_for_bfloat16():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"u": np.ones((2, 0, 3), np.float32)}, "u must have length"),
+        ({"u": np.ones((2, 0, 3), np.float32)}, "u must be without an empty axis"),
         ({"u": np.ones((2, 4), np.float32)}, "u must be \\[B, L, H\\]"),
         ({"u": np.ones((2, 4, 3), np.complex64)}, "u must be real"),
         ({"w": np.ones((2, 4), np.float32)}, "w must be \\[H, W\\] with H = 3"),

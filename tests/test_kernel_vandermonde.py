@@ -152,7 +152,7 @@ def test_bad_input(change, words):
 @pytest.mark.parametrize(
     ("u", "words"),
     [
-        (np.ones((3, 0), np.float32), "u must have length"),
+        (np.ones((3, 0), np.float32), "u must be without an empty axis"),
         (np.ones((2, 4), np.float32), "u must be .*as in log_z"),
         (np.ones((3, 4), np.complex64), "u must be real"),
     ],

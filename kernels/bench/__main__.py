@@ -1,5 +1,5 @@
-"""python -m kernels.bench: speed and memory beside plain forms and floors, on this
-device.
+"""python -m kernels.bench: speed and memory beside plain JAX and what the hardware
+allows, on this device.
 
     python -m kernels.bench [--op NAME ...] [--device cpu|gpu|tpu] [--dtype bfloat16]
         [--lengths 1024,16384,...|none] [--out FILE.json] [--repeats N] [--small]
@@ -25,6 +25,7 @@ forms most.
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
@@ -34,7 +35,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kernels import dispatch
+from kernels import certificate, dispatch
 from kernels.bench import peers, plot, timing
 from kernels.bench.cases import CASES, Case
 from kernels.cases import OPERATIONS
@@ -216,8 +217,6 @@ def _figures(row, subject) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    if options.device:
-        jax.config.update("jax_platforms", options.device)
     console = Console()
     if not console.is_terminal:
         console.width = 180
@@ -243,8 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = sweep(case, options, floor)
             console.print(table(rows, "the same number of entries at every length"))
             found["sweep"] += rows
-    out = options.out or _default_out()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = options.out
     figures = timing.environment() | {"dtype": options.dtype, "floors": floor} | found
     out.write_text(json.dumps(figures, indent=1))
     console.print(f"figures: {out}")
@@ -260,37 +258,76 @@ def _default_out() -> Path:
 
 
 def _options(argv):
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        parser.error(f"argument --repeats: must be >= 1, got {options.repeats}")
+    if not 0 < options.limit < math.inf:
+        parser.error(f"argument --limit: must be a number > 0, got {options.limit}")
+    if options.lengths is None:
+        options.lengths = [] if options.small else LENGTHS
+    else:
+        options.lengths = _lengths(parser, options.lengths)
+    if options.device:
+        _use(parser, options.device)
+    options.out = options.out or _default_out()
+    if options.out.suffix != ".json":
+        parser.error(f"argument --out: must end in .json, got {options.out}")
+    if reason := certificate.obstacle(options.out):
+        parser.error(f"argument --out: {reason}")
+    return options
+
+
+def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
+    add = parser.add_argument
     ops = sorted({case.op for case in CASES})
-    parser.add_argument("--op", choices=ops, nargs="+", help="only these operations")
-    parser.add_argument("--device", choices=["cpu", "gpu", "tpu"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--lengths", help="of the sweep; none leaves it out")
-    parser.add_argument("--limit", type=float, default=10, help="seconds; see above")
-    parser.add_argument("--out", type=Path, help="FILE.json, and FILE.png beside it")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--small", action="store_true", help="small sizes, no sweep")
-    options = parser.parse_args(argv)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be >= 1, got {options.repeats}")
-    if options.lengths is None:
-        options.lengths = [] if options.small else LENGTHS
-    elif options.lengths == "none":
-        options.lengths = []
-    elif re.fullmatch(r"\d+(,\d+)*", options.lengths) and "0" not in (
-        options.lengths.split(",")
-    ):
-        options.lengths = sorted(map(int, options.lengths.split(",")))
-    else:
+    shown = f"only these operations: {', '.join(ops)}"
+    add("--op", choices=ops, nargs="+", metavar="NAME", help=shown)
+    platforms, dtypes = ("cpu", "gpu", "tpu"), ("float32", "bfloat16")
+    add("--device", choices=platforms, metavar="NAME", help="cpu, gpu or tpu")
+    add(
+        "--dtype",
+        choices=dtypes,
+        default="float32",
+        metavar="NAME",
+        help="of the inputs: float32 (default) or bfloat16",
+    )
+    shown = "of the sweep, such as 1024,65536; none leaves it out"
+    add("--lengths", metavar="L,L,...", help=shown)
+    shown = "no longer sequences for a form that took longer (10)"
+    add("--limit", type=float, default=10, metavar="SECONDS", help=shown)
+    add("--out", type=Path, metavar="FILE.json", help="figures, and FILE.png beside")
+    add("--repeats", type=int, default=7, metavar="N", help="of every timing (7)")
+    add("--small", action="store_true", help="small sizes, no sweep")
+    return parser
+
+
+def _lengths(parser, text: str) -> list[int]:
+    if text == "none":
+        return []
+    numbers = [int(n) for n in text.split(",") if re.fullmatch("[0-9]+", n)]
+    if len(numbers) != text.count(",") + 1 or min(numbers) < 1:
         parser.error(
-            "--lengths must be none or numbers >= 1 such as 1024,65536, got "
-            f"{options.lengths!r}"
+            "argument --lengths: must be none or numbers >= 1 such as 1024,65536, got "
+            f"{text!r}"
         )
-    return options
+    return sorted(numbers)
+
+
+def _use(parser, platform: str) -> None:
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platform)
+    try:
+        jax.devices(platform)
+    except RuntimeError as problem:
+        jax.config.update("jax_platforms", before)
+        reason = str(problem).splitlines()[0]
+        parser.error(f"argument --device: there is no {platform} here ({reason})")
 
 
 if __name__ == "__main__":

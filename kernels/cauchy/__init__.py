@@ -35,18 +35,14 @@ def cauchy(
     Returns:
         k: [*E, *H, L // 2 + 1] complex.
 
-    Differentiable in v and z. Memory O(n + L) per head, also of the gradient.
+    Reverse-mode differentiable in v and z. Memory O(n + L) per head, also of the
+    gradient.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     op = "cauchy"
-    checks.positive(op, "length", length)
-    for name, array in (("v", v), ("z", z)):
-        if not jnp.iscomplexobj(array):
-            raise ValueError(
-                f"{op}: {name} must be complex, got {jnp.result_type(array).name}"
-            )
+    length = _check(op, length, v=v, z=z)
     nodes.check(op, "v", v, "[*E, *H, n]", "z", z)
     nodes.check_count(op, "v", v, "z", z)
     module = dispatch.pick(op, BACKENDS, backend, v, z)
@@ -93,6 +89,9 @@ def dplr_filter(
     Source: https://arxiv.org/abs/2111.00396, section 3 and appendix C.
     """
     op = "dplr_filter"
+    checks.arrays(op, allow_empty=True, p=p)
+    length = _check(op, length, c=c, b=b, z=z)
+    checks.complex(op, p=p)
     checks.shape(op, "b", b, z.shape, "[*H, n] as z")
     for name, array in (("c", c), ("p", p)):
         checks.shape(op, name, array, (*array.shape[:1], *z.shape), "[*, *H, n]")
@@ -100,3 +99,10 @@ def dplr_filter(
     right = jnp.concatenate([b[None], p])
     g = cauchy(left[:, None] * right, z, length, backend=backend)
     return filter_of_sums(g, len(p), length)
+
+
+def _check(op, length, **arrays):
+    """The length as an int."""
+    checks.arrays(op, **arrays)
+    checks.complex(op, **arrays)
+    return checks.positive(op, "length", length)

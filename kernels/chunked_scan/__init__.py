@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, segments
+from kernels import checks, dispatch, dtypes, segments
 from kernels.chunked_scan import reference, xla
 
 BACKENDS = {
@@ -62,8 +62,11 @@ def chunked_scan(
             K more values per head.
 
     A token with g = 0 and k = 0, or with beta = 0, leaves the state as it was.
-    Differentiable in every floating argument through all results. Memory is linear in
-    L: states are kept at chunk boundaries and everything inside is made again.
+    Reverse-mode differentiable in every floating argument through all results. Memory
+    is linear in L: states are kept at chunk boundaries and everything inside is made
+    again. A value that is not finite reaches its whole chunk of up to 128 tokens,
+    earlier ones too, but never another row; "xla" and "reference" stop it at a reset,
+    the kernels for GPUs and TPUs stop it at the end of the reset's chunk.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
@@ -74,8 +77,7 @@ def chunked_scan(
     op = "chunked_scan"
     _check(op, q, k, v, log_decay, beta, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, q, v, log_decay, beta)
-    given = (x for x in (q, k, v, log_decay, beta, initial_state) if x is not None)
-    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in given))
+    dtype = dtypes.state(q, k, v, log_decay, beta, initial_state)
     batch, _, heads, values = v.shape
     shape = batch, heads, q.shape[-1], values
     if initial_state is None:
@@ -113,6 +115,10 @@ def chunked_scan(
 
 
 def _check(op, q, k, v, log_decay, beta, initial_state, reset):
+    checks.arrays(op, q=q, k=k, v=v)
+    checks.arrays_or_none(
+        op, log_decay=log_decay, beta=beta, initial_state=initial_state, reset=reset
+    )
     checks.floating(
         op,
         real=True,

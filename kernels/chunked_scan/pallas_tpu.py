@@ -84,16 +84,20 @@ _scan.defvjp(_forward_rule, _backward_rule)
 def _weights(g, number):
     """[B, H, C, 8, T]: rows of G in two parts (see decay.scalar), segment numbers, how
     much of the state before a chunk reaches a token, of a token the state behind, and
-    of the state before the state behind."""
-    g = jnp.maximum(g, -1e4)
+    of the state before the state behind: -1 where a reset lies between."""
+    unknown = jnp.isnan(g)
+    # NaN reaches the rest of its segment, and no other
+    latest = jax.lax.cummax(jnp.where(unknown, number, -1), 3)
+    g = jnp.where(unknown, 0, jnp.maximum(g, -1e4))
     coarse = jnp.round(16 * g) / 16
-    G, F = jnp.cumsum(coarse, -1), jnp.cumsum(g - coarse, -1)
+    G = jnp.where(latest == number, jnp.nan, jnp.cumsum(coarse, -1))
+    F = jnp.cumsum(g - coarse, -1)
     before = jnp.pad(number[:, :, :-1, -1:], ((0, 0), (0, 0), (1, 0), (0, 0)))
     after = number[..., -1:]
-    enter = jnp.where(number == before, jnp.exp(G + F), 0)
+    enter = jnp.where(number == before, jnp.exp(G + F), -1)
     leave = jnp.exp((G[..., -1:] - G) + (F[..., -1:] - F))
-    leave = jnp.where(number == after, leave, 0)
-    through = jnp.where(before == after, jnp.exp(G + F)[..., -1:], 0)
+    leave = jnp.where(number == after, leave, -1)
+    through = jnp.where(before == after, jnp.exp(G + F)[..., -1:], -1)
     rows = (G, F, jnp.broadcast_to(number, g.shape), enter, leave)
     rows = (*rows, jnp.broadcast_to(through, g.shape))
     rows = jnp.stack(rows, -2)
@@ -202,15 +206,26 @@ ROWS = ((0,), (0,))  # a.T @ b
 
 
 def _decays(rows):
-    """Between tokens [T, T], then enter, leave as columns and through as [1, 1]."""
+    """Between tokens [T, T], then enter, leave as columns and through as [1, 1]; -1
+    where nothing passes."""
     G, F, number, enter, leave, through = (rows[i : i + 1] for i in range(6))
     columns = [blocks.column(x) for x in (G, F, number, enter, leave)]
     i = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
     j = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
     linked = (i >= j) & (columns[2] == number)
     span = (columns[0] - G) + (columns[1] - F)
-    between = jnp.where(linked, jnp.exp(jnp.where(linked, span, 0)), 0)
+    between = jnp.where(linked, jnp.exp(jnp.where(linked, span, 0)), -1)
     return between, columns[3], columns[4], through[:, :1]
+
+
+def _linked(weight, x):
+    """weight x, or 0 where the weight is -1: 0 times what is not finite is NaN."""
+    return jnp.where(weight < 0, 0, weight * x)
+
+
+def _reached(weight, x):
+    """x, or 0 where the weight is -1."""
+    return jnp.where(weight < 0, 0, x)
 
 
 def _walk_kernel(q_ref, k_ref, u_ref, rows_ref, state_ref, *refs, delta_rule):
@@ -227,10 +242,11 @@ def _walk_kernel(q_ref, k_ref, u_ref, rows_ref, state_ref, *refs, delta_rule):
     q, k, u = q_ref[...], k_ref[...], u_ref[...]
     between, enter, leave, through = _decays(rows_ref[...])
     if delta_rule:
-        u = (u - _dot(w_ref[...], S)).astype(k.dtype)
-    scores = (_dot(q, k, COLUMNS) * between).astype(q.dtype)
-    o_ref[...] = (_dot(scores, u) + enter * _dot(q, S)).astype(o_ref.dtype)
-    S = through * S + _dot((leave * k).astype(k.dtype), u, ROWS)
+        u = (u - _reached(enter, _dot(w_ref[...], S))).astype(k.dtype)
+    scores = _linked(between, _dot(q, k, COLUMNS)).astype(q.dtype)
+    o_ref[...] = (_dot(scores, u) + _linked(enter, _dot(q, S))).astype(o_ref.dtype)
+    given = _dot(_linked(leave, k).astype(k.dtype), _reached(leave, u), ROWS)
+    S = _linked(through, S) + given
     carry[...] = S
     final_ref[...] = S
 
@@ -252,13 +268,13 @@ def _walk_back_kernel(
     dtype = k.dtype
     between, enter, leave, through = _decays(rows_ref[...])
     if delta_rule:
-        u = u - _dot(w_ref[...], S)
+        u = u - _reached(enter, _dot(w_ref[...], S))
     u = u.astype(dtype)
-    scores = _dot(q, k, COLUMNS) * between
+    scores = _linked(between, _dot(q, k, COLUMNS))
     d_scores = _dot(do, u, COLUMNS)
-    du = _dot(scores.astype(dtype), do, ROWS) + leave * _dot(k, dS)
-    dq = enter * _dot(do, S, COLUMNS)
-    dk = leave * _dot(u, dS, COLUMNS)
+    du = _dot(scores.astype(dtype), do, ROWS) + _linked(leave, _dot(k, dS))
+    dq = _linked(enter, _dot(do, S, COLUMNS))
+    dk = _linked(leave, _dot(u, dS, COLUMNS))
     # each decay times its gradient; those on the diagonal are constant
     i = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     j = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -266,17 +282,19 @@ def _walk_back_kernel(
     left = k * dk
     d_G = _sums(moved) - jnp.sum(moved, 0, keepdims=True) + _sums(q * dq - left)
     passed = jnp.sum(S * dS, keepdims=True).reshape(1, 1)
-    d_last = through * passed + jnp.sum(left, keepdims=True).reshape(1, 1)
+    d_last = _linked(through, passed) + jnp.sum(left, keepdims=True).reshape(1, 1)
     d_rows_ref[0:1, :] = d_G
     d_rows_ref[1:2, :] = jnp.broadcast_to(d_last, d_G.shape)
-    d_scores = (d_scores * between).astype(dtype)
+    d_scores = _linked(between, d_scores).astype(dtype)
     dq_ref[...] = dq + _dot(d_scores, k)
     dk_ref[...] = dk + _dot(d_scores, q, ROWS)
     du_ref[...] = du.astype(du_ref.dtype)
-    dS = through * dS + _dot((enter * q).astype(dtype), do, ROWS)
+    given = _dot(_linked(enter, q).astype(dtype), _reached(enter, do), ROWS)
+    dS = _linked(through, dS) + given
     if delta_rule:
-        du = du.astype(dtype)
-        dw_ref[0][...] = (-_dot(du, S, COLUMNS)).astype(dw_ref[0].dtype)
+        du = _reached(enter, du.astype(dtype))
+        dW = _reached(enter, -_dot(du, S, COLUMNS))
+        dw_ref[0][...] = dW.astype(dw_ref[0].dtype)
         dS = dS - _dot(w_ref[...], du, ROWS)
     carry[...] = dS
     d_state_ref[...] = dS

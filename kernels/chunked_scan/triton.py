@@ -168,30 +168,44 @@ def decays(
 ):  # fmt: skip
     """For the tokens of a chunk: G in two parts, segment numbers, and how much of the
     state before reaches them (`enter`), of them the state behind (`leave`), of the
-    state before the state behind (`through`).
+    state before the state behind (`through`); -1 where a reset lies between.
 
     Differences of one cumulated sum would lose a small decay after a large one: its
     parts are multiples of 1/16, exact in float32, and a rest that stays small.
     """
     t = start + tl.arange(0, CHUNK)
     given = tl.load(g + (b * length + t) * heads + h, mask=t < length, other=0.0)
-    given = tl.maximum(given, -1e4)  # exp of which is 0 as well
+    # exp of which is 0 as well
+    given = tl.maximum(given, -1e4, propagate_nan=tl.PropagateNan.ALL)
     coarse = tl.floor(16.0 * given) / 16.0
     fine = given - coarse
-    G, F = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
-    G_last, F_last = tl.sum(coarse, 0), tl.sum(fine, 0)
-    enter = tl.exp(G + F)
-    leave = tl.exp((G_last - G) + (F_last - F))
-    through = tl.exp(G_last + F_last)
     number = tl.zeros_like(t)
     if SEGMENTS:
         number = tl.load(segment + b * length + tl.minimum(t, length - 1))
+        # of each segment alone: NaN must not reach the next
+        G, _ = tl.associative_scan((coarse, number), 0, _add_in_segment)
+        F, _ = tl.associative_scan((fine, number), 0, _add_in_segment)
+        end = t == start + CHUNK - 1
+        G_last = tl.sum(tl.where(end, G, 0.0), 0)
+        F_last = tl.sum(tl.where(end, F, 0.0), 0)
+    else:
+        G, F = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
+        G_last, F_last = tl.sum(coarse, 0), tl.sum(fine, 0)
+    enter = tl.exp(G + F)
+    leave = tl.exp((G_last - G) + (F_last - F))
+    through = tl.exp(G_last + F_last)
+    if SEGMENTS:
         before = tl.load(segment + b * length + start - 1, mask=start > 0, other=0)
         last = tl.max(number, 0)
-        enter = tl.where(number == before, enter, 0.0)
-        leave = tl.where(number == last, leave, 0.0)
-        through = tl.where(before == last, through, 0.0)
+        enter = tl.where(number == before, enter, -1.0)
+        leave = tl.where(number == last, leave, -1.0)
+        through = tl.where(before == last, through, -1.0)
     return G, F, number, enter, leave, through
+
+
+@triton.jit
+def _add_in_segment(a, m, b, n):
+    return tl.where(m == n, a, 0.0) + b, n
 
 
 @triton.jit
@@ -228,12 +242,14 @@ def _states_kernel(
         k_at, k_mask = rows(k, b, length, groups, group, start, n, K, CHUNK)
         v_at, v_mask = rows(v, b, length, heads, h, start, d, V, CHUNK)
         k_tile = tl.load(k_at, mask=k_mask, other=0.0)
-        v_tile = tl.load(v_at, mask=v_mask, other=0.0)
-        weighted = (k_tile * weight[:, None]).to(k_tile.dtype)
+        v_tile = reached(
+            weight[:, None], tl.load(v_at, mask=v_mask, other=0.0), SEGMENTS
+        )
+        weighted = linked(weight[:, None], k_tile, SEGMENTS).to(k_tile.dtype)
         given = tl.dot(
             tl.trans(weighted), v_tile.to(k_tile.dtype), input_precision=PRECISION
         )
-        S = through * S + given.to(S.dtype)
+        S = linked(through, S, SEGMENTS) + given.to(S.dtype)
     tl.store(final + row * K * V + inside, S, mask=real)
 
 
@@ -269,16 +285,29 @@ def _outputs_kernel(
     y = tl.dot(scores.to(v_tile.dtype), v_tile, input_precision=PRECISION)
     seen = tl.dot(q_tile, S.to(q_tile.dtype), input_precision=PRECISION)
     o_at, o_mask = rows(out, b, length, heads, h, start, d, V, CHUNK)
-    tl.store(o_at, (y + enter[:, None] * seen).to(out.dtype.element_ty), mask=o_mask)
+    y += linked(enter[:, None], seen, SEGMENTS)
+    tl.store(o_at, y.to(out.dtype.element_ty), mask=o_mask)
+
+
+@triton.jit
+def linked(weight, x, SEGMENTS: tl.constexpr):
+    """weight x, or 0 where the weight is -1: 0 times what is not finite is NaN."""
+    return tl.where(weight < 0, 0.0, weight * x) if SEGMENTS else weight * x
+
+
+@triton.jit
+def reached(weight, x, SEGMENTS: tl.constexpr):
+    """x, or 0 where the weight is -1."""
+    return tl.where(weight < 0, 0.0, x) if SEGMENTS else x
 
 
 @triton.jit
 def mask(G, F, number, CHUNK: tl.constexpr):
     """[i, j] the decay from j to i where j <= i in one segment, else 0."""
     i = tl.arange(0, CHUNK)
-    linked = (i[:, None] >= i[None, :]) & (number[:, None] == number[None, :])
+    near = (i[:, None] >= i[None, :]) & (number[:, None] == number[None, :])
     span = (G[:, None] - G[None, :]) + (F[:, None] - F[None, :])
-    return tl.where(linked, tl.exp(tl.where(linked, span, 0.0)), 0.0)
+    return tl.where(near, tl.exp(tl.where(near, span, 0.0)), 0.0)
 
 
 @triton.jit
@@ -323,19 +352,20 @@ def _gradients_kernel(
         d_scores += tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         dq += tl.dot(do, tl.trans(S), input_precision=PRECISION)
         dk += tl.dot(v_tile, tl.trans(dS), input_precision=PRECISION)
-        dv = tl.dot(k_tile, dS, input_precision=PRECISION) * leave[:, None]
+        dv = tl.dot(k_tile, dS, input_precision=PRECISION)
+        dv = linked(leave[:, None], dv, SEGMENTS)
         dv += tl.dot(tl.trans(scores).to(dtype), do, input_precision=PRECISION)
         dv_at, dv_mask = rows(dv_out, b, length, heads, h, start, d, V, CHUNK)
         tl.store(dv_at, dv.to(dv_out.dtype.element_ty), mask=dv_mask)
-    dq = dq * enter[:, None]
-    dk = dk * leave[:, None]
+    dq = linked(enter[:, None], dq, SEGMENTS)
+    dk = linked(leave[:, None], dk, SEGMENTS)
     # each decay times its gradient; those on the diagonal are constant
     i = tl.arange(0, CHUNK)
     moved = tl.where(i[:, None] == i[None, :], 0.0, scores * d_scores)
     entered, left = tl.sum(q_tile * dq, 1), tl.sum(k_tile * dk, 1)
     d_G = tl.sum(moved, 1) - tl.sum(moved, 0) + entered - left
     # what G of the last step scales: the whole state behind the chunk
-    d_last = through * tl.sum(tl.sum(passed, 1), 0) + tl.sum(left, 0)
+    d_last = linked(through, tl.sum(tl.sum(passed, 1), 0), SEGMENTS) + tl.sum(left, 0)
     # g of a step is in G of that step and all later ones
     d_g = tl.sum(d_G, 0) - tl.cumsum(d_G, 0) + d_G + d_last
     d_scores = (d_scores * between).to(dtype)

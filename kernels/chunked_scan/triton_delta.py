@@ -45,6 +45,9 @@ def _backward_rule(saved, given):
     by_chunk = by_chunk.reshape(batch, -1, size, heads, values).astype(states.dtype)
     dW = -jnp.einsum("bcthv,bhckv->bcthk", by_chunk, states, precision="highest")
     dW = dW.reshape(batch, -1, *W.shape[2:])[:, :length].astype(W.dtype)
+    if segment is not None:
+        first = wy.entered(segment, size).reshape(batch, -1)[:, :length]
+        dW = jnp.where(first[..., None, None], dW, 0)
     return dq, dk, du, dW, dg, d_state, None
 
 
@@ -112,7 +115,7 @@ def _walk_kernel(
     for c in range(0, chunks):
         start = c * CHUNK
         tl.store(states + (row * chunks + c) * K * V + inside, S, mask=real)
-        _, _, _, _, leave, through = plain.decays(
+        _, _, _, enter, leave, through = plain.decays(
             g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
         )
         k_at, k_mask = plain.rows(k, b, length, groups, group, start, n, K, CHUNK)
@@ -121,14 +124,16 @@ def _walk_kernel(
         k_tile = tl.load(k_at, mask=k_mask, other=0.0)
         w_tile = tl.load(w_at, mask=w_mask, other=0.0)
         known = tl.dot(w_tile, S.to(w_tile.dtype), input_precision=PRECISION)
+        known = plain.reached(enter[:, None], known, SEGMENTS)
         u = tl.load(u_at, mask=u_mask, other=0.0).to(known.dtype) - known
         out_at, _ = plain.rows(u_out, b, length, heads, h, start, d, V, CHUNK)
         tl.store(out_at, u.to(u_out.dtype.element_ty), mask=u_mask)
-        weighted = (k_tile * leave[:, None]).to(k_tile.dtype)
+        weighted = plain.linked(leave[:, None], k_tile, SEGMENTS).to(k_tile.dtype)
+        u = plain.reached(leave[:, None], u, SEGMENTS)
         given = tl.dot(
             tl.trans(weighted), u.to(k_tile.dtype), input_precision=PRECISION
         )
-        S = through * S + given.to(S.dtype)
+        S = plain.linked(through, S, SEGMENTS) + given.to(S.dtype)
     tl.store(final + row * K * V + inside, S, mask=real)
 
 
@@ -166,11 +171,14 @@ def _walk_back_kernel(
         scores = scores * tl.trans(plain.mask(G, F, number, CHUNK))
         du = tl.dot(scores.to(dtype), do, input_precision=PRECISION)
         behind = tl.dot(k_tile, dS.to(dtype), input_precision=PRECISION)
-        du += leave[:, None] * behind
+        du += plain.linked(leave[:, None], behind, SEGMENTS)
         du_at, _ = plain.rows(du_out, b, length, heads, h, start, d, V, CHUNK)
         tl.store(du_at, du.to(du_out.dtype.element_ty), mask=o_mask)
-        weighted = (q_tile * enter[:, None]).to(dtype)
+        weighted = plain.linked(enter[:, None], q_tile, SEGMENTS).to(dtype)
+        du = plain.reached(enter[:, None], du, SEGMENTS)
+        # read again, for want of registers
+        do = tl.load(o_at, mask=o_mask & (enter >= 0)[:, None], other=0.0).to(dtype)
         given = tl.dot(tl.trans(weighted), do, input_precision=PRECISION)
         given -= tl.dot(tl.trans(w_tile), du.to(dtype), input_precision=PRECISION)
-        dS = through * dS + given.to(dS.dtype)
+        dS = plain.linked(through, dS, SEGMENTS) + given.to(dS.dtype)
     tl.store(d_state + row * K * V + inside, dS, mask=real)

@@ -8,7 +8,7 @@ for all chunks at once, with G the log decay cumulated inside each.
 
 import jax.numpy as jnp
 
-from kernels.chunked_scan import decay, delta
+from kernels.chunked_scan import decay, delta, isolation
 
 
 def system(k, v, g, beta, segment, size):
@@ -27,24 +27,46 @@ def system(k, v, g, beta, segment, size):
         x = x.reshape(batch, chunks, size, groups, x.shape[2] // groups, *x.shape[3:])
         return jnp.moveaxis(x, 2, 4).reshape(-1, *x.shape[4:5], size, *x.shape[5:])
 
-    keys, given, weights = fold(k)[:, 0], fold(v), fold(beta)[..., None]
-    decays = decay.scalar(fold(g))
-    links, first = 1, 1
+    def per_group(x):
+        """[B, C, T] -> [B C G, 1, T]"""
+        x = jnp.broadcast_to(x[:, :, None], (batch, chunks, groups, size))
+        return x.reshape(-1, 1, size)
+
+    inputs, number, first = [fold(x) for x in (k, v, g, beta)], None, None
     if segment is not None:
-        number = jnp.pad(segment, ((0, 0), (0, -length % size)), mode="edge")
-        number = number.reshape(batch, chunks, size)
-        before = jnp.pad(number[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
-
-        def per_group(x):
-            x = jnp.broadcast_to(x[:, :, None], (batch, chunks, groups, *x.shape[2:]))
-            return x.reshape(-1, 1, *x.shape[3:])
-
-        links = per_group(number[..., None] == number[..., None, :])
-        first = per_group(number == before)[..., None]
-    among = jnp.matmul(keys, keys.mT, precision="highest")[:, None] * decays.between
-    entering = first * decays.enter[..., None] * keys[:, None]
-    right = jnp.concatenate([given, entering], -1)
-    solved = delta.solve(weights * links * among, weights * right)
+        number = per_group(_by_chunk(segment, size))
+        first = per_group(entered(segment, size))
+    solved = _solved(*inputs, number, first)
     solved = solved.reshape(batch, chunks, heads, size, -1).swapaxes(2, 3)
     solved = solved.reshape(batch, -1, *solved.shape[3:])[:, :length].astype(k.dtype)
     return solved[..., :values], solved[..., values:]
+
+
+def _solved(k, v, g, beta, number, first):
+    """[U, W] from arrays [N, 1, T, K], [N, R, T, V], [N, R, T]; `number` of segments
+    and `first`, what belongs to the one that the state enters, [N, 1, T] or None."""
+    if number is not None:
+        bad = isolation.unusable(k, v, g, beta)
+        reached = isolation.reached_by(number, bad, behind=True)[..., None]
+        k, v, beta = (isolation.finite(x) for x in (k, v, beta))
+        g = isolation.decays(g)
+    decays = decay.scalar(g)
+    among = jnp.matmul(k, k.mT, precision="highest") * decays.between
+    entering = decays.enter[..., None] * k
+    if number is not None:
+        among = jnp.where(number[..., None] == number[..., None, :], among, 0)
+        entering = jnp.where(first[..., None], entering, 0)
+    right = beta[..., None] * jnp.concatenate([v, entering], -1)
+    solved = delta.solve(beta[..., None] * among, right)
+    return solved if number is None else jnp.where(reached, jnp.nan, solved)
+
+
+def entered(segment, size):
+    """[B, C, T], which tokens of a chunk the state before it reaches."""
+    number = _by_chunk(segment, size)
+    return number == jnp.pad(number[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+
+
+def _by_chunk(segment, size):
+    number = jnp.pad(segment, ((0, 0), (0, -segment.shape[1] % size)), mode="edge")
+    return number.reshape(len(segment), -1, size)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import segments
-from kernels.chunked_scan import decay, delta
+from kernels.chunked_scan import decay, delta, isolation
 
 SCALAR_CHUNK = 64
 CHUNK = 32  # where work grows faster with the chunk: vector decay and delta rule
@@ -53,6 +53,8 @@ def chunked_scan(q, k, v, log_decay, beta, state, into):
 
     @partial(jax.checkpoint, prevent_cse=False)
     def chunk(state, inputs):
+        if into is not None:
+            return isolation.chunk(partial(_chunk, precision), state, *inputs)
         return _chunk(precision, state, *inputs)
 
     if into is not None:
@@ -72,24 +74,29 @@ def chunked_scan(q, k, v, log_decay, beta, state, into):
 def _chunk(precision, state, q, k, v, g, beta, into):
     """The state after a chunk and its o; the arrays have the axes fold gives them."""
     q, k = q[:, 0], k[:, 0]
-    links, first, last, whole = _masks(into)
+    linked, first, last, through = _masks(into)
     decays = decay.scalar(g) if g.ndim == 3 else decay.vector(g)
     if beta is not None:
         beta = beta[..., None]
-        known = first * decays.read(k, state, "highest")
-        among = links * decays.scores(k, k, "highest")
+        known = _where(first, decays.read(k, state, "highest"))
+        among = _where(linked, decays.scores(k, k, "highest"))
         v = delta.solve(beta * among, beta * (v - known))
-    scores = links * decays.scores(q, k, precision)
+    scores = _where(linked, decays.scores(q, k, precision))
     o = jnp.matmul(scores, v, precision=precision)
-    o = o + first * decays.read(q, state, precision)
-    return whole * decays.keep(state) + decays.write(k, last * v), o
+    o = o + _where(first, decays.read(q, state, precision))
+    kept = _where(through, decays.keep(state))
+    return kept + decays.write(k, _where(last, v)), o
+
+
+def _where(linked, x):
+    return x if linked is None else jnp.where(linked, x, 0)
 
 
 def _masks(into):
     """Where resets leave a link: between tokens, from the state that enters, to the one
-    that leaves, and from one to the other. 1 without resets."""
+    that leaves, and from one to the other. None without resets."""
     if into is None:
-        return 1, 1, 1, 1
+        return None, None, None, None
     number = segments.ids(into[:, 0])[:, None, :, None]
     end = number[:, :, -1:]
     return number == number.mT, number == 0, number == end, end == 0

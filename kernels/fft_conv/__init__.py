@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, segments
+from kernels import checks, dispatch, dtypes, segments
 from kernels.fft_conv import (
     choice,
     direct,
@@ -74,7 +74,9 @@ def fft_conv(
 
     There is no return_transition: the response is finite, so the state is a window of
     the input and nothing decays; a call is summarised by its last K-1 inputs alone.
-    Differentiable in every floating argument, through both results.
+    Reverse-mode differentiable in every floating argument, through both results. A
+    value that is not finite reaches all of its row up to the next resets, earlier
+    tokens too, but never another row.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, an initial state with
@@ -84,7 +86,8 @@ def fft_conv(
     _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate)
     advice = choice.advice(u, k, initial_state, k_reverse)
     module = dispatch.pick(op, BACKENDS, backend, u, k, advice=advice)
-    dtype = jnp.promote_types(jnp.promote_types(u.dtype, k.dtype), jnp.float32)
+    gates = skip, pre_gate, post_gate
+    dtype = dtypes.state(u, k, initial_state, k_reverse, *gates)
     v = u.astype(dtype)
     if pre_gate is not None:
         v = v * pre_gate.astype(dtype)
@@ -117,6 +120,16 @@ def fft_conv(
 
 
 def _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate):
+    checks.arrays(op, u=u, k=k)
+    checks.arrays_or_none(
+        op,
+        initial_state=initial_state,
+        reset=reset,
+        k_reverse=k_reverse,
+        skip=skip,
+        pre_gate=pre_gate,
+        post_gate=post_gate,
+    )
     checks.floating(
         op,
         real=True,

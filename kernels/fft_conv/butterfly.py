@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch
+from kernels import checks, dispatch, dtypes
 from kernels.fft_conv import monarch, reference, taps
 
 BACKENDS = {"monarch": monarch, "reference": reference}
@@ -47,8 +47,9 @@ def butterfly_conv(
     Returns:
         y: [B, L, H] in u's dtype. With bfloat16 u the matmuls are in bfloat16.
 
-    Differentiable in all floating arguments; of the steps nothing is kept for the
-    gradient. From four factors on the rows k_1 are processed one after the other.
+    Reverse-mode differentiable in all floating arguments; of the steps nothing is kept
+    for the gradient. From four factors on the rows k_1 are processed one after the
+    other.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
@@ -56,7 +57,7 @@ def butterfly_conv(
     op = "butterfly_conv"
     points = _check(op, u, k, u_factors, k_factors, k_reverse, skip)
     module = dispatch.pick(op, BACKENDS, backend, u, k)
-    dtype = jnp.promote_types(jnp.promote_types(u.dtype, k.dtype), jnp.float32)
+    dtype = dtypes.state(u, k, k_reverse, skip, *u_factors, *k_factors)
     length = u.shape[1]
     v = u.swapaxes(1, 2).astype(dtype)
     whole = k[:, :length].astype(dtype)
@@ -82,8 +83,11 @@ def dft_factors(sizes: Sequence[int], dtype=jnp.float32) -> list[jax.Array]:
     Raises:
         ValueError: a size is not an integer >= 1.
     """
-    for n in sizes:
-        checks.positive("dft_factors", "every size", n)
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise ValueError(
+            f"dft_factors: sizes must be a sequence of integers >= 1, got {sizes!r}"
+        )
+    sizes = [checks.positive("dft_factors", "every size", n) for n in sizes]
     return [jnp.stack(monarch.dft(n, dtype), -1) for n in sizes]
 
 
@@ -98,14 +102,16 @@ def block_sizes(points: int, order: int | None = None) -> tuple[int, ...]:
     Raises:
         ValueError: points or order is not an integer >= 1.
     """
-    checks.positive("block_sizes", "points", points)
+    points = checks.positive("block_sizes", "points", points)
     if order is not None:
-        checks.positive("block_sizes", "order", order)
+        order = checks.positive("block_sizes", "order", order)
     return monarch.block_sizes(points, order)
 
 
 def _check(op, u, k, u_factors, k_factors, k_reverse, skip):
     """The number of points, N."""
+    checks.arrays(op, u=u, k=k)
+    checks.arrays_or_none(op, k_reverse=k_reverse, skip=skip)
     checks.floating(op, real=True, u=u, k=k, k_reverse=k_reverse, skip=skip)
     checks.sequence(op, "u", u, "[B, L, H]", ndim=3)
     length, channels = u.shape[1:]
@@ -114,9 +120,15 @@ def _check(op, u, k, u_factors, k_factors, k_reverse, skip):
     checks.shape(op, "skip", skip, (channels,), "[H]")
     sizes = []
     for name, factors in (("u_factors", u_factors), ("k_factors", k_factors)):
-        if not len(factors):
+        if not isinstance(factors, list | tuple):
+            raise ValueError(
+                f"{op}: {name} must be a list of arrays, one per step, got "
+                f"{type(factors).__name__}"
+            )
+        if not factors:
             raise ValueError(f"{op}: {name} must hold at least one factor, got none")
         for i, factor in enumerate(factors):
+            checks.arrays(op, **{f"{name}[{i}]": factor})
             checks.floating(op, real=True, **{f"{name}[{i}]": factor})
             n = factor.shape[-2] if factor.ndim >= 2 else 0
             if factor.shape not in ((n, n, 2), (channels, n, n, 2)) or n < 1:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, segments
+from kernels import checks, dispatch, dtypes, segments
 from kernels.linear_scan import gradient, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
@@ -48,8 +48,8 @@ def linear_scan(
         transition: [B, *S], d final_state / d initial_state: 0 where a reset lies
             inside.
 
-    Differentiable in a, x and initial_state, through all results; the backward pass is
-    the scan in the other direction.
+    Reverse-mode differentiable in a, x and initial_state, through all results; the
+    backward pass is the scan in the other direction.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
@@ -60,13 +60,14 @@ def linear_scan(
     if a.ndim == x.ndim - 2:
         a = a[None, None]
     into, out = (None, None) if reset is None else segments.links(reset, reverse)
+    dtype = dtypes.state(a, x, initial_state)
     if initial_state is None:
-        initial_state = jnp.zeros((x.shape[0], *x.shape[2:]), _state_dtype(a, x))
-    initial_state = initial_state.astype(_state_dtype(a, x))
+        initial_state = jnp.zeros((x.shape[0], *x.shape[2:]), dtype)
+    initial_state = initial_state.astype(dtype)
     if module is reference:
         h, final = reference.linear_scan(a, x, initial_state, into, reverse)
     else:
-        keep = None if into is None else (~into).astype(initial_state.real.dtype)
+        keep = None if into is None else ~into
         h, final = gradient.solve(module, reverse, a, x, initial_state, keep)
     if out is not None:
         final = jnp.where(_per_row(out, final), 0, final)
@@ -108,11 +109,9 @@ def _per_row(flags, like):
     return flags.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _state_dtype(a, x):
-    return jnp.promote_types(jnp.promote_types(a.dtype, x.dtype), jnp.float32)
-
-
 def _check(op, a, x, initial_state, reset):
+    checks.arrays(op, a=a, x=x)
+    checks.arrays_or_none(op, initial_state=initial_state, reset=reset)
     checks.floating(op, a=a, x=x, initial_state=initial_state)
     checks.sequence(op, "x", x, "[B, L, *S]")
     state_shape = (x.shape[0], *x.shape[2:])

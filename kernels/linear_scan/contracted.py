@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels import checks, dispatch, pairs, segments
+from kernels import checks, dispatch, dtypes, pairs, segments
 from kernels.linear_scan import contracted_xla, reference
 
 BACKENDS = {"xla": contracted_xla, "reference": reference}
@@ -48,8 +49,10 @@ def contracted_scan(
         transition: [B, H, N], d final_state / d initial_state: 0 where a reset lies
             inside.
 
-    Differentiable in every floating argument through all results. Memory is linear in
-    L: states are kept at chunk boundaries and recomputed inside.
+    Reverse-mode differentiable in every floating argument through all results. Memory
+    is linear in L: states are kept at chunk boundaries and recomputed inside. Without
+    dt and resets a value that is not finite reaches its whole chunk of up to 128
+    tokens, earlier ones too, but never another row.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
@@ -57,8 +60,7 @@ def contracted_scan(
     op = "contracted_scan"
     _check(op, log_a, b, c, u, dt, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
-    given = (array.dtype for array in (u, log_a, b, c))
-    dtype = jnp.result_type(jnp.float32, *given)
+    dtype = dtypes.state(u, log_a, b, c, dt, initial_state)
     log_a, b, c = (array.astype(dtype) for array in (log_a, b, c))
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *log_a.shape), dtype)
@@ -77,14 +79,47 @@ def contracted_scan(
     if dt is None:
         transition = pairs.join(pairs.power(pairs.split(log_a), u.shape[1]))
     else:
-        transition = jnp.exp(dt.sum(1)[:, None, None] * log_a)
+        transition = pairs.join(_elapsed_power(pairs.split(log_a), dt))
     transition = jnp.broadcast_to(transition, final.shape).astype(dtype)
     if reset is not None:
         transition = jnp.where(reset.any(1)[:, None, None], 0, transition)
     return y, final, transition
 
 
+def _elapsed_power(log_a, dt):
+    """exp(sum_t dt[t] log_a) [B, H, N]: as a power, because the sum of all phases would
+    be rounded as much as it is large."""
+    sixteenths, rest = _elapsed(dt)
+
+    def times(total, digit):
+        place, size = digit
+        step = jnp.where(sixteenths >> place & 1 == 1, size, 0)
+        return pairs.mul(total, over(step)), None
+
+    def over(steps):
+        return pairs.exp(pairs.scale(log_a, steps[:, None, None]))
+
+    places = np.arange(31)  # 2^27 steps at most
+    digits = jnp.asarray(places, jnp.int32), jnp.asarray(2.0**places / 16, rest.dtype)
+    return jax.lax.scan(times, over(rest), digits)[0]
+
+
+def _elapsed(dt):
+    """[B], the sum of dt [B, L] as a number of sixteenths and a small rest."""
+    whole = jnp.zeros(dt.shape, jnp.int32)
+    while True:
+        moved = jax.lax.stop_gradient(jnp.round(16 * dt))
+        whole, dt = whole + moved.astype(jnp.int32), dt - moved / 16
+        if dt.shape[1] == 1:
+            return whole[:, 0], dt[:, 0]
+        odd = ((0, 0), (0, dt.shape[1] % 2))
+        whole, dt = (jnp.pad(x, odd) for x in (whole, dt))
+        whole, dt = (x[:, ::2] + x[:, 1::2] for x in (whole, dt))
+
+
 def _check(op, log_a, b, c, u, dt, initial_state, reset):
+    checks.arrays(op, log_a=log_a, b=b, c=c, u=u)
+    checks.arrays_or_none(op, dt=dt, initial_state=initial_state, reset=reset)
     checks.floating(op, log_a=log_a, b=b, c=c, initial_state=initial_state)
     checks.floating(op, real=True, u=u, dt=dt)
     checks.sequence(op, "u", u, "[B, L, H]", ndim=3)

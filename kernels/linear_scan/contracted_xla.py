@@ -33,7 +33,7 @@ def contracted_scan(log_a, b, c, u, dt, initial_state, into):
     if dt is not None:
         # w = [dt phi(dt log_a)] / phi(log_a): the second factor is constant
         b = b / hold.phi(log_a)
-    keep = None if into is None else (~into).astype(b.real.dtype)
+    keep = None if into is None else ~into
     return _steps(log_a, b, c, u, dt, keep, initial_state)
 
 

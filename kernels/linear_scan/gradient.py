@@ -13,7 +13,7 @@ from kernels import pairs
 
 def solve(module, reverse, a, x, initial_state, keep):
     """a [B|1, L|1, *S|1], x [B, L, *S], initial_state [B, *S] in the state's dtype,
-    keep [B, L] (0 cuts the carry into step t, else 1) or None."""
+    keep [B, L] (False cuts the carry into step t) or None."""
     if not module.PAIRS:
         return _solve(module, reverse, a, x, initial_state, keep)
     split = (pairs.split(array) for array in (a, x, initial_state))

@@ -90,7 +90,7 @@ def _call(kernel, walk, keep, arguments, outputs):
     in_specs = [block for parts, block in arguments for _ in parts]
     scratch = [pltpu.VMEM((1, walk.width), like.dtype)] * len(outputs[-1][0])
     if keep is not None:
-        arrays.append(blocks.rows(keep.astype(like.dtype), walk.steps))
+        arrays.append(blocks.rows(keep.astype(like.dtype), walk.steps, 1))
         in_specs.append(walk.row(walk.steps))
         scratch.append(pltpu.VMEM((walk.steps, 1), like.dtype))
 
@@ -181,11 +181,12 @@ def _forward(walk, kept, carry, a, x, first, h, final):
             inputs = (*inputs, jnp.zeros_like(inputs[0]))
         made = {}
         for tile in tiles:
-            decay = _times(_tile(decays, tile), kept, start + tile)
+            decay, links = _tile(decays, tile), _links(walk, kept, start + tile)
             inside = walk.inside(block * walk.steps + start + tile, TILE)
             decay, value = _full(walk, decay, _tile(inputs, tile), inside)
-            decay, value = _prefixes(decay, value, down)
-            made[tile] = pairs.add(value, pairs.mul(decay, state))
+            decay, value, links = _prefixes(decay, value, links, down)
+            passed = _passed(links, pairs.mul(decay, state))
+            made[tile] = pairs.add(value, passed)
             state = _last(made[tile], down)
         _write(h, start, made)
         return state
@@ -214,10 +215,15 @@ def _backward(walk, kept, carry, a, h, beside, dh, first, dfinal, da, dx, dfirst
             step = block * walk.steps + start + tile
             inside = walk.inside(step, TILE)
             gradient = _tile(gradients, tile)
-            decay = pairs.conj(_times(_tile(decays, tile), kept, start + tile))
+            decay, own = (
+                pairs.conj(_tile(decays, tile)),
+                _links(walk, kept, start + tile),
+            )
             decay, gradient = _full(walk, decay, gradient, inside)
-            total, value = _prefixes(decay, pairs.mul(decay, gradient), down)
-            passed = pairs.add(value, pairs.mul(total, through))
+            value = _passed(own, pairs.mul(decay, gradient))
+            total, value, links = _prefixes(decay, value, own, down)
+            passed = _passed(links, pairs.mul(total, through))
+            passed = pairs.add(value, passed)
             g = pairs.add(gradient, _shifted(passed, through, down))
             through = _last(passed, down)
             made_dx[tile] = g
@@ -230,7 +236,7 @@ def _backward(walk, kept, carry, a, h, beside, dh, first, dfinal, da, dx, dfirst
                 for part, other in zip(before, initial, strict=True)
             )
             product = pairs.mul(pairs.conj(before), g)[: len(da)]
-            product = _times(product, kept, start + tile)
+            product = _passed(own, product)
             if varying:
                 made_da[tile] = product
             else:
@@ -299,10 +305,19 @@ def _tile(parts, tile):
     )
 
 
-def _times(parts, kept, start):
+def _links(walk, kept, start):
+    """A tile, 0 where a reset cuts the link into a step, else 1; or None."""
     if kept is None:
+        return None
+    column = kept[pl.ds(pl.multiple_of(start, TILE), TILE), :]
+    return jnp.broadcast_to(column, (TILE, walk.width))
+
+
+def _passed(links, parts):
+    """What passes the links: chosen, because 0 times NaN is NaN."""
+    if links is None:
         return parts
-    return pairs.scale(parts, kept[pl.ds(pl.multiple_of(start, TILE), TILE), :])
+    return tuple(jnp.where(links > 0, part, 0) for part in parts)
 
 
 def _full(walk, decay, value, inside):
@@ -320,18 +335,22 @@ def _where(condition, parts, other):
     )
 
 
-def _prefixes(decay, value, down):
-    """The recurrence inside a tile, from nothing, and the products of its decays."""
+def _prefixes(decay, value, links, down):
+    """The recurrence inside a tile, from nothing, and the products of its decays and of
+    its links."""
     row = jax.lax.broadcasted_iota(jnp.int32, value[0].shape, 0)
     for shift in (1, 2, 4):
         linked = row < TILE - shift if down else row >= shift
-        a, h = (
+        a, h, before = (
             tuple(blocks.turn(part, -shift if down else shift, 0) for part in parts)
-            for parts in (decay, value)
+            for parts in (decay, value, () if links is None else (links,))
         )
-        value = pairs.add(value, pairs.mul(decay, _where(linked, h, (0, 0))))
+        h = pairs.mul(decay, _where(linked, h, (0, 0)))
+        value = pairs.add(value, _passed(links, h))
         decay = pairs.mul(decay, _where(linked, a, (1, 0)))
-    return decay, value
+        if links is not None:
+            links = links * _where(linked, before, (1,))[0]
+    return decay, value, links
 
 
 def _last(parts, down):

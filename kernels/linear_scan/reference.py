@@ -18,14 +18,16 @@ def linear_scan(a, x, initial_state, into, reverse):
         jnp.promote_types(a.dtype, state.type(0).real.dtype)
     )
     if into is not None:
-        a = jnp.where(into.reshape(*into.shape, *[1] * (x.ndim - 2)), 0, a)
+        into = into.T.reshape(*into.T.shape, *[1] * (x.ndim - 2))
 
     def step(h, inputs):
-        decay, value = inputs
+        decay, value, cut = inputs
+        if cut is not None:
+            decay, h = jnp.where(cut, 0, decay), jnp.where(cut, 0, h)
         h = (decay * h + value).astype(state)
         return h, h
 
-    steps = (jnp.moveaxis(a, 1, 0), jnp.moveaxis(x, 1, 0))
+    steps = (jnp.moveaxis(a, 1, 0), jnp.moveaxis(x, 1, 0), into)
     final, h = jax.lax.scan(step, initial_state, steps, reverse=reverse)
     complex_x = jnp.issubdtype(state, jnp.complexfloating)
     return jnp.moveaxis(h, 0, 1).astype(state if complex_x else x.dtype), final

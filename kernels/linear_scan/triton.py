@@ -32,7 +32,7 @@ def forward(a, x, initial_state, keep, reverse):
     made = triton_call(
         _forward,
         grid,
-        (*_both(a), *_both(x), *_both(initial_state), _or(keep, x[0]), *sizes),
+        (*_both(a), *_both(x), *_both(initial_state), _flags(keep, x[0]), *sizes),
         outputs if len(dtypes) == 2 else _doubled(outputs),
         **constants,
     )
@@ -60,7 +60,7 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
             *_both(h_gradient),
             *_both(initial_state),
             *_both(final_gradient),
-            _or(keep, h[0]),
+            _flags(keep, h[0]),
             *sizes,
         ),
         outputs,
@@ -126,8 +126,9 @@ def _both(pair):
     return pair if len(pair) == 2 else (pair[0], pair[0])
 
 
-def _or(array, other):
-    return other if array is None else array
+def _flags(keep, other):
+    """[B, L], 0 or 1; something to point at where there are none."""
+    return other if keep is None else keep.astype(jnp.int32)
 
 
 def _reduced(array, shape):
@@ -148,6 +149,53 @@ def _combine_pairs(a_re, a_im, x_re, x_im, b_re, b_im, y_re, y_im):
         b_re * x_re - b_im * x_im + y_re,
         b_re * x_im + b_im * x_re + y_im,
     )
+
+
+@triton.jit
+def _combine_kept(a, x, p, b, y, q):
+    """Beyond a reset, where q is 0, nothing is multiplied: it may be NaN."""
+    return b * a, tl.where(q != 0, b * x, 0.0) + y, p * q
+
+
+@triton.jit
+def _combine_kept_pairs(a_re, a_im, x_re, x_im, p, b_re, b_im, y_re, y_im, q):
+    return (
+        b_re * a_re - b_im * a_im,
+        b_re * a_im + b_im * a_re,
+        tl.where(q != 0, b_re * x_re - b_im * x_im, 0.0) + y_re,
+        tl.where(q != 0, b_re * x_im + b_im * x_re, 0.0) + y_im,
+        p * q,
+    )
+
+
+@triton.jit
+def _scan(a, x, kept, KEEP: tl.constexpr):
+    """From nothing, with the product of the decays and whether all links are kept."""
+    if KEEP:
+        kept = tl.broadcast_to(kept[:, None], a.shape)
+        p, h, kept = tl.associative_scan((a, x, kept), 0, _combine_kept)
+    else:
+        p, h = tl.associative_scan((a, x), 0, _combine)
+    return p, h, kept
+
+
+@triton.jit
+def _scan_pairs(a_re, a_im, x_re, x_im, kept, KEEP: tl.constexpr):
+    if KEEP:
+        kept = tl.broadcast_to(kept[:, None], a_re.shape)
+        pr, pi, hr, hi, kept = tl.associative_scan(
+            (a_re, a_im, x_re, x_im, kept), 0, _combine_kept_pairs
+        )
+    else:
+        pr, pi, hr, hi = tl.associative_scan(
+            (a_re, a_im, x_re, x_im), 0, _combine_pairs
+        )
+    return pr, pi, hr, hi, kept
+
+
+@triton.jit
+def _where(kept, x, KEEP: tl.constexpr):
+    return tl.where(kept != 0, x, 0.0) if KEEP else x
 
 
 @triton.jit
@@ -187,28 +235,26 @@ def _forward(
         a_at = a_first[None, :] + ((t * count)[:, None] if A_TIME else 0)
         ar = tl.load(a_re + a_at, mask=mask, other=1.0).to(dtype)
         xr = tl.load(x_re + at, mask=mask, other=0.0).to(dtype)
+        kept = tl.full((TILE,), 1, tl.int32)
         if KEEP:
-            kept = tl.load(keep + b * length + t, mask=here, other=1.0).to(dtype)
-            ar = ar * kept[:, None]
+            kept = tl.load(keep + b * length + t, mask=here, other=1)
         if COMPLEX:
             ai = tl.zeros_like(ar)
             xi = tl.zeros_like(xr)
             if A_COMPLEX:
                 ai = tl.load(a_im + a_at, mask=mask, other=0.0).to(dtype)
-                if KEEP:
-                    ai = ai * kept[:, None]
             if X_COMPLEX:
                 xi = tl.load(x_im + at, mask=mask, other=0.0).to(dtype)
-            pr, pi, hr, hi = tl.associative_scan((ar, ai, xr, xi), 0, _combine_pairs)
-            hr, hi = (
-                hr + pr * carry_re[None, :] - pi * carry_im[None, :],
-                hi + pr * carry_im[None, :] + pi * carry_re[None, :],
-            )
+            pr, pi, hr, hi, linked = _scan_pairs(ar, ai, xr, xi, kept, KEEP)
+            from_re = pr * carry_re[None, :] - pi * carry_im[None, :]
+            from_im = pr * carry_im[None, :] + pi * carry_re[None, :]
+            hr += _where(linked, from_re, KEEP)
+            hi += _where(linked, from_im, KEEP)
             tl.store(h_im + at, hi.to(h_im.dtype.element_ty), mask=mask)
             carry_im = _row(hi, TILE - 1, steps)
         else:
-            pr, hr = tl.associative_scan((ar, xr), 0, _combine)
-            hr = hr + pr * carry_re[None, :]
+            pr, hr, linked = _scan(ar, xr, kept, KEEP)
+            hr += _where(linked, pr * carry_re[None, :], KEEP)
         tl.store(h_re + at, hr.to(h_re.dtype.element_ty), mask=mask)
         carry_re = _row(hr, TILE - 1, steps)
     tl.store(f_re + state, carry_re, mask=real)
@@ -260,29 +306,28 @@ def _backward(
         gr = tl.load(g_re + at, mask=mask, other=0.0).to(dtype)
         hr = tl.load(h_re + h_at, mask=mask & (i > 0)[:, None], other=0.0).to(dtype)
         hr = tl.where((i == 0)[:, None], first_re[None, :], hr)
-        kept = here.to(dtype)
+        kept = here.to(tl.int32)
+        kept_after = kept
         if KEEP:
             joined = here & (i < length - 1)
-            kept_after = tl.load(keep + b * length + after, mask=joined, other=1.0)
-            ar = ar * kept_after.to(dtype)[:, None]
-            kept = tl.load(keep + b * length + t, mask=here, other=1.0).to(dtype)
+            kept_after = tl.load(keep + b * length + after, mask=joined, other=1)
+            kept = tl.load(keep + b * length + t, mask=here, other=0)
+        kept = kept[:, None]
         if COMPLEX:
             ai = tl.zeros_like(ar)
             if A_COMPLEX:
                 ai = -tl.load(a_im + a_at, mask=linked, other=0.0).to(dtype)
-                if KEEP:
-                    ai = ai * kept_after.to(dtype)[:, None]
             gi = tl.load(g_im + at, mask=mask, other=0.0).to(dtype)
             hi = tl.load(h_im + h_at, mask=mask & (i > 0)[:, None], other=0.0).to(dtype)
             hi = tl.where((i == 0)[:, None], first_im[None, :], hi)
-            pr, pi, gr, gi = tl.associative_scan((ar, ai, gr, gi), 0, _combine_pairs)
-            gr, gi = (
-                gr + pr * carry_re[None, :] - pi * carry_im[None, :],
-                gi + pr * carry_im[None, :] + pi * carry_re[None, :],
-            )
-            through = (gr * hr + gi * hi) * kept[:, None]
+            pr, pi, gr, gi, near = _scan_pairs(ar, ai, gr, gi, kept_after, KEEP)
+            from_re = pr * carry_re[None, :] - pi * carry_im[None, :]
+            from_im = pr * carry_im[None, :] + pi * carry_re[None, :]
+            gr += _where(near, from_re, KEEP)
+            gi += _where(near, from_im, KEEP)
+            through = tl.where(kept != 0, gr * hr + gi * hi, 0.0)
             if A_COMPLEX:
-                turned = (gi * hr - gr * hi) * kept[:, None]
+                turned = tl.where(kept != 0, gi * hr - gr * hi, 0.0)
                 if A_TIME:
                     tl.store(da_im + at, turned, mask=mask)
                 else:
@@ -291,9 +336,9 @@ def _backward(
                 tl.store(dx_im + at, gi.to(dx_im.dtype.element_ty), mask=mask)
             carry_im = _row(gi, TILE - 1, steps)
         else:
-            pr, gr = tl.associative_scan((ar, gr), 0, _combine)
-            gr = gr + pr * carry_re[None, :]
-            through = gr * hr * kept[:, None]
+            pr, gr, near = _scan(ar, gr, kept_after, KEEP)
+            gr += _where(near, pr * carry_re[None, :], KEEP)
+            through = tl.where(kept != 0, gr * hr, 0.0)
         if A_TIME:
             tl.store(da_re + at, through, mask=mask)
         else:
@@ -304,9 +349,9 @@ def _backward(
     t = ((length - 1) if REVERSE else 0) + b * 0
     a_at = a_first + (t * count if A_TIME else 0)
     ar = tl.load(a_re + a_at, mask=real, other=0.0).to(dtype)
-    kept = carry_re * 0 + 1
+    kept = b * 0 + 1
     if KEEP:
-        kept = kept * tl.load(keep + b * length + t).to(dtype)
+        kept = tl.load(keep + b * length + t)
     if COMPLEX:
         ai = tl.zeros_like(ar)
         if A_COMPLEX:
@@ -315,10 +360,10 @@ def _backward(
             ar * carry_re - ai * carry_im,
             ar * carry_im + ai * carry_re,
         )
-        tl.store(ds_im + state, carry_im * kept, mask=real)
+        tl.store(ds_im + state, _where(kept, carry_im, KEEP), mask=real)
     else:
         carry_re = ar * carry_re
-    tl.store(ds_re + state, carry_re * kept, mask=real)
+    tl.store(ds_re + state, _where(kept, carry_re, KEEP), mask=real)
     if not A_TIME:
         tl.store(da_re + state, sum_re, mask=real)
         if A_COMPLEX:

@@ -21,14 +21,17 @@ def unsupported(*arguments) -> str | None:
 
 
 def forward(a, x, initial_state, keep, reverse):
-    """h and the final state; a [B|1, L|1, *S|1], x [B, L, *S], keep [B, L] or None."""
+    """h and the final state; a [B|1, L|1, *S|1], x [B, L, *S], keep [B, L] or None.
+
+    Where keep is False nothing is multiplied by it: what is cut may be NaN.
+    """
     length, dtype = x.shape[1], initial_state.dtype
     a, wide = _wide(a, dtype), _wide(x, dtype)
 
     def step(i, carry):
         h, out = carry
         t = length - 1 - i if reverse else i
-        h = (_decay(a, keep, t, h) * h + _row(wide, t)).astype(dtype)
+        h = (_kept(keep, t, _row(a, t) * h) + _row(wide, t)).astype(dtype)
         return h, _write(out, h, t)
 
     carry = (initial_state, jnp.zeros(x.shape, dtype))
@@ -51,9 +54,9 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
         if before is None:
             before = _row(h, t + 1 if reverse else t - 1)
         g = g + _row(h_gradient, t)
-        through = before * g if keep is None else before * g * _kept(keep, t, g)
+        through = _kept(keep, t, before * g)
         da = _write(da, through, t) if varying else da + _like(through, da)
-        g_before = (_decay(a, keep, t, g) * g).astype(dtype)
+        g_before = _kept(keep, t, _row(a, t) * g).astype(dtype)
         return g_before, da, _write(dx, g, t)
 
     da_shape = a.shape if varying else initial_state.shape
@@ -81,13 +84,11 @@ def _row(array, t):
     )
 
 
-def _decay(a, keep, t, like):
-    decay = _row(a, t)
-    return decay if keep is None else decay * _kept(keep, t, like)
-
-
-def _kept(keep, t, like):
-    return _row(keep, t).reshape(-1, *[1] * (like.ndim - 1))
+def _kept(keep, t, passed):
+    """What passes the link into step t."""
+    if keep is None:
+        return passed
+    return jnp.where(_row(keep, t).reshape(-1, *[1] * (passed.ndim - 1)), passed, 0)
 
 
 def _write(whole, row, t):

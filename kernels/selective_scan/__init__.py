@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, segments
+from kernels import checks, dispatch, dtypes, segments
 from kernels.selective_scan import reference, xla
 
 BACKENDS = {
@@ -52,8 +52,9 @@ def selective_scan(
         transition: [B, D, N], d final_state / d initial_state: 0 where a reset lies
             inside.
 
-    Differentiable in every floating argument through all results. Memory is linear in
-    L and free of L x N: states are kept at chunk boundaries and made again inside.
+    Reverse-mode differentiable in every floating argument through all results. Memory
+    is linear in L and free of L x N: states are kept at chunk boundaries and made again
+    inside.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
@@ -63,7 +64,7 @@ def selective_scan(
     op = "selective_scan"
     _check(op, u, dt, A, B, C, initial_state, reset, skip)
     module = dispatch.pick(op, BACKENDS, backend, u, A)
-    dtype = jnp.result_type(jnp.float32, u.dtype, dt.dtype, A.dtype, B.dtype, C.dtype)
+    dtype = dtypes.state(u, dt, A, B, C, initial_state, skip)
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *A.shape))
     wide, dt, A, B, C, state = (
@@ -91,6 +92,8 @@ def selective_scan(
 
 
 def _check(op, u, dt, A, B, C, initial_state, reset, skip):
+    checks.arrays(op, u=u, dt=dt, A=A, B=B, C=C)
+    checks.arrays_or_none(op, initial_state=initial_state, reset=reset, skip=skip)
     checks.floating(
         op,
         real=True,

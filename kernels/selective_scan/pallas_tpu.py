@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -57,7 +58,8 @@ def _solve(width, u, dt, A, B, C, state, keep):
 
 
 def _solve_forward(width, u, dt, A, B, C, state, keep):
-    *results, starts = _run(width, u, dt, A, B, C, state, keep, save=True)
+    kept = _run(width, u, dt, A, B, C, state, keep, save=True)
+    *results, starts = checkpoint_name(kept, "selective_scan")
     return tuple(results), (u, dt, A, B, C, starts, keep)
 
 
@@ -216,7 +218,7 @@ def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
             dB_sum = jnp.where(here, given, dB_sum)
             dx_sums.append(_fold(g * part.column(part.B, step)))
             through = part.decayed(step, rate, g)
-            change = through * before
+            change = part.linked(step, through * before)
             decay_sums.append(_fold(change * modes))
             dA_sum = dA_sum + change * part.row(part.dt, step)
             h = before
@@ -265,9 +267,12 @@ class _Tile(NamedTuple):
         return columns[:, step : step + 1]
 
     def decayed(self, step, rate, h):
-        h = jnp.exp2(self.row(self.dt, step) * rate) * h
+        return self.linked(step, jnp.exp2(self.row(self.dt, step) * rate) * h)
+
+    def linked(self, step, h):
+        """h, or 0 where a reset cuts the link into a step."""
         for keep in self.keep:
-            h = h * self.column(keep, step)
+            h = jnp.where(self.column(keep, step) > 0, h, 0)
         return h
 
     def next(self, step, rate, h):

@@ -15,8 +15,10 @@ left of them, one partial sum per program, is added by XLA.
 import math
 
 import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.compat import triton_call
 from kernels.linear_scan import triton as linear
@@ -39,7 +41,8 @@ def selective_scan(u, dt, A, B, C, state, into):
 
 
 def _selective_scan_forward(u, dt, A, B, C, state, into):
-    y, final, starts = _run(u, dt, A, B, C, state, into, save=True)
+    kept = _run(u, dt, A, B, C, state, into, save=True)
+    y, final, starts = checkpoint_name(kept, "selective_scan")
     return (y, final), (u, dt, A, B, C, into, starts)
 
 
@@ -164,7 +167,11 @@ def _joined(
         REVERSE=reverse,
         **constants,
     )
-    (states,), _ = linear.forward((decays,), (ends,), (state,), None, reverse)
+    if keep is not None:
+        whole = jnp.pad(keep, ((0, 0), (0, -length % segment)), constant_values=1)
+        whole = whole.reshape(batch, segments, segment).all(2)
+        keep = whole[:, 1:] if reverse else whole[:, :-1]
+    (states,), _ = linear.forward((decays,), (ends,), (state,), keep, reverse)
     return states
 
 
@@ -184,6 +191,33 @@ def _combine_before(a, x, s, p, b, y, t, q):
 
 
 @triton.jit
+def _passed(decay, x, KEEP: tl.constexpr):
+    """decay x, or 0 where a reset cuts it. There the decay, else >= 0, is -1: 0 times
+    what is not finite would be NaN."""
+    return tl.where(decay < 0, 0.0, decay * x) if KEEP else decay * x
+
+
+@triton.jit
+def _product(a, b):
+    return tl.where(tl.minimum(a, b) < 0, -1.0, a * b)
+
+
+@triton.jit
+def _combine_kept(a, x, b, y):
+    return _product(a, b), _passed(b, x, True) + y
+
+
+@triton.jit
+def _combine_before_kept(a, x, s, p, b, y, t, q):
+    return (
+        _product(a, b),
+        _passed(b, x, True) + y,
+        _passed(q, x, True) + t,
+        _product(q, a),
+    )
+
+
+@triton.jit
 def _rows(x, row, count, steps, here, columns, real, dtype: tl.constexpr):
     """x[row + steps, columns] of x [*, count]; 0 where not here or not real."""
     at = row * count + steps[:, None] * count + columns[None, :]
@@ -195,16 +229,19 @@ def _decay(dt, rate, keep, row, steps, here, KEEP: tl.constexpr):
     decay = tl.exp2(dt[:, None, :] * rate[None])
     if KEEP:
         kept = tl.load(keep + row + steps, mask=here, other=1.0)
-        decay *= kept[:, None, None]
+        decay = tl.where(kept[:, None, None] > 0, decay, -1.0)
     return decay
 
 
 @triton.jit
-def _states(decay, given, h, steps):
+def _states(decay, given, h, steps, KEEP: tl.constexpr):
     """The states of a tile; h, the one before it, enters with the first step."""
     first = (steps == 0)[:, None, None]
-    given = tl.where(first, decay * h[None] + given, given)
-    _, states = tl.associative_scan((decay, given), 0, _combine)
+    given = tl.where(first, _passed(decay, h[None], KEEP) + given, given)
+    if KEEP:
+        _, states = tl.associative_scan((decay, given), 0, _combine_kept)
+    else:
+        _, states = tl.associative_scan((decay, given), 0, _combine)
     return states
 
 
@@ -267,16 +304,16 @@ def _summary(
         ws = _rows(weights, row, N, offset, here, n, known, dtype)
         decay = _decay(dts, rates, keep, row, offset, here, KEEP)
         if REVERSE:
-            given = decay * (xs[:, None, :] * ws[:, :, None])
+            given = _passed(decay, xs[:, None, :] * ws[:, :, None], KEEP)
         else:
             given = (dts * xs)[:, None, :] * ws[:, :, None]
-        h = _step(_states(decay, given, h, steps), TILE - 1, steps)
+        h = _step(_states(decay, given, h, steps, KEEP), TILE - 1, steps)
         time += dts
         if KEEP:
             whole *= tl.load(keep + row + offset, mask=here, other=1.0)
     total = tl.exp2(rates * tl.sum(time, 0)[None, :])
     if KEEP:
-        total *= tl.min(whole, 0)
+        total = tl.where(tl.min(whole, 0) > 0, total, 0.0)
     at = (b * tl.num_programs(1) + tl.program_id(1)) * N * channels + place
     tl.store(ends + at, h, mask=inside)
     tl.store(decays + at, total, mask=inside)
@@ -322,7 +359,7 @@ def _forward(
         Cs = _rows(C, row, N, steps, here, n, known, dtype)
         decay = _decay(dts, rates, keep, row, steps, here, KEEP)
         given = (dts * us)[:, None, :] * Bs[:, :, None]
-        states = _states(decay, given, h, steps)
+        states = _states(decay, given, h, steps, KEEP)
         ys = tl.sum(states * Cs[:, :, None], 1)
         at = row * channels + steps[:, None] * channels + d[None, :]
         mask = here[:, None] & real[None, :]
@@ -393,7 +430,7 @@ def _backward(
                 Bs = _rows(B, line, N, steps, on, n, known, dtype)
                 decay = _decay(dts, rates, keep, line, steps, on, KEEP)
                 given = (dts * us)[:, None, :] * Bs[:, :, None]
-                h = _step(_states(decay, given, h, steps), TILE - 1, steps)
+                h = _step(_states(decay, given, h, steps, KEEP), TILE - 1, steps)
             dts = _rows(dt, row, channels, steps, here, d, real, dtype)
             us = _rows(u, row, channels, steps, here, d, real, dtype)
             dys = _rows(dy, row, channels, steps, here, d, real, dtype)
@@ -402,7 +439,7 @@ def _backward(
             decay = _decay(dts, rates, keep, row, steps, here, KEEP)
             xs = dts * us
             given = xs[:, None, :] * Bs[:, :, None]
-            states = _states(decay, given, h, steps)
+            states = _states(decay, given, h, steps, KEEP)
             sum_C += states * dys[:, None, :]
             passed = states - given
 
@@ -411,9 +448,14 @@ def _backward(
             c = tl.where((steps == TILE - 1)[:, None, None], c + q[None], c)
             decay, c = _flipped(decay), _flipped(c)
             one = tl.full(c.shape, 1.0, dtype)
-            _, qs, g, _ = tl.associative_scan(
-                (decay, decay * c, c, one), 0, _combine_before
-            )
+            if KEEP:
+                _, qs, g, _ = tl.associative_scan(
+                    (decay, _passed(decay, c, KEEP), c, one), 0, _combine_before_kept
+                )
+            else:
+                _, qs, g, _ = tl.associative_scan(
+                    (decay, decay * c, c, one), 0, _combine_before
+                )
             tl.store(carry + own + place, _step(qs, TILE - 1, steps), mask=inside)
             g = _flipped(g)
             passed *= g

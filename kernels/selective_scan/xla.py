@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # States in memory at once: L / CHUNK between chunks and CHUNK inside one. 16 to 64 are
 # equally fast, and 32 is the least memory at L = 1024.
@@ -34,7 +35,7 @@ def selective_scan(u, dt, A, B, C, state, into):
     u, dt, B, C, into = jax.tree.map(
         lambda x: _lengthened(x, count * size - length), (u, dt, B, C, into)
     )
-    keep = None if into is None else (~into).astype(state.dtype)
+    keep = None if into is None else ~into
     y, final = _scan(size, u, dt, A.T, B, C, state.swapaxes(1, 2), keep)
     return y[:, :length], final.swapaxes(1, 2)
 
@@ -67,6 +68,8 @@ def _forward(size, u, dt, A, B, C, state, keep):
     entering = jnp.zeros((count, *state.shape), state.dtype)
     carry = (state, jnp.zeros_like(u), entering)
     final, y, entering = jax.lax.fori_loop(0, count, chunk, carry)
+    # A policy of `jax.checkpoint` that keeps this name spares a second forward pass.
+    y, final, entering = checkpoint_name((y, final, entering), "selective_scan")
     return (y, final), (u, dt, A, B, C, keep, entering)
 
 
@@ -92,8 +95,9 @@ def _backward(size, saved, gradients):
             t = c * size + i
             x, step = _row(u, t), _row(dt, t)
             g = g + _row(dy, t)[:, None] * _row(C, t)[..., None]
-            through = g * _decay(step, t, A, keep)
-            rate = through * _row(before, i, axis=0)  # the gradient of dt A
+            through = _kept(keep, t, g * jnp.exp(step[:, None] * A))
+            # the gradient of dt A
+            rate = _kept(keep, t, through * _row(before, i, axis=0))
             given = _over_modes(_row(B, t), g)
             slope = _over_modes(jnp.ones(rate.shape[:2], rate.dtype), rate * A)
             du = _put(du, given * step, t)
@@ -121,12 +125,14 @@ def _next(h, t, u, dt, A, B, keep):
     """The state after step t."""
     step = _row(dt, t)
     given = (step * _row(u, t))[:, None] * _row(B, t)[..., None]
-    return _decay(step, t, A, keep) * h + given
+    return _kept(keep, t, jnp.exp(step[:, None] * A) * h) + given
 
 
-def _decay(step, t, A, keep):
-    decay = jnp.exp(step[:, None] * A)
-    return decay if keep is None else decay * _row(keep, t)[:, None, None]
+def _kept(keep, t, passed):
+    """What passes the link into step t: chosen, because 0 times NaN is NaN."""
+    if keep is None:
+        return passed
+    return jnp.where(_row(keep, t)[:, None, None], passed, 0)
 
 
 def _over_modes(weight, states):

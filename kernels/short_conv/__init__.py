@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, segments
+from kernels import checks, dispatch, dtypes, segments
 from kernels.short_conv import reference, xla
 
 BACKENDS = {
@@ -50,6 +50,8 @@ def short_conv(
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     op = "short_conv"
+    checks.arrays(op, u=u, w=w)
+    checks.arrays_or_none(op, bias=bias, initial_state=initial_state, reset=reset)
     checks.floating(op, real=True, u=u, w=w, bias=bias, initial_state=initial_state)
     checks.sequence(op, "u", u, "[B, L, H]", ndim=3)
     batch, _, channels = u.shape
@@ -62,7 +64,7 @@ def short_conv(
     checks.shape(op, "initial_state", initial_state, tail, "[B, W-1, H]")
     checks.reset(op, reset, u)
     module = dispatch.pick(op, BACKENDS, backend, u, w)
-    dtype = jnp.promote_types(u.dtype, jnp.float32)
+    dtype = dtypes.state(u, w, bias, initial_state)
     if initial_state is None:
         initial_state = jnp.zeros(tail, dtype)
     into, out = (None, None) if reset is None else segments.links(reset, reverse)

@@ -29,13 +29,15 @@ def vandermonde(
     Returns:
         K: [*E, *H, length] real, float32 or wider.
 
-    Differentiable in c and log_z. The phases l Im(log_z) stay accurate at any length.
+    Reverse-mode differentiable in c and log_z. The phases l Im(log_z) stay accurate at
+    any length.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     op = "vandermonde"
-    checks.positive(op, "length", length)
+    checks.arrays(op, c=c, log_z=log_z)
+    length = checks.positive(op, "length", length)
     checks.floating(op, c=c, log_z=log_z)
     nodes.check(op, "c", c, "[*E, *H, N]", "log_z", log_z)
     nodes.check_count(op, "c", c, "log_z", log_z)
@@ -62,17 +64,16 @@ def vandermonde_transpose(
         s: [*B, *H, N], float32 or wider, complex if log_z is. Real u: its linear
             transpose, K -> c, of `vandermonde` is conj(s).
 
-    Differentiable in u and log_z.
+    Reverse-mode differentiable in u and log_z.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     op = "vandermonde_transpose"
+    checks.arrays(op, u=u, log_z=log_z)
     checks.floating(op, log_z=log_z)
     checks.floating(op, real=True, u=u)
     nodes.check(op, "u", u, "[*B, *H, L]", "log_z", log_z)
-    if u.shape[-1] < 1:
-        raise ValueError(f"{op}: u must have length L >= 1, got shape {u.shape}")
     module = dispatch.pick(op, BACKENDS, backend, u, log_z)
     u, log_z = nodes.promote(u, log_z)
     if module is reference:
