@@ -105,7 +105,7 @@ def read(path: Path) -> dict:
                 raise ValueError(f"sources has no {row['op']}")
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("an entry of results is no text")
-    except (ValueError, TypeError, LookupError, OSError) as error:
+    except (ValueError, TypeError, LookupError, OSError, RecursionError) as error:
         raise ValueError(
             f"{path} is no certificate of python -m kernels.check "
             f"({type(error).__name__}: {error})"
