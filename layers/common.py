@@ -106,7 +106,10 @@ def begin(layer, x, state, sequence):
         raise ValueError(f"x: must be [B, L, {layer.features}], got {x.shape}")
     if state is not None:
         if getattr(layer, "bidirectional", False):
-            no_state(type(layer).__name__, state)
+            raise ValueError(
+                f"state: a bidirectional {type(layer).__name__} has none; pass None or "
+                "set bidirectional=False"
+            )
         check_state(state, jax.eval_shape(lambda: layer.init_state(x.shape[0])))
     return sequence
 
@@ -130,8 +133,8 @@ def wide_complex(dtype):
 
 
 def check_state(state, expected):
-    """Raises a `ValueError` naming `state` unless it is None or has the structure,
-    shapes of `expected` (what `init_state` returns for this batch)."""
+    """Raises a `ValueError` naming `state` unless it is None or has the structure and
+    shapes of `expected`, what `init_state` returns for this batch."""
     if state is None:
         return
     found = jax.tree.map(jnp.shape, state)
@@ -139,15 +142,6 @@ def check_state(state, expected):
     if found != wanted:
         raise ValueError(
             f"state: must be None or what init_state gives, {wanted}, got {found}"
-        )
-
-
-def no_state(layer, state):
-    """A bidirectional layer reads the future, so it has no state to be given."""
-    if state is not None:
-        raise ValueError(
-            f"state: a bidirectional {layer} has none; pass None or set "
-            "bidirectional=False"
         )
 
 

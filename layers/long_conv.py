@@ -14,7 +14,6 @@ from layers.common import (
     logical,
     long_conv,
     no_initial_state,
-    no_state,
     once,
     past_inputs,
     regular,
@@ -67,8 +66,6 @@ class LongConv(nn.Module):
         wrong shape, a call longer than `length`, a dt, or a state given to a
         bidirectional layer.
         """
-        if self.bidirectional:
-            no_state("LongConv", state)
         sequence = begin(self, x, state, sequence)
         regular(self, sequence)
         within_length(self, x)

@@ -12,7 +12,6 @@ from layers.common import (
     logical,
     long_conv,
     no_initial_state,
-    no_state,
     once,
     past_inputs,
     regular,
@@ -66,8 +65,6 @@ class SGConv(nn.Module):
         given to a bidirectional layer.
         """
         del train
-        if self.bidirectional:
-            no_state("SGConv", state)
         sequence = begin(self, x, state, sequence)
         regular(self, sequence)
         within_length(self, x)

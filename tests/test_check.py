@@ -297,6 +297,7 @@ def test_what_was_not_run_here_excludes_nothing(how, failed):
         "",
         "[]",
         "not json",
+        pytest.param("[" * 200_000, id="nested without end"),
         '{"format": 1}',
         '{"format": 2, "device": {}, "versions": {}, "sources": {}, "results": []}',
         '{"format": 1, "device": [], "versions": {}, "sources": {}, "results": []}',

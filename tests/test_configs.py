@@ -38,7 +38,13 @@ def flag_values(spec, *overrides):
     return values.config
 
 
-LISTOPS = [f"lra:listops,layer={layer}" for layer in LAYERS]
+LISTOPS = [
+    pytest.param(
+        f"lra:listops,layer={layer}",
+        marks=[] if layer in ("s4", "s5", "mamba") else [pytest.mark.slow],
+    )
+    for layer in LAYERS
+]
 LISTOPS += [f"lra:listops,layer={layer},scale=paper" for layer in ("s4d", "s5")]
 IMAGES = [
     f"pixels:{task},layer={layer},scale={scale}"
@@ -140,8 +146,9 @@ UNDECAYED |= {f"{of}_factor_{i}" for of in "uk" for i in range(3)}
 ORDINARY = {"kernel", "recurrent_kernel", "embedding", "C", "r_kernel", "i_kernel"}
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize(
+    ("layer", "norm"), [("s4d", "batch"), *((layer, "layer") for layer in LAYERS)]
+)
 def test_every_parameter_is_in_the_group_meant_for_it(layer, norm):
     config = common.base()
     config.model.update(layer=layer, features=8, depth=1, norm=norm)

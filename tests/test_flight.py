@@ -1,5 +1,6 @@
 """The flight recorder: what it shows, and that it names what broke first."""
 
+import functools
 import re
 
 import jax
@@ -13,15 +14,17 @@ from configs import common
 from layers.build import build
 from train import flight, loop, losses, sharding, state
 
+HYBRID = "mamba+attention"
 SPEC = {"loss": "token", "outputs": 5}
 
 
-def parts(layer="mamba+attention", depth=3, **changes):
+@functools.cache
+def parts(layer=HYBRID, depth=3):
     """A probe, a state and a batch of a small model of tokens."""
     config = common.base()
     common.set_layer(config, layer)
     config.model.update(features=8, depth=depth, encoder="token", head="token")
-    config.model.update(vocab_size=5, outputs=5, length=6, **changes)
+    config.model.update(vocab_size=5, outputs=5, length=6)
     model = build(config.model)
     tokens = np.arange(12).reshape(2, 6) % 5
     batch = {"inputs": tokens, "targets": tokens, "mask": np.ones((2, 6), bool)}
@@ -46,7 +49,7 @@ def test_every_block_of_a_pattern_shows_itself():
 
 
 def test_masked_tokens_do_not_show():
-    probe, made, batch = parts("mamba", 1)
+    probe, made, batch = parts()
     part = {k: jnp.asarray(v[:, :3]) for k, v in batch.items()}
     masked = dict(batch, mask=jnp.arange(6) < 3 * jnp.ones((2, 1), bool))
     whole, short = (flight.quantities(probe(made, b).record) for b in (masked, part))
@@ -75,7 +78,7 @@ def broken(made, name, value):
     ],
 )
 def test_the_first_that_broke_is_named(name, value, message):
-    probe, made, batch = parts(depth=2)
+    probe, made, batch = parts()
     said = flight.first_bad(probe(broken(made, name, value), batch))
     assert not said if not message else re.match(message, said)
 

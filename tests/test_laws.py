@@ -22,7 +22,7 @@ def examined(name, only):
 
 # One of each way to compute; the others take minutes to compile.
 QUICK = ("s4d bidirectional", "s5", "mamba", "attention")
-QUICK_GRADIENTS = ("s4d",)
+QUICK_GRADIENTS = ("lru",)
 
 WITHOUT_TIME = {"gru", "lstm", "delta_net", "attention"}
 WITHOUT_TIME |= {"long_conv", "flash_butterfly", "sg_conv", "hyena", "h3"}

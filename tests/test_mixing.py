@@ -11,7 +11,7 @@ from layers import LAYERS, laws, materialize
 
 L = 7
 CASES = [name for name in laws.CASES if name.split()[0] not in ("gru", "lstm")]
-QUICK = ("s4d", "s5", "mamba", "gated_delta_net", "attention window", "long_conv")
+QUICK = ("s5", "mamba", "attention window")
 
 
 def made(layer):

@@ -10,7 +10,7 @@ import pytest
 from configs import common
 from layers import LAYERS, build, precision, rounding
 
-QUICK = ("s4d", "mamba")
+QUICK = ("mamba",)
 
 
 def model_of(layer, **changes):
