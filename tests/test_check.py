@@ -413,6 +413,7 @@ def triton():
         pytest.skip("triton is not installed")
 
 
+@pytest.mark.slow
 def test_what_other_devices_run_is_tried_too(triton, tmp_path, capsys):
     """The reduced check: Pallas interpreted and lowered, Triton interpreted in its own
     process and compiled."""

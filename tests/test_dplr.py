@@ -140,6 +140,7 @@ def test_no_time_no_change():
     np.testing.assert_array_equal(found, state)
 
 
+@pytest.mark.slow
 def test_without_low_rank_it_is_the_bilinear_diagonal_system():
     system, _, V = systems("legs", 1)
     plain = system._replace(P=system.P[:0])

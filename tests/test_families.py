@@ -287,6 +287,7 @@ def test_gated_delta_net_without_decay_is_delta_net():
     assert_close(mixed(gated, variables, X), mixed(plain, {"params": kept}, X))
 
 
+@pytest.mark.slow
 def test_delta_rule_with_orthogonal_keys_only_adds():
     k = jnp.eye(8)[None, :, None]
     q, v = jax.random.normal(jax.random.key(0), (2, 1, 8, 1, 8))
@@ -323,6 +324,7 @@ def test_mamba2_with_constant_step_is_lightning_attention():
     assert_close(mixed(layer, variables, X), expected)
 
 
+@pytest.mark.slow
 def test_rg_lru_with_open_gates_is_a_normalised_diagonal_recurrence():
     layer = LAYERS["rg_lru"](H)
     variables = made(layer)
@@ -337,6 +339,7 @@ def test_rg_lru_with_open_gates_is_a_normalised_diagonal_recurrence():
     assert_close(mixed(layer, variables, X), expected)
 
 
+@pytest.mark.slow
 def test_retention_without_turning_is_linear_attention_with_fixed_decays():
     layer = LAYERS["retention"](H, heads=2, base=1e30)
     variables = made(layer)

@@ -91,6 +91,7 @@ def jitted(inputs, **static):
     return jax.jit(lambda x: chunked_scan(**x, **static))(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["scalar", "vector delta"])
 def test_chunk_size_is_free(form, monkeypatch):
     with jax.enable_x64(True):

@@ -308,6 +308,7 @@ CAUSAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -450,6 +451,7 @@ def test_hyena_with_gates_of_one_and_a_delta_filter_only_scales():
     assert_close(applied(layer)(variables, x)[0], x * jnp.float32(scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["long_conv", "sg_conv", "hyena"])
 def test_prepared_variables_hold_the_filter(name):
     layer = CAUSAL[name]

@@ -324,6 +324,7 @@ def test_a_full_disk_noticed_on_leaving(tmp_path):
         leave(KeyError())
 
 
+@pytest.mark.slow
 def test_a_short_run_is_traced_too(tmp_path):
     loop.run(tiny_run.config(steps=1), tmp_path, profile=True)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -143,7 +143,7 @@ def test_remat_changes_nothing_but_memory():
 
 
 @pytest.mark.parametrize("gate", ["gelu", "glu", "full_glu", "half_glu1", "half_glu2"])
-@pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize("prenorm", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_gate_and_norm_position_builds(gate, prenorm):
     model, variables, x = made(gate=gate, prenorm=prenorm, norm="rms", depth=1)
     assert bool(jnp.isfinite(applied(model)(variables, x)[0]).all())

@@ -153,6 +153,7 @@ def test_mixed_equals_a_loop(reverse, L):
     assert_close(found, (jnp.stack(expected, 1), x))
 
 
+@pytest.mark.slow
 def test_mixed_gradients_do_not_depend_on_the_chunk():
     log_a, into, out, u, state = mixed_case(50)
     elapsed = jnp.asarray(

@@ -409,6 +409,7 @@ def test_regressed_values_are_shown():
     assert "1 \N{RIGHTWARDS ARROW} 1" in one
 
 
+@pytest.mark.slow
 def test_figures_of_long_sequences_and_deep_stacks_stay_small():
     rng = np.random.default_rng(0)
     L, n = 4096, 20_000

@@ -42,6 +42,7 @@ def test_a_call_longer_than_length_equals_stepping(measure, length):
     assert error(y, jax.jit(lambda x: stepped(layer, variables, x))(x)) < CLOSE
 
 
+@pytest.mark.slow
 def test_the_first_taps_do_not_depend_on_length():
     """C~ is trained at `length`; the filter it stands for is that of C."""
     x = inputs(20)
@@ -135,6 +136,7 @@ def test_half_the_sampling_rate_is_exact_for_a_held_input(make):
     assert error(y_coarse, y_fine[:, 1::2]) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

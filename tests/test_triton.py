@@ -162,8 +162,8 @@ def selective(rng, length, channels, modes, batch=2):
 
 def selective_cases(full):
     # tiles are of 16 and 8 steps, blocks of 8 channels or more, segments of 16 steps
-    more = [(7, 20, 4), (1, 3, 3)]
-    everywhere = [(40, 3, 1), (19, 3, 2), (20, 3, 17), (50, 70, 4, 1)]
+    more = [(7, 20, 4)]
+    everywhere = [(1, 3, 3), (40, 3, 1), (19, 3, 2), (20, 3, 17), (50, 70, 4, 1)]
     return switched(selective, full, (24, 9, 3), *more, *(everywhere if full else ()))
 
 
