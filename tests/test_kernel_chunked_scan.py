@@ -75,6 +75,7 @@ def test_plainer_forms_at_all_lengths(form, dtype, length):
     compare(inputs_for(form, length), dtype)
 
 
+@pytest.mark.slow
 @product(options=OPTIONS, form=FORMS[:2])
 def test_options_over_several_chunks(options, form):
     compare(inputs_for(form, 70, options), "float64", options)

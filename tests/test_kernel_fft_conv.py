@@ -202,6 +202,7 @@ def test_segments_do_not_reach_each_other(poison):
     assert inside.any() and (y[~inside] == clean[~inside]).all()
 
 
+@pytest.mark.slow
 @product(
     taps_sizes=[(200, 4, 16, 3), (30, 2, 2, 5), (7, 8, 8, 2), (200, 2, 4, 2)],
     backend=["xla", "monarch"],
@@ -396,6 +397,7 @@ def butterfly_inputs(length, sizes, options, taps=None, channels=3):
     return made
 
 
+@pytest.mark.slow
 @product(
     dtype=["float64", "float32", "bfloat16"],
     sizes=[(6, 4, 2), (4, 2, 3, 2)],

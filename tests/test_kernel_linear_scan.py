@@ -298,6 +298,7 @@ def test_contracted_scan_in_other_dtypes(dtype, options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("options", [set(), {"reset"}, {"dt", "reset"}])
 def test_two_contracted_calls_compose(options, reverse):

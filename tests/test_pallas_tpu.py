@@ -194,6 +194,7 @@ def test_default_on_a_tpu_and_what_it_refuses(name):
                 default(large, backend="pallas_tpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("length", [40, 150])  # one block, and rows of blocks
 def test_long_convolution(length, dtype, monkeypatch):

@@ -186,6 +186,7 @@ def test_halving_the_rate_with_doubled_dt_is_exact_for_zoh():
     assert_close(double, recurrence.scan(coarse, u)[0])
 
 
+@pytest.mark.slow
 def test_compaction_equals_elapsed_zero():
     """The two treatments of a mask agree: convolution of compacted, scan of gaps."""
     rng = np.random.default_rng(8)

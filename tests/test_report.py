@@ -151,6 +151,7 @@ def test_the_command_of_a_report_starts_the_same_run(digits, tmp_path, monkeypat
     assert again.results["test"] == workdir.read(digits).results["test"]
 
 
+@pytest.mark.slow
 def test_a_report_of_tokens_without_eigenvalues(tokens):
     page = read(report.write(tokens, step=2))
     assert page.sections() == [name for name in EVERY if name != "spectra"]
@@ -158,6 +159,7 @@ def test_a_report_of_tokens_without_eigenvalues(tokens):
     assert len(re.findall("target  ", page.text["answers"])) == 3
 
 
+@pytest.mark.slow
 def test_a_report_of_a_regression(regression):
     page = read(report.write(regression))
     assert page.sections() == [name for name in EVERY if name != "spectra"]

@@ -55,6 +55,7 @@ def test_the_first_taps_do_not_depend_on_length():
     assert error(*y) < CLOSE
 
 
+@pytest.mark.slow
 def test_without_low_rank_it_is_s4d():
     """P = 0 and the bilinear rule: C from C~, the eigenvalues and B of S4."""
     x = inputs(24)
@@ -89,6 +90,7 @@ def test_dss_exp_is_s4d_without_the_other_half():
     assert error(y, expected) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [-0.5, 0.0, 3.0])
 def test_dss_softmax_is_a_softmax(real):
     """K = Re sum_n C_n / lam_n softmax_l(a_n l), for decaying, neutral and growing
