@@ -128,7 +128,8 @@ def gradients(q, k, v, d_out, g, states, d_states, segment):
         ),
         num_warps=8,
         **constants(k, v, segment),
-        TILE=min(32 if k.dtype == jnp.bfloat16 else 16, fitting(width)),
+        # More values at a time would spill registers.
+        TILE=min(32 if k.dtype == jnp.bfloat16 and modes <= 64 else 16, fitting(width)),
     )
 
     def of_group(x, like):
