@@ -28,10 +28,14 @@ POLICIES = {
 
 
 def get(name):
-    """The policy called `name`; a `ValueError` lists the valid names."""
+    """The policy called `name`; a `ValueError` lists the valid names, and refuses one
+    that JAX would quietly narrow."""
     if name not in POLICIES:
         raise ValueError(f"dtype: unknown {name!r}; may be {sorted(POLICIES)}")
-    return POLICIES[name]
+    policy = POLICIES[name]
+    if jax.dtypes.canonicalize_dtype(policy.compute) != policy.compute:
+        raise ValueError(f"dtype: {name!r} needs jax.enable_x64(True) around the call")
+    return policy
 
 
 def cast(variables, policy):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.common import wide
+from ssm import sequence as seq
 
 RECORD = "record"  # the collection of the flight recorder
 SATURATED = 0.01  # a gate below this, or above 1 - this, hardly passes a gradient
@@ -41,7 +42,7 @@ def _summary(name, value, sequence):
         yield "dt_min", jnp.min(_existing(value, sequence, jnp.inf))
         yield "dt_max", jnp.max(_existing(value, sequence, -jnp.inf))
     elif name == "log_decay":
-        total = jnp.sum(_existing(value, sequence, 0.0), axis=1)
+        total = jnp.sum(seq.zero_masked(value, sequence), axis=1)
         yield "log_decay_min", jnp.min(total)
         yield "log_decay_max", jnp.max(total)
     elif name == "gate":
@@ -64,4 +65,4 @@ def _mean(value, sequence):
     if sequence.mask is None:
         return jnp.mean(value)
     share = jnp.mean(sequence.mask.astype(value.dtype))
-    return jnp.mean(_existing(value, sequence, 0.0)) / jnp.maximum(share, 1e-9)
+    return jnp.mean(seq.zero_masked(value, sequence)) / jnp.maximum(share, 1e-9)

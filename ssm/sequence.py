@@ -202,9 +202,6 @@ def begun(before, sequence, shape):
         after = before | sequence.mask[:, 0]
     if sequence.reset is not None:
         started = started & ~sequence.reset
-        if sequence.mask is None:
-            pending = False
-        else:
-            pending = jnp.any(sequence.reset & ~sequence.mask, axis=1)
-        after = after & ~pending
+        if sequence.mask is not None:
+            after = after & ~jnp.any(sequence.reset & ~sequence.mask, axis=1)
     return started, after

@@ -9,6 +9,7 @@ import pytest
 
 from configs import common
 from layers import LAYERS, build, precision, rounding
+from layers.common import wide
 
 QUICK = ("mamba",)
 
@@ -60,6 +61,16 @@ def test_a_policy_is_found_by_name():
         precision.get("float16")
     with pytest.raises(ValueError, match="dtype: unknown 'half'; may be"):
         model_of("s4d", dtype="half")
+    with pytest.raises(ValueError, match="dtype: 'float64' needs jax"):
+        model_of("s4d", dtype="float64")
+    with jax.enable_x64(True):
+        assert precision.get("float64").compute == jnp.float64
+
+
+@pytest.mark.parametrize("policy", precision.POLICIES.values())
+def test_layers_take_the_state_of_a_policy_from_its_compute(policy):
+    with jax.enable_x64(True):
+        assert wide(policy.compute) == policy.state
 
 
 def test_command_writes_the_table(tmp_path, capsys):
