@@ -501,6 +501,17 @@ def test_compiles_without_spilling(call, shapes):
         assert made["spilled_bytes"] == 0, (kernel_call.kernel.__name__, made)
 
 
+@pytest.mark.slow
+def test_chunked_scan_compiles_with_resets_in_float32():
+    """Rows of a tile are chosen, which flags in registers cannot do there; a few
+    registers are spilled."""
+    shape = (2, 1000, 4)
+    shapes = {name: ((*shape, 64), jnp.float32) for name in "qkv"}
+    shapes |= {"log_decay": (shape, jnp.float32), "reset": (shape[:2], bool)}
+    for kernel_call in calls(chunked_scan, shapes):
+        assert compat.compiled(kernel_call)["registers"] <= 255
+
+
 def calls(call, shapes):
     """The different calls of Triton kernels that both passes make."""
     static = {name: x for name, x in shapes.items() if isinstance(x, int)}

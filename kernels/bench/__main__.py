@@ -299,8 +299,8 @@ def _parser():
     )
     shown = "of the sweep, such as 1024,65536; none leaves it out"
     add("--lengths", metavar="L,L,...", help=shown)
-    shown = "no longer sequences for a form that took longer (10)"
-    add("--limit", type=float, default=10, metavar="SECONDS", help=shown)
+    shown = "no longer sequences for a form that took longer (2)"
+    add("--limit", type=float, default=2, metavar="SECONDS", help=shown)
     add("--out", type=Path, metavar="FILE.json", help="figures, and FILE.png beside")
     add("--repeats", type=int, default=7, metavar="N", help="of every timing (7)")
     add("--small", action="store_true", help="small sizes, no sweep")

@@ -293,13 +293,24 @@ def _outputs_kernel(
 @triton.jit
 def linked(weight, x, SEGMENTS: tl.constexpr):
     """weight x, or 0 where the weight is -1: 0 times what is not finite is NaN."""
-    return tl.where(weight < 0, 0.0, weight * x) if SEGMENTS else weight * x
+    return reached(weight, weight * x, SEGMENTS)
 
 
 @triton.jit
 def reached(weight, x, SEGMENTS: tl.constexpr):
     """x, or 0 where the weight is -1."""
-    return tl.where(weight < 0, 0.0, x) if SEGMENTS else x
+    if SEGMENTS:
+        # By bits: flags that are spread over the columns of a tile cannot change their
+        # layout, so that a choice by them does not compile.
+        keep = tl.where(weight < 0, 0, -1)
+        if x.dtype.primitive_bitwidth == 16:
+            bits = x.to(tl.int16, bitcast=True) & keep.to(tl.int16)
+        elif x.dtype.primitive_bitwidth == 32:
+            bits = x.to(tl.int32, bitcast=True) & keep
+        else:
+            bits = x.to(tl.int64, bitcast=True) & keep.to(tl.int64)
+        x = bits.to(x.dtype, bitcast=True)
+    return x
 
 
 @triton.jit
