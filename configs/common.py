@@ -138,6 +138,21 @@ LAYER_ARGS = {
     ),
     "lstm": dict(),
     "gru": dict(),
+    # over frames
+    "conv_s5": dict(
+        state_size=64,
+        blocks=1,
+        input_kernel=3,
+        output_kernel=3,
+        skip_kernel=3,
+        output="resnet",  # linear, standard, diag_resnet, half_glu
+        clip_eigs=True,
+        dt_min=1e-3,
+        dt_max=1e-1,
+    ),
+    "conv_lstm": dict(kernel_size=3),
+    "frame_attention": dict(heads=4),
+    "full_frame_attention": dict(heads=4),
 }
 
 
@@ -157,6 +172,8 @@ def base() -> ConfigDict:
                 vocab_size=0,
                 length=0,
                 outputs=0,
+                grid="",  # of images: separable, axis_sum, cross; see layers.grid
+                patch=1,  # pixels along each axis of a grid that become one place
                 head="mean",  # mean, last, token, retrieval
                 norm="layer",  # layer, batch, rms
                 prenorm=True,

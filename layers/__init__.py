@@ -3,18 +3,23 @@
     y, state = mixer.apply(variables, x, state=None, sequence=None, train=False)
     state    = mixer.init_state(batch_size)
 
-x and y are [B, L, H]; the state goes in and comes out, so L = 1 is decoding and a long
-call is a prefill. `sequence` is a `ssm.Sequence` with mask, reset and dt.
+x and y are [B, L, H], or frames [B, L, h, w, H]; the state goes in and comes out, so
+L = 1 is decoding and a long call is a prefill. `sequence` is a `ssm.Sequence` with
+mask, reset and dt.
 """
 
 from layers.attention import Attention
-from layers.build import LAYERS, build, get
+from layers.build import FRAME_LAYERS, LAYERS, build, get
 from layers.common import prepare
+from layers.conv_lstm import ConvLSTM
+from layers.conv_s5 import ConvS5
 from layers.delta_net import DeltaNet
 from layers.dss import DSS
 from layers.flash_butterfly import FlashButterfly
+from layers.frame_attention import FrameAttention, FullFrameAttention
 from layers.gated_delta_net import GatedDeltaNet
 from layers.gla import GLA
+from layers.grid import Grid
 from layers.gru import GRU
 from layers.h3 import H3
 from layers.hyena import Hyena
@@ -32,10 +37,13 @@ from layers.s4 import S4
 from layers.s4d import S4D
 from layers.s5 import S5
 from layers.sg_conv import SGConv
+from layers.video import Video
+from layers.vq import VQ
 from ssm.sequence import Sequence
 
 __all__ = [
     "DSS",
+    "FRAME_LAYERS",
     "GLA",
     "GRU",
     "H3",
@@ -46,10 +54,16 @@ __all__ = [
     "S4",
     "S4D",
     "S5",
+    "VQ",
     "Attention",
+    "ConvLSTM",
+    "ConvS5",
     "DeltaNet",
     "FlashButterfly",
+    "FrameAttention",
+    "FullFrameAttention",
     "GatedDeltaNet",
+    "Grid",
     "Hyena",
     "Lightning",
     "LongConv",
@@ -59,6 +73,7 @@ __all__ = [
     "Retention",
     "SGConv",
     "Sequence",
+    "Video",
     "build",
     "get",
     "materialize",

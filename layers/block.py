@@ -107,7 +107,8 @@ class Block(nn.Module):
         norm: one of `NORMS`; prenorm: before the mixer, else after the residual.
         gate: a key of `GATES`.
         mlp: hidden width of the MLP; 0 for none.
-        dropout: rate; tie_dropout: one mask for all tokens of a sequence.
+        dropout: rate; tie_dropout: one mask for all tokens of a sequence, or all places
+            of a grid.
         dtype: of activations.
         norm_momentum: of the running batch statistics.
     """
@@ -129,7 +130,7 @@ class Block(nn.Module):
         mask = None if sequence is None else sequence.mask
 
         def drop(y):
-            axes = (1,) if self.tie_dropout else ()
+            axes = tuple(range(1, y.ndim - 1)) if self.tie_dropout else ()
             return nn.Dropout(self.dropout, axes)(y, deterministic=not train)
 
         def before(norm, x):

@@ -6,12 +6,15 @@ import importlib
 
 import flax.linen as nn
 
-from layers import precision
+from layers import grid, precision
 from layers.attention import Attention
 from layers.block import GATES, NORMS, Block
+from layers.conv_lstm import ConvLSTM
+from layers.conv_s5 import ConvS5
 from layers.delta_net import DeltaNet
 from layers.dss import DSS
 from layers.flash_butterfly import FlashButterfly
+from layers.frame_attention import FrameAttention, FullFrameAttention
 from layers.gated_delta_net import GatedDeltaNet
 from layers.gla import GLA
 from layers.gru import GRU
@@ -31,6 +34,8 @@ from layers.s4d import S4D
 from layers.s5 import S5
 from layers.sg_conv import SGConv
 from layers.stack import Stack
+from layers.video import Video
+from layers.vq import VQ
 
 LAYERS = {
     "s4": S4,
@@ -56,6 +61,14 @@ LAYERS = {
     "gru": GRU,
 }
 
+# Layers over frames [B, L, h, w, U], with a field `size`.
+FRAME_LAYERS = {
+    "conv_s5": ConvS5,
+    "conv_lstm": ConvLSTM,
+    "frame_attention": FrameAttention,
+    "full_frame_attention": FullFrameAttention,
+}
+
 # How the papers place a mixer in its block: the gate behind it, and the hidden width of
 # a gated MLP per feature. What is not here, a user's layer too, is placed as S4 is.
 BLOCKS = {
@@ -70,18 +83,23 @@ BLOCKS = {
     "h3": ("none", 4.0),
     "hyena": ("none", 4.0),
     "attention": ("none", 8 / 3),
+    "conv_s5": ("none", 0.0),
+    "conv_lstm": ("none", 0.0),
+    "frame_attention": ("none", 8 / 3),
+    "full_frame_attention": ("none", 8 / 3),
 }
 S4_BLOCK = ("glu", 0.0)
 
 
 def get(name):
-    """The layer class called `name`: a key of `LAYERS`, or the dotted path of the
-    user's own ("package.module.Class"). `ValueError` lists the names."""
-    if name in LAYERS:
-        return LAYERS[name]
+    """The layer class called `name`: a key of `LAYERS` or `FRAME_LAYERS`, or the dotted
+    path of the user's own ("package.module.Class"). `ValueError` lists the names."""
+    known = LAYERS | FRAME_LAYERS
+    if name in known:
+        return known[name]
     module, _, attribute = name.rpartition(".")
     unknown = ValueError(
-        f"layer: unknown {name!r}; may be {sorted(LAYERS)} or the dotted path of a "
+        f"layer: unknown {name!r}; may be {sorted(known)} or the dotted path of a "
         "Flax module"
     )
     try:
@@ -99,15 +117,26 @@ def get(name):
     return found
 
 
-def build(config) -> Model:
+def build(config) -> Model | Video | VQ:
     """A `Model` from a mapping such as `configs.common.base().model`.
 
     `layer` is a name or a sequence of names, the pattern that `depth` blocks repeat;
     `layer_args` holds fields of the layer (for a pattern: of each, by name). Gate ""
     and mlp -1 are those of the layer's family, see `BLOCKS`. Raises `ValueError` naming
     the key, what it was and what it may be.
+
+    `grid`, a key of `layers.grid.SCHEMES`, goes with the encoder "grid" and makes every
+    layer a `Grid`; `patch` is the encoder's.
+
+    The encoder "video" makes a `Video` of layers over frames, whose fields are
+    `config["video"]`.
+
+    The layer "vq" is a model of its own, the autoencoder `VQ` of frames with `outputs`
+    channels: it has no blocks.
     """
-    _one_of("encoder", config["encoder"], ENCODERS)
+    if config["layer"] == "vq":
+        return _autoencoder(config)
+    _one_of("encoder", config["encoder"], (*ENCODERS, Video.encoder))
     _one_of("head", config["head"], HEADS)
     _one_of("norm", config["norm"], NORMS)
     _one_of("gate", config["gate"], ("", *GATES))
@@ -118,19 +147,24 @@ def build(config) -> Model:
         raise ValueError(
             f"vocab_size: a token encoder needs at least 1, got {config['vocab_size']}"
         )
+    _check_grid(config)
     dtype = precision.get(config["dtype"]).compute
     names, args = config["layer"], dict(config["layer_args"])
     if isinstance(names, str):
         names, args = (names,), {names: args}
     pattern = tuple(_block(name, args.get(name, {}), config, dtype) for name in names)
+    stack = functools.partial(
+        Stack, pattern=pattern, depth=config["depth"], remat=config["remat"]
+    )
+    if config["encoder"] == Video.encoder:
+        return _video(stack, config, dtype)
     return Model(
-        stack=functools.partial(
-            Stack, pattern=pattern, depth=config["depth"], remat=config["remat"]
-        ),
+        stack=stack,
         features=config["features"],
         outputs=config["outputs"],
         encoder=config["encoder"],
         vocab_size=config["vocab_size"],
+        patch=config.get("patch", 1),
         head=config["head"],
         norm=config["norm"] if config["prenorm"] else "",
         dtype=dtype,
@@ -155,22 +189,105 @@ def _block(name, args, config, dtype):
     )
 
 
-def _mixer(name, args, config, dtype):
-    cls = get(name)
+def _video(stack, config, dtype):
+    given = dict(config["video"])
+    depths = tuple(given["depths"])
+    if not depths or min(depths) < 1:
+        raise ValueError(f"video.depths: must be one or more widths, got {depths}")
+    return Video(
+        stack=stack,
+        features=config["features"],
+        size=tuple(given["size"]),
+        channels=given["channels"],
+        depths=depths,
+        vocab_size=config["vocab_size"],
+        actions=given["actions"],
+        action_features=given["action_features"],
+        dtype=dtype,
+    )
+
+
+def _latent_size(config):
+    """(h, w) of the frames between encoder and decoder."""
+    size, depths = tuple(config["video"]["size"]), config["video"]["depths"]
+    factor = 2 ** (len(depths) - 1)
+    if len(size) != 2 or any(n < 1 or n % factor for n in size):
+        raise ValueError(
+            f"video.size: {len(depths)} depths need frames whose height and width are "
+            f"multiples of {factor}, got {size}"
+        )
+    return tuple(n // factor for n in size)
+
+
+def _autoencoder(config):
+    given = dict(config["layer_args"])
+    _fields(VQ, "vq", given, {"channels", "dtype"})
+    if "depths" in given:  # a config read back from its file has lists
+        given["depths"] = tuple(given["depths"])
+    given.setdefault("channels", config["outputs"])
+    given.setdefault("dtype", precision.get(config["dtype"]).compute)
+    return VQ(**given)
+
+
+def _fields(cls, name, given, own):
+    """The fields of a layer; `ValueError` where `given` has others. Those of `own` are
+    not a config's to give."""
     fields = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-    given = dict(args)
     unknown = sorted(set(given) - fields)
     if unknown:
-        valid = sorted(fields - {"features", "dtype"})
         raise ValueError(
-            f"layer_args: {name} has no {unknown}; may be {valid}. A config takes "
-            f"layer and arguments together: configs/FILE.py:...,layer={name}"
+            f"layer_args: {name} has no {unknown}; may be {sorted(fields - own)}. A "
+            "config takes layer and arguments together: "
+            f"configs/FILE.py:...,layer={name}"
+        )
+    return fields
+
+
+def _mixer(name, args, config, dtype):
+    cls, given = get(name), dict(args)
+    fields = _fields(cls, name, given, {"features", "dtype", "size"})
+    if ("size" in fields) != (config["encoder"] == Video.encoder):
+        raise ValueError(
+            f"layer: {name!r} does not fit the encoder {config['encoder']!r}; layers "
+            f"over frames are {sorted(FRAME_LAYERS)}, for configs/video.py, all others "
+            "read tokens"
         )
     given.setdefault("features", config["features"])
     given.setdefault("dtype", dtype)
+    if "size" in fields:
+        given["size"] = _latent_size(config)
     for capacity in {"length", "context"} & fields:
         given.setdefault(capacity, config["length"])
-    return functools.partial(cls, **given)
+    mixer = functools.partial(cls, **given)
+    if not config.get("grid"):
+        return mixer
+    return functools.partial(
+        grid.Grid,
+        mixer=mixer,
+        features=config["features"],
+        scheme=config["grid"],
+        dtype=dtype,
+    )
+
+
+def _check_grid(config):
+    # Runs from before there were grids have neither key.
+    scheme, encoder = config.get("grid", ""), config["encoder"]
+    _one_of("grid", scheme, ("", *grid.SCHEMES))
+    if scheme and encoder != "grid":
+        raise ValueError(
+            f"grid: {scheme!r} needs images and the encoder 'grid', got the encoder "
+            f"{encoder!r}; datasets of images give it with data.layout=image"
+        )
+    if encoder == "grid" and not scheme:
+        raise ValueError(
+            f"grid: the encoder 'grid' needs one of {sorted(grid.SCHEMES)}, got ''"
+        )
+    patch = config.get("patch", 1)
+    if patch < 1 or (patch > 1 and not scheme):
+        raise ValueError(
+            f"patch: must be at least 1, and 1 without a grid, got {patch}"
+        )
 
 
 def _one_of(key, value, valid):

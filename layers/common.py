@@ -101,9 +101,22 @@ def prepare(module, variables, token):
 def begin(layer, x, state, sequence):
     """What every mixer checks first: x [B, L, layer.features], a sequence that fits it
     and a state of the kind that `layer.init_state` gives. Returns the Sequence."""
+    return _begin(layer, x, (layer.features,), state, sequence)
+
+
+def begin_frames(layer, x, state, sequence):
+    """The same for a layer over frames, x [B, L, h, w, layer.features] with (h, w) its
+    `size`."""
+    if len(layer.size) != 2 or min(layer.size) < 1:
+        raise ValueError(f"size: must be (h, w), both at least 1, got {layer.size}")
+    return _begin(layer, x, (*layer.size, layer.features), state, sequence)
+
+
+def _begin(layer, x, token, state, sequence):
     sequence = seq.check(x, sequence)
-    if x.ndim != 3 or x.shape[-1] != layer.features:
-        raise ValueError(f"x: must be [B, L, {layer.features}], got {x.shape}")
+    if x.shape[2:] != token:
+        expected = ", ".join(map(str, token))
+        raise ValueError(f"x: must be [B, L, {expected}], got {x.shape}")
     if state is not None:
         if getattr(layer, "bidirectional", False):
             raise ValueError(

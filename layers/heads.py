@@ -22,12 +22,12 @@ def sizes(layer):
 
 
 def split(x, heads):
-    """[B, L, heads x size] -> [B, L, heads, size]."""
-    return x.reshape(*x.shape[:2], heads, -1)
+    """[..., heads x size] -> [..., heads, size]."""
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def project(x, heads, size, name, dtype):
-    """A projection without bias to [B, L, heads, size]."""
+    """A projection without bias to [..., heads, size]."""
     return split(linear(heads * size, name, dtype)(x), heads)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.tolerance import error, limit
-from layers.build import LAYERS, get
+from layers.build import FRAME_LAYERS, LAYERS, get
 from ssm.sequence import Sequence
 
 B, L = 3, 13  # batch and length of the examined calls: odd, and no power of two
@@ -49,7 +49,8 @@ class Case:
         self.layer, self.length = layer, length
         self.compiled = {}  # call -> its compiled gradients, which several laws share
         keys = iter(jax.random.split(jax.random.key(seed), 8))
-        self.x = jax.random.normal(next(keys), (B, length, layer.features))
+        token = *getattr(layer, "size", ()), layer.features
+        self.x = jax.random.normal(next(keys), (B, length, *token))
         self.variables = jax.jit(layer.init)({"params": next(keys)}, self.x)
         self.apply = jax.jit(
             lambda variables, x, state, sequence: layer.apply(
@@ -205,7 +206,7 @@ def _padded(case, where, extra=4):
     """x with NaN in `extra` masked places, its Sequence, and the real positions."""
     keep = PADDINGS[where](case.length, case.length + extra)
     places = np.flatnonzero(keep)
-    x = jnp.full((B, case.length + extra, case.x.shape[-1]), jnp.nan)
+    x = jnp.full((B, case.length + extra, *case.x.shape[2:]), jnp.nan)
     mask = jnp.broadcast_to(jnp.asarray(keep), (B, case.length + extra))
     return x.at[:, places].set(case.x), Sequence(mask=mask), places
 
@@ -295,7 +296,7 @@ def every_reset(case):
     case.needs_reset()
     reset = jnp.ones((B, case.length), bool)
     together, _ = case(case.x, case.state, Sequence(reset=reset))
-    alone, _ = case(case.x.reshape(-1, 1, case.x.shape[-1]))
+    alone, _ = case(case.x.reshape(-1, 1, *case.x.shape[2:]))
     return worst(together, alone.reshape(together.shape))
 
 
@@ -465,7 +466,8 @@ LAWS = {
 def examine(layer, length=L, seed=0, only=None):
     """Every law (or those named in `only`) on one layer: a list of `Finding`.
 
-    `layer` is a Linen module with a field `features` and the contract of a mixer.
+    `layer` is a Linen module with a field `features` and the contract of a mixer, over
+    tokens [features] or, with a field `size`, over frames [h, w, features].
     """
     case = Case(layer, length, seed)
     findings = []
@@ -479,8 +481,9 @@ def examine(layer, length=L, seed=0, only=None):
 
 
 FEATURES = 6
+SIZE = (2, 3)  # of the frames of a layer over images
 
-# Every layer of LAYERS, and the variants whose code path differs.
+# Every layer of LAYERS and FRAME_LAYERS, and the variants whose code path differs.
 CASES = {
     "s4": lambda: LAYERS["s4"](FEATURES, L, 8),
     "s4 legt": lambda: LAYERS["s4"](FEATURES, L - 4, 8, measure="legt", rank=2),
@@ -529,6 +532,26 @@ CASES = {
     ),
     "lstm": lambda: LAYERS["lstm"](FEATURES),
     "gru": lambda: LAYERS["gru"](FEATURES),
+    "conv_s5": lambda: FRAME_LAYERS["conv_s5"](FEATURES, SIZE, 8, 2),
+    "conv_s5 linear": lambda: FRAME_LAYERS["conv_s5"](
+        FEATURES, SIZE, 8, output="linear"
+    ),
+    "conv_s5 standard": lambda: FRAME_LAYERS["conv_s5"](
+        FEATURES, SIZE, 8, output="standard"
+    ),
+    "conv_s5 diag_resnet": lambda: FRAME_LAYERS["conv_s5"](
+        FEATURES, SIZE, 8, output="diag_resnet"
+    ),
+    "conv_s5 half_glu": lambda: FRAME_LAYERS["conv_s5"](
+        FEATURES, SIZE, 8, output="half_glu"
+    ),
+    "conv_lstm": lambda: FRAME_LAYERS["conv_lstm"](FEATURES, SIZE),
+    "frame_attention": lambda: FRAME_LAYERS["frame_attention"](
+        FEATURES, SIZE, 3, context=2 * L
+    ),
+    "full_frame_attention": lambda: FRAME_LAYERS["full_frame_attention"](
+        FEATURES, SIZE, 3, context=2 * L
+    ),
 }
 
 

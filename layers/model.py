@@ -6,26 +6,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from layers import grid
 from layers.block import Norm
 from layers.common import check_state, dense, logical
 from layers.stack import Stack
 from ssm import sequence as seq
 
-ENCODERS = ("scalar", "token", "image")
+ENCODERS = ("scalar", "token", "image", "grid")
 HEADS = ("mean", "last", "token", "retrieval")
 
 
 class Encoder(nn.Module):
-    """Inputs to features [B, L, H].
+    """Inputs to features [B, L, H], or places of a grid [B, n_1, ..., n_k, H].
 
     "scalar": float [B, L] or [B, L, C], a linear map. "token": int [B, L], an embedding
     of `vocab_size` rows. "image": [B, h, w, C] read row by row as L = h w pixels, uint8
-    scaled to [0, 1].
+    scaled to [0, 1]. "grid": [B, h, w, C] or volumes [B, d, h, w, C], which stay a grid
+    after a linear map of every patch, `patch` places along each axis.
     """
 
     kind: str
     features: int
     vocab_size: int = 0
+    patch: int = 1
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -48,8 +51,28 @@ class Encoder(nn.Module):
         # A zero input (a black pixel, silence) must not become a zero token: there the
         # gradient of a norm is 1 / sqrt(epsilon).
         bias = nn.initializers.normal(1.0)
+        if self.kind == "grid":
+            return self._patches(x, bias)
         axes = ("channel", "embed")
         return dense(self.features, "project", self.dtype, axes, bias)(x)
+
+    def _patches(self, x, bias):
+        size = x.shape[1:-1]
+        if self.patch < 1 or any(n % self.patch for n in size):
+            raise ValueError(
+                f"patch: must divide every axis of the inputs, {size}, got {self.patch}"
+            )
+        init = nn.initializers.lecun_normal()
+        return nn.Conv(
+            self.features,
+            (self.patch,) * len(size),
+            (self.patch,) * len(size),
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=logical(init, *[None] * len(size), "channel", "embed"),
+            bias_init=logical(bias, "embed"),
+            name="project",
+        )(x)
 
 
 class PoolState(NamedTuple):
@@ -69,7 +92,9 @@ class Model(nn.Module):
         stack: makes the `Stack`.
         features: H.
         outputs: width of the output (classes, vocabulary or regression targets).
-        encoder: one of `ENCODERS`; vocab_size: for "token".
+        encoder: one of `ENCODERS`; vocab_size: for "token"; patch: for "grid", whose
+            mixers are `layers.grid.Grid`, whose head is "mean" of all places, and where
+            nothing accompanies the inputs.
         head: one of `HEADS`. "mean" and "last" pool over the true length; "token"
             answers at every token; "retrieval" compares two documents, inputs
             [B, 2, L, ...], by [u, v, u - v, u v] of their means.
@@ -82,6 +107,7 @@ class Model(nn.Module):
     outputs: int
     encoder: str = "scalar"
     vocab_size: int = 0
+    patch: int = 1
     head: str = "mean"
     norm: str = "layer"
     dtype: jnp.dtype = jnp.float32
@@ -94,6 +120,8 @@ class Model(nn.Module):
         a model with a bidirectional layer. `ValueError` for a wrong rank or shape,
         L = 0, or a mask, reset or dt that is not [B, L].
         """
+        if self.encoder == "grid":
+            self._check_grid(sequence)
         if self.head == "retrieval":
             inputs, sequence = _two_documents(inputs, sequence)
         inputs = self._flat(inputs)
@@ -105,7 +133,12 @@ class Model(nn.Module):
         # Compact once here and every layer finds only right padding.
         inputs, sequence, restore = seq.compact(inputs, sequence)
         x = Encoder(
-            self.encoder, self.features, self.vocab_size, self.dtype, name="encoder"
+            self.encoder,
+            self.features,
+            self.vocab_size,
+            self.patch,
+            self.dtype,
+            name="encoder",
         )(inputs)
         x = seq.zero_masked(x, sequence)
         x, stack_state = stack(
@@ -113,7 +146,7 @@ class Model(nn.Module):
         )
         if self.norm:
             x = Norm(self.norm, self.dtype, name="norm")(x, sequence.mask, train)
-        x = x.astype(jnp.float32)
+        x = x.astype(jnp.float32).reshape(len(x), -1, self.features)
         if self.head == "token":
             y = restore(dense(self.outputs, "head", jnp.float32, ("embed", "out"))(x))
             return y, {"stack": stack_state}
@@ -138,12 +171,13 @@ class Model(nn.Module):
 
     @nn.nowrap
     def _flat(self, inputs):
-        ranks = {"scalar": (2, 3), "token": (2,), "image": (4,)}[self.encoder]
-        if inputs.ndim not in ranks:
+        ranks = {"scalar": (2, 3), "token": (2,), "image": (4,), "grid": (4, 5)}
+        if inputs.ndim not in ranks[self.encoder]:
             shapes = {
                 "scalar": "[B, L] or [B, L, C]",
                 "token": "[B, L]",
                 "image": "[B, h, w, C]",
+                "grid": "[B, h, w, C] or [B, d, h, w, C]",
             }
             raise ValueError(
                 f"inputs: the {self.encoder} encoder takes {shapes[self.encoder]}, got "
@@ -152,6 +186,15 @@ class Model(nn.Module):
         if self.encoder == "image":
             return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
         return inputs
+
+    @nn.nowrap
+    def _check_grid(self, sequence):
+        grid.no_companions(sequence)
+        if self.head != "mean":
+            raise ValueError(
+                f"head: the grid encoder needs 'mean', over all places, got "
+                f"{self.head!r}"
+            )
 
     def _answer(self, pooled):
         if self.head == "retrieval":

@@ -150,16 +150,40 @@ def mixed(
         y [B, L, H] and the final state [B, P].
     """
     if state is None:
-        state = jnp.zeros((u.shape[0], C.shape[1]), C.dtype)
+        dtype = jnp.promote_types(u.dtype, C.dtype)
+        state = jnp.zeros((u.shape[0], C.shape[1]), dtype)
     into = jnp.concatenate([B.real, B.imag]).T  # [H, 2P]: one real matmul, not two
     out = jnp.concatenate([C.real.T, -C.imag.T])  # [2P, H]
-    P = C.shape[1]
+    maps = (lambda u: u @ into), (lambda h: h @ out)
+    return driven(rule, *maps, u, state, elapsed, reset, reverse=reverse, chunk=chunk)
+
+
+def driven(rule, into, out, u, state, elapsed, reset, *, reverse, chunk):
+    """`mixed` between any two linear maps, over any places S (pixels, or none).
+
+    Args:
+        rule: as in `mixed`; the elapsed times it is given are [B, T, 1, ..].
+        into: u [B, T, ...] -> [B, T, *S, 2P], real parts before imaginary ones.
+        out: [B, T, *S, 2P] -> y [B, T, ...]; its second half sees the imaginary parts.
+        u: [B, L, ...], zero where masked.
+        state: [B, *S, P] complex.
+        elapsed, reset, reverse, chunk: as in `mixed`.
+
+    Returns:
+        y [B, L, ...] and the final state.
+    """
 
     def body(state, u, elapsed, reset):
-        log_a, gain = rule(None if elapsed is None else elapsed[:, :, None])
-        bu = u @ into
-        x = gain * jax.lax.complex(bu[..., :P], bu[..., P:])
-        x, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
-        return state, jnp.concatenate([x.real, x.imag], axis=-1) @ out
+        x = into(u)
+        P = x.shape[-1] // 2
+        places = (1,) * (x.ndim - 1)
+        if elapsed is not None:
+            elapsed = elapsed.reshape(*elapsed.shape, *places[2:], 1)
+        log_a, gain = rule(elapsed)
+        if elapsed is None:
+            log_a = log_a.reshape(*places, P)
+        x = gain * jax.lax.complex(x[..., :P], x[..., P:])
+        h, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
+        return state, out(jnp.concatenate([h.real, h.imag], axis=-1))
 
     return in_chunks(body, state, u, elapsed, reset, chunk, reverse)

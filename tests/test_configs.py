@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import common, lra, pixels
-from layers import LAYERS, build
+from layers import FRAME_LAYERS, LAYERS, build
 from layers.build import BLOCKS
 from train import data, losses, optimizers
 from train.data import images, original
@@ -104,15 +104,16 @@ def check_fit(config, dataset):
     assert sum(map(len, groups.values())) == len(jax.tree.leaves(params))
 
 
-FROM_MODEL = {"features", "length", "context", "dtype"}
+FROM_MODEL = {"features", "length", "context", "size", "dtype"}
 
 
 def test_layer_args_are_the_fields_of_the_layers():
-    assert set(common.LAYER_ARGS) == set(LAYERS)
+    layers = LAYERS | FRAME_LAYERS
+    assert set(common.LAYER_ARGS) == set(layers)
     for name, arguments in common.LAYER_ARGS.items():
         fields = {
             field.name: field.default
-            for field in dataclasses.fields(LAYERS[name])
+            for field in dataclasses.fields(layers[name])
             if field.name not in FROM_MODEL | {"parent", "name"}  # Flax's own
         }
         assert dict(arguments) == fields, name

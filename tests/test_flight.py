@@ -48,6 +48,7 @@ def test_every_block_of_a_pattern_shows_itself():
     assert "block 2: dt_min" not in found and "block 2: state_rms" in found
 
 
+@pytest.mark.slow
 def test_masked_tokens_do_not_show():
     probe, made, batch = parts()
     part = {k: jnp.asarray(v[:, :3]) for k, v in batch.items()}

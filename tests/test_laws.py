@@ -21,10 +21,11 @@ def examined(name, only):
 
 
 # One of each way to compute; the others take minutes to compile.
-QUICK = ("s4d bidirectional", "s5", "mamba", "attention")
+QUICK = ("s4d bidirectional", "s5", "attention", "conv_s5 linear")
 QUICK_GRADIENTS = ("lru",)
 
 WITHOUT_TIME = {"gru", "lstm", "delta_net", "attention"}
+WITHOUT_TIME |= {"conv_lstm", "frame_attention", "full_frame_attention"}
 WITHOUT_TIME |= {"long_conv", "flash_butterfly", "sg_conv", "hyena", "h3"}
 RESETS = {"packing", "reset on a masked token", "reset everywhere"}
 

@@ -459,8 +459,8 @@ def in_the_interpreter(name, full=False):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# sums over nodes are tried quickly by their compilation alone
-SLOW = {"vandermonde", "vandermonde_transpose", "cauchy"}
+# tried quickly by their compilation alone
+SLOW = {"vandermonde", "vandermonde_transpose", "cauchy", "selective_scan"}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ def features(spec, inputs, mask) -> np.ndarray:
 
     Tokens [B, L]: their counts and, one-hot, the first. Numbers: all, padding as 0.
     """
+    if spec["encoder"] == "image":
+        inputs = inputs.reshape(*mask.shape, -1)
     if spec["encoder"] != "token":
         real = mask.reshape(
             *inputs.shape[: mask.ndim], *[1] * (inputs.ndim - mask.ndim)

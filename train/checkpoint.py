@@ -362,12 +362,12 @@ def _write_digest(folder: Path) -> None:
     write_atomically(folder / DIGEST, json.dumps(digest, indent=1))
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file that is there whole or not at all, even if the machine stops."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        with aside.open("w") as file:
-            file.write(text)
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -51,27 +51,33 @@ def load_run(workdir, at=None) -> Run:
     return Run(config, dataset, build(config.model), variables, found)
 
 
+def last_split(dataset: data.Dataset) -> str:
+    """The split to show: that of the test, or of what there is instead."""
+    return next(s for s in ("test", "validation", "train") if s in dataset.sources)
+
+
 def recurrent_outputs(model, variables, inputs, sequence=None):
     """The model's answers after every token, fed one by one: [L, B, ...].
 
     Args:
         model: a model with a recurrent mode.
         variables: of the model.
-        inputs: as the model takes them; an image is read pixel by pixel.
+        inputs: as the model takes them; an image is read pixel by pixel, a video frame
+            by frame.
         sequence: mask, reset and dt [B, L] ([B, 2, L] for documents), or None.
     """
     axis = 2 if model.head == "retrieval" else 1
-    batch, one = inputs.shape[0], ()
+    batch, places = len(jax.tree.leaves(inputs)[0]), (axis,)
     if model.encoder == "image":
-        one = (1, 1)
+        places = (1, 2)
         inputs = inputs.reshape(batch, -1, inputs.shape[-1])
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), (inputs, sequence))
 
     def feed(state, token):
         x, part = token
-        shape = (*x.shape[:axis], *(one or (1,)), *x.shape[axis:])
+        x = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, places), x)
         part = jax.tree.map(lambda f: jnp.expand_dims(f, -1), part)
-        y, state = model.apply(variables, x.reshape(shape), state, part)
+        y, state = model.apply(variables, x, state, part)
         return state, y
 
     _, outputs = jax.lax.scan(feed, model.init_state(batch), tokens)

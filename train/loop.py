@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from layers import grid
 from layers.build import build
 from train import (
     checkpoint,
@@ -21,6 +22,7 @@ from train import (
     losses,
     optimizers,
     record,
+    rollout,
     sharding,
     state,
     step,
@@ -61,6 +63,8 @@ def run(
     workdir = Path(workdir).absolute()
     dataset = data.load(config.data)
     config = resolve(config, dataset.spec)
+    if "rollout" in config:
+        rollout.check(config, dataset.spec)
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
@@ -108,6 +112,9 @@ def run(
 def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
     """A copy of `config` in which the dataset fills in what the model leaves open.
 
+    Images stay a grid where the model has one: `length` is then that of the longest
+    sequence a layer reads on it.
+
     Raises:
         ValueError: fewer outputs or a smaller vocabulary than the dataset has.
     """
@@ -119,9 +126,15 @@ def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
                 f"model.{key} must be {least} or more, what the dataset has, or 0 for "
                 f"that; got {value}"
             )
+    if config.model.grid and spec["encoder"] == "image":
+        size = [n // max(1, config.model.patch) for n in spec["size"]]
+        length = grid.longest(config.model.grid, size)
+        spec = {**spec, "encoder": "grid", "length": length}
     for key in ("encoder", "length", "vocab_size", "outputs"):
         if not config.model[key]:
             config.model[key] = spec[key]
+    if "video" in config.model:
+        config.model.video.update({k: spec[k] for k in ("size", "channels", "actions")})
     return config
 
 

@@ -31,6 +31,16 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
     - "regression": mean over the K outputs of (outputs - targets)^2. Per sequence,
       outputs [B, K], targets [B, K] or [B]; or per real token, outputs [B, L, K],
       targets [B, L, K] or [B, L]. Metric: absolute_error.
+    - "frames": per real frame, outputs [B, L, h, w, C], targets uint8 p as
+      x = p / 127.5 - 1: the mean over the frame of (outputs - x)^2 / 2 +
+      |outputs - x| / 2. Metrics: mse, the first mean alone.
+    - "codes": the classification of every place, outputs [B, L, h, w, K], targets int
+      [B, L, h, w], mean over the frame. Metric: accuracy.
+    - "autoencoder": per real frame of the inputs, uint8 p as x = p / 127.5 - 1, with
+      outputs a `layers.vq.Reconstruction`: mean of (frames - x)^2 / 2 +
+      |frames - x| / 2, plus its commitment. Metrics: mse, commitment; perplexity, exp
+      of the entropy of how often the batch has each code; usage, the share of codes
+      that it has at all.
 
     Args:
         spec: of the dataset; only "loss" is read.
@@ -38,25 +48,29 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
             the loss becomes (1 - e) * loss + e * mean_k(-log softmax(outputs)[k]).
 
     Raises:
-        ValueError: an unknown loss, a label_smoothing outside [0, 1) or not 0 for a
-            regression; and by the loss itself, for outputs and targets that do not fit.
+        ValueError: an unknown loss, a label_smoothing outside [0, 1) or not 0 where
+            nothing is classified; and by the loss itself, for outputs and targets that
+            do not fit.
     """
     losses = {
         "classification": _classification,
         "token": _token,
         "regression": _regression,
+        "frames": _frames,
+        "codes": _codes,
+        "autoencoder": _autoencoder,
     }
     loss = spec["loss"]
     if loss not in losses:
         raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-    if loss == "regression":
+    if loss in ("regression", "frames", "autoencoder"):
         if label_smoothing:
             raise ValueError(
-                f"label_smoothing must be 0 for a regression, got {label_smoothing}"
+                f"label_smoothing must be 0 for the loss {loss}, got {label_smoothing}"
             )
-        return _regression
+        return losses[loss]
     return lambda outputs, batch: losses[loss](outputs, batch, label_smoothing)
 
 
@@ -117,6 +131,63 @@ def _regression(outputs, batch):
     squared = optax.squared_error(outputs, targets).mean(axis=-1)
     absolute = jnp.abs(outputs - targets).mean(axis=-1)
     return _sums(squared, real, {"absolute_error": absolute})
+
+
+def _frames(outputs, batch):
+    targets = batch["targets"]
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"outputs {outputs.shape} do not fit targets {targets.shape}: frames are "
+            "[B, L, h, w, C]"
+        )
+    squared, absolute = _pixel_errors(outputs, targets, batch["mask"])
+    return _sums((squared + absolute) / 2, batch["mask"], {"mse": squared})
+
+
+def _pixel_errors(frames, target, real):
+    """Mean square and mean absolute value of frames - x per frame, x = p / 127.5 - 1 of
+    the bytes p in `target`; 0 where not `real`."""
+    frames = jnp.where(real[..., None, None, None], frames.astype(jnp.float32), 0)
+    wrong = frames - (target.astype(jnp.float32) / 127.5 - 1)
+    return tuple(f(wrong).mean((-3, -2, -1)) for f in (jnp.square, jnp.abs))
+
+
+def _codes(outputs, batch, label_smoothing):
+    targets, real = batch["targets"], batch["mask"]
+    if outputs.shape[:-1] != targets.shape or targets.ndim != 4:
+        raise ValueError(
+            f"outputs {outputs.shape} do not fit targets {targets.shape}: codes are "
+            "[B, L, h, w] with outputs [B, L, h, w, K]"
+        )
+    places = targets.shape[2] * targets.shape[3]
+    real = jnp.broadcast_to(real[..., None, None], targets.shape)
+    flat = (x.reshape(len(x), -1, *x.shape[4:]) for x in (outputs, targets, real))
+    loss, weight, metrics = _cross_entropy(*flat, label_smoothing)
+    sums = loss, weight, {"accuracy": metrics["accuracy"]}
+    return jax.tree.map(lambda total: total / places, sums)
+
+
+def _autoencoder(outputs, batch):
+    inputs = batch["inputs"]
+    frames = inputs["frames"] if isinstance(inputs, Mapping) else inputs
+    found = getattr(outputs, "frames", outputs)
+    if not hasattr(outputs, "commitment") or found.shape != frames.shape:
+        raise ValueError(
+            "the loss autoencoder takes a Reconstruction of frames "
+            f"{frames.shape}, which model.layer vq gives, got {jnp.shape(found)}"
+        )
+    real = batch["mask"] if outputs.commitment.ndim == 2 else _rows(batch)
+    squared, absolute = _pixel_errors(found, frames, real)
+    commitment = jnp.where(real, outputs.commitment.astype(jnp.float32), 0)
+    share = _where(real, outputs.usage.astype(jnp.float32))
+    share = share.reshape(-1, share.shape[-1]).sum(0) / jnp.maximum(real.sum(), 1)
+    over_batch = {
+        "perplexity": jnp.exp(jax.scipy.special.entr(share).sum()),
+        "usage": (share > 0).mean(),
+    }
+    metrics = {"mse": squared, "commitment": commitment}
+    metrics |= {k: jnp.broadcast_to(v, real.shape) for k, v in over_batch.items()}
+    return _sums((squared + absolute) / 2 + commitment, real, metrics)
 
 
 def _where(real, values):

@@ -40,6 +40,9 @@ SCORES = {
     "classification": ("accuracy", "accuracy", True),
     "token": ("accuracy", "accuracy", True),
     "regression": ("loss", "error", False),
+    "frames": ("mse", "mse", False),
+    "codes": ("accuracy", "accuracy", True),
+    "autoencoder": ("mse", "mse", False),
 }
 
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from train import checkpoint, evaluate, record, sharding, step
+from train import checkpoint, evaluate, record, rollout, sharding, step
 from train.checkpoint import CheckpointError
 
 COMPARED = 64  # rows that both modes read at the end of a run
@@ -43,9 +43,24 @@ def finish(config, workdir, parts, progress) -> dict:
         except CheckpointError as error:
             print(f"the best step is not tested: {error}")
     results["parallel_vs_recurrent"] = compare(parts, variables)
+    if "rollout" in config:
+        run = evaluate.Run(config, parts.dataset, parts.model, variables, progress.step)
+        results["rollout"] = predict(run, workdir)
     record.write_results(workdir, results)
     record.report(results)
     return results
+
+
+def predict(run: evaluate.Run, workdir) -> dict:
+    """Open-loop rollouts of the test split (or the last there is), their scores and
+    their files in `workdir`."""
+    split = evaluate.last_split(run.dataset)
+    found = rollout.of_run(run, run.config.rollout, split)
+    summary = rollout.summary(run, found, split)
+    if jax.process_index() == 0:
+        rollout.write(workdir, found, summary)
+        rollout.show(summary)
+    return summary
 
 
 def compare(parts, variables) -> float | str:
@@ -54,7 +69,7 @@ def compare(parts, variables) -> float | str:
         parts.model.init_state(1)
     except ValueError as error:
         return str(error)
-    splits = [s for s in ("test", "validation", "train") if s in parts.dataset.sources]
-    size = min(COMPARED, parts.dataset.num_examples(splits[0]))
-    batch = next(iter(parts.dataset.evaluation(splits[0], size)))
+    split = evaluate.last_split(parts.dataset)
+    size = min(COMPARED, parts.dataset.num_examples(split))
+    batch = next(iter(parts.dataset.evaluation(split, size)))
     return float(evaluate.compare_modes(parts.model, variables, batch))

@@ -56,8 +56,9 @@ def init_variables(model: nn.Module, batch: Mapping, key: jax.Array) -> dict[str
     Raises:
         ValueError: a collection that TrainState does not know.
     """
-    inputs = batch["inputs"]
-    zeros = jnp.zeros((1, *inputs.shape[1:]), inputs.dtype)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch["inputs"]
+    )
     variables = meta.unbox(model.init({"params": key}, zeros))
     unknown = sorted(set(variables) - set(COLLECTIONS))
     if unknown:

@@ -1,9 +1,10 @@
 """Datasets by name: `load(config.data)` returns a `pipeline.Dataset`."""
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 
-from train.data import arrays, digits, images, listops, synthetic
+from train.data import arrays, digits, images, listops, synthetic, video
 from train.data.pipeline import Dataset
 
 DATASETS = {
@@ -17,10 +18,13 @@ DATASETS = {
     "selective_copying": synthetic.selective_copying,
     "induction": synthetic.induction,
     "passkey": synthetic.passkey,
+    "moving_digits": video.moving_digits,
+    "clips": video.clips,
+    "frames": video.frames,
 }
 
-# Read by the training loop, not by a dataset.
-LOOP_KEYS = ("name", "workers")
+# Read by `load` or the training loop, not by a dataset.
+LOOP_KEYS = ("name", "workers", "reconstruct")
 
 
 def load(config: Mapping) -> Dataset:
@@ -28,7 +32,8 @@ def load(config: Mapping) -> Dataset:
 
     Args:
         config: "name", a key of DATASETS, and that dataset's own arguments ("workers"
-            is left to the caller).
+            is left to the caller); "reconstruct", True where the inputs of a dataset
+            of frames are to be reconstructed and its targets not read.
 
     Raises:
         ValueError: an unknown name or an argument that the dataset does not have.
@@ -46,14 +51,23 @@ def load(config: Mapping) -> Dataset:
             f"data: {', '.join(unknown)} is no argument of the dataset {name!r}, "
             f"which has {', '.join(valid)}"
         )
-    return DATASETS[name](**arguments)
+    dataset = DATASETS[name](**arguments)
+    if not config.get("reconstruct"):
+        return dataset
+    if dataset.spec["loss"] != "frames":
+        raise ValueError(
+            f"data.reconstruct is for frames of pixels, which the dataset {name!r} "
+            "does not have here; it may be False"
+        )
+    return dataclasses.replace(dataset, spec=dataset.spec | {"loss": "autoencoder"})
 
 
 def stretched(config: Mapping, times: int) -> Dataset:
     """The dataset of `config` with sequences `times` as long, all else being equal.
 
     Raises:
-        ValueError: a dataset that has no argument "length", or none of that length.
+        ValueError: a dataset that has no argument "length", or none of that length, or
+            one that is told to take all there is.
     """
     name = config["name"]
     able = {
@@ -66,4 +80,9 @@ def stretched(config: Mapping, times: int) -> Dataset:
             f"the dataset {name!r} has one length only; data.name must be one of "
             f"{', '.join(sorted(able))} for others"
         )
-    return load({**config, "length": times * config.get("length", able[name])})
+    length = config.get("length", able[name])
+    if not length:
+        raise ValueError(
+            f"data.length must be a number of frames to be multiplied, got {length}"
+        )
+    return load({**config, "length": times * length})

@@ -19,6 +19,7 @@ padded on the right. A first row whose last cell is not a number is a header.
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,22 +60,20 @@ def load(
         ValueError: a file that cannot be read so; names the file, the key or the row
             and column, what stands there and what may.
     """
-    source = _File(path)
+    source = File(path, tuple(_READERS))
     source.check_choice("encoder", encoder, ("", *ENCODERS))
     source.check_choice("loss", loss, ("", *LOSSES))
-    raw = _READERS[source.suffix](source)
+    raw = _READERS[source.path.suffix.lower()](source)
     inputs, vocab_size = _inputs(source, raw["inputs"], encoder, vocab_size)
     mask = _mask(source, raw, inputs.shape[:2])
     targets, outputs, loss = _targets(source, raw["targets"], mask, loss, outputs)
     arrays = {"inputs": inputs, "targets": targets, "mask": mask}
     arrays |= _optional(source, raw, mask)
     if "split" in raw:
-        indices = _given_split(source, raw["split"], len(inputs))
+        indices = given_split(source, raw["split"])
     else:
         labels = targets if loss == "classification" else None
-        indices = _drawn_split(source, len(inputs), validation, test, seed, labels)
-    if not len(indices["train"]):
-        raise source.error("split", "leaves no sequence to train on")
+        indices = drawn_split(source, len(inputs), validation, test, seed, labels)
     spec = {
         "encoder": "token" if vocab_size else "scalar",
         "length": inputs.shape[1],
@@ -87,20 +86,19 @@ def load(
     return pipeline.Dataset(spec, pipeline.split_rows(arrays, indices))
 
 
-class _File:
-    """The file's path, and errors that name it."""
+class File:
+    """The path of a file that ends in one of `suffixes`, and errors that name it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, suffixes: Sequence[str]):
         if not path:
             raise ValueError(
-                "data.path must name an .npz or .csv file, such as "
+                f"data.path must name an {' or '.join(suffixes)} file, such as "
                 "--config.data.path=my.npz; it is empty"
             )
         self.path = Path(path).expanduser()
-        self.suffix = self.path.suffix.lower()
-        if self.suffix not in _READERS:
+        if self.path.suffix.lower() not in suffixes:
             raise ValueError(
-                f"data.path must end in {' or '.join(_READERS)}, got {path!r}"
+                f"data.path must end in {' or '.join(suffixes)}, got {path!r}"
             )
         if not self.path.is_file():
             raise ValueError(f"data.path: there is no file {path!r}")
@@ -116,7 +114,19 @@ class _File:
             )
 
 
-def _read_npz(source: _File) -> dict[str, np.ndarray]:
+def read_npz(
+    source: File, keys: Sequence[str], required: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The arrays of an NPZ, which share their first axis.
+
+    Args:
+        source: of the file.
+        keys: what it may have.
+        required: the ones it must have.
+
+    Raises:
+        ValueError: another file; names the key that does not fit.
+    """
     try:
         # np.load leaves a file that it opened itself open when it is damaged.
         with open(source.path, "rb") as data, np.load(data, allow_pickle=False) as file:
@@ -126,28 +136,34 @@ def _read_npz(source: _File) -> dict[str, np.ndarray]:
             f"{source.path}: not a readable NPZ of plain arrays ({error}); write it "
             "with numpy.savez, every key an array of numbers"
         ) from error
-    missing = [key for key in ("inputs", "targets") if key not in raw]
+    missing = [key for key in required if key not in raw]
     if missing:
         raise source.error(
             missing[0], f"is missing; the file has {', '.join(raw) or 'no key'}"
         )
-    unknown = [key for key in raw if key not in KEYS]
+    unknown = [key for key in raw if key not in keys]
     if unknown:
-        raise source.error(unknown[0], f"is no known key; those are {', '.join(KEYS)}")
-    count = len(np.atleast_1d(raw["inputs"]))
+        raise source.error(unknown[0], f"is no known key; those are {', '.join(keys)}")
+    first = next((key for key in keys if key in raw), "")
+    count = len(np.atleast_1d(raw.get(first, ())))
     for key, array in raw.items():
         if array.ndim == 0 or len(array) != count:
             raise source.error(
                 key,
-                f"has shape {array.shape}, but inputs has {count} sequences on its "
+                f"has shape {array.shape}, but {first} has {count} sequences on its "
                 "first axis",
             )
+    return raw
+
+
+def _read_npz(source: File) -> dict[str, np.ndarray]:
+    raw = read_npz(source, KEYS, required=("inputs", "targets"))
     if "mask" in raw and "lengths" in raw:
         raise source.error("lengths", "and mask say the same: give one of them")
     return raw
 
 
-def _read_csv(source: _File) -> dict[str, np.ndarray]:
+def _read_csv(source: File) -> dict[str, np.ndarray]:
     rows, targets, written = [], [], []
     for line, cells in _csv_lines(source):
         *sequence, target = cells
@@ -176,7 +192,7 @@ def _read_csv(source: _File) -> dict[str, np.ndarray]:
     return {"inputs": inputs, "targets": targets, "lengths": lengths}
 
 
-def _csv_lines(source: _File):
+def _csv_lines(source: File):
     """Yields (row number from 1, cells up to the last that is not empty)."""
     try:
         with open(source.path, newline="", encoding="utf-8-sig") as file:
@@ -197,7 +213,7 @@ def _is_header(cells: list[str]) -> bool:
     return False
 
 
-def _number(source: _File, line: int, column: int, cell: str) -> float | None:
+def _number(source: File, line: int, column: int, cell: str) -> float | None:
     if not cell.strip():
         return None
     where = f"row {line}, column {column + 1}"
@@ -213,7 +229,7 @@ def _number(source: _File, line: int, column: int, cell: str) -> float | None:
 _READERS = {".npz": _read_npz, ".csv": _read_csv}
 
 
-def _inputs(source: _File, inputs, encoder: str, vocab_size: int):
+def _inputs(source: File, inputs, encoder: str, vocab_size: int):
     """Inputs as float32 or int32, and the vocabulary's size (0 for numbers)."""
     if inputs.ndim not in (2, 3):
         raise source.error(
@@ -231,10 +247,10 @@ def _inputs(source: _File, inputs, encoder: str, vocab_size: int):
         return inputs.astype(np.float32), 0
     if inputs.ndim != 2:
         raise source.error("inputs", f"has shape {inputs.shape}; tokens may be [n, L]")
-    return _whole_numbers(source, "inputs", inputs, 0, vocab_size)
+    return whole_numbers(source, "inputs", inputs, 0, vocab_size)
 
 
-def _mask(source: _File, raw, shape: tuple[int, int]) -> np.ndarray:
+def _mask(source: File, raw, shape: tuple[int, int]) -> np.ndarray:
     length = shape[1]
     if "mask" in raw:
         mask = _flags(source, "mask", raw["mask"], shape)
@@ -262,7 +278,7 @@ def _mask(source: _File, raw, shape: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _targets(source: _File, targets, mask, loss: str, outputs: int):
+def _targets(source: File, targets, mask, loss: str, outputs: int):
     """Targets as int32 or float32, the number of outputs and the loss."""
     _check_numbers(source, "targets", targets)
     per_token = targets.shape[1:2] == mask.shape[1:]
@@ -280,9 +296,9 @@ def _targets(source: _File, targets, mask, loss: str, outputs: int):
         return targets.astype(np.float32), 1 if single else targets.shape[-1], loss
     if loss == "token" and targets.shape == mask.shape:
         real = np.where(mask, targets, -1)
-        return *_whole_numbers(source, "targets", real, -1, outputs), loss
+        return *whole_numbers(source, "targets", real, -1, outputs), loss
     if loss == "classification" and targets.ndim == 1:
-        return *_whole_numbers(source, "targets", targets, 0, outputs), loss
+        return *whole_numbers(source, "targets", targets, 0, outputs), loss
     raise source.error(
         "targets",
         f"is {targets.dtype} {targets.shape}; it may be [n] for the loss "
@@ -290,7 +306,7 @@ def _targets(source: _File, targets, mask, loss: str, outputs: int):
     )
 
 
-def _optional(source: _File, raw, mask) -> dict[str, np.ndarray]:
+def _optional(source: File, raw, mask) -> dict[str, np.ndarray]:
     arrays = {}
     if "reset" in raw:
         arrays["reset"] = _flags(source, "reset", raw["reset"], mask.shape)
@@ -309,7 +325,8 @@ def _optional(source: _File, raw, mask) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _given_split(source: _File, split, count: int) -> dict[str, np.ndarray]:
+def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of each split, as the key "split" of a file assigns them."""
     unknown = sorted(set(map(str, split.reshape(-1))) - set(pipeline.SPLITS))
     if split.ndim != 1 or unknown:
         raise source.error(
@@ -318,10 +335,16 @@ def _given_split(source: _File, split, count: int) -> dict[str, np.ndarray]:
             + (f" with {unknown[0]!r}" if unknown else "")
             + f"; it may be [n] of {', '.join(pipeline.SPLITS)}",
         )
-    return {name: np.flatnonzero(split == name) for name in pipeline.SPLITS}
+    indices = {name: np.flatnonzero(split == name) for name in pipeline.SPLITS}
+    if not len(indices["train"]):
+        raise source.error("split", "leaves no sequence to train on")
+    return indices
 
 
-def _drawn_split(source: _File, count, validation, test, seed, labels):
+def drawn_split(
+    source: File, count: int, validation: float, test: float, seed: int, labels=None
+) -> dict[str, np.ndarray]:
+    """`pipeline.split_indices`, whose errors name the file."""
     try:
         return pipeline.split_indices(count, validation, test, seed, labels)
     except ValueError as error:
@@ -331,7 +354,7 @@ def _drawn_split(source: _File, count, validation, test, seed, labels):
         ) from error
 
 
-def _check_numbers(source: _File, key: str, array) -> None:
+def _check_numbers(source: File, key: str, array) -> None:
     if array.dtype.kind not in "biuf":
         raise source.error(key, f"is of dtype {array.dtype}; it may be numbers")
     if array.dtype.kind == "f":
@@ -344,7 +367,7 @@ def _check_numbers(source: _File, key: str, array) -> None:
             )
 
 
-def _flags(source: _File, key: str, array, shape) -> np.ndarray:
+def _flags(source: File, key: str, array, shape) -> np.ndarray:
     if array.shape != shape or not np.isin(array, (0, 1)).all():
         raise source.error(
             key,
@@ -353,7 +376,7 @@ def _flags(source: _File, key: str, array, shape) -> np.ndarray:
     return array.astype(bool)
 
 
-def _whole_numbers(source: _File, key: str, array, lowest: int, size: int):
+def whole_numbers(source: File, key: str, array, lowest: int, size: int):
     """The array as int32 in [lowest, size), and size, which 0 leaves to the array."""
     if not np.array_equal(array, np.rint(array)):
         raise source.error(key, "has fractions; it may be whole numbers")

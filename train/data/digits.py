@@ -25,7 +25,9 @@ TARGETS = ("label", "next")
 AUGMENTATIONS = ("none", "shift", "affine")
 
 
-def load(target: str = "label", augment: str = "none") -> pipeline.Dataset:
+def load(
+    target: str = "label", augment: str = "none", layout: str = "sequence"
+) -> pipeline.Dataset:
     """The digits: 1,293 images to train on, 144 for validation, 360 for the test.
 
     The test part is `train_test_split(test_size=0.2, stratify=labels, random_state=0)`
@@ -39,12 +41,18 @@ def load(target: str = "label", augment: str = "none") -> pipeline.Dataset:
         augment: of training images. "none"; "shift": by up to one pixel in each
             direction; "affine": rotation by up to 15 degrees, zoom by up to 10 % and a
             shift by up to one pixel, fractions included.
+        layout: of the inputs, for labels only. "sequence", or "image": [8, 8, 1].
 
     Raises:
-        ValueError: another target or augmentation.
+        ValueError: another target, augmentation or layout.
     """
     pipeline.check_choice("target", target, TARGETS)
     pipeline.check_choice("augment", augment, AUGMENTATIONS)
+    pipeline.check_choice("layout", layout, pipeline.LAYOUTS)
+    if target == "next" and layout != "sequence":
+        raise ValueError(
+            f"data.layout must be sequence for the target next, got {layout!r}"
+        )
     images, labels = _read()
     indices = pipeline.split_indices(len(labels), 0.1, 0.2, seed=0, labels=labels)
     sources = pipeline.split_rows({"image": images, "label": labels}, indices)
@@ -58,7 +66,8 @@ def load(target: str = "label", augment: str = "none") -> pipeline.Dataset:
         spec |= {"encoder": "token", "vocab_size": LEVELS + 1}
         spec |= {"outputs": LEVELS, "loss": "token"}
         finish = _next_example
-    return pipeline.Dataset(spec, sources, augmentations[augment], finish)
+    dataset = pipeline.Dataset(spec, sources, augmentations[augment], finish)
+    return pipeline.laid_out(dataset, layout, (SIDE, SIDE))
 
 
 @functools.cache

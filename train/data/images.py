@@ -1,4 +1,4 @@
-"""MNIST and CIFAR-10 read pixel by pixel, from their original files.
+"""MNIST and CIFAR-10, pixel by pixel or as images, from their original files.
 
 The published files: https://storage.googleapis.com/cvdf-datasets/mnist (Y. LeCun,
 C. Cortes, C. Burges) and https://www.cs.toronto.edu/~kriz/cifar.html (A. Krizhevsky).
@@ -65,7 +65,10 @@ GRAY = (19_595, 38_470, 7_471)  # / 2^16: ITU-R 601-2, as Pillow computes it
 
 
 def mnist(
-    folder: str = "data/mnist", permutation: str = "none", download: bool = False
+    folder: str = "data/mnist",
+    permutation: str = "none",
+    download: bool = False,
+    layout: str = "sequence",
 ) -> pipeline.Dataset:
     """MNIST: inputs float32 [784] in [0, 1], targets the digits.
 
@@ -77,11 +80,17 @@ def mnist(
             "bit_reversal": by the reversed 10 bits of an index, those of 784 and more
             left out; "random": as numpy.random.RandomState(92916) shuffles them.
         download: fetch what is missing.
+        layout: "sequence", or "image": inputs [28, 28, 1], not permuted.
 
     Raises:
-        ValueError: another permutation; a file that is missing or damaged.
+        ValueError: another permutation or layout; a file that is missing or damaged.
     """
     pipeline.check_choice("permutation", permutation, PERMUTATIONS)
+    pipeline.check_choice("layout", layout, pipeline.LAYOUTS)
+    if permutation != "none" and layout != "sequence":
+        raise ValueError(
+            f"data.layout must be sequence with a permutation, got {layout!r}"
+        )
     place = Path(folder).expanduser()
     paths = original.locate("MNIST", place, tuple(MNIST.values()), download)
     images, labels, test_images, test_labels = _read_mnist(*paths)
@@ -90,11 +99,15 @@ def mnist(
         {"train": (images, labels), "test": (test_images, test_labels)},
         (len(order), 1),
         functools.partial(_mnist_example, order=order),
+        layout,
     )
 
 
 def cifar(
-    folder: str = "data/cifar10", color: str = "rgb", download: bool = False
+    folder: str = "data/cifar10",
+    color: str = "rgb",
+    download: bool = False,
+    layout: str = "sequence",
 ) -> pipeline.Dataset:
     """CIFAR-10, row by row, standardised: inputs float32 [1024, 3], or [1024] in gray.
 
@@ -104,11 +117,13 @@ def cifar(
         folder: with cifar-10-binary.tar.gz or what it unpacks to.
         color: "rgb", or "gray" as in the Long Range Arena.
         download: fetch what is missing.
+        layout: "sequence", or "image": inputs [32, 32, 3 or 1].
 
     Raises:
-        ValueError: another color; a file that is missing or damaged.
+        ValueError: another color or layout; a file that is missing or damaged.
     """
     pipeline.check_choice("color", color, COLORS)
+    pipeline.check_choice("layout", layout, pipeline.LAYOUTS)
     place = Path(folder).expanduser()
     (path,) = original.locate("CIFAR-10", place, (CIFAR,), download)
     return _dataset(
@@ -118,10 +133,11 @@ def cifar(
         },
         (CIFAR_SIDE**2, 3 if color == "rgb" else 1),
         _rgb_example if color == "rgb" else _gray_example,
+        layout,
     )
 
 
-def _dataset(splits, shape: tuple[int, int], finish) -> pipeline.Dataset:
+def _dataset(splits, shape: tuple[int, int], finish, layout: str) -> pipeline.Dataset:
     """Of {"train", "test": (images, labels)} and examples of `shape`."""
     images, labels = splits["train"]
     parts = pipeline.split_indices(len(labels), VALIDATION, 0.0, SEED)
@@ -137,7 +153,8 @@ def _dataset(splits, shape: tuple[int, int], finish) -> pipeline.Dataset:
         "loss": "classification",
         "padded": False,
     }
-    return pipeline.Dataset(spec, sources, finish=finish)
+    dataset = pipeline.Dataset(spec, sources, finish=finish)
+    return pipeline.laid_out(dataset, layout, images.shape[1:3])
 
 
 def _read_mnist(*paths: Path) -> tuple[np.ndarray, ...]:

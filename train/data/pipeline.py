@@ -1,7 +1,8 @@
 """What every dataset is: splits, an endless training stream, finite evaluation.
 
 A batch is a dict of NumPy arrays: "inputs", "targets", "mask" [B, L] (True where a
-token is real) and, where the data have them, "reset" [B, L] and "dt" [B, L].
+token is real) and, where the data have them, "reset" [B, L] and "dt" [B, L]. Inputs of
+several parts are themselves such a dict.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ import numpy as np
 from absl import flags
 
 SPLITS = ("train", "validation", "test")
+LAYOUTS = ("sequence", "image")
 ORPHAN_POLL_SECONDS = 1.0
 
-Example = dict[str, np.ndarray]
-Batch = dict[str, np.ndarray]
+Example = dict[str, np.ndarray | dict[str, np.ndarray]]
+Batch = dict[str, np.ndarray | dict[str, np.ndarray]]
 
 
 class Rows:
@@ -34,6 +36,62 @@ class Rows:
 
     def __getitem__(self, index) -> Example:
         return {name: array[index] for name, array in self._arrays.items()}
+
+
+class Drawn:
+    """Random access to `count` examples that exist only while they are looked at.
+
+    Example i depends on (seed, split, i) and nothing else: not on the machine, the
+    number of workers or what was drawn before.
+
+    Args:
+        draw: numpy Generator -> example; a partial of a module's function, which worker
+            processes find.
+        seed, split: whose examples.
+        count: how many there are.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[np.random.Generator], Example],
+        seed: int,
+        split: str,
+        count: int,
+    ):
+        self._draw = draw
+        self._key = seed, SPLITS.index(split)
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index) -> Example:
+        if not 0 <= index < self._count:
+            raise IndexError(f"index {index} of {self._count} examples")
+        return self._draw(np.random.default_rng((*self._key, int(index))))
+
+
+def drawn_splits(
+    draws: Mapping[str, Callable], sizes: Sequence[int], seed: int
+) -> dict[str, Drawn]:
+    """One `Drawn` for each split that has at least one example.
+
+    Args:
+        draws: split -> how an example of it is drawn.
+        sizes: numbers of examples, in the order of SPLITS.
+        seed: of all of them.
+
+    Raises:
+        ValueError: a negative size or seed, or nothing to train on.
+    """
+    at_least("seed", seed, 0)
+    for split, size in zip(SPLITS, sizes, strict=True):
+        at_least(split, size, int(split == "train"))
+    return {
+        split: Drawn(draws[split], seed, split, size)
+        for split, size in zip(SPLITS, sizes, strict=True)
+        if size
+    }
 
 
 def split_rows(
@@ -83,12 +141,35 @@ def split_indices(
     return {"train": rest, **parts}
 
 
+def at_least(name: str, value: int, least: int, why: str = "") -> None:
+    """Raises a `ValueError` that names `data.name` unless `value` is large enough."""
+    if value < least:
+        reason = f" ({why})" if why else ""
+        raise ValueError(f"data.{name} must be {least} or more{reason}, got {value}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises a `ValueError` that names `data.name` unless `value` is a choice."""
     if value not in choices:
         raise ValueError(
             f"data.{name} must be one of {', '.join(choices)}, got {value!r}"
         )
+
+
+def laid_out(dataset: "Dataset", layout: str, size: tuple[int, int]) -> "Dataset":
+    """A dataset whose examples are h w pixels, row by row, in one of `LAYOUTS`: as they
+    are, or "image": inputs [h, w, C], encoder "image" and "size" (h, w) in the spec."""
+    if layout == "sequence":
+        return dataset
+    spec = dataset.spec | {"encoder": "image", "size": size}
+    shape = (*size, spec["channels"])
+    finish = functools.partial(_as_image, finish=dataset.finish, shape=shape)
+    return dataclasses.replace(dataset, spec=spec, finish=finish)
+
+
+def _as_image(example: Example, finish: Callable, shape: tuple[int, ...]) -> Example:
+    example = finish(example)
+    return {**example, "inputs": example["inputs"].reshape(shape)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +280,7 @@ class TrainIterator(Iterator[Batch]):
         self._taken += 1
         # A worker's arrays lie in shared memory, which fails to free itself where the
         # interpreter ends before the last batch is dropped: out of it at once.
-        return {name: np.array(array) for name, array in batch.items()}
+        return _by_array(np.array, batch)
 
     def get_state(self) -> dict[str, int]:
         """The position: the next batch after `set_state(state)` is the next one now."""
@@ -266,9 +347,18 @@ class Evaluation:
 def _padded_batch(examples: list[Example], batch_size: int) -> Batch:
     missing = batch_size - len(examples)
     rows = examples + [examples[-1]] * missing
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = _by_array(lambda *arrays: np.stack(arrays), *rows)
     batch["mask"][len(examples) :] = False
     return batch
+
+
+def _by_array(f: Callable, *examples: Example) -> Example:
+    """`f` of the arrays that have one place in the examples, dicts within dicts."""
+    return {
+        name: _by_array(f, *values) if isinstance(values[0], dict) else f(*values)
+        for name in examples[0]
+        for values in [[example[name] for example in examples]]
+    }
 
 
 def _end_with_parent(parent: int, index: int, count: int) -> None:

@@ -1,12 +1,10 @@
 """Tests of memory that are drawn on the fly: recall, copying, induction, a pass key.
 
-Example i of a split depends on (seed, split, i) and nothing else: not on the machine,
-the number of workers or what was drawn before. A target is what to answer once its
-token was read; wherever nothing is asked it is -1, which has no weight.
+A target is what to answer once its token was read; wherever nothing is asked it is -1,
+which has no weight.
 """
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 
@@ -24,35 +22,6 @@ FILLER = (
 STATED = b"The pass key is %b. Remember it. %b is the pass key.\n"
 QUESTION = b"What is the pass key? The pass key is "
 BYTES = 256
-
-
-class Drawn:
-    """Random access to `count` examples that exist only while they are looked at.
-
-    Args:
-        draw: numpy Generator -> (inputs, targets); a partial of a module's function,
-            which worker processes find.
-        seed, split: whose examples, see the module's docstring.
-        count: how many there are.
-    """
-
-    def __init__(self, draw: Callable, seed: int, split: str, count: int):
-        self._draw = draw
-        self._key = seed, pipeline.SPLITS.index(split)
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index) -> pipeline.Example:
-        if not 0 <= index < self._count:
-            raise IndexError(f"index {index} of {self._count} examples")
-        inputs, targets = self._draw(np.random.default_rng((*self._key, int(index))))
-        return {
-            "inputs": inputs.astype(np.int32),
-            "targets": targets.astype(np.int32),
-            "mask": np.ones(len(inputs), bool),
-        }
 
 
 def mqar(
@@ -86,9 +55,9 @@ def mqar(
     Raises:
         ValueError: a setting that cannot be.
     """
-    _at_least("pairs", pairs, 1)
-    _at_least("length", length, 4 * pairs, "4 data.pairs")
-    _at_least("vocab_size", vocab_size, 2 * (pairs + 1), "2 (data.pairs + 1)")
+    pipeline.at_least("pairs", pairs, 1)
+    pipeline.at_least("length", length, 4 * pairs, "4 data.pairs")
+    pipeline.at_least("vocab_size", vocab_size, 2 * (pairs + 1), "2 (data.pairs + 1)")
     if length % 2:
         raise ValueError(f"data.length must be even, got {length}")
     if not 0 < power <= 1:
@@ -172,9 +141,9 @@ def selective_copying(
 
 
 def _check_copying(length, vocab_size, tokens):
-    _at_least("tokens", tokens, 1)
-    _at_least("length", length, 2 * tokens, "2 data.tokens")
-    _at_least("vocab_size", vocab_size, 4, "two tokens, the pause and the mark")
+    pipeline.at_least("tokens", tokens, 1)
+    pipeline.at_least("length", length, 2 * tokens, "2 data.tokens")
+    pipeline.at_least("vocab_size", vocab_size, 4, "two tokens, the pause and the mark")
 
 
 def _copying(rng, length, vocab_size, tokens):
@@ -215,8 +184,8 @@ def induction(
     Raises:
         ValueError: a setting that cannot be.
     """
-    _at_least("length", length, 3)
-    _at_least("vocab_size", vocab_size, 3, "two tokens and the trigger")
+    pipeline.at_least("length", length, 3)
+    pipeline.at_least("vocab_size", vocab_size, 3, "two tokens and the trigger")
     draw = functools.partial(_induction, length=length, vocab_size=vocab_size)
     return _dataset(draw, length, vocab_size, (train, validation, test), seed)
 
@@ -255,10 +224,10 @@ def passkey(
     Raises:
         ValueError: a setting that cannot be.
     """
-    _at_least("digits", digits, 1)
+    pipeline.at_least("digits", digits, 1)
     stated = len(STATED % (b"", b"")) + 2 * digits
     fixed = len(PROMPT) + stated + len(QUESTION) + digits - 1
-    _at_least("length", length, fixed, "the text without its filling")
+    pipeline.at_least("length", length, fixed, "the text without its filling")
     draw = functools.partial(_passkey, room=length - fixed, digits=digits)
     sizes = train, validation, test
     symbols = [chr(i) if chr(i).isprintable() else f"\\x{i:02x}" for i in range(BYTES)]
@@ -278,12 +247,8 @@ def _passkey(rng, room, digits):
 
 
 def _dataset(draw, length, vocab_size, sizes, seed, **more) -> pipeline.Dataset:
-    _at_least("seed", seed, 0)
-    sources = {}
-    for split, size in zip(pipeline.SPLITS, sizes, strict=True):
-        _at_least(split, size, int(split == "train"))
-        if size:
-            sources[split] = Drawn(draw, seed, split, size)
+    example = functools.partial(_example, draw=draw)
+    draws = dict.fromkeys(pipeline.SPLITS, example)
     spec = {
         "encoder": "token",
         "length": length,
@@ -294,10 +259,13 @@ def _dataset(draw, length, vocab_size, sizes, seed, **more) -> pipeline.Dataset:
         "padded": False,
         **more,
     }
-    return pipeline.Dataset(spec, sources)
+    return pipeline.Dataset(spec, pipeline.drawn_splits(draws, sizes, seed))
 
 
-def _at_least(name: str, value: int, least: int, why: str = "") -> None:
-    if value < least:
-        reason = f" ({why})" if why else ""
-        raise ValueError(f"data.{name} must be {least} or more{reason}, got {value}")
+def _example(rng, draw) -> pipeline.Example:
+    inputs, targets = draw(rng)
+    return {
+        "inputs": inputs.astype(np.int32),
+        "targets": targets.astype(np.int32),
+        "mask": np.ones(len(inputs), bool),
+    }

@@ -1,5 +1,6 @@
 """The HTML of a page that needs no other file, for dark and light screens."""
 
+import base64
 import html
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ p { margin: .5rem 0; max-width: 46rem; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 nav a { color: var(--soft); margin-right: 1rem; font-size: .9rem; }
 figure { margin: 1rem 0 1.6rem; }
-figure svg { max-width: 100%; height: auto; }
+figure svg, figure img { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; margin: .7rem 0;
   font-variant-numeric: tabular-nums; }
@@ -97,3 +98,11 @@ def figure(svg: str, caption: str, above: bool = False) -> str:
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{text(caption)}" ', 1)
     said = f"<figcaption>{text(caption)}</figcaption>"
     return f"<figure>{said + svg if above else svg + said}</figure>\n"
+
+
+def picture(image: bytes, caption: str, above: bool = False) -> str:
+    """A PNG or GIF as a `figure`."""
+    kind = "gif" if image.startswith(b"GIF8") else "png"
+    data = base64.b64encode(image).decode()
+    shown = f'<img alt="{text(caption)}" src="data:image/{kind};base64,{data}">'
+    return figure(shown, caption, above)

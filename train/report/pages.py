@@ -8,9 +8,19 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from train import checkpoint, evaluate, record
-from train.report import answers, figures, probe, workdir
-from train.report.markup import code, details, figure, page, paragraph, table
+from layers.model import Model
+from layers.video import Video
+from train import checkpoint, evaluate, record, rollout
+from train.report import answers, clips, figures, probe, workdir
+from train.report.markup import (
+    code,
+    details,
+    figure,
+    page,
+    paragraph,
+    picture,
+    table,
+)
 from train.report.workdir import UNKNOWN, Workdir
 
 
@@ -30,15 +40,10 @@ def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
     told = workdir.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = evaluate.load_run(path, step)
-    stages, remark = _stages(run)
-    blocks = probe.blocks(run.model, stages, told.config.model.length)
-    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
     sections = [
         ("verdict", "Verdict", _verdict(told, run)),
         ("curves", "Curves", _curves({told.name: told})),
-        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
-        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
-        ("answers", "Answers", found),
+        *_inside(told, run),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]
@@ -48,6 +53,22 @@ def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
     title = f"{told.layer} on {told.config.data.name}"
     checkpoint.write_atomically(out, page(title, subtitle, sections))
     return out
+
+
+def _inside(told, run) -> list[tuple[str, str, str]]:
+    """What is to be seen of a model, which depends on its kind."""
+    if isinstance(run.model, Video):
+        return [("rollouts", "Rollouts", _rollouts(told, run))]
+    if not isinstance(run.model, Model):
+        return []
+    stages, remark = _stages(run)
+    blocks = probe.blocks(run.model, stages, told.config.model.length)
+    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
+    return [
+        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
+        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
+        ("answers", "Answers", found),
+    ]
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
@@ -178,6 +199,44 @@ def _curves(runs: dict[str, Workdir]) -> str:
     caption = "Training values are means over the steps between two logs, with the "
     caption += "dropout and augmentation of the run; validation has neither."
     return figure(figures.curves(rows, panels), caption)
+
+
+def _rollouts(told, run) -> str:
+    options = {**told.config.get("rollout", rollout.DEFAULT), "clips": rollout.SHOWN}
+    split = evaluate.last_split(run.dataset)
+    found = rollout.of_run(run, options, split)
+    seen, ahead = found.context.shape[1], found.truth.shape[1]
+    said = f"Checkpoint of step {run.step:,}, {split} split. The model saw {seen} "
+    said += f"frames and then its own answers for {ahead}."
+    parts = [paragraph(said)]
+    if found.truth.ndim == 5:
+        parts += [picture(sheet, caption) for sheet, caption in _pictures(found)]
+    if scored := (told.results or {}).get("rollout"):
+        parts.append(_by_horizon(scored))
+    return "".join(parts)
+
+
+def _pictures(found):
+    yield (
+        clips.contact_sheet(*found),
+        "Frames of the context and of what follows: truth above, prediction below.",
+    )
+    yield (
+        clips.gif(*(frames[0] for frames in found)),
+        "The first clip: truth on the left; on the right the context, then the model.",
+    )
+
+
+def _by_horizon(scored) -> str:
+    """Scores at some horizons, of all clips that were tested at the end of the run."""
+    horizons = rollout.shown_horizons(scored)
+    rows = [
+        (f"{name}, {metric}", *(f"{values[t - 1]:.4g}" for t in horizons))
+        for name, metrics in scored["scores"].items()
+        for metric, values in metrics.items()
+    ]
+    said = f"Means over {scored['clips']} clips of the {scored['split']} split."
+    return table(("frames ahead", *horizons), rows) + paragraph(said, "soft")
 
 
 def _filters(told, run, blocks) -> str:

@@ -1,0 +1,91 @@
+"""ConvLSTM, the recurrent baseline whose states are images
+(https://arxiv.org/abs/1506.04214)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers import images
+from layers.common import begin_frames, logical, wide
+from ssm import conv_ssm
+from ssm import sequence as seq
+
+
+class ConvLSTMState(NamedTuple):
+    """Both [B, h, w, U]."""
+
+    h: jax.Array
+    c: jax.Array
+
+
+class ConvLSTM(nn.Module):
+    """The LSTM with convolutions over the frame in place of products, sequential in
+    every mode:
+
+        i, f, o = sigmoid(W * u + R * h[t-1] + b), g = tanh(W * u + R * h[t-1] + b)
+        c[t]    = f c[t-1] + i g
+        h[t]    = o tanh(c[t]),   y = h
+
+    without connections from c to the gates. W * u is taken of all frames at once.
+    Elapsed times have no meaning for it: `dt` is a `ValueError`.
+
+    Attributes:
+        features: U, channels of the input, the states and the output.
+        size: (h, w) of the frames, of which `init_state` makes states.
+        kernel_size: side of W and R.
+        dtype: of the output; the recurrence is float32 or better.
+    """
+
+    features: int
+    size: tuple[int, int]
+    kernel_size: int = 3
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, h, w, U] -> y of that shape, `ConvLSTMState`. `ValueError` for a
+        wrong shape or a dt."""
+        del train
+        sequence = begin_frames(self, x, state, sequence)
+        if sequence.dt is not None:
+            raise ValueError("dt: a ConvLSTM has no notion of elapsed time; pass None")
+        state = self.init_state(x.shape[0]) if state is None else state
+        U, k, dtype = self.features, self.kernel_size, wide(self.dtype)
+        project = images.conv(4 * U, "input", dtype, k)
+        init = logical(nn.initializers.orthogonal(), None, None, "embed", "mlp")
+        R = self.param("recurrent_kernel", init, (k, k, U, 4 * U)).astype(dtype)
+        # A fresh cell remembers.
+        open_ = jnp.zeros((4 * U,), dtype).at[U : 2 * U].set(1)
+        gates = project(seq.zero_masked(x.astype(dtype), sequence)) + open_
+
+        def step(state, frame):
+            gate, exists, reset = frame
+            if reset is not None:
+                state = jax.tree.map(lambda s: _where(reset, 0, s), state)
+            i, f, g, o = jnp.split(gate + conv_ssm.convolve(state.h, R), 4, -1)
+            c = nn.sigmoid(f) * state.c + nn.sigmoid(i) * jnp.tanh(g)
+            new = ConvLSTMState(nn.sigmoid(o) * jnp.tanh(c), c)
+            if exists is not None:
+                new = jax.tree.map(lambda n, s: _where(exists, n, s), new, state)
+            return new, new.h
+
+        frames = (gates, sequence.mask, sequence.reset)
+        state, y = jax.lax.scan(
+            step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), frames)
+        )
+        y = seq.zero_masked(jnp.swapaxes(y, 0, 1), sequence)
+        return y.astype(self.dtype), state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Zeros."""
+        shape = (batch_size, *self.size, self.features)
+        zeros = jnp.zeros(shape, wide(self.dtype))
+        return ConvLSTMState(zeros, zeros)
+
+
+def _where(flags, a, b):
+    """`jnp.where` with flags [B] of whole states [B, h, w, U]."""
+    return jnp.where(flags[:, None, None, None], a, b)

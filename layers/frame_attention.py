@@ -1,0 +1,217 @@
+"""Transformers over frames: attention between frames and inside of them
+(https://arxiv.org/abs/2102.05095, where the two forms here are "divided" and "joint"
+space-time attention)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers import heads
+from layers.attention import Attention, KVCache
+from layers.common import at_least_one, begin_frames, linear, logical, wide
+from ssm import rotary
+from ssm import sequence as seq
+
+
+class FrameAttention(nn.Module):
+    """y = a + s(norm(x + a + p)), a = t(x): causal attention t over time at every
+    pixel, then attention s over the pixels of every frame.
+
+    Time is told by rotary positions, place by a learned p [h w, U]. Elapsed times have
+    no meaning for it: `dt` is a `ValueError`.
+
+    Attributes:
+        features: U, in `heads` heads.
+        size: (h, w) of the frames.
+        heads: their number, which divides features.
+        context: frames of the longest call and of the cache.
+        dtype: of activations; logits and the cache are float32 or better.
+    """
+
+    features: int
+    size: tuple[int, int]
+    heads: int = 4
+    context: int = 64
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, h, w, U] -> y of that shape, a `KVCache` with a second axis h w.
+
+        `ValueError` for a wrong shape, a dt, heads that do not divide, or a call longer
+        than the context.
+        """
+        del train
+        sequence = begin_frames(self, x, state, sequence)
+        B, L, h, w, U = x.shape
+        pixels = seq.zero_masked(x, sequence).reshape(B, L, h * w, U)
+        rows = pixels.swapaxes(1, 2).reshape(B * h * w, L, U)
+        each = functools.partial(jnp.repeat, repeats=h * w, axis=0)
+        flat = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), state)
+        time = self._time()(name="time")
+        a, new = time(rows, flat, jax.tree.map(each, sequence))
+        a = a.reshape(B, h * w, L, U).swapaxes(1, 2)
+        z = nn.LayerNorm(dtype=self.dtype, name="norm")(
+            pixels + a + place(self, h * w).astype(self.dtype)
+        )
+        space = Attention(
+            U,
+            self.heads,
+            context=h * w,
+            rotary=0.0,
+            bidirectional=True,
+            dtype=self.dtype,
+            name="space",
+        )
+        s, _ = space(z.reshape(B * L, h * w, U))
+        y = (a + s.reshape(a.shape)).reshape(x.shape)
+        new = jax.tree.map(lambda s: s.reshape(B, h * w, *s.shape[1:]), new)
+        return seq.zero_masked(y, sequence).astype(self.dtype), new
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """Empty caches, one per pixel."""
+        places = self.size[0] * self.size[1]
+        empty = self._time()().init_state(batch_size * places)
+        return jax.tree.map(lambda s: s.reshape(-1, places, *s.shape[1:]), empty)
+
+    @nn.nowrap
+    def _time(self):
+        return functools.partial(
+            Attention,
+            self.features,
+            self.heads,
+            context=self.context,
+            dtype=self.dtype,
+        )
+
+
+class FullFrameAttention(nn.Module):
+    """y = W_out softmax(q k^T / sqrt(K)) v, where the pixels of a frame see all pixels
+    of the last R frames, their own among them.
+
+    Time is told by rotary positions, place by a learned p [h w, U] that is added to x.
+    A call costs O(L R (h w)^2), its memory O(R (h w)^2). `dt` is a `ValueError`.
+
+    Attributes:
+        features: U, in `heads` heads of K = U / heads.
+        size: (h, w) of the frames.
+        heads: their number, which divides features.
+        context: R, frames of the longest call and of the cache.
+        dtype: of activations; logits and the cache are float32 or better.
+    """
+
+    features: int
+    size: tuple[int, int]
+    heads: int = 4
+    context: int = 64
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        """x [B, L, h, w, U] -> y of that shape, `KVCache` of frames [B, R-1, h w, ..].
+
+        `ValueError` for a wrong shape, a dt, heads that do not divide, or a call longer
+        than the context.
+        """
+        del train
+        sequence = begin_frames(self, x, state, sequence)
+        self._check(x, sequence)
+        state = self.init_state(x.shape[0]) if state is None else state
+        shape = x.shape
+        x, sequence, restore = seq.compact(x, sequence)
+        x = x.reshape(*shape[:2], -1, self.features).astype(self.dtype)
+        x = x + place(self, x.shape[2]).astype(self.dtype)
+        size = self.features // self.heads
+        q, k, v = (
+            heads.project(x, self.heads, size, name, self.dtype)
+            for name in ("query", "key", "value")
+        )
+        o = self._attend(q, k, v, state, sequence)
+        o = o.reshape(*o.shape[:3], -1)
+        y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(o)
+        return restore(y.reshape(shape)).astype(self.dtype), self._remember(
+            state, k, v, sequence
+        )
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """An empty cache."""
+        size = self.features // self.heads
+        places = self.size[0] * self.size[1]
+        empty = jnp.zeros(
+            (batch_size, self.context - 1, places, self.heads, size), wide(self.dtype)
+        )
+        return KVCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
+
+    @nn.nowrap
+    def _check(self, x, sequence):
+        at_least_one(self, "heads", "context")
+        if self.features % self.heads:
+            raise ValueError(
+                f"heads: must divide features={self.features}, got {self.heads}"
+            )
+        if sequence.dt is not None:
+            raise ValueError("dt: attention has no notion of elapsed time; pass None")
+        if x.shape[1] > self.context:
+            raise ValueError(
+                f"context: a call of {x.shape[1]} frames needs at least as many, got "
+                f"{self.context}"
+            )
+
+    @nn.nowrap
+    def _filled(self, cache):
+        slots = jnp.arange(self.context - 1)
+        return slots >= self.context - 1 - cache.count[:, None]
+
+    @nn.nowrap
+    def _remember(self, cache, k, v, sequence):
+        filled = seq.window(self._filled(cache), jnp.ones(k.shape[:2], bool), sequence)
+        return KVCache(
+            seq.window(cache.key, k, sequence),
+            seq.window(cache.value, v, sequence),
+            seq.lengths(filled),
+        )
+
+    @nn.nowrap
+    def _attend(self, q, k, v, cache, sequence):
+        """[B, L, S, heads, K], frame by frame."""
+        B, L, S, *_ = q.shape
+        R = self.context
+        segment = jnp.zeros((B, L), jnp.int32)
+        if sequence.reset is not None:
+            segment = jnp.cumsum(sequence.reset, axis=1)
+        before = jnp.where(self._filled(cache), 0, -1)
+        segments = jnp.concatenate([before, segment], axis=1)
+        key, value = (
+            jnp.concatenate([old.astype(now.dtype), now], axis=1)
+            for old, now in ((cache.key, k), (cache.value, v))
+        )
+
+        def frame(i):
+            def last(x):
+                return jax.lax.dynamic_slice_in_dim(x, i, R, 1)
+
+            visible = last(segments) == jax.lax.dynamic_slice_in_dim(segment, i, 1, 1)
+            visible = jnp.repeat(visible, S, axis=1)[:, None, None]
+            now = jax.lax.dynamic_index_in_dim(q, i, 1, keepdims=False)
+            now = self._turn(now, jnp.full((S,), R - 1))
+            seen = last(key).reshape(B, R * S, *key.shape[3:])
+            seen = self._turn(seen, jnp.repeat(jnp.arange(R), S))
+            values = last(value).reshape(seen.shape)
+            return jax.nn.dot_product_attention(now, seen, values, mask=visible)
+
+        o = jax.lax.map(jax.checkpoint(frame), jnp.arange(L))
+        return jnp.moveaxis(o, 0, 1)
+
+    @nn.nowrap
+    def _turn(self, x, positions):
+        return rotary.rotate(x, positions, 10_000.0, x.shape[-1] // 2 * 2)
+
+
+def place(module, places):
+    """The learned positions p [places, U] of `module`."""
+    init = logical(nn.initializers.normal(0.02), None, "embed")
+    return module.param("place", init, (places, module.features))

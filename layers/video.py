@@ -1,0 +1,181 @@
+"""Next-frame prediction: encoder, stack of mixers over frames, decoder."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers import images
+from layers.common import check_state, logical
+from layers.stack import Stack
+from ssm import sequence as seq
+
+
+class Encoder(nn.Module):
+    """Frames [..., h, w, C] in [-1, 1] or features of codes to
+    [..., h / s, w / s, depths[-1]]: a residual block per depth, and half the size
+    between two depths, so s = 2^(len(depths) - 1)."""
+
+    depths: tuple[int, ...]
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        x = images.conv(self.depths[0], "in", self.dtype)(x)
+        for i, depth in enumerate(self.depths):
+            if i:
+                x = images.conv(depth, f"down_{i}", self.dtype, stride=2)(x)
+            x = images.Residual(depth, self.dtype, name=f"residual_{i}")(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """The way back: [..., h / s, w / s, H] to [..., h, w, outputs] in float32."""
+
+    depths: tuple[int, ...]
+    outputs: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        for i, depth in reversed(list(enumerate(self.depths))):
+            x = images.Residual(depth, self.dtype, name=f"residual_{i}")(x)
+            if i:
+                up = images.conv(self.depths[i - 1], f"up_{i}", self.dtype)
+                x = up(images.doubled(x))
+        x = nn.gelu(images.group_norm(x.shape[-1], "norm", self.dtype)(x))
+        return images.conv(self.outputs, "out", jnp.float32)(x.astype(jnp.float32))
+
+
+class Video(nn.Module):
+    """frames 1..t (and the action after each) -> frame t + 1, for all t at once.
+
+    The contract of `layers.model.Model`: fed frame by frame with its state it answers
+    the same, and a call on a context followed by calls on its own answers is an
+    open-loop rollout (`train.rollout`).
+
+    Attributes:
+        stack: makes the `Stack` of blocks over frames [B, L, h / s, w / s, features].
+        features: U, channels between encoder and decoder.
+        size: (h, w) of the frames; channels: C of them.
+        depths: channels of encoder and decoder at each resolution, each half as large
+            as the one before.
+        vocab_size: of codes; 0 for pixels, whose answers are float32 frames where a
+            byte p stands for p / 127.5 - 1. For codes they are logits.
+        actions: how many there are; 0: none are given. action_features: of one.
+        dtype: of activations; outputs are float32.
+    """
+
+    stack: type[Stack]
+    features: int
+    size: tuple[int, int]
+    channels: int = 1
+    depths: tuple[int, ...] = (64, 128, 256)
+    vocab_size: int = 0
+    actions: int = 0
+    action_features: int = 16
+    dtype: jnp.dtype = jnp.float32
+
+    head = "token"  # one answer per frame
+    encoder = "video"
+
+    @nn.compact
+    def __call__(self, inputs, state=None, sequence=None, train=False):
+        """Frames -> y, state.
+
+        inputs: pixels [B, L, h, w, C], uint8 or floats in [-1, 1], or int codes
+        [B, L, h, w]; with actions {"frames": ..., "actions": int [B, L]}. y:
+        [B, L, h, w, C], or logits [B, L, h, w, vocab_size]. `ValueError` for frames of
+        another size, actions that are missing or not asked for, or a state or sequence
+        that does not fit.
+        """
+        frames, actions = self._parts(inputs)
+        sequence = seq.check(frames, sequence, "inputs")
+        stack = self.stack(name="stack")
+        if state is not None:
+            expected = jax.eval_shape(lambda: stack.init_state(frames.shape[0]))
+            check_state(state, {"stack": expected})
+            state = state["stack"]
+        x = Encoder(self.depths, self.dtype, name="encoder")(self._features(frames))
+        if actions is not None:
+            x = jnp.concatenate([x, self._tiled(actions, x.shape)], axis=-1)
+        x = images.conv(self.features, "project", self.dtype, kernel_size=1)(x)
+        x, state = stack(seq.zero_masked(x, sequence), state, sequence, train)
+        outputs = self.vocab_size or self.channels
+        y = Decoder(self.depths, outputs, self.dtype, name="decoder")(x)
+        return seq.zero_masked(y, sequence), {"stack": state}
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        """The state before the first frame."""
+        return {"stack": self.stack().init_state(batch_size)}
+
+    @nn.nowrap
+    def _parts(self, inputs):
+        given = isinstance(inputs, Mapping)
+        if self.actions and not (given and {"frames", "actions"} <= set(inputs)):
+            raise ValueError(
+                f"actions: a model of {self.actions} actions takes "
+                '{"frames": ..., "actions": int [B, L]}, got '
+                f"{sorted(inputs) if given else 'frames alone'}"
+            )
+        if given and not self.actions:
+            raise ValueError(
+                "actions: the model was built without; model.video.actions says how "
+                "many there are"
+            )
+        frames, actions = (
+            (inputs["frames"], inputs["actions"]) if given else (inputs, None)
+        )
+        expected = self.size if self.vocab_size else (*self.size, self.channels)
+        if frames.shape[2:] != tuple(expected):
+            raise ValueError(
+                f"inputs: frames must be [B, L, {', '.join(map(str, expected))}], got "
+                f"{frames.shape}"
+            )
+        if self.vocab_size and not jnp.issubdtype(frames.dtype, jnp.integer):
+            raise ValueError(f"inputs: codes must be integers, got {frames.dtype}")
+        if actions is not None and (
+            actions.shape != frames.shape[:2]
+            or not jnp.issubdtype(actions.dtype, jnp.integer)
+        ):
+            raise ValueError(
+                f"actions: must be integers [B, L] = {frames.shape[:2]}, got "
+                f"{actions.dtype} {actions.shape}"
+            )
+        return frames, actions
+
+    @nn.nowrap
+    def _features(self, frames):
+        if self.vocab_size:
+            init = logical(nn.initializers.normal(1.0), "vocab", "embed")
+            return nn.Embed(
+                self.vocab_size,
+                self.depths[0],
+                dtype=self.dtype,
+                embedding_init=init,
+                name="embedding",
+            )(frames)
+        return pixels(frames).astype(self.dtype)
+
+    @nn.nowrap
+    def _tiled(self, actions, shape):
+        init = logical(nn.initializers.normal(1.0), None, "embed")
+        embedded = nn.Embed(
+            self.actions,
+            self.action_features,
+            dtype=self.dtype,
+            embedding_init=init,
+            name="action",
+        )(actions)
+        return jnp.broadcast_to(
+            embedded[:, :, None, None], (*shape[:-1], self.action_features)
+        )
+
+
+def pixels(frames):
+    """Bytes p as p / 127.5 - 1; what is not uint8 stays as it is."""
+    if frames.dtype == jnp.uint8:
+        return frames.astype(jnp.float32) / 127.5 - 1.0
+    return frames

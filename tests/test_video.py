@@ -1,0 +1,251 @@
+"""Models of video: next frames, actions, codes, open-loop rollouts, reports."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import video
+from kernels.tolerance import assert_close
+from layers import FRAME_LAYERS, build
+from train import data, loop, losses, report, rollout
+
+B, L, SIDE = 2, 5, 8
+
+
+def tiny(layer="conv_s5", **changed):
+    """The config of a run of seconds, on frames of 8 x 8."""
+    config = video.get_config(f"moving_digits,layer={layer}")
+    config.data.update(length=6, side=SIDE, digit_side=4, validation=4, test=4)
+    config.model.update(features=4, depth=1)
+    config.model.video.depths = (4, 4)
+    if "state_size" in config.model.layer_args:
+        config.model.layer_args.state_size = 4
+    if "heads" in config.model.layer_args:
+        config.model.layer_args.heads = 2
+    config.optimizer.warmup = 0
+    config.train.update(steps=2, batch_size=2, eval_every=2, log_every=1)
+    config.rollout.update(context=3, horizon=4, clips=3)
+    config.update(changed)
+    return config
+
+
+def model_of(layer="conv_s5", **given):
+    config = tiny(layer).model
+    config.update(encoder="video", outputs=1, length=8)
+    config.video.update(size=(SIDE, SIDE), channels=1)
+    config.video.update({k: v for k, v in given.items() if k in config.video})
+    config.update({k: v for k, v in given.items() if k not in config.video})
+    return build(config)
+
+
+def made(model, inputs):
+    return nn.unbox(jax.jit(model.init)(jax.random.key(0), inputs))
+
+
+def clips(length=L, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(256, size=(B, length, SIDE, SIDE, 1), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "conv_s5",
+        pytest.param("conv_lstm", marks=pytest.mark.slow),
+        pytest.param("frame_attention", marks=pytest.mark.slow),
+        pytest.param("full_frame_attention", marks=pytest.mark.slow),
+    ],
+)
+def test_frame_by_frame_is_the_whole_clip(layer):
+    model, frames = model_of(layer), clips()
+    variables = made(model, frames)
+    apply = jax.jit(model.apply)
+    whole, _ = apply(variables, frames)
+    state, answers = model.init_state(B), []
+    for t in range(L):
+        y, state = apply(variables, frames[:, t : t + 1], state)
+        answers.append(y)
+    assert_close(whole, jnp.concatenate(answers, axis=1))
+
+
+def test_a_rollout_feeds_answers_back():
+    model, context = model_of(), clips(3)
+    variables = made(model, context)
+    found = rollout.open_loop(model, variables, context, 4)
+    seen = context.astype(np.float32) / 127.5 - 1
+    # The answer at every place is to what was seen before it, answers included.
+    whole = np.concatenate([seen, found[:, :-1]], axis=1)
+    y, _ = jax.jit(model.apply)(variables, whole)
+    assert_close(found, jnp.clip(y[:, 2:], -1, 1))
+
+
+def test_actions_lead_to_the_next_frame():
+    frames, actions = clips(), jnp.arange(B * L).reshape(B, L) % 3
+    model = model_of(actions=3)
+    inputs = {"frames": frames, "actions": actions}
+    variables = made(model, inputs)
+    apply = jax.jit(model.apply)
+    y, _ = apply(variables, inputs)
+    changed = {"frames": frames, "actions": actions.at[:, 2].set(0).at[0, 2].set(1)}
+    moved = jnp.any(apply(variables, changed)[0] != y, axis=(2, 3, 4))
+    assert not moved[:, :2].any() and moved[:, 2:].any()
+    found = rollout.open_loop(model, variables, frames, 1, actions)
+    assert_close(found[:, 0], jnp.clip(y[:, -1], -1, 1))
+
+
+@pytest.mark.slow
+def test_codes_are_classified_place_by_place():
+    codes = np.random.default_rng(0).integers(7, size=(B, L, SIDE, SIDE))
+    model = model_of(vocab_size=7)
+    variables = made(model, codes)
+    y, _ = jax.jit(model.apply)(variables, codes)
+    assert y.shape == (B, L, SIDE, SIDE, 7)
+    found = rollout.open_loop(model, variables, codes, 2)
+    assert found.shape == (B, 2, SIDE, SIDE)
+    np.testing.assert_array_equal(found[:, 0], jnp.argmax(y[:, -1], -1))
+    mask = np.ones((B, L), bool)
+    mask[1, 2:] = False
+    batch = {"inputs": codes, "targets": codes, "mask": mask}
+    loss, weight, metrics = losses.make({"loss": "codes"})(y, batch)
+    log_p = jax.nn.log_softmax(y)[mask]
+    expected = -np.take_along_axis(np.asarray(log_p), codes[mask][..., None], -1)
+    assert weight == mask.sum()
+    assert_close(loss, expected.mean((1, 2, 3)).sum())
+    right = (np.asarray(y[mask]).argmax(-1) == codes[mask]).mean((1, 2)).sum()
+    assert_close(metrics["accuracy"], right)
+
+
+def test_the_loss_of_frames():
+    frames = clips()
+    y = jax.random.normal(jax.random.key(0), frames.shape)
+    mask = np.ones((B, L), bool)
+    mask[0, 3:] = False
+    batch = {"targets": frames, "mask": mask}
+    y = jnp.where(mask[..., None, None, None], y, jnp.nan)
+    loss, weight, metrics = losses.make({"loss": "frames"})(y, batch)
+    wrong = (np.asarray(y) - (frames / 127.5 - 1))[mask]
+    assert weight == mask.sum()
+    assert_close(metrics["mse"], np.float32((wrong**2).mean((1, 2, 3)).sum()))
+    total = (wrong**2 / 2 + np.abs(wrong) / 2).mean((1, 2, 3)).sum()
+    assert_close(loss, np.float32(total))
+    with pytest.raises(ValueError, match=r"outputs .* do not fit targets"):
+        losses.make({"loss": "frames"})(y[:, :, :4], batch)
+
+
+@pytest.mark.parametrize(
+    ("given", "inputs", "message"),
+    [
+        ({}, clips()[:, :, :4], r"^inputs: frames must be \[B, L, 8, 8, 1\], got"),
+        ({"vocab_size": 7}, clips()[..., 0] / 255, r"^inputs: codes must be integers"),
+        ({"actions": 3}, clips(), r"^actions: a model of 3 actions takes"),
+        ({"actions": 3}, {"frames": clips()}, r"^actions: a model of 3 actions takes"),
+        ({}, {"frames": clips(), "actions": clips()}, r"^actions: the model was built"),
+        (
+            {"actions": 3},
+            {"frames": clips(), "actions": np.zeros((B, L - 1), int)},
+            r"^actions: must be integers \[B, L\] = \(2, 5\), got",
+        ),
+        ({"size": (6, 7)}, clips(), r"^video.size: 2 depths need frames whose"),
+        ({"depths": ()}, clips(), r"^video.depths: must be"),
+        ({"layer": "s4d", "layer_args": {}}, clips(), r"^layer: 's4d' does not fit"),
+    ],
+)
+def test_what_does_not_fit_is_named(given, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model_of(**given).init, jax.random.key(0), inputs)
+
+
+def test_a_layer_over_frames_reads_no_tokens():
+    config = tiny().model
+    config.update(encoder="scalar", outputs=1, length=8)
+    with pytest.raises(ValueError, match=r"^layer: 'conv_s5' does not fit"):
+        build(config)
+
+
+def npz(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def test_a_context_longer_than_the_clip_stops_before_training(tmp_path):
+    path = npz(
+        tmp_path / "my.npz", frames=np.concatenate([clips(6, i) for i in range(5)])
+    )
+    config = video.get_config(f"clips,path={path}")
+    config.rollout.update(context=5, horizon=4)
+    message = r"^rollout.context \+ rollout.horizon is 5 \+ 4 frames: .*length"
+    with pytest.raises(ValueError, match=message):
+        loop.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", FRAME_LAYERS)
+def test_every_layer_trains_in_bfloat16(layer, tmp_path):
+    config = tiny(layer)
+    config.model.dtype = "bfloat16"
+    config.train.steps = 4
+    found = loop.run(config, tmp_path)
+    assert np.isfinite(found["test"]["loss"])
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_rollouts_and_a_report(tmp_path, capsys):
+    found = loop.run(tiny(), tmp_path)
+    assert found["rollout"]["context"] == 3 and found["rollout"]["clips"] == 3
+    written = json.loads((tmp_path / rollout.JSON).read_text())
+    assert written == found["rollout"]
+    for name in ("model", rollout.COPY):
+        for metric in ("psnr", "ssim", "mse"):
+            assert len(written["scores"][name][metric]) == 4
+    assert (tmp_path / rollout.PNG).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / rollout.GIF).read_bytes().startswith(b"GIF8")
+    page = report.write(tmp_path).read_text()
+    assert page.count("data:image/") == 2 and "frames ahead" in page
+    capsys.readouterr()
+    arguments = ["--workdir", str(tmp_path), "--horizon", "2", "--clips", "2"]
+    assert rollout.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "fvd: FVD needs" in shown and "lpips: LPIPS needs" in shown
+    assert len(json.loads((tmp_path / rollout.JSON).read_text())["scores"]) == 2
+    with pytest.raises(SystemExit):
+        rollout.main(["--workdir", str(tmp_path), "--horizon", "-1"])
+    assert "rollout.horizon must be 0 or more, got -1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_codes_of_an_autoencoder_train_a_model_that_is_shown_as_pixels(tmp_path):
+    from train import tokenize
+
+    config = video.get_config("moving_digits,stage=autoencoder")
+    config.data.update(length=4, side=SIDE, digit_side=4, validation=4, test=4)
+    config.model.layer_args.update(depths=(4,), codes=8, code_features=2)
+    config.optimizer.warmup = 0
+    config.train.update(steps=2, batch_size=2, eval_every=2, log_every=1)
+    loop.run(config, tmp_path / "vq")
+    report.write(tmp_path / "vq")
+    out = tmp_path / "codes.npz"
+    arguments = ["--workdir", str(tmp_path / "vq"), "--clips", "6", "--length", "8"]
+    assert tokenize.main([*arguments, "--out", str(out)]) == 0
+    config = video.get_config(f"clips,stage=codes,path={out}")
+    config.data.update(vocab_size=8, codec=str(tmp_path / "vq"))
+    config.model.update(features=4, depth=1)
+    config.model.video.depths = (4,)
+    config.optimizer.warmup = 0
+    config.train.update(steps=2, batch_size=2, eval_every=2, log_every=1)
+    found = loop.run(config, tmp_path / "run")
+    assert "psnr" in found["rollout"]["scores"]["model"]
+    assert (tmp_path / "run" / rollout.GIF).exists()
+
+
+def test_clips_without_a_length_are_rolled_out_by_halves(tmp_path):
+    path = npz(
+        tmp_path / "my.npz", frames=np.concatenate([clips(6, i) for i in range(5)])
+    )
+    config = video.get_config(f"clips,path={path}")
+    spec = data.load(config.data).spec
+    assert rollout.lengths(config.rollout, spec) == (3, 3)

@@ -1,0 +1,290 @@
+"""Open-loop rollouts of a video model: it sees a context and then its own answers.
+
+    python -m train.rollout --workdir runs/video-moving_digits-0 [--split test]
+        [--context 10] [--horizon 30] [--clips 64] [--fvd FILE] [--lpips FILE]
+
+writes rollout.json (scores of every predicted frame, beside those of a model that
+repeats the last frame it saw), rollout.png and rollout.gif into the workdir. FVD and
+LPIPS need the network of their authors as a TorchScript file.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from layers.video import Video, pixels
+from train import checkpoint, data, evaluate, tokenize, video_metrics
+from train.data.pipeline import Dataset
+from train.report import clips as pictures
+
+JSON, PNG, GIF = "rollout.json", "rollout.png", "rollout.gif"
+COPY = "copy last frame"
+DEFAULT = dict(context=0, horizon=0, clips=64)
+NETWORKS = {"fvd": video_metrics.fvd, "lpips": video_metrics.lpips}
+SHOWN = 4  # clips of the contact sheet
+TABLE = (1, 2, 5, 10, 20, 30, 50, 100, 200, 400, 800, 1200)  # printed horizons
+
+
+class Rollout(NamedTuple):
+    """True and predicted frames of some clips, uint8 [n, T, h, w, C]; codes
+    [n, T, h, w] where nothing is known that makes pixels of them."""
+
+    context: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("model", "horizon"))
+def open_loop(model, variables, context, horizon, actions=None, key=None):
+    """Frames T, ..., T + horizon - 1 of clips whose first T frames are `context`.
+
+    The context is read in one call; then every answer is the next input.
+
+    Args:
+        model: a `layers.video.Video`; variables: of it.
+        context: pixels [B, T, h, w, C], uint8 or in [-1, 1], or codes [B, T, h, w].
+        horizon: frames to predict, at least 1.
+        actions: int [B, T + horizon - 1], the one at t leading from frame t to t + 1;
+            for a model that takes them.
+        key: to draw codes at random; None takes the likeliest.
+
+    Returns:
+        Pixels in [-1, 1] or codes, [B, horizon, ...].
+    """
+
+    def given(frames, start):
+        if actions is None:
+            return frames
+        return {
+            "frames": frames,
+            "actions": jax.lax.dynamic_slice_in_dim(
+                actions, start, frames.shape[1], axis=1
+            ),
+        }
+
+    def chosen(y, t):
+        if not model.vocab_size:
+            return jnp.clip(y, -1.0, 1.0)
+        if key is None:
+            return jnp.argmax(y, axis=-1)
+        return jax.random.categorical(jax.random.fold_in(key, t), y)
+
+    def step(carry, t):
+        frame, state = carry
+        y, state = model.apply(variables, given(frame, t), state)
+        new = chosen(y, t)
+        return (new, state), frame[:, 0]
+
+    T = context.shape[1]
+    frames = context if model.vocab_size else pixels(context)
+    y, state = model.apply(variables, given(frames, 0))
+    first = chosen(y[:, -1:], T - 1)
+    (last, _), predicted = jax.lax.scan(
+        step, (first, state), jnp.arange(T, T + horizon - 1)
+    )
+    predicted = jnp.moveaxis(predicted, 0, 1)
+    return jnp.concatenate([predicted, last], axis=1)
+
+
+def lengths(options: Mapping, spec: Mapping) -> tuple[int, int]:
+    """(context, horizon) that `options` ask for; 0: half of the clips of `spec`.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    half = (spec["length"] + 1) // 2
+    context, horizon = options["context"] or half, options["horizon"] or half
+    for name, value in (("context", context), ("horizon", horizon)):
+        if value < 1:
+            raise ValueError(f"rollout.{name} must be 0 or more, got {value}")
+    return context, horizon
+
+
+def check(config: Mapping, spec: Mapping) -> None:
+    """Raises a `ValueError` for rollouts that `config` asks for and cannot have."""
+    if config["rollout"]["clips"] < 1:
+        raise ValueError(
+            f"rollout.clips must be 1 or more, got {config['rollout']['clips']}"
+        )
+    dataset_of(config, *lengths(config["rollout"], spec))
+
+
+def dataset_of(config: Mapping, context: int, horizon: int) -> Dataset:
+    """The dataset of a run with clips of context + horizon frames.
+
+    Raises:
+        ValueError: its clips are shorter.
+    """
+    try:
+        return data.load({**config["data"], "length": context + horizon})
+    except ValueError as problem:
+        raise ValueError(
+            f"rollout.context + rollout.horizon is {context} + {horizon} frames: "
+            f"{problem}"
+        ) from problem
+
+
+def roll(model, variables, dataset, split, context, horizon, count, batch) -> Rollout:
+    """The first `count` clips of a split, `batch` of them at a time."""
+    clips, predictions = [], []
+    count = min(count, dataset.num_examples(split))
+    for rows in dataset.evaluation(split, min(batch, count)):
+        real = rows["mask"].any(axis=1)
+        inputs, actions = rows["inputs"], None
+        if isinstance(inputs, Mapping):
+            inputs, actions = inputs["frames"], inputs["actions"]
+        whole = np.concatenate([inputs, rows["targets"][:, -1:]], axis=1)
+        found = open_loop(model, variables, whole[:, :context], horizon, actions)
+        clips.append(whole[real])
+        predictions.append(_bytes(np.asarray(found)[real]))
+        if sum(map(len, clips)) >= count:
+            break
+    clips, prediction = (np.concatenate(x)[:count] for x in (clips, predictions))
+    found = Rollout(clips[:, :context], clips[:, context:], prediction)
+    codec = dataset.spec.get("codec")
+    return Rollout(*map(tokenize.load_codec(codec), found)) if codec else found
+
+
+def _bytes(frames):
+    """Pixels in [-1, 1] as bytes; codes as they are."""
+    if not np.issubdtype(frames.dtype, np.floating):
+        return frames
+    return np.rint(127.5 * (np.nan_to_num(frames) + 1)).astype(np.uint8)
+
+
+def scores(rollout: Rollout) -> dict:
+    """{"model" and "copy last frame": {metric: [horizon]}}: "psnr" in dB, "ssim" and
+    "mse", means over clips; of codes the "accuracy", the share that is right."""
+    copied = video_metrics.copy_last(rollout.context, rollout.truth.shape[1])
+    found = {}
+    for name, prediction in (("model", rollout.prediction), (COPY, copied)):
+        if rollout.truth.ndim == 5:
+            values = video_metrics.by_horizon(rollout.truth, prediction)
+        else:
+            values = {"accuracy": (rollout.truth == prediction).mean((0, 2, 3))}
+        found[name] = {k: [float(x) for x in v] for k, v in values.items()}
+    return found
+
+
+def of_run(run: evaluate.Run, options: Mapping, split: str = "test") -> Rollout:
+    """Rollouts of a trained run; `options` has "context", "horizon" and "clips".
+
+    Raises:
+        ValueError: a run that is no video model's, or clips that are too short.
+    """
+    if not isinstance(run.model, Video):
+        raise ValueError(
+            f"workdir: must be of a video model, got {type(run.model).__name__}; "
+            "configs/video.py trains one"
+        )
+    config = {**run.config, "rollout": options}
+    check(config, run.dataset.spec)
+    context, horizon = lengths(options, run.dataset.spec)
+    dataset = dataset_of(config, context, horizon)
+    batch = run.config.train.eval_batch_size or run.config.train.batch_size
+    arguments = dataset, split, context, horizon, options["clips"], batch
+    return roll(run.model, run.variables, *arguments)
+
+
+def write(workdir: str | Path, rollout: Rollout, found: dict) -> None:
+    """rollout.json with the scores `found`, rollout.png and rollout.gif."""
+    workdir = Path(workdir)
+    text = json.dumps(found, indent=2) + "\n"
+    checkpoint.write_atomically(workdir / JSON, text)
+    if rollout.truth.ndim == 5:
+        sheet = pictures.contact_sheet(*(x[:SHOWN] for x in rollout))
+        checkpoint.write_atomically(workdir / PNG, sheet)
+        checkpoint.write_atomically(
+            workdir / GIF, pictures.gif(*(x[0] for x in rollout))
+        )
+
+
+def shown_horizons(found: dict) -> list[int]:
+    """The frames ahead whose scores a table shows, counted from 1."""
+    length = len(next(iter(found["scores"]["model"].values())))
+    return [t for t in TABLE if t < length] + [length]
+
+
+def show(found: dict) -> None:
+    """Prints the scores at some horizons."""
+    horizons = shown_horizons(found)
+    table = Table(
+        title=f"{found['clips']} clips of the {found['split']} split after "
+        f"{found['context']} frames of context"
+    )
+    table.add_column("")
+    for t in horizons:
+        table.add_column(f"+{t}", justify="right")
+    for name, metrics in found["scores"].items():
+        for metric, values in metrics.items():
+            row = (f"{values[t - 1]:.4g}" for t in horizons)
+            table.add_row(f"{name}, {metric}", *row)
+    Console().print(table)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m train.rollout")
+    parser.add_argument("--workdir", required=True, help="of a trained run")
+    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
+    for name in ("context", "horizon", "clips"):
+        parser.add_argument(f"--{name}", type=int, help="default: as the config says")
+    parser.add_argument("--fvd", default="", help="I3D as a TorchScript file")
+    parser.add_argument("--lpips", default="", help="LPIPS as a TorchScript file")
+    given = parser.parse_args(argv)
+    try:
+        run = evaluate.load_run(given.workdir, given.step)
+        options = dict(run.config.get("rollout", DEFAULT))
+        for name in options:
+            if getattr(given, name) is not None:
+                options[name] = getattr(given, name)
+        rollout = of_run(run, options, given.split)
+        found = summary(run, rollout, given.split)
+        found |= _by_networks(rollout, given)
+        write(given.workdir, rollout, found)
+    except (ValueError, checkpoint.CheckpointError) as problem:
+        parser.error(str(problem))
+    show(found)
+    for name in NETWORKS:
+        print(f"{name}: {found[name]}")
+    return 0
+
+
+def summary(run: evaluate.Run, rollout: Rollout, split: str) -> dict:
+    """What rollout.json holds."""
+    return {
+        "step": run.step,
+        "split": split,
+        "clips": len(rollout.truth),
+        "context": rollout.context.shape[1],
+        "scores": scores(rollout),
+    }
+
+
+def _by_networks(rollout, given) -> dict:
+    """FVD and LPIPS, or why there are none."""
+    found = {}
+    for name, metric in NETWORKS.items():
+        network = getattr(given, name)
+        lacking = video_metrics.unavailable(name.upper(), network)
+        if lacking:
+            found[name] = lacking
+        else:
+            found[name] = float(
+                np.mean(metric(rollout.truth, rollout.prediction, network))
+            )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
