@@ -149,6 +149,7 @@ LAYER_ARGS = {
         clip_eigs=True,
         dt_min=1e-3,
         dt_max=1e-1,
+        chunk=16,
     ),
     "conv_lstm": dict(kernel_size=3),
     "frame_attention": dict(heads=4),

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from layers import images
-from layers.common import begin_frames, constant, dense, logical, wide, wide_complex
+from layers.common import (
+    at_least_one,
+    begin_frames,
+    constant,
+    dense,
+    logical,
+    wide,
+    wide_complex,
+)
 from ssm import conv_ssm, discretize, spectra, stability
 from ssm import sequence as seq
 
@@ -59,7 +67,7 @@ class ConvS5(nn.Module):
     convolution over the frame and a [P] is the same at every pixel.
 
     Lambda starts at the normal part of HiPPO-LegS, B and C in its eigenbasis; dt is one
-    per state. Frames are read in parallel, `ssm.conv_ssm.CHUNK` at a time.
+    per state. Frames are read in parallel, `chunk` of them at a time.
 
     Attributes:
         features: U, channels of input and output.
@@ -70,6 +78,8 @@ class ConvS5(nn.Module):
         output: f, a key of `OUTPUTS`.
         clip_eigs: keep Re Lambda <= -1e-4, for unbounded rollouts.
         dt_min, dt_max: range of the initial dt.
+        chunk: frames whose states exist at once; those between chunks are kept for the
+            backward pass, all others made again.
         dtype: of the output; parameters and states are float32 or better.
     """
 
@@ -84,6 +94,7 @@ class ConvS5(nn.Module):
     clip_eigs: bool = True
     dt_min: float = 1e-3
     dt_max: float = 1e-1
+    chunk: int = conv_ssm.CHUNK
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -94,6 +105,7 @@ class ConvS5(nn.Module):
         """
         del train
         sequence = begin_frames(self, x, state, sequence)
+        at_least_one(self, "input_kernel", "output_kernel", "skip_kernel", "chunk")
         if self.output not in OUTPUTS:
             raise ValueError(
                 f"output: unknown {self.output!r}; may be {sorted(OUTPUTS)}"
@@ -104,8 +116,9 @@ class ConvS5(nn.Module):
         def rule(elapsed):
             return discretize.zoh(lam, dt, 1.0 if elapsed is None else elapsed)
 
+        elapsed, reset = seq.elapsed(sequence), sequence.reset
         y, state = conv_ssm.convolved(
-            rule, B, C, u, state, seq.elapsed(sequence), sequence.reset
+            rule, B, C, u, state, elapsed, reset, chunk=self.chunk
         )
         y = OUTPUTS[self.output](y, u, self)
         return seq.zero_masked(y, sequence).astype(self.dtype), state

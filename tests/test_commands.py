@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from configs import pixels
 from kernels.bench import __main__ as kernels_bench
+from kernels.bench import timing
 from kernels.tolerance import assert_close
 from layers import build, prepare
 from train import bench, evaluate, generate, loop, reproduce
@@ -133,6 +135,32 @@ def test_benchmarks_run_at_small_sizes(tmp_path, monkeypatch, capsys):
     kernels_bench.main()
     assert json.loads(out.read_text())["rows"][0]["op"] == "short_conv"
     assert "short_conv" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_suite_over_frames_runs_at_small_sizes(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    arguments = ["--suite", "video", "--small", "--repeats", "1", "--out", str(out)]
+    assert bench.main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert [row["form"] for row in found["step"]][:2] == ["ConvS5", "ConvLSTM"]
+    assert {row["frames"] for row in found["memory"]} == {4, 8}
+    assert len(found["generation"]) == 8
+    with pytest.raises(SystemExit):
+        bench.main(["--suite", "video", "--case", "step"])
+    assert "--case is of the suite tokens" in capsys.readouterr().err
+
+
+def test_a_slow_form_is_timed_once():
+    calls = []
+
+    def slow(x):
+        calls.append(x)
+        time.sleep(0.02)
+        return x
+
+    found = timing.measure({"slow": (slow, (1,))}, repeats=5, limit=0.01)
+    assert len(found["slow"]) == 1 and len(calls) == 2
 
 
 def test_every_peer_has_its_case():

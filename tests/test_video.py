@@ -11,7 +11,16 @@ import pytest
 from configs import video
 from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, build
-from train import data, loop, losses, report, rollout
+from train import (
+    contest,
+    data,
+    loop,
+    losses,
+    metrics,
+    report,
+    rollout,
+    video_contest,
+)
 
 B, L, SIDE = 2, 5, 8
 
@@ -249,3 +258,36 @@ def test_clips_without_a_length_are_rolled_out_by_halves(tmp_path):
     config = video.get_config(f"clips,path={path}")
     spec = data.load(config.data).spec
     assert rollout.lengths(config.rollout, spec) == (3, 3)
+
+
+def rolled(psnr, copied=(9.0,) * 30):
+    def scores(values):
+        return {"psnr": list(values), "ssim": [0.5] * 30, "mse": [0.1] * 30}
+
+    rollouts = {"model": scores(psnr), rollout.COPY: scores(copied)}
+    return {"scores": rollouts, "clips": 4, "split": "test", "context": 10}
+
+
+def test_others_train_for_as_long_as_the_first(tmp_path, monkeypatch):
+    speed = {"conv_s5": 2.0, "conv_lstm": 0.5}
+    steps = {}
+
+    def trained(config, folder):
+        layer = config.model.layer
+        steps[folder.name] = config.train.steps
+        folder.mkdir()
+        row = {"split": "train", "steps_per_second": speed[layer]}
+        (folder / metrics.FILE).write_text(json.dumps(row) + "\n")
+        psnr = [8.0] * 3 + [10.0] * 27 if config.seed else [10.0] * 30
+        found = {"step": config.train.steps, "seconds": 5.0, "rollout": rolled(psnr)}
+        return found if layer == "conv_s5" else found | {"rollout": rolled([8.0] * 30)}
+
+    monkeypatch.setattr(contest, "trained", trained)
+    text = video_contest.table("moving_digits", (), (0, 1), tmp_path)
+    own = video.get_config().train.steps
+    assert steps["moving_digits-conv_s5-1"] == own
+    assert steps["moving_digits-conv_lstm-trial"] == video_contest.TRIAL
+    assert steps["moving_digits-conv_lstm-0"] == own / 4
+    rows = text.splitlines()
+    assert "| +4 |" in rows[2] and "| never |" in rows[3]
+    assert rows[4].startswith(f"| {rollout.COPY} |") and "9.00" in rows[4]

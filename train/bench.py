@@ -1,12 +1,13 @@
 """Speed of layers, training steps and decoding beside textbook forms, on this device.
 
-    python -m train.bench [--case mixer|step|step_s4|step_mamba|long_conv|hyena|decode
-                          |compile] [--repeats 7] [--small] [--out FILE.json]
+    python -m train.bench [--suite tokens|video] [--case mixer|step|step_s4|step_mamba
+                          |long_conv|hyena|decode|compile] [--repeats 7] [--small]
+                          [--out FILE.json]
 
 Subject and baseline are compiled, then called in turn, so that a busy machine slows
 both alike; figures are medians with quartiles, ratios are baseline over subject.
 Temporary memory is the compiler's own count. `make bench` runs it with the allocator
-setting that the README explains.
+setting that the README explains. `train.video_bench` has the suite "video".
 """
 
 import argparse
@@ -29,6 +30,7 @@ from kernels.bench import timing
 from layers import S4, S4D, S5, Hyena, LongConv, Mamba, build, prepare
 from layers.common import logical
 from ssm import sequence as seq
+from train import video_bench
 
 
 class TableS4D(S4D):
@@ -291,10 +293,10 @@ CASES = {
 }
 
 
-def run_case(name, small, repeats):
+def run_case(case, small, repeats):
     """Rows of time and memory for one case; the first form is the subject."""
     compiled, memory = {}, {}
-    for form, (function, arguments) in CASES[name](small).items():
+    for form, (function, arguments) in case(small).items():
         call, _, memory[form] = timing.compile_function(function, arguments)
         compiled[form] = (call, arguments)
     times = timing.measure(compiled, repeats)
@@ -332,20 +334,12 @@ def show(console, title, rows):
     console.print(table)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m train.bench")
-    parser.add_argument("--case", choices=[*CASES, "compile"], help="only this one")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--small", action="store_true", help="small sizes, seconds")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    options = parser.parse_args(argv)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {options.repeats}")
-    console = Console(width=100)
+def tokens(options, console) -> dict:
+    """The suite over tokens: times, memory and the time to compile."""
     found = {}
     for name, case in CASES.items():
         if options.case in (None, name):
-            found[name] = run_case(name, options.small, options.repeats)
+            found[name] = run_case(case, options.small, options.repeats)
             show(console, case.__doc__, found[name])
     if options.case in (None, "compile"):
         found["compile"] = compile_rows(options.small)
@@ -354,6 +348,49 @@ def main(argv=None):
                 f"compile a training step, L={row['length']} depth={row['depth']}: "
                 f"{row['seconds']:.2f} s"
             )
+    return found
+
+
+def video(options, console) -> dict:
+    """The suite over frames: a training step, its memory, generation."""
+    step = video_bench.step_case
+    found = {"step": run_case(step, options.small, options.repeats)}
+    show(console, step.__doc__, found["step"])
+    found["memory"] = video_bench.memory_rows(options.small)
+    video_bench.show_rows(
+        console,
+        found["memory"],
+        "frames",
+        lambda row: f"{row['temporary_bytes'] / 1e6:.0f} MB",
+        "Temporary memory of a training step of ConvS5",
+    )
+    found["generation"] = video_bench.generation_rows(options.small, options.repeats)
+    video_bench.show_rows(
+        console,
+        found["generation"],
+        "context",
+        lambda row: f"{1e3 * row['median_s']:.2f} ms",
+        "One generated frame after a history of so many",
+    )
+    return found
+
+
+SUITES = {"tokens": tokens, "video": video}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m train.bench")
+    parser.add_argument("--suite", choices=SUITES, default="tokens")
+    parser.add_argument("--case", choices=[*CASES, "compile"], help="only this one")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="small sizes, seconds")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if options.case and options.suite != "tokens":
+        parser.error(f"--case is of the suite tokens, got --suite {options.suite}")
+    found = SUITES[options.suite](options, Console(width=100))
     if options.out:
         options.out.write_text(json.dumps(timing.environment() | found, indent=1))
     return 0

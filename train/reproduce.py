@@ -1,12 +1,12 @@
 """The README's tables: every layer, several seeds, one command.
 
-    python -m train.reproduce [--task digits|listops|selective_copying|induction|mqar]
-                              [--layers s4d,s5] [--seeds 0,1,2]
+    python -m train.reproduce [--task digits|listops|selective_copying|induction|mqar
+                               |moving_digits] [--layers s4d,s5] [--seeds 0,1,2]
                               [--workdir runs/reproduce] [--readme README.md]
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
-the test split selects nothing. `train.contest` has the last three tasks, whose layers
-are made equal.
+the test split selects nothing. `train.contest` has the three tasks of recall, whose
+layers are made equal, `train.video_contest` that of video.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 
 from configs import lra, pixels
-from train import baseline, checkpoint, contest, data
+from train import baseline, checkpoint, contest, data, video_contest
 
 
 class Task(NamedTuple):
@@ -97,6 +97,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m train.reproduce")
     tables = {task: table for task in TASKS}
     tables |= {task: contest.table for task in contest.CONTESTS}
+    tables["moving_digits"] = video_contest.table
     parser.add_argument("--task", choices=tables, default="digits")
     parser.add_argument("--layers", default="", help="of the table; default: all")
     parser.add_argument("--seeds", default="0,1,2")

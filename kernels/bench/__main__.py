@@ -15,7 +15,8 @@ temporaries.
 Then every case is swept over lengths with the same number of entries at each: fewer
 rows for longer sequences, then fewer channels. A form that would need more than half of
 the memory, or took longer than --limit seconds at the length before, is left out, and
-the table says so. The figures go to FILE.json and a picture of the sweep to FILE.png.
+the table says so; one that takes so long is timed once. The figures go to FILE.json and
+a picture of the sweep to FILE.png.
 
 On Linux the C library gives large buffers back after every call, and each new one costs
 page faults. Started with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296
@@ -115,7 +116,8 @@ def run_case(case: Case, size: dict, options, floor: dict, too_slow=()) -> list[
                 made[name]["left_out"] = f"needs {temporary / 2**30:.0f} GiB"
             else:
                 functions[name] = (compiled, inputs)
-        for name, times in timing.measure(functions, options.repeats).items():
+        measured = timing.measure(functions, options.repeats, options.limit)
+        for name, times in measured.items():
             made[name] |= timing.summary(times)
         rows += made.values()
     return rows + peer_rows(case, arguments, options, rows)

@@ -30,23 +30,28 @@ def compile_function(function, arguments):
     return compiled, seconds, compiled.memory_analysis().temp_size_in_bytes
 
 
-def measure(functions: dict, repeats: int) -> dict[str, list[float]]:
+def measure(
+    functions: dict, repeats: int, limit: float = math.inf
+) -> dict[str, list[float]]:
     """Seconds of every function, called in turn `repeats` times after two warm-ups.
 
     functions: name -> (function, arguments). A function so short that calling it is
-    what would be timed is called several times in a row.
+    what would be timed is called several times in a row; one whose first call takes
+    more than `limit` seconds is called once more and that is all.
     """
-    counts = {name: _count(*entry) for name, entry in functions.items()}
     times = {name: [] for name in functions}
+    counts = {}
+    for name, (function, arguments) in functions.items():
+        slow = _seconds(function, arguments, 1) > limit
+        again = _seconds(function, arguments, 1)
+        if slow:
+            times[name].append(again)
+        else:
+            counts[name] = max(1, math.ceil(LEAST / again))
     for _ in range(repeats):
-        for name, (function, arguments) in functions.items():
-            times[name].append(_seconds(function, arguments, counts[name]))
+        for name, count in counts.items():
+            times[name].append(_seconds(*functions[name], count))
     return times
-
-
-def _count(function, arguments) -> int:
-    _seconds(function, arguments, 1)
-    return max(1, math.ceil(LEAST / _seconds(function, arguments, 1)))
 
 
 def _seconds(function, arguments, count) -> float:

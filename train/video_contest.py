@@ -1,0 +1,118 @@
+"""Layers over frames beside one another, each with the same time to train.
+
+The first layer trains for the steps of its config. A trial tells how fast each of the
+others is here, and their steps are then as many as fit into the time that the steps of
+the first took; compilation, evaluation and checkpoints do not count.
+"""
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from configs import video
+from train import contest, metrics, rollout
+
+LAYERS = ("conv_s5", "conv_lstm")
+TRIAL = 60  # steps
+HORIZONS = (1, 2, 5, 10, 20, 30)
+
+
+def config_of(layer: str, seed: int, steps: int = 0):
+    """The config of a run; steps 0 for its own."""
+    config = video.get_config(f"moving_digits,layer={layer}")
+    config.seed = seed
+    if steps:
+        config.train.steps = steps
+        config.train.eval_every = min(config.train.eval_every, steps)
+        config.train.log_every = min(config.train.log_every, steps // 3)
+        config.optimizer.warmup = min(config.optimizer.warmup, steps // 2)
+    return config
+
+
+def steps_per_second(folder: Path) -> float:
+    """The median over the logs of a run, the first of them left out."""
+    rows = map(json.loads, (folder / metrics.FILE).read_text().splitlines())
+    rates = [row["steps_per_second"] for row in rows if row["split"] == "train"]
+    return statistics.median(rates[1:] or rates)
+
+
+def play(layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> dict:
+    """layer -> a list over seeds of (results, folder)."""
+    found, seconds = {}, None
+    for layer in layers:
+        steps = 0
+        if seconds is not None:
+            trial = workdir / f"moving_digits-{layer}-trial"
+            contest.trained(config_of(layer, seeds[0], TRIAL), trial)
+            steps = max(TRIAL, round(seconds * steps_per_second(trial)))
+        found[layer] = []
+        for seed in seeds:
+            folder = workdir / f"moving_digits-{layer}-{seed}"
+            results = contest.trained(config_of(layer, seed, steps), folder)
+            found[layer].append((results, folder))
+        if seconds is None:
+            seconds = statistics.median(
+                results["step"] / steps_per_second(folder)
+                for results, folder in found[layer]
+            )
+    return found
+
+
+def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> str:
+    """Markdown: PSNR and SSIM by horizon, the median over seeds, beside those of
+    repeating the last frame."""
+    found = play(layers or LAYERS, seeds, workdir)
+    titles = [f"PSNR +{t}" for t in HORIZONS] + [f"SSIM +{t}" for t in (10, 30)]
+    titles = ["layer", "steps", *titles, "ahead from", "seconds"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for layer, runs in found.items():
+        scored = [results["rollout"]["scores"] for results, _ in runs]
+        seconds = statistics.median(results["seconds"] for results, _ in runs)
+        cells = [f"`{layer}`", f"{runs[0][0]['step']:,}"]
+        cells += _cells([scores["model"] for scores in scored])
+        cells += [_ahead(scored), f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    cells = _cells([scores[rollout.COPY] for scores in scored])
+    lines.append(f"| {rollout.COPY} | | {' | '.join(cells)} | | |")
+    config, last = config_of(next(iter(found)), seeds[0]), runs[0][0]["rollout"]
+    lines += [
+        "",
+        f"`configs/video.py:moving_digits`: {config.train.batch_size} clips of "
+        f"{config.data.length} frames of {config.data.side}x{config.data.side} a step; "
+        f"rollouts of {last['clips']} {last['split']} clips after "
+        f"{last['context']} frames of context, PSNR in dB; medians over the seeds "
+        f"{', '.join(map(str, seeds))}, last checkpoint. Ahead from: the horizon from "
+        "which on PSNR is above that of repeating the last frame, with every seed. "
+        "Every layer had the same time for its steps; seconds per run are with "
+        "compilation and evaluation, on "
+        f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(jax.devices())} "
+        f"device), jax {jax.__version__}.",
+    ]
+    return "\n".join(lines)
+
+
+def _cells(scores: list[dict]) -> list[str]:
+    def median(metric, t):
+        return statistics.median(one[metric][t - 1] for one in scores)
+
+    cells = [f"{median('psnr', t):.2f}" for t in HORIZONS]
+    return cells + [f"{median('ssim', t):.3f}" for t in (10, 30)]
+
+
+def _ahead(scored: list[dict]) -> str:
+    """The smallest horizon from which on all seeds are better than the last frame."""
+    better = [
+        all(
+            scores["model"]["psnr"][t] > scores[rollout.COPY]["psnr"][t]
+            for scores in scored
+        )
+        for t in range(len(scored[0]["model"]["psnr"]))
+    ]
+    if not better[-1]:
+        return "never"
+    worse = [t for t, ahead in enumerate(better, 1) if not ahead]
+    return f"+{(worse[-1] if worse else 0) + 1}"
