@@ -21,9 +21,9 @@ train: $(INSTALLED)
 	$(BIN)/python -m train.main --config $(CONFIG)
 
 # Tests in minutes; `check` adds those that take longer. Most of their time goes into
-# compiling what runs once: `test` leaves out the compiler's expensive passes, which
-# makes it three times faster; what `check` adds is compiled as users do.
-test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0 \
+# compiling what runs once: without the compiler's expensive passes they are three times
+# faster. `python -m kernels.check` and `python -m layers.laws --all` compile as users do.
+test check: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0 \
     --xla_llvm_disable_expensive_passes=true
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
