@@ -63,17 +63,19 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None, train=False):
-        """x [B, L, H], mask [B, L] or None -> [B, L, H]."""
+        """x [B, L, ..., H], mask [B, L] or None -> the shape of x."""
         if self.kind == "layer":
             return nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         if self.kind == "rms":
             return nn.RMSNorm(dtype=self.dtype, name="norm")(x)
+        if mask is not None:
+            mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
         return nn.BatchNorm(
             use_running_average=not train,
             momentum=self.momentum,
             dtype=self.dtype,
             name="norm",
-        )(x, mask=None if mask is None else mask[..., None])
+        )(x, mask=mask)
 
 
 class GatedMLP(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 
 from configs import video
 from kernels.tolerance import assert_close
-from layers import FRAME_LAYERS, build
+from layers import FRAME_LAYERS, Sequence, build
 from train import (
     contest,
     data,
@@ -79,6 +79,24 @@ def test_frame_by_frame_is_the_whole_clip(layer):
         y, state = apply(variables, frames[:, t : t + 1], state)
         answers.append(y)
     assert_close(whole, jnp.concatenate(answers, axis=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_masked_frames_change_nothing_in_training(norm):
+    model, frames = model_of(norm=norm), clips()
+    variables = made(model, frames)
+    longer = np.concatenate([frames, clips(2, seed=1)], axis=1)
+    mask = np.arange(L + 2) < np.full((B, 1), L)
+
+    def trained(frames, sequence):
+        kept = [name for name in variables if name != "params"]
+        return model.apply(variables, frames, None, sequence, True, mutable=kept)
+
+    (whole, state), statistics = jax.jit(trained)(frames, None)
+    (y, masked), found = jax.jit(trained)(longer, Sequence(mask=jnp.asarray(mask)))
+    assert_close((y[:, :L], masked, found), (whole, state, statistics))
+    assert jnp.all(y[:, L:] == 0)
 
 
 def test_a_rollout_feeds_answers_back():
