@@ -175,6 +175,14 @@ def base() -> ConfigDict:
                 outputs=0,
                 grid="",  # of images: separable, axis_sum, cross; see layers.grid
                 patch=1,  # pixels along each axis of a grid that become one place
+                video=dict(
+                    size=(0, 0),  # frames, channels and actions: from the dataset
+                    channels=0,
+                    actions=0,
+                    # Channels at each resolution, half as large as that before.
+                    depths=(64, 128, 256),
+                    action_features=16,
+                ),
                 head="mean",  # mean, last, token, retrieval
                 norm="layer",  # layer, batch, rms
                 prenorm=True,
@@ -216,6 +224,9 @@ def base() -> ConfigDict:
                 accumulate=1,  # gradients averaged before one update
                 record=False,  # what goes on inside the layers, in every log
             ),
+            # Of a video model at the end of the run: clips to roll out; 0 frames: half
+            # of a clip.
+            rollout=dict(context=0, horizon=0, clips=64),
             mesh=dict(data=-1, fsdp=1, sequence=1),  # -1: the devices that are left
         )
     )

@@ -37,19 +37,13 @@ def get_config(arg="moving_digits"):
     config = common.base()
     common.set_layer(config, arg.layer)
     _data(config, arg)
-    config.model.video = dict(
-        size=(0, 0),  # frames, channels and actions: from the dataset
-        channels=0,
-        actions=0,
-        depths=(8, 16, 32),  # channels at each resolution, half as large as that before
-        action_features=16,
-    )
+    config.model.video.depths = (8, 16, 32)
     config.model.update(depth=3, features=32, head="token", prenorm=False, gate="none")
     config.optimizer.update(lr=2e-3, weight_decay=1e-5, b2=0.95, warmup=100)
     # Every parameter learns alike, those of the state-space model too.
     config.groups = [(r".*", dict(lr=1.0, wd=1.0))]
     config.train.update(steps=900, batch_size=8, eval_every=300, log_every=50)
-    config.rollout = dict(context=10, horizon=30, clips=64)
+    config.rollout.update(context=10, horizon=30)
     if arg.task != "moving_digits" or arg.stage == "codes":
         config.rollout.update(context=0, horizon=0)  # half of a clip each
     if arg.scale == "paper":
@@ -90,7 +84,7 @@ def _paper(config):
     config.optimizer.update(lr=1e-3, warmup=5_000)
     config.train.update(steps=300_000, eval_every=10_000, log_every=100)
     config.train.checkpoint_every = 10_000
-    config.rollout = dict(context=100, horizon=800, clips=1024)
+    config.rollout.update(context=100, horizon=800, clips=1024)
 
 
 def _autoencoder(config):
@@ -104,6 +98,5 @@ def _autoencoder(config):
         decay=0.99,
         restart=1.0,
     )
-    del config.model.video, config.rollout
     config.data.update(length=10, reconstruct=True)
     config.train.update(steps=1500, batch_size=4, eval_every=500, log_every=100)

@@ -233,7 +233,7 @@ def test_a_lost_best_step_does_not_hide_the_last(finished, monkeypatch, capsys):
     monkeypatch.setattr(endings, "compare", lambda *_: "it is bidirectional")
     monkeypatch.setattr(record, "write_results", lambda *_: None)
     dataset = SimpleNamespace(spec={"loss": "classification"})
-    parts = SimpleNamespace(dataset=dataset, mesh=MESH)
+    parts = SimpleNamespace(dataset=dataset, mesh=MESH, model=None)
     best = {"step": 7, "scores": perfect}
     progress = SimpleNamespace(step=12, best=best, state=begin(batch_of())[0]())
     results = endings.finish(None, finished[0], parts, progress)

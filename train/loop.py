@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from layers import grid
 from layers.build import build
+from layers.video import Video
 from train import (
     checkpoint,
     data,
@@ -63,11 +64,11 @@ def run(
     workdir = Path(workdir).absolute()
     dataset = data.load(config.data)
     config = resolve(config, dataset.spec)
-    if "rollout" in config:
-        rollout.check(config, dataset.spec)
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
+    if isinstance(model, Video):
+        rollout.check(config, dataset.spec)
     record.check_workdir(workdir, config)
     finished = record.read_results(workdir)
     if finished and finished["step"] >= config.train.steps:
@@ -133,7 +134,7 @@ def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
     for key in ("encoder", "length", "vocab_size", "outputs"):
         if not config.model[key]:
             config.model[key] = spec[key]
-    if "video" in config.model:
+    if spec["encoder"] == "video":
         config.model.video.update({k: spec[k] for k in ("size", "channels", "actions")})
     return config
 

@@ -29,7 +29,6 @@ from train.report import clips as pictures
 
 JSON, PNG, GIF = "rollout.json", "rollout.png", "rollout.gif"
 COPY = "copy last frame"
-DEFAULT = dict(context=0, horizon=0, clips=64)
 NETWORKS = {"fvd": video_metrics.fvd, "lpips": video_metrics.lpips}
 SHOWN = 4  # clips of the contact sheet
 TABLE = (1, 2, 5, 10, 20, 30, 50, 100, 200, 400, 800, 1200)  # printed horizons
@@ -244,7 +243,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     try:
         run = evaluate.load_run(given.workdir, given.step)
-        options = dict(run.config.get("rollout", DEFAULT))
+        options = dict(run.config.rollout)
         for name in options:
             if getattr(given, name) is not None:
                 options[name] = getattr(given, name)

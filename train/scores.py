@@ -2,6 +2,7 @@
 
 import jax
 
+from layers.video import Video
 from train import checkpoint, evaluate, record, rollout, sharding, step
 from train.checkpoint import CheckpointError
 
@@ -43,7 +44,7 @@ def finish(config, workdir, parts, progress) -> dict:
         except CheckpointError as error:
             print(f"the best step is not tested: {error}")
     results["parallel_vs_recurrent"] = compare(parts, variables)
-    if "rollout" in config:
+    if isinstance(parts.model, Video):
         run = evaluate.Run(config, parts.dataset, parts.model, variables, progress.step)
         results["rollout"] = predict(run, workdir)
     record.write_results(workdir, results)

@@ -202,7 +202,7 @@ def _curves(runs: dict[str, Workdir]) -> str:
 
 
 def _rollouts(told, run) -> str:
-    options = {**told.config.get("rollout", rollout.DEFAULT), "clips": rollout.SHOWN}
+    options = {**told.config.rollout, "clips": rollout.SHOWN}
     split = evaluate.last_split(run.dataset)
     found = rollout.of_run(run, options, split)
     seen, ahead = found.context.shape[1], found.truth.shape[1]
