@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     console.print(title)
     cases = [case for case in CASES if not options.op or case.op in options.op]
     found = {"rows": [], "compile_s": {}, "sweep": []}
+    kept = timing.environment() | {"dtype": options.dtype, "floors": floor}
+    out = options.out
     for case in cases:
         size = case.small if options.small else case.size
         rows = run_case(case, size, options, floor)
@@ -244,14 +246,19 @@ def main(argv: list[str] | None = None) -> int:
             rows = sweep(case, options, floor)
             console.print(table(rows, "the same number of entries at every length"))
             found["sweep"] += rows
-    out = options.out
-    figures = timing.environment() | {"dtype": options.dtype, "floors": floor} | found
-    out.write_text(json.dumps(figures, indent=1))
+        write(out, kept | found)  # a later case may end the process
     console.print(f"figures: {out}")
     if found["sweep"]:
         plot.write(found["sweep"], title, out.with_suffix(".png"))
         console.print(f"picture: {out.with_suffix('.png')}")
     return 0
+
+
+def write(out: Path, figures: dict) -> None:
+    """Puts the figures in the place of what stands in the file, or leaves that."""
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(figures, indent=1))
+    partial.replace(out)
 
 
 def _default_out() -> Path:

@@ -4,12 +4,15 @@ import math
 import os
 import platform
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 LEAST = 2e-3  # seconds of a sample: shorter functions are called several times
+MEMORY = Path("/proc/meminfo")
+RESIDENT = Path("/proc/self/statm")  # in pages, the second number
 
 
 def with_gradients(function):
@@ -93,12 +96,19 @@ def floors(small: bool = False, dtype="float32") -> dict[str, float]:
 
 
 def memory() -> int:
-    """Bytes of memory that the device, or on a CPU the machine, has in all."""
+    """Bytes of memory that this process may have: all of a device; on a CPU what the
+    machine has left, which on Linux leaves out what other processes have."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
+    page = os.sysconf("SC_PAGE_SIZE")
+    if MEMORY.exists():
+        lines = MEMORY.read_text().splitlines()
+        kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
+        own = int(RESIDENT.read_text().split()[1])
+        return 1024 * int(kilobytes) + page * own
     if "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return page * os.sysconf("SC_PHYS_PAGES")
     return 8 * 2**30
 
 
