@@ -22,6 +22,22 @@ class KVCache(NamedTuple):
     count: jax.Array  # [B] int32, how many of them exist
 
 
+def filled(cache):
+    """Which slots hold a token, [B, R-1] bool."""
+    slots = jnp.arange(cache.key.shape[1])
+    return slots >= cache.key.shape[1] - cache.count[:, None]
+
+
+def remember(cache, k, v, sequence):
+    """The cache after keys and values [B, L, ...] with right padding only."""
+    seen = jnp.ones(k.shape[:2], bool)
+    return KVCache(
+        seq.window(cache.key, k, sequence),
+        seq.window(cache.value, v, sequence),
+        seq.lengths(seq.window(filled(cache), seen, sequence)),
+    )
+
+
 class Attention(nn.Module):
     """y = W_out softmax(q k^T / sqrt(K)) v over the last R tokens, itself among them.
 
@@ -135,8 +151,7 @@ class Attention(nn.Module):
         length = q.shape[1]
         fresh = cache is None
         cache = self.init_state(q.shape[0]) if fresh else cache
-        before = jnp.arange(reach - 1) >= reach - 1 - cache.count[:, None]
-        new = self._remember(cache, k, v, sequence)
+        new = remember(cache, k, v, sequence)
         if fresh and sequence.reset is None and length <= reach:
             # Padding stands on the right, where no token that exists looks.
             q, k = (self._turn(z, jnp.arange(length)) for z in (q, k))
@@ -149,19 +164,9 @@ class Attention(nn.Module):
             for old, now in ((cache.key, k), (cache.value, v))
         )
         # Slots of the cache belong to segment 0, those that are empty to none.
-        segments = jnp.concatenate([jnp.where(before, 0, -1), segment], axis=1)
+        before = jnp.where(filled(cache), 0, -1)
+        segments = jnp.concatenate([before, segment], axis=1)
         return self._in_blocks(q, key, value, segment, segments, reach), new
-
-    @nn.nowrap
-    def _remember(self, cache, k, v, sequence):
-        seen = jnp.ones(k.shape[:2], bool)
-        slots = jnp.arange(cache.key.shape[1])
-        filled = slots >= cache.key.shape[1] - cache.count[:, None]
-        return KVCache(
-            seq.window(cache.key, k, sequence),
-            seq.window(cache.value, v, sequence),
-            seq.lengths(seq.window(filled, seen, sequence)),
-        )
 
     @nn.nowrap
     def _in_blocks(self, q, key, value, segment, segments, reach):

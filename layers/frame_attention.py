@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layers import heads
-from layers.attention import Attention, KVCache
+from layers.attention import Attention, KVCache, filled, remember
 from layers.common import at_least_one, begin_frames, linear, logical, wide
 from ssm import rotary
 from ssm import sequence as seq
@@ -132,9 +132,8 @@ class FullFrameAttention(nn.Module):
         o = self._attend(q, k, v, state, sequence)
         o = o.reshape(*o.shape[:3], -1)
         y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(o)
-        return restore(y.reshape(shape)).astype(self.dtype), self._remember(
-            state, k, v, sequence
-        )
+        new = remember(state, k, v, sequence)
+        return restore(y.reshape(shape)).astype(self.dtype), new
 
     @nn.nowrap
     def init_state(self, batch_size):
@@ -162,20 +161,6 @@ class FullFrameAttention(nn.Module):
             )
 
     @nn.nowrap
-    def _filled(self, cache):
-        slots = jnp.arange(self.context - 1)
-        return slots >= self.context - 1 - cache.count[:, None]
-
-    @nn.nowrap
-    def _remember(self, cache, k, v, sequence):
-        filled = seq.window(self._filled(cache), jnp.ones(k.shape[:2], bool), sequence)
-        return KVCache(
-            seq.window(cache.key, k, sequence),
-            seq.window(cache.value, v, sequence),
-            seq.lengths(filled),
-        )
-
-    @nn.nowrap
     def _attend(self, q, k, v, cache, sequence):
         """[B, L, S, heads, K], frame by frame."""
         B, L, S, *_ = q.shape
@@ -183,7 +168,7 @@ class FullFrameAttention(nn.Module):
         segment = jnp.zeros((B, L), jnp.int32)
         if sequence.reset is not None:
             segment = jnp.cumsum(sequence.reset, axis=1)
-        before = jnp.where(self._filled(cache), 0, -1)
+        before = jnp.where(filled(cache), 0, -1)
         segments = jnp.concatenate([before, segment], axis=1)
         key, value = (
             jnp.concatenate([old.astype(now.dtype), now], axis=1)

@@ -4,11 +4,23 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from layers.common import logical
 from ssm import conv_ssm
 
 GROUPS = 32  # of a norm over groups of channels, or as many as divide the channels
+
+
+def from_bytes(frames, dtype=jnp.float32):
+    """uint8 p as p / 127.5 - 1, in [-1, 1]; what is not uint8 stays as it is."""
+    return frames.astype(dtype) / 127.5 - 1 if frames.dtype == jnp.uint8 else frames
+
+
+def to_bytes(frames) -> np.ndarray:
+    """The nearest uint8 to every value; NaN becomes 128."""
+    shown = np.nan_to_num(np.asarray(frames, np.float32))
+    return np.rint(np.clip(127.5 * (shown + 1), 0, 255)).astype(np.uint8)
 
 
 class Convolution(nn.Module):

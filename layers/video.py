@@ -157,7 +157,7 @@ class Video(nn.Module):
                 embedding_init=init,
                 name="embedding",
             )(frames)
-        return pixels(frames).astype(self.dtype)
+        return images.from_bytes(frames).astype(self.dtype)
 
     @nn.nowrap
     def _tiled(self, actions, shape):
@@ -172,10 +172,3 @@ class Video(nn.Module):
         return jnp.broadcast_to(
             embedded[:, :, None, None], (*shape[:-1], self.action_features)
         )
-
-
-def pixels(frames):
-    """Bytes p as p / 127.5 - 1; what is not uint8 stays as it is."""
-    if frames.dtype == jnp.uint8:
-        return frames.astype(jnp.float32) / 127.5 - 1.0
-    return frames

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.common import at_least_one, wide
-from layers.images import conv
+from layers.images import conv, from_bytes
 from ssm import sequence as seq
 
 FORGOTTEN = 1e-6  # a count below this has lost its digits; its code stays where it is
@@ -130,7 +130,7 @@ class VQ(nn.Module):
 
     def _encode(self, frames):
         """z [..., h', w', D] and the nearest codes [..., h', w']."""
-        x = frames.astype(wide(self.dtype)) / 127.5 - 1
+        x = from_bytes(frames, wide(self.dtype))
         z = self.encoder(x.astype(self.dtype)).astype(wide(self.dtype))
         return z, nearest(jax.lax.stop_gradient(z), self.book.codes.value)
 

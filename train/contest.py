@@ -7,7 +7,6 @@ step is best on validation, trained with the first seed. The test selects nothin
 
 import bisect
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import synthetic
 from layers.build import build
-from train import checkpoint, data, evaluate, loop, metrics, state
+from train import checkpoint, data, evaluate, loop, metrics, record, state
 
 RATES = (1e-3, 3e-3, 1e-2)
 TOLERANCE = 0.1
@@ -260,9 +259,7 @@ def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         f"rates {', '.join(f'{rate:g}' for rate in RATES)} on validation with seed "
         f"{seeds[0]}; state: floats per sequence, caches at full capacity; seconds per "
         "run with compilation on "
-        f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(jax.devices())} "
-        f"device), jax {jax.__version__}. Published: of larger models on longer "
-        "sequences.",
+        f"{record.machine()}. Published: of larger models on longer sequences.",
     ]
     return "\n".join(lines)
 

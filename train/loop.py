@@ -68,7 +68,7 @@ def run(
     check(config, mesh)
     model = build(config.model) if model is None else model
     if isinstance(model, Video):
-        rollout.check(config, dataset.spec)
+        rollout.dataset_of(config, dataset.spec)  # raises now, not after training
     record.check_workdir(workdir, config)
     finished = record.read_results(workdir)
     if finished and finished["step"] >= config.train.steps:

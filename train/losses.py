@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from layers.images import from_bytes
+
 LossFn = Callable[
     [jax.Array, Mapping[str, jax.Array]],
     tuple[jax.Array, jax.Array, dict[str, jax.Array]],
@@ -148,7 +150,7 @@ def _pixel_errors(frames, target, real):
     """Mean square and mean absolute value of frames - x per frame, x = p / 127.5 - 1 of
     the bytes p in `target`; 0 where not `real`."""
     frames = jnp.where(real[..., None, None, None], frames.astype(jnp.float32), 0)
-    wrong = frames - (target.astype(jnp.float32) / 127.5 - 1)
+    wrong = frames - from_bytes(target)
     return tuple(f(wrong).mean((-3, -2, -1)) for f in (jnp.square, jnp.abs))
 
 

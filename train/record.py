@@ -98,6 +98,13 @@ def write_versions(workdir: Path) -> None:
     write_atomically(workdir / VERSIONS, json.dumps(versions, indent=2) + "\n")
 
 
+def machine() -> str:
+    """What the seconds of a table were measured on."""
+    device = jax.devices()[0].device_kind
+    where = f"{device} ({platform.machine()}, {len(jax.devices())} device)"
+    return f"{where}, jax {jax.__version__}"
+
+
 def print_table(
     config: ConfigDict, groups: Mapping[str, list[str]], params, mesh, compiled, seconds
 ) -> None:

@@ -10,17 +10,14 @@ layers are made equal, `train.video_contest` that of video.
 """
 
 import argparse
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from configs import lra, pixels
-from train import baseline, checkpoint, contest, data, video_contest
+from train import baseline, checkpoint, contest, data, record, video_contest
 
 
 class Task(NamedTuple):
@@ -76,8 +73,7 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         f"`{TASKS[task].argument}`: {dataset.num_examples('test')} sequences to test, "
         f"last checkpoint, seeds {', '.join(map(str, seeds))}; largest difference of "
         "the logits between the two modes; wall-clock with compilation on "
-        f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(jax.devices())} "
-        f"device), jax {jax.__version__}.",
+        f"{record.machine()}.",
     ]
     return "\n".join(lines)
 

@@ -22,9 +22,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from layers.video import Video, pixels
+from layers.images import from_bytes, to_bytes
+from layers.video import Video
 from train import checkpoint, data, evaluate, tokenize, video_metrics
 from train.data.pipeline import Dataset
+from train.data.video import whole_clips
 from train.report import clips as pictures
 
 JSON, PNG, GIF = "rollout.json", "rollout.png", "rollout.gif"
@@ -85,7 +87,7 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
         return (new, state), frame[:, 0]
 
     T = context.shape[1]
-    frames = context if model.vocab_size else pixels(context)
+    frames = context if model.vocab_size else from_bytes(context)
     y, state = model.apply(variables, given(frames, 0))
     first = chosen(y[:, -1:], T - 1)
     (last, _), predicted = jax.lax.scan(
@@ -109,28 +111,25 @@ def lengths(options: Mapping, spec: Mapping) -> tuple[int, int]:
     return context, horizon
 
 
-def check(config: Mapping, spec: Mapping) -> None:
-    """Raises a `ValueError` for rollouts that `config` asks for and cannot have."""
-    if config["rollout"]["clips"] < 1:
-        raise ValueError(
-            f"rollout.clips must be 1 or more, got {config['rollout']['clips']}"
-        )
-    dataset_of(config, *lengths(config["rollout"], spec))
-
-
-def dataset_of(config: Mapping, context: int, horizon: int) -> Dataset:
-    """The dataset of a run with clips of context + horizon frames.
+def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
+    """The dataset of a run with clips of context + horizon frames, context, horizon.
 
     Raises:
-        ValueError: its clips are shorter.
+        ValueError: rollouts that `config` asks for and cannot have, as of clips that
+            are shorter.
     """
+    clips = config["rollout"]["clips"]
+    if clips < 1:
+        raise ValueError(f"rollout.clips must be 1 or more, got {clips}")
+    context, horizon = lengths(config["rollout"], spec)
     try:
-        return data.load({**config["data"], "length": context + horizon})
+        dataset = data.load({**config["data"], "length": context + horizon})
     except ValueError as problem:
         raise ValueError(
             f"rollout.context + rollout.horizon is {context} + {horizon} frames: "
             f"{problem}"
         ) from problem
+    return dataset, context, horizon
 
 
 def roll(model, variables, dataset, split, context, horizon, count, batch) -> Rollout:
@@ -139,13 +138,10 @@ def roll(model, variables, dataset, split, context, horizon, count, batch) -> Ro
     count = min(count, dataset.num_examples(split))
     for rows in dataset.evaluation(split, min(batch, count)):
         real = rows["mask"].any(axis=1)
-        inputs, actions = rows["inputs"], None
-        if isinstance(inputs, Mapping):
-            inputs, actions = inputs["frames"], inputs["actions"]
-        whole = np.concatenate([inputs, rows["targets"][:, -1:]], axis=1)
+        whole, actions = whole_clips(rows)
         found = open_loop(model, variables, whole[:, :context], horizon, actions)
         clips.append(whole[real])
-        predictions.append(_bytes(np.asarray(found)[real]))
+        predictions.append(_shown(np.asarray(found)[real]))
         if sum(map(len, clips)) >= count:
             break
     clips, prediction = (np.concatenate(x)[:count] for x in (clips, predictions))
@@ -154,11 +150,9 @@ def roll(model, variables, dataset, split, context, horizon, count, batch) -> Ro
     return Rollout(*map(tokenize.load_codec(codec), found)) if codec else found
 
 
-def _bytes(frames):
-    """Pixels in [-1, 1] as bytes; codes as they are."""
-    if not np.issubdtype(frames.dtype, np.floating):
-        return frames
-    return np.rint(127.5 * (np.nan_to_num(frames) + 1)).astype(np.uint8)
+def _shown(frames):
+    """Pixels as bytes; codes as they are."""
+    return to_bytes(frames) if np.issubdtype(frames.dtype, np.floating) else frames
 
 
 def scores(rollout: Rollout) -> dict:
@@ -187,9 +181,7 @@ def of_run(run: evaluate.Run, options: Mapping, split: str = "test") -> Rollout:
             "configs/video.py trains one"
         )
     config = {**run.config, "rollout": options}
-    check(config, run.dataset.spec)
-    context, horizon = lengths(options, run.dataset.spec)
-    dataset = dataset_of(config, context, horizon)
+    dataset, context, horizon = dataset_of(config, run.dataset.spec)
     batch = run.config.train.eval_batch_size or run.config.train.batch_size
     arguments = dataset, split, context, horizon, options["clips"], batch
     return roll(run.model, run.variables, *arguments)
@@ -208,15 +200,22 @@ def write(workdir: str | Path, rollout: Rollout, found: dict) -> None:
         )
 
 
-def shown_horizons(found: dict) -> list[int]:
-    """The frames ahead whose scores a table shows, counted from 1."""
+def by_horizon(found: dict) -> tuple[list[int], list[tuple[str, ...]]]:
+    """Some frames ahead, counted from 1, and the rows (name, score, ...) of a table of
+    the scores there."""
     length = len(next(iter(found["scores"]["model"].values())))
-    return [t for t in TABLE if t < length] + [length]
+    horizons = [t for t in TABLE if t < length] + [length]
+    rows = [
+        (f"{name}, {metric}", *(f"{values[t - 1]:.4g}" for t in horizons))
+        for name, metrics in found["scores"].items()
+        for metric, values in metrics.items()
+    ]
+    return horizons, rows
 
 
 def show(found: dict) -> None:
     """Prints the scores at some horizons."""
-    horizons = shown_horizons(found)
+    horizons, rows = by_horizon(found)
     table = Table(
         title=f"{found['clips']} clips of the {found['split']} split after "
         f"{found['context']} frames of context"
@@ -224,10 +223,8 @@ def show(found: dict) -> None:
     table.add_column("")
     for t in horizons:
         table.add_column(f"+{t}", justify="right")
-    for name, metrics in found["scores"].items():
-        for metric, values in metrics.items():
-            row = (f"{values[t - 1]:.4g}" for t in horizons)
-            table.add_row(f"{name}, {metric}", *row)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
 
 

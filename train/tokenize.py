@@ -16,9 +16,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from layers.images import to_bytes
 from layers.vq import VQ
 from train import checkpoint, data
 from train.data import pipeline
+from train.data.video import whole_clips
 from train.evaluate import Run, load_run
 
 FRAMES = 512  # encoded or decoded at once
@@ -47,8 +49,7 @@ def load_codec(workdir: str | Path, at: int | None = None) -> Callable:
                 f"codes: must lie in [0, {run.model.codes}), got {codes.min()} to "
                 f"{codes.max()}"
             )
-        pixels = 127.5 * (apply(codes).astype(np.float32) + 1)
-        return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
+        return to_bytes(apply(codes))
 
     return decode
 
@@ -65,13 +66,10 @@ def encode(run: Run, split: str, count: int) -> dict[str, np.ndarray]:
     count = min(count, run.dataset.num_examples(split))
     apply, parts = _framewise(run, "encode", 3), []
     for batch in itertools.islice(run.dataset.evaluation(split, 1), count):
-        inputs = batch["inputs"]
-        given = inputs if isinstance(inputs, dict) else {"frames": inputs}
-        # The last frame of a clip is a target only.
-        clip = np.concatenate([given["frames"], batch["targets"][:, -1:]], axis=1)
+        clip, actions = whole_clips(batch)
         part = {"codes": apply(clip)}
-        if "actions" in given:
-            part["actions"] = np.pad(given["actions"], ((0, 0), (1, 0)))
+        if actions is not None:
+            part["actions"] = np.pad(actions, ((0, 0), (1, 0)))
         parts.append(part)
     arrays = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     return {**arrays, "split": np.full(count, split)}

@@ -6,15 +6,12 @@ the first took; compilation, evaluation and checkpoints do not count.
 """
 
 import json
-import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from configs import video
-from train import contest, metrics, rollout
+from train import contest, metrics, record, rollout
 
 LAYERS = ("conv_s5", "conv_lstm")
 TRIAL = 60  # steps
@@ -89,8 +86,7 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         "which on PSNR is above that of repeating the last frame, with every seed. "
         "Every layer had the same time for its steps; seconds per run are with "
         "compilation and evaluation, on "
-        f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(jax.devices())} "
-        f"device), jax {jax.__version__}.",
+        f"{record.machine()}.",
     ]
     return "\n".join(lines)
 

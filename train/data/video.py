@@ -8,6 +8,7 @@ action at t being the one that leads from frame t to frame t + 1.
 
 import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -438,6 +439,15 @@ def _pairs(example: pipeline.Example, length: int) -> pipeline.Example:
         "targets": shown[1:],
         "mask": np.ones(length - 1, bool),
     }
+
+
+def whole_clips(batch) -> tuple[np.ndarray, np.ndarray | None]:
+    """The clips [B, T, ...] of a batch of pairs, and its actions [B, T - 1] or None."""
+    inputs = batch["inputs"]
+    given = inputs if isinstance(inputs, Mapping) else {"frames": inputs}
+    last = batch["targets"][:, -1:]
+    clips = np.concatenate([given["frames"], last], axis=1)
+    return clips, given.get("actions")
 
 
 def _pixels(size: tuple[int, int], channels: int, length: int = 0) -> dict:

@@ -229,12 +229,7 @@ def _pictures(found):
 
 def _by_horizon(scored) -> str:
     """Scores at some horizons, of all clips that were tested at the end of the run."""
-    horizons = rollout.shown_horizons(scored)
-    rows = [
-        (f"{name}, {metric}", *(f"{values[t - 1]:.4g}" for t in horizons))
-        for name, metrics in scored["scores"].items()
-        for metric, values in metrics.items()
-    ]
+    horizons, rows = rollout.by_horizon(scored)
     said = f"Means over {scored['clips']} clips of the {scored['split']} split."
     return table(("frames ahead", *horizons), rows) + paragraph(said, "soft")
 
