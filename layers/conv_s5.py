@@ -62,6 +62,20 @@ OUTPUTS = {
 }
 
 
+class Readout(nn.Module):
+    """f of `OUTPUTS` and its parameters."""
+
+    features: int
+    output: str
+    skip_kernel: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y, u):
+        """y, u [B, L, h, w, U] -> that shape."""
+        return OUTPUTS[self.output](y, u, self)
+
+
 class ConvS5(nn.Module):
     """X[t] = a X[t-1] + gain (B * u[t]), y[t] = f(2 Re(C * X[t]), u[t]), where * is a
     convolution over the frame and a [P] is the same at every pixel.
@@ -78,8 +92,8 @@ class ConvS5(nn.Module):
         output: f, a key of `OUTPUTS`.
         clip_eigs: keep Re Lambda <= -1e-4, for unbounded rollouts.
         dt_min, dt_max: range of the initial dt.
-        chunk: frames whose states exist at once; those between chunks are kept for the
-            backward pass, all others made again.
+        chunk: frames whose states and outputs exist at once; the states between chunks
+            are kept for the backward pass, all others and f are made again.
         dtype: of the output; parameters and states are float32 or better.
     """
 
@@ -118,10 +132,29 @@ class ConvS5(nn.Module):
 
         elapsed, reset = seq.elapsed(sequence), sequence.reset
         y, state = conv_ssm.convolved(
-            rule, B, C, u, state, elapsed, reset, chunk=self.chunk
+            rule,
+            B,
+            C,
+            u,
+            state,
+            elapsed,
+            reset,
+            readout=self._readout(u[:1, :1]),
+            chunk=self.chunk,
         )
-        y = OUTPUTS[self.output](y, u, self)
         return seq.zero_masked(y, sequence).astype(self.dtype), state
+
+    def _readout(self, frame):
+        """f as a function: one of arrays alone can be made again chunk by chunk."""
+        module = Readout(
+            self.features, self.output, self.skip_kernel, self.dtype, parent=None
+        )
+
+        def init(key):
+            return module.init(key, frame, frame)["params"]
+
+        params = self.param("readout", init)
+        return lambda y, u: module.apply({"params": params}, y, u)
 
     @nn.nowrap
     def init_state(self, batch_size):

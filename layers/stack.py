@@ -19,6 +19,8 @@ COLLECTIONS = (
     MOVED,
     RECORD,
 )
+# A loop over time is not run again where its backward pass needs only what is named so.
+KEPT = jax.checkpoint_policies.save_only_these_names("chunks", "selective_scan")
 TRAIN = 4  # position of `train` in __call__, counting self: static under nn.remat
 
 
@@ -47,7 +49,7 @@ class Stack(nn.Module):
     Attributes:
         pattern: makes the blocks of one repetition, in order.
         depth: number of blocks, not necessarily a multiple of the pattern.
-        remat: recompute each block in the backward pass.
+        remat: recompute each block in the backward pass, but for the results of `KEPT`.
     """
 
     pattern: tuple[Callable[[], nn.Module], ...]
@@ -101,5 +103,7 @@ def _block(make, name, remat):
     if not remat:
         return make(name=name)
     block = make.func
-    rematerialised = nn.remat(block, prevent_cse=False, static_argnums=(TRAIN,))
+    rematerialised = nn.remat(
+        block, prevent_cse=False, static_argnums=(TRAIN,), policy=KEPT
+    )
     return rematerialised(*make.args, **make.keywords, name=name)

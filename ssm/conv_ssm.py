@@ -86,9 +86,11 @@ def _gradients(images, kernel, dy):
 _correlate.defvjp(_forward, _backward)
 
 
-def convolved(rule, B, C, u, state=None, elapsed=None, reset=None, *, chunk=CHUNK):
+def convolved(
+    rule, B, C, u, state=None, elapsed=None, reset=None, *, readout=None, chunk=CHUNK
+):
     """The equations above, parallel in time inside of chunks; a call of one frame is a
-    step. Only states between chunks are kept for the backward pass.
+    step. Only u and the states between chunks are kept for the backward pass.
 
     Args:
         rule: rule(None) -> (log_a, gain) [P] for regular frames; rule(elapsed
@@ -96,6 +98,7 @@ def convolved(rule, B, C, u, state=None, elapsed=None, reset=None, *, chunk=CHUN
         B, C: [k, k, U, P] and [k, k, P, U] complex.
         u: [B, L, h, w, U], zero where masked.
         state: [B, h, w, P] complex or None; elapsed, reset: [B, L] or None.
+        readout: (y, u) -> y, what is made of every frame and its input; None: y.
         chunk: frames per chunk.
 
     Returns:
@@ -106,10 +109,15 @@ def convolved(rule, B, C, u, state=None, elapsed=None, reset=None, *, chunk=CHUN
         state = jnp.zeros((u.shape[0], *u.shape[2:4], B.shape[-1]), dtype)
     into = jnp.concatenate([B.real, B.imag], axis=-1)
     out = jnp.concatenate([C.real, -C.imag], axis=-2)
+
+    def observe(h, u):
+        y = convolve(h, out)
+        return y if readout is None else readout(y, u)
+
     return recurrence.driven(
         rule,
         lambda u: convolve(u, into),
-        lambda h: convolve(h, out),
+        observe,
         u,
         state,
         elapsed,

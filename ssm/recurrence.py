@@ -154,7 +154,7 @@ def mixed(
         state = jnp.zeros((u.shape[0], C.shape[1]), dtype)
     into = jnp.concatenate([B.real, B.imag]).T  # [H, 2P]: one real matmul, not two
     out = jnp.concatenate([C.real.T, -C.imag.T])  # [2P, H]
-    maps = (lambda u: u @ into), (lambda h: h @ out)
+    maps = (lambda u: u @ into), (lambda h, u: h @ out)
     return driven(rule, *maps, u, state, elapsed, reset, reverse=reverse, chunk=chunk)
 
 
@@ -164,7 +164,7 @@ def driven(rule, into, out, u, state, elapsed, reset, *, reverse, chunk):
     Args:
         rule: as in `mixed`; the elapsed times it is given are [B, T, 1, ..].
         into: u [B, T, ...] -> [B, T, *S, 2P], real parts before imaginary ones.
-        out: [B, T, *S, 2P] -> y [B, T, ...]; its second half sees the imaginary parts.
+        out: ([B, T, *S, 2P], u) -> y [B, T, ...], real parts before imaginary ones.
         u: [B, L, ...], zero where masked.
         state: [B, *S, P] complex.
         elapsed, reset, reverse, chunk: as in `mixed`.
@@ -184,6 +184,6 @@ def driven(rule, into, out, u, state, elapsed, reset, *, reverse, chunk):
             log_a = log_a.reshape(*places, P)
         x = gain * jax.lax.complex(x[..., :P], x[..., P:])
         h, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
-        return state, out(jnp.concatenate([h.real, h.imag], axis=-1))
+        return state, out(jnp.concatenate([h.real, h.imag], axis=-1), u)
 
     return in_chunks(body, state, u, elapsed, reset, chunk, reverse)

@@ -89,18 +89,18 @@ def test_conv_s5_against_its_equations(output):
         lam = np.minimum(p["Lambda_re"], -1e-4) + 1j * p["Lambda_im"]
         dt = np.exp(p["log_step"])
         a, gain = np.exp(lam * dt), np.expm1(lam * dt) / lam
-        X, u, ys = 0, np.asarray(x), []
+        X, u, ys, f = 0, np.asarray(x), [], p["readout"]
         for t in range(x.shape[1]):
             X = a * X + gain * convolve(u[:, t], complex_of(p["B"]))
             ys.append(2 * convolve(X, complex_of(p["C"])).real)
         y = np.stack(ys, 1)
         if output == "linear":
-            y = y + convolve(u, p["D"]["kernel"])
+            y = y + convolve(u, f["D"]["kernel"])
         else:
-            z = y = y + p["D"] * u
+            z = y = y + f["D"] * u
             for i in (1, 2):
-                z = np.asarray(jax.nn.gelu(group_norm(z, p["residual"][f"norm_{i}"])))
-                conv = p["residual"][f"conv_{i}"]
+                z = np.asarray(jax.nn.gelu(group_norm(z, f["residual"][f"norm_{i}"])))
+                conv = f["residual"][f"conv_{i}"]
                 z = convolve(z, conv["kernel"]) + conv["bias"]
             y = np.asarray(jax.nn.gelu(y + z))
         assert_close(layer.apply(variables, x), (y, X))
@@ -125,7 +125,7 @@ def test_conv_s5_is_s5_at_every_pixel():
         p = dict(variables["params"])
         p["B"] = p["B"].swapaxes(0, 1)[None, None]
         p["C"] = p["C"].swapaxes(1, 2)[None]
-        p["D"] = {"kernel": jnp.diag(p["D"])[None, None]}
+        p["readout"] = {"D": {"kernel": jnp.diag(p.pop("D"))[None, None]}}
         layer = ConvS5(U, SIZE, 8, 2, 1, 1, 1, "linear", dtype=jnp.float64)
         y, state = layer.apply({"params": p}, x)
         expected, expected_state = s5.apply(variables, pixels)
@@ -163,7 +163,9 @@ def test_chunks_change_no_gradient(length):
 
         def loss(chunk, x, pairs, dt, state):
             BC = [jax.lax.complex(p[..., 0], p[..., 1]) for p in pairs]
-            y, final = conv_ssm.convolved(rule, *BC, x, state, dt, chunk=chunk)
+            y, final = conv_ssm.convolved(
+                rule, *BC, x, state, dt, readout=jnp.multiply, chunk=chunk
+            )
             return jnp.sum(y**2) + jnp.sum(jnp.abs(final) ** 2)
 
         state = jnp.ones((B, h, w, U), jnp.complex128)

@@ -81,9 +81,7 @@ def memory_rows(small):
     rows = []
     for frames in (4, 8) if small else FRAMES:
         for name, chunk in (("in chunks", conv_ssm.CHUNK), ("at once", frames)):
-            layer = functools.partial(
-                ConvS5, U, (side, side), U, output="linear", chunk=chunk
-            )
+            layer = functools.partial(ConvS5, U, (side, side), U, chunk=chunk)
             step, arguments = _training(layer, frames, side, U)
             shapes = jax.eval_shape(arguments)
             _, _, temporary = timing.compile_function(step, shapes)
