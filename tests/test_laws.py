@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from layers import laws
+from layers import examples, laws
 from ssm import sequence as seq
 
 GRADIENTS = [law for law in laws.LAWS if "gradients" in law]
@@ -14,7 +14,7 @@ VALUES = [law for law in laws.LAWS if law not in GRADIENTS]
 
 def examined(name, only):
     """The laws that said nothing about a case; fails where one does not hold."""
-    findings = laws.examine(laws.CASES[name](), only=only)
+    findings = laws.examine(examples.CASES[name](), only=only)
     failed = [f"{f.law}: {f.error:.2g} > {f.limit}" for f in findings if not f.passed]
     assert not failed
     return {f.law for f in findings if f.error is None}
@@ -34,7 +34,7 @@ def cases(quick):
     """All cases, those that are not in `quick` marked slow."""
     return [
         pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
-        for name in laws.CASES
+        for name in examples.CASES
     ]
 
 
@@ -82,7 +82,7 @@ ACROSS = ("mamba", "mamba2", "gla", "gated_delta_net", "rg_lru")
 )
 def test_laws_hold_across_chunks(name):
     """Longer than the chunks in which states exist at once."""
-    findings = laws.examine(laws.CASES[name](), length=600)
+    findings = laws.examine(examples.CASES[name](), length=600)
     assert [f.law for f in findings if not f.passed] == []
 
 

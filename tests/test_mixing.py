@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from kernels.tolerance import assert_close
-from layers import LAYERS, laws, materialize
+from layers import LAYERS, examples, materialize
 
 L = 7
-CASES = [name for name in laws.CASES if name.split()[0] not in ("gru", "lstm")]
+CASES = [name for name in examples.CASES if name.split()[0] not in ("gru", "lstm")]
 QUICK = ("s5", "mamba", "attention window")
 
 
@@ -24,7 +24,7 @@ def made(layer):
     [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES],
 )
 def test_matrix_times_values_is_the_layer(case):
-    layer = laws.CASES[case]()
+    layer = examples.CASES[case]()
     M, values, mixed = materialize(layer, *made(layer))
     per_channel = M.ndim == values.ndim + 1
     left = "b...ts,bs...->bt..." if per_channel else "bcdts,bsd->btc"
