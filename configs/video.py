@@ -58,13 +58,17 @@ def get_config(arg="moving_digits"):
 
 def _data(config, arg):
     data = config.data
+    # Of the user's own videos, where they do not say themselves what is for what.
+    division = dict(validation=0.1, test=0.1, seed=0)
     if arg.stage == "codes":
         # codec: the workdir of the autoencoder, which shows codes as pixels.
         data.update(name="clips", path=arg.path, length=0, vocab_size=0, codec="")
+        data.update(division, actions=0)
     elif arg.task == "clips":
-        data.update(name="clips", path=arg.path, length=0)
+        data.update(division, name="clips", path=arg.path, length=0, actions=0)
     elif arg.task == "frames":
-        data.update(name="frames", folder=arg.path, length=20)
+        data.update(division, name="frames", folder=arg.path, length=20)
+        data.update(size=(), channels=3)
     elif arg.path:
         raise ValueError("config argument path must be empty for moving_digits")
     else:

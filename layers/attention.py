@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from layers import heads
-from layers.common import at_least_one, begin, linear, no_initial_state, wide
+from layers.common import (
+    at_least_one,
+    at_least_zero,
+    begin,
+    linear,
+    no_initial_state,
+    wide,
+)
 from layers.mixing import expose
 from ssm import rotary
 from ssm import sequence as seq
@@ -53,7 +60,7 @@ class Attention(nn.Module):
             for as many.
         context: the longest call and the capacity of the cache. Not with `window`.
         window: R of a sliding window; 0 for full attention.
-        rotary: share of the K channels that turn; 0 for no positions.
+        rotary: share of the K channels that turn, in whole pairs; 0 for no positions.
         base: of the rotary frequencies.
         bidirectional: every token sees all others of its segment; then no state.
         dtype: of activations; logits and the cache are float32 or better.
@@ -112,6 +119,7 @@ class Attention(nn.Module):
     def _sizes(self):
         """R, G, K."""
         at_least_one(self, "heads", "context")
+        at_least_zero(self, "kv_heads", "window")
         G = self.kv_heads or self.heads
         if self.features % self.heads:
             raise ValueError(
@@ -119,8 +127,11 @@ class Attention(nn.Module):
             )
         if self.heads % G:
             raise ValueError(f"kv_heads: must divide heads={self.heads}, got {G}")
-        if self.window < 0:
-            raise ValueError(f"window: must be 0 or positive, got {self.window}")
+        if self.window and self.bidirectional:
+            raise ValueError(
+                f"window: must be 0 with bidirectional=True, where every token sees "
+                f"all others, got {self.window}"
+            )
         if not 0 <= self.rotary <= 1:
             raise ValueError(f"rotary: must be in [0, 1], got {self.rotary}")
         return self.window or self.context, G, self.features // self.heads

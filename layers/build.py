@@ -148,10 +148,10 @@ def build(config) -> Model | Video | VQ:
             f"vocab_size: a token encoder needs at least 1, got {config['vocab_size']}"
         )
     _check_grid(config)
+    if not 0 <= config["dropout"] < 1:
+        raise ValueError(f"dropout: must be in [0, 1), got {config['dropout']}")
     dtype = precision.get(config["dtype"]).compute
-    names, args = config["layer"], dict(config["layer_args"])
-    if isinstance(names, str):
-        names, args = (names,), {names: args}
+    names, args = _pattern(config)
     pattern = tuple(_block(name, args.get(name, {}), config, dtype) for name in names)
     stack = functools.partial(
         Stack, pattern=pattern, depth=config["depth"], remat=config["remat"]
@@ -169,6 +169,22 @@ def build(config) -> Model | Video | VQ:
         norm=config["norm"] if config["prenorm"] else "",
         dtype=dtype,
     )
+
+
+def _pattern(config):
+    """The names of the layers, and the fields of each by name."""
+    names, args = config["layer"], dict(config["layer_args"])
+    if isinstance(names, str):
+        return (names,), {names: args}
+    if not names:
+        raise ValueError("layer: a pattern must have at least one name, got none")
+    unknown = sorted(set(args) - set(names))
+    if unknown:
+        raise ValueError(
+            f"layer_args: of a pattern they stand under the names of its layers, "
+            f"{sorted(set(names))}; got {unknown}"
+        )
+    return tuple(names), args
 
 
 def _block(name, args, config, dtype):

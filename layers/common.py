@@ -134,6 +134,15 @@ def at_least_one(layer, *names):
             raise ValueError(f"{name}: must be at least 1, got {getattr(layer, name)}")
 
 
+def at_least_zero(layer, *names):
+    """The same for fields whose 0 has a meaning of its own."""
+    for name in names:
+        if getattr(layer, name) < 0:
+            raise ValueError(
+                f"{name}: must be 0 or positive, got {getattr(layer, name)}"
+            )
+
+
 def wide(dtype):
     """The dtype of gates, states and SSM parameters where activations are `dtype`:
     float32 or better."""

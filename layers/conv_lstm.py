@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers import images
-from layers.common import begin_frames, logical, wide
+from layers.common import at_least_one, begin_frames, logical, wide
 from ssm import conv_ssm
 from ssm import sequence as seq
 
@@ -49,6 +49,7 @@ class ConvLSTM(nn.Module):
         wrong shape or a dt."""
         del train
         sequence = begin_frames(self, x, state, sequence)
+        at_least_one(self, "kernel_size")
         if sequence.dt is not None:
             raise ValueError("dt: a ConvLSTM has no notion of elapsed time; pass None")
         state = self.init_state(x.shape[0]) if state is None else state

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import begin, dense, wide
+from layers.common import at_least_one, begin, dense, wide
 from layers.mixing import expose
 from layers.recorder import record
 from layers.short_conv import ShortConv
@@ -86,6 +86,7 @@ def short_convolutions(layer, x, state, sequence):
     """q and k [B, L, heads, K] of length 1, q / sqrt(K), v [B, L, heads, V], and what
     the convolutions keep."""
     K, V = heads.sizes(layer)
+    at_least_one(layer, "conv_width")
     found, tails = [], []
     for name, size in (("query", K), ("key", K), ("value", V)):
         z = heads.project(x, layer.heads, size, name, layer.dtype)
@@ -108,6 +109,7 @@ def short_convolutions(layer, x, state, sequence):
 def zero_state(layer, batch_size):
     """The `DeltaState` before the first token."""
     K, V = heads.sizes(layer)
+    at_least_one(layer, "conv_width")
     tails = [
         (batch_size, layer.conv_width - 1, layer.heads * size) for size in (K, K, V)
     ]

@@ -49,7 +49,8 @@ class FrameAttention(nn.Module):
         pixels = seq.zero_masked(x, sequence).reshape(B, L, h * w, U)
         rows = pixels.swapaxes(1, 2).reshape(B * h * w, L, U)
         each = functools.partial(jnp.repeat, repeats=h * w, axis=0)
-        flat = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), state)
+        # Not -1: the cache of a context of one frame is empty.
+        flat = jax.tree.map(lambda s: s.reshape(B * h * w, *s.shape[2:]), state)
         time = self._time()(name="time")
         a, new = time(rows, flat, jax.tree.map(each, sequence))
         a = a.reshape(B, h * w, L, U).swapaxes(1, 2)
@@ -75,7 +76,8 @@ class FrameAttention(nn.Module):
         """Empty caches, one per pixel."""
         places = self.size[0] * self.size[1]
         empty = self._time()().init_state(batch_size * places)
-        return jax.tree.map(lambda s: s.reshape(-1, places, *s.shape[1:]), empty)
+        shape = batch_size, places
+        return jax.tree.map(lambda s: s.reshape(*shape, *s.shape[1:]), empty)
 
     @nn.nowrap
     def _time(self):

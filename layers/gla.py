@@ -46,6 +46,8 @@ class GLA(nn.Module):
         del train
         sequence = begin(self, x, state, sequence)
         at_least_one(self, "rank")
+        if self.normaliser <= 0:
+            raise ValueError(f"normaliser: must be positive, got {self.normaliser}")
         x, sequence, restore = seq.compact(x, sequence)
         K, V = heads.sizes(self)
         q = heads.project(x, self.heads, K, "query", self.dtype) * K**-0.5

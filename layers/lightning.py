@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import begin, linear, wide
+from layers.common import at_least_zero, begin, linear, wide
 from layers.mixing import expose
 from layers.recorder import record
 from ssm import sequence as seq
@@ -54,6 +54,7 @@ class Lightning(nn.Module):
         shape, or widths that the heads do not divide."""
         del train
         sequence = begin(self, x, state, sequence)
+        at_least_zero(self, "slope_scale")
         x, sequence, restore = seq.compact(x, sequence)
         K, V = heads.sizes(self)
         q = nn.silu(heads.project(x, self.heads, K, "query", self.dtype))

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import selective_scan
-from layers.common import at_least_one, begin, dense, linear, logical, wide
+from layers.common import (
+    at_least_one,
+    at_least_zero,
+    begin,
+    dense,
+    linear,
+    logical,
+    wide,
+)
 from layers.mixing import expose
 from layers.recorder import record
 from layers.short_conv import ShortConv
@@ -106,6 +114,7 @@ class Mamba(nn.Module):
     @nn.nowrap
     def _sizes(self):
         at_least_one(self, "state_size", "expand", "conv_width")
+        at_least_zero(self, "rank")
         R = self.rank or math.ceil(self.features / 16)
         return self.expand * self.features, self.state_size, R
 

@@ -102,6 +102,11 @@ class Mamba2(nn.Module):
     def _sizes(self):
         """E, the number of heads, P, G N."""
         at_least_one(self, "state_size", "groups", "expand", "conv_width")
+        if len(self.dt_limit) != 2 or not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            raise ValueError(
+                f"dt_limit: must be two numbers, 0 <= least <= largest, got "
+                f"{self.dt_limit}"
+            )
         E = self.expand * self.features
         P = self.head_size or min(E, 64)
         if P < 1 or E % P:

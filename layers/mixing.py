@@ -24,7 +24,8 @@ def materialize(layer, variables, x):
 
     The values are what the layer exposes as such, v of attention or u of Mamba, after
     its projections and before its output gate; of a layer that exposes nothing (S4D)
-    they are its input, and mixed is its output.
+    they are its input, and mixed is its output. All is computed in float32 or better,
+    whatever the layer's dtype.
 
     Args:
         layer: a mixer, with or without a recurrent mode.
@@ -41,14 +42,21 @@ def materialize(layer, variables, x):
         ValueError: the layer is not linear in its values, or `x` is a length and M
             depends on the input.
     """
-    if not isinstance(x, int):
-        return _matrix(layer, variables, jnp.asarray(x))
-    inputs = jax.random.normal(jax.random.key(0), (2, x, layer.features))
+    if hasattr(layer, "dtype"):
+        layer = layer.clone(dtype=jnp.promote_types(layer.dtype, jnp.float32))
+    if not isinstance(x, int | np.integer):
+        x = jnp.asarray(x)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return _matrix(layer, variables, x)
+    if x < 1:
+        raise ValueError(f"x: a length must be at least 1, got {x}")
+    token = *getattr(layer, "size", ()), layer.features
+    inputs = jax.random.normal(jax.random.key(0), (2, x, *token))
     M, values, mixed = _matrix(layer, variables, inputs)
     if _differ(M[0], M[1]):
         raise ValueError(
             f"x: the matrix of {type(layer).__name__} depends on the input; pass x "
-            f"[B, L, {layer.features}], not the length {x}"
+            f"[B, L, {', '.join(map(str, token))}], not the length {x}"
         )
     return M[:1], values[:1], mixed[:1]
 

@@ -46,7 +46,7 @@ class Retention(nn.Module):
         del train
         sequence = begin(self, x, state, sequence)
         x, sequence, restore = seq.compact(x, sequence)
-        K, V = heads.sizes(self)
+        K, V = self._sizes()
         q = heads.project(x, self.heads, K, "query", self.dtype)
         k = heads.project(x, self.heads, K, "key", self.dtype) * K**-0.5
         v = heads.project(x, self.heads, V, "value", self.dtype)
@@ -64,15 +64,26 @@ class Retention(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros [B, heads, K, V]."""
-        return jnp.zeros((batch_size, self.heads, *heads.sizes(self)), wide(self.dtype))
+        return jnp.zeros((batch_size, self.heads, *self._sizes()), wide(self.dtype))
+
+    @nn.nowrap
+    def _sizes(self):
+        K, V = heads.sizes(self)
+        if K % 2:
+            raise ValueError(
+                f"heads: {self.heads} leave keys of {K} channels, which turn in pairs; "
+                "features x expand_k / heads must be even"
+            )
+        return K, V
 
     @nn.nowrap
     def _decay(self, x, sequence):
         """log gamma [B, L, heads], and positions [B, L], 0 before the call."""
         gamma = np.log1p(-(2.0 ** (-5 - np.arange(self.heads))))
         elapsed = seq.elapsed(sequence)
-        if elapsed is None:
-            elapsed = jnp.ones(x.shape[:2], wide(self.dtype))
+        # Of a mask alone it is float32, which would round gamma in float64.
+        ones = jnp.ones(x.shape[:2], wide(self.dtype))
+        elapsed = ones if elapsed is None else ones * elapsed
         return elapsed[..., None] * jnp.asarray(gamma, elapsed.dtype), jnp.cumsum(
             elapsed, axis=1
         )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import linear_scan
-from layers.common import at_least_one, begin, dense, logical, wide
+from layers.common import at_least_one, at_least_zero, begin, dense, logical, wide
 from layers.mixing import expose
 from layers.recorder import record
 from layers.short_conv import ShortConv
@@ -112,6 +112,7 @@ class RGLRU(nn.Module):
     @nn.nowrap
     def _width(self):
         at_least_one(self, "heads", "conv_width")
+        at_least_zero(self, "width")
         E = self.width or self.features
         if E % self.heads:
             raise ValueError(f"heads: must divide the width {E}, got {self.heads}")

@@ -97,7 +97,9 @@ class Video(nn.Module):
             expected = jax.eval_shape(lambda: stack.init_state(frames.shape[0]))
             check_state(state, {"stack": expected})
             state = state["stack"]
-        x = Encoder(self.depths, self.dtype, name="encoder")(self._features(frames))
+        # Also before the encoder: its gradients would be NaN of a masked frame that is.
+        x = seq.zero_masked(self._features(frames), sequence)
+        x = Encoder(self.depths, self.dtype, name="encoder")(x)
         if actions is not None:
             x = jnp.concatenate([x, self._tiled(actions, x.shape)], axis=-1)
         x = images.conv(self.features, "project", self.dtype, kernel_size=1)(x)
@@ -136,6 +138,14 @@ class Video(nn.Module):
             )
         if self.vocab_size and not jnp.issubdtype(frames.dtype, jnp.integer):
             raise ValueError(f"inputs: codes must be integers, got {frames.dtype}")
+        if not (
+            self.vocab_size
+            or frames.dtype == jnp.uint8
+            or jnp.issubdtype(frames.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                f"inputs: pixels must be uint8 or floats in [-1, 1], got {frames.dtype}"
+            )
         if actions is not None and (
             actions.shape != frames.shape[:2]
             or not jnp.issubdtype(actions.dtype, jnp.integer)

@@ -9,6 +9,8 @@ def frequencies(size, base=10_000.0):
     """base^(-2i / size), i < size / 2: radians per token of every rotated pair."""
     if size % 2:
         raise ValueError(f"size: must be even to rotate pairs, got {size}")
+    if base <= 0:
+        raise ValueError(f"base: must be positive, got {base}")
     return base ** (-np.arange(0, size, 2) / size)
 
 

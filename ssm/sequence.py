@@ -79,16 +79,19 @@ def check(x, sequence, name="x"):
 
 
 def elapsed(sequence):
-    """Time since the previous token with 0 on masked ones [B, L], or None if regular.
+    """Time since the previous token with 0 on masked ones [B, L], float32 or better, or
+    None if regular.
 
     Elapsed time 0 leaves a held-input state exactly as it was, so the mask needs no
     other treatment in a scan (besides a zero input where the input is an impulse).
     """
+    dt = sequence.dt
+    if dt is not None:
+        # Sums of times in bfloat16 would stop growing at 256.
+        dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
     if sequence.mask is None:
-        return sequence.dt
-    dt = jnp.ones(sequence.mask.shape, jnp.float32)
-    if sequence.dt is not None:
-        dt = sequence.dt.astype(jnp.promote_types(sequence.dt.dtype, jnp.float32))
+        return dt
+    dt = jnp.ones(sequence.mask.shape, jnp.float32) if dt is None else dt
     return jnp.where(sequence.mask, dt, 0.0)
 
 

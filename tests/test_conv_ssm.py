@@ -282,6 +282,21 @@ def test_a_call_beyond_the_context_is_named(name):
         LAYERS[name].init(jax.random.key(0), jnp.zeros((B, 5, h, w, U)))
 
 
+@pytest.mark.parametrize("name", ["frame_attention", "full_frame_attention"])
+def test_a_context_may_be_of_one_frame(name):
+    layer, x = LAYERS[name].clone(context=1), jnp.zeros((B, 1, h, w, U))
+    (y, state), _ = jax.eval_shape(
+        layer.init_with_output, jax.random.key(0), x, layer.init_state(B)
+    )
+    assert y.shape == x.shape and state.count.shape[0] == B
+
+
+def test_a_kernel_without_a_tap_is_named():
+    layer = LAYERS["conv_lstm"].clone(kernel_size=0)
+    with pytest.raises(ValueError, match=r"^kernel_size: must be at least 1, got 0"):
+        layer.init(jax.random.key(0), jnp.zeros((B, 3, h, w, U)))
+
+
 def test_an_unknown_output_is_named():
     layer = ConvS5(U, SIZE, 8, output="gelu")
     with pytest.raises(ValueError, match=r"^output: unknown"):

@@ -11,7 +11,7 @@ from kernels import chunked_scan, linear_scan, selective_scan, short_conv
 from kernels.tolerance import assert_close
 from layers import LAYERS
 from layers.lightning import slopes
-from ssm import recurrence
+from ssm import Sequence, recurrence
 
 B, L, H = 2, 7, 8
 
@@ -356,6 +356,16 @@ def test_retention_without_turning_is_linear_attention_with_fixed_decays():
     assert_close(mixed(layer, variables, X), expected)
 
 
+def test_a_mask_costs_retention_no_precision():
+    with jax.enable_x64(True):
+        layer = LAYERS["retention"](H, heads=2, dtype=jnp.float64)
+        every = Sequence(mask=jnp.ones((B, L), bool))
+        for sequence in (Sequence(), every):
+            log_gamma, _ = layer._decay(jnp.zeros((B, L, H)), sequence)
+            exact = np.log1p(-(2.0 ** -np.array([5, 6])))
+            np.testing.assert_allclose(log_gamma[0, 0], exact, rtol=1e-15)
+
+
 def test_attention_with_a_window_as_long_as_the_call_is_full():
     full = LAYERS["attention"](H, heads=2, context=20)
     variables = made(full)
@@ -380,24 +390,39 @@ def test_slopes_of_heads_that_are_no_power_of_two():
 
 
 BAD = {
-    "mamba": [("expand", 0, "expand: must be at least 1, got 0")],
+    "mamba": [
+        ("expand", 0, "expand: must be at least 1, got 0"),
+        ("rank", -1, "rank: must be 0 or positive, got -1"),
+    ],
     "mamba2": [
         ("head_size", 5, "head_size: must divide expand x features = 16, got 5"),
         ("groups", 3, "groups: must divide the number of heads"),
+        ("dt_limit", (0.5, 0.1), "dt_limit: must be two numbers, 0 <= least"),
+        ("dt_limit", (0.5,), "dt_limit: must be two numbers, 0 <= least"),
     ],
     "rg_lru": [
         ("heads", 3, "heads: must divide the width 8, got 3"),
         ("a_max", 1.0, "a_min, a_max: need"),
+        ("width", -4, "width: must be 0 or positive, got -4"),
     ],
     "retention": [
         ("heads", 3, "heads: must divide features x expand_k = 8, got 3"),
-        ("heads", 8, "size: must be even to rotate"),
+        ("heads", 8, "heads: 8 leave keys of 1 channels, which turn in pairs"),
+        ("base", 0.0, "base: must be positive, got 0.0"),
     ],
-    "gla": [("rank", 0, "rank: must be at least 1, got 0")],
-    "delta_net": [("expand_v", 0.1, "heads: must divide features x expand_v")],
+    "lightning": [("slope_scale", -1.0, "slope_scale: must be 0 or positive, got -1")],
+    "gla": [
+        ("rank", 0, "rank: must be at least 1, got 0"),
+        ("normaliser", 0.0, "normaliser: must be positive, got 0.0"),
+    ],
+    "delta_net": [
+        ("expand_v", 0.1, "heads: must divide features x expand_v"),
+        ("conv_width", 0, "conv_width: must be at least 1, got 0"),
+    ],
     "attention": [
         ("heads", 3, "heads: must divide features=8, got 3"),
         ("kv_heads", 3, "kv_heads: must divide heads=4, got 3"),
+        ("kv_heads", -2, "kv_heads: must be 0 or positive, got -2"),
         ("context", 19, "context: a call of 20 tokens needs at least as many, got 19"),
         ("window", -1, "window: must be 0 or positive, got -1"),
         ("rotary", 2.0, r"rotary: must be in \[0, 1\], got 2.0"),
@@ -412,3 +437,24 @@ BAD = {
 def test_a_field_that_cannot_be_is_named(layer, field, value, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(LAYERS[layer](H, **{field: value}).init, jax.random.key(0), X)
+
+
+@pytest.mark.parametrize(
+    ("layer", "fields", "message"),
+    [
+        ("delta_net", {"conv_width": 0}, "conv_width: must be at least 1, got 0"),
+        ("rg_lru", {"width": -4}, "width: must be 0 or positive, got -4"),
+        ("retention", {"heads": 8}, "heads: 8 leave keys of 1 channels"),
+        (
+            "attention",
+            {"bidirectional": True, "window": 3},
+            "window: must be 0 with bidirectional=True",
+        ),
+    ],
+)
+def test_a_field_that_cannot_be_is_named_before_decoding_too(layer, fields, message):
+    layer = LAYERS[layer](H, **fields)
+    with pytest.raises(ValueError, match=message):
+        if getattr(layer, "bidirectional", False):
+            jax.eval_shape(layer.init, jax.random.key(0), X)
+        layer.init_state(B)

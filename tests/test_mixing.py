@@ -10,7 +10,8 @@ from kernels.tolerance import assert_close
 from layers import LAYERS, examples, materialize
 
 L = 7
-CASES = [name for name in examples.CASES if name.split()[0] not in ("gru", "lstm")]
+SEQUENTIAL = ("gru", "lstm")  # not linear in what they mix
+CASES = [n for n in examples.CASES if n.split()[0] in LAYERS.keys() - SEQUENTIAL]
 QUICK = ("s5", "mamba", "attention window")
 
 
@@ -51,6 +52,21 @@ def test_a_matrix_that_depends_on_the_input_needs_one():
     layer = LAYERS["mamba"](6, 4)
     with pytest.raises(ValueError, match="x: the matrix of Mamba depends on the input"):
         materialize(layer, made(layer)[0], L)
+
+
+@pytest.mark.slow
+def test_the_matrix_of_a_layer_in_bfloat16_is_computed_in_float32():
+    layer = LAYERS["s4d"](3, 4)
+    variables, x = made(layer)
+    low = materialize(layer.clone(dtype=jnp.bfloat16), variables, x)
+    assert all(part.dtype == jnp.float32 for part in low)
+    assert_close(low[0], materialize(layer, variables, x)[0])
+
+
+def test_a_length_is_at_least_one():
+    layer = LAYERS["s4d"](3, 4)
+    with pytest.raises(ValueError, match="x: a length must be at least 1, got -1"):
+        materialize(layer, {}, np.int64(-1))
 
 
 def test_a_layer_that_is_not_linear_has_no_matrix():

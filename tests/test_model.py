@@ -242,6 +242,12 @@ def test_a_bidirectional_model_has_no_state():
         ({"gate": "swiglu"}, r"gate: unknown 'swiglu'"),
         ({"dtype": "float16"}, r"dtype: unknown 'float16'"),
         ({"depth": 0}, r"depth: must be at least 1, got 0"),
+        ({"dropout": 1.5}, r"dropout: must be in \[0, 1\), got 1.5"),
+        ({"layer": ()}, r"layer: a pattern must have at least one name"),
+        (
+            {"layer": ("gru", "lru"), "layer_args": {"state_size": 4}},
+            r"layer_args: of a pattern .* names of its layers, \['gru', 'lru'\]; got",
+        ),
         ({"encoder": "token"}, r"vocab_size: "),
     ],
 )

@@ -67,6 +67,12 @@ def test_align_right_puts_the_last_token_last():
     )
 
 
+def test_elapsed_is_float32_or_better():
+    dt = jnp.ones((1, 3), jnp.bfloat16)
+    for mask in (None, jnp.ones((1, 3), bool)):
+        assert sequence.elapsed(Sequence(mask, None, dt)).dtype == jnp.float32
+
+
 def test_elapsed_is_zero_on_masked_tokens():
     mask = jnp.asarray([[True, False, True]])
     dt = jnp.asarray([[0.5, 7.0, 2.0]])

@@ -99,6 +99,25 @@ def test_masked_frames_change_nothing_in_training(norm):
     assert jnp.all(y[:, L:] == 0)
 
 
+@pytest.mark.slow
+def test_a_masked_frame_of_nan_reaches_no_gradient():
+    model, frames = model_of(), clips() / np.float32(255)
+    variables = made(model, frames)
+    mask = jnp.ones((B, L), bool).at[:, 2].set(False)
+
+    @jax.jit
+    @jax.grad
+    def gradients(params, frames):
+        y, _ = model.apply({"params": params}, frames, None, Sequence(mask=mask))
+        return jnp.sum(y**2)
+
+    found, expected = (
+        gradients(variables["params"], jnp.asarray(frames).at[:, 2].set(value))
+        for value in (jnp.nan, 0.5)
+    )
+    assert_close(found, expected)
+
+
 def test_a_rollout_feeds_answers_back():
     model, context = model_of(), clips(3)
     variables = made(model, context)
@@ -122,6 +141,12 @@ def test_actions_lead_to_the_next_frame():
     assert not moved[:, :2].any() and moved[:, 2:].any()
     found = rollout.open_loop(model, variables, frames, 1, actions)
     assert_close(found[:, 0], jnp.clip(y[:, -1], -1, 1))
+    with pytest.raises(
+        ValueError, match=r"^actions: .* = \(2, 6\), got shape \(2, 5\)"
+    ):
+        rollout.open_loop(model, variables, frames, 2, actions)
+    with pytest.raises(ValueError, match=r"^horizon: must be at least 1, got 0"):
+        rollout.open_loop(model, variables, frames, 0, actions)
 
 
 @pytest.mark.slow
@@ -168,6 +193,7 @@ def test_the_loss_of_frames():
     [
         ({}, clips()[:, :, :4], r"^inputs: frames must be \[B, L, 8, 8, 1\], got"),
         ({"vocab_size": 7}, clips()[..., 0] / 255, r"^inputs: codes must be integers"),
+        ({}, clips().astype(np.int32), r"^inputs: pixels must be uint8 or floats"),
         ({"actions": 3}, clips(), r"^actions: a model of 3 actions takes"),
         ({"actions": 3}, {"frames": clips()}, r"^actions: a model of 3 actions takes"),
         ({}, {"frames": clips(), "actions": clips()}, r"^actions: the model was built"),
@@ -206,6 +232,24 @@ def test_a_context_longer_than_the_clip_stops_before_training(tmp_path):
     config.rollout.update(context=5, horizon=4)
     message = r"^rollout.context \+ rollout.horizon is 5 \+ 4 frames: .*length"
     with pytest.raises(ValueError, match=message):
+        loop.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_context_beyond_that_of_attention_stops_before_training(tmp_path):
+    config = tiny("frame_attention")
+    config.rollout.context = 6
+    with pytest.raises(ValueError, match=r"^rollout.context is 6 frames, .* got 5$"):
+        loop.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_codec_that_is_none_stops_before_training(tmp_path):
+    codes = np.arange(5 * 6 * 16).reshape(5, 6, 4, 4) % 7
+    path = npz(tmp_path / "codes.npz", codes=codes)
+    config = video.get_config(f"clips,stage=codes,path={path}")
+    config.data.codec = str(tmp_path / "vq")
+    with pytest.raises(ValueError, match=r"^data.codec: workdir must be .*no config"):
         loop.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -267,6 +311,15 @@ def test_codes_of_an_autoencoder_train_a_model_that_is_shown_as_pixels(tmp_path)
     found = loop.run(config, tmp_path / "run")
     assert "psnr" in found["rollout"]["scores"]["model"]
     assert (tmp_path / "run" / rollout.GIF).exists()
+
+
+def test_actions_that_the_config_conditions_on_must_be_there(tmp_path):
+    path = npz(tmp_path / "my.npz", frames=np.concatenate([clips(6)] * 5))
+    config = video.get_config(f"clips,path={path}")
+    config.lock()  # as on the command line: the key must be there
+    config.data.actions = 3
+    with pytest.raises(ValueError, match=r"my\.npz: actions is missing, but data\.ac"):
+        loop.run(config, tmp_path / "run")
 
 
 def test_clips_without_a_length_are_rolled_out_by_halves(tmp_path):

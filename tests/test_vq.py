@@ -311,6 +311,8 @@ def test_codec_shows_codes_as_pixels(workdir):
     np.testing.assert_array_equal(decode(codes[:, 0]), pixels[:, 0])
     with pytest.raises(ValueError, match=r"codes: must lie in \[0, 7\)"):
         decode(codes + 1)
+    with pytest.raises(ValueError, match="has 7 codes, but 8 are to be shown"):
+        tokenize.load_codec(workdir, codes=8)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from layers.build import build
 from layers.images import from_bytes, to_bytes
 from layers.video import Video
 from train import checkpoint, data, evaluate, tokenize, video_metrics
@@ -61,7 +62,14 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
 
     Returns:
         Pixels in [-1, 1] or codes, [B, horizon, ...].
+
+    Raises:
+        ValueError: a horizon below 1, actions of another length, and what the model
+            raises.
     """
+    if horizon < 1:
+        raise ValueError(f"horizon: must be at least 1, got {horizon}")
+    _check_actions(actions, (len(context), context.shape[1] + horizon - 1))
 
     def given(frames, start):
         if actions is None:
@@ -97,6 +105,15 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
     return jnp.concatenate([predicted, last], axis=1)
 
 
+def _check_actions(actions, shape):
+    # A slice beyond the end would silently be the last one there is.
+    if actions is not None and actions.shape != shape:
+        raise ValueError(
+            f"actions: must be integers [B, T + horizon - 1] = {shape}, got shape "
+            f"{actions.shape}"
+        )
+
+
 def lengths(options: Mapping, spec: Mapping) -> tuple[int, int]:
     """(context, horizon) that `options` ask for; 0: half of the clips of `spec`.
 
@@ -115,8 +132,9 @@ def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
     """The dataset of a run with clips of context + horizon frames, context, horizon.
 
     Raises:
-        ValueError: rollouts that `config` asks for and cannot have, as of clips that
-            are shorter.
+        ValueError: rollouts that `config` asks for and cannot have: of clips that are
+            shorter, of a context that is more than the model reads at once, or with a
+            codec that does not fit.
     """
     clips = config["rollout"]["clips"]
     if clips < 1:
@@ -129,7 +147,37 @@ def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
             f"rollout.context + rollout.horizon is {context} + {horizon} frames: "
             f"{problem}"
         ) from problem
+    _check_context(config["model"], dataset.spec, context)
+    _codec(dataset.spec, config["model"]["vocab_size"])
     return dataset, context, horizon
+
+
+def _check_context(model: Mapping, spec: Mapping, context: int) -> None:
+    shape = 1, context, *spec["size"]
+    if spec["vocab_size"]:
+        frames = jax.ShapeDtypeStruct(shape, jnp.int32)
+    else:
+        frames = jax.ShapeDtypeStruct((*shape, spec["channels"]), jnp.uint8)
+    if spec["actions"]:
+        actions = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+        frames = {"frames": frames, "actions": actions}
+    try:
+        jax.eval_shape(build(model).init, {"params": jax.random.key(0)}, frames)
+    except ValueError as problem:
+        raise ValueError(
+            f"rollout.context is {context} frames, which the model does not read in "
+            f"one call: {problem}"
+        ) from problem
+
+
+def _codec(spec: Mapping, codes: int) -> Callable | None:
+    """What shows `codes` different codes as pixels, or None where nothing is known."""
+    if not spec.get("codec"):
+        return None
+    try:
+        return tokenize.load_codec(spec["codec"], codes=codes)
+    except (ValueError, checkpoint.CheckpointError) as problem:
+        raise ValueError(f"data.codec: {problem}") from problem
 
 
 def roll(model, variables, dataset, split, context, horizon, count, batch) -> Rollout:
@@ -146,8 +194,8 @@ def roll(model, variables, dataset, split, context, horizon, count, batch) -> Ro
             break
     clips, prediction = (np.concatenate(x)[:count] for x in (clips, predictions))
     found = Rollout(clips[:, :context], clips[:, context:], prediction)
-    codec = dataset.spec.get("codec")
-    return Rollout(*map(tokenize.load_codec(codec), found)) if codec else found
+    codec = _codec(dataset.spec, model.vocab_size)
+    return Rollout(*map(codec, found)) if codec else found
 
 
 def _shown(frames):

@@ -26,20 +26,26 @@ from train.evaluate import Run, load_run
 FRAMES = 512  # encoded or decoded at once
 
 
-def load_codec(workdir: str | Path, at: int | None = None) -> Callable:
+def load_codec(workdir: str | Path, at: int | None = None, codes: int = 0) -> Callable:
     """What shows codes as pixels: integers [B, L, h', w'] or [B, h', w'] -> uint8
     frames [B, L, h, w, C] or [B, h, w, C], NumPy to NumPy.
 
     Args:
         workdir: of a trained autoencoder (model.layer "vq").
         at: step of its checkpoint; None: the newest good one.
+        codes: how many different ones it must show at least.
 
     Raises:
-        ValueError: no such run, or one of another model; and by the function, for codes
-            of another shape or beyond those there are.
+        ValueError: no such run, one of another model or of fewer codes; and by the
+            function, for codes of another shape or beyond those there are.
         CheckpointError: no such checkpoint, or it is damaged.
     """
     run = _autoencoder(workdir, at)
+    if codes > run.model.codes:
+        raise ValueError(
+            f"workdir: {workdir} has {run.model.codes} codes, but {codes} are to be "
+            "shown, as many as data.vocab_size or the clips say"
+        )
     apply = _framewise(run, "decode", 2)
 
     def decode(codes: np.ndarray) -> np.ndarray:
