@@ -245,8 +245,17 @@ def test_evaluation_can_be_repeated_and_may_exceed_the_split():
     assert first["mask"].sum() == 3 and first["inputs"].shape == (8, 1)
 
 
+def test_shortened_splits_have_their_first_examples():
+    whole = numbered(10)
+    (batch,) = whole.shortened(3).evaluation("train", 4)
+    assert batch["inputs"][:, 0].tolist() == [0, 1, 2, 2]
+    assert whole.shortened(11).num_examples("train") == 10
+
+
 def test_bad_requests_are_named():
     dataset = numbered(10)
+    with pytest.raises(ValueError, match=r"examples must be 1 or more, got 0"):
+        dataset.shortened(0)
     with pytest.raises(ValueError, match=r"between 1 and 10.*got 11"):
         dataset.train(11, seed=0)
     with pytest.raises(ValueError, match=r"batch_size.*got 0"):

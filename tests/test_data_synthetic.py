@@ -241,6 +241,23 @@ def test_a_run_is_tested_at_several_lengths(tmp_path, capsys):
     assert "--lengths must be whole numbers from 1" in capsys.readouterr().err
 
 
+def test_a_split_without_end_is_scored_in_part(tmp_path, capsys):
+    loop.run(tiny("induction,layer=gru"), tmp_path)
+    command = ["--workdir", str(tmp_path), "--split", "train"]
+    for arguments, message in (
+        ([], "split train has 100,000,000 examples; --examples N scores the first N"),
+        (["--examples", "0"], "examples must be 1 or more, got 0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([*command, *arguments])
+        assert message in capsys.readouterr().err
+    assert evaluate.main([*command, "--examples", "5"]) == 0
+    assert evaluate.main([*command, "--examples", "5", "--lengths", "1"]) == 0
+    found = json.loads(capsys.readouterr().out.partition("}")[0] + "}")
+    rows = json.loads((tmp_path / evaluate.LENGTHS).read_text())["lengths"]
+    assert rows[0]["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
+
 def test_lengths_are_positive_whole_numbers():
     assert evaluate.parse_times("1,2,16") == (1, 2, 16)
     for words in ("2,0", "x", "", "1.5", "-1"):

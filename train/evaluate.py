@@ -1,7 +1,9 @@
 """Scores of a trained run, and its recurrent mode beside its parallel one.
 
 python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
+    [--examples 1000]
 
+--examples scores only the first so many of the split, such as of one without end.
 With --lengths 1,2,4,8 instead the scores on sequences as long as in training and 2, 4
 and 8 times as long, where the dataset can make such; also in <workdir>/lengths.json.
 """
@@ -26,6 +28,7 @@ from ssm.sequence import Sequence
 from train import checkpoint, data, losses, record, sharding, step
 
 LENGTHS = "lengths.json"
+MOST = 10_000_000  # examples that are scored without being asked for
 
 
 class Run(NamedTuple):
@@ -108,17 +111,23 @@ def compare_modes(model, variables, batch) -> float | None:
 
 def scores(run: Run, split: str) -> dict[str, float]:
     """Loss and metrics of a run on one split of its dataset. `ValueError` for a split
-    that the dataset does not have."""
+    that the dataset does not have, or that it draws without end."""
     spec, mesh = run.dataset.spec, sharding.make_mesh(run.config)
     loss = losses.make(spec)
     eval_step = step.make_eval_step(run.model, loss, spec.get("padded", True))
     count = run.dataset.num_examples(split)
+    if count > MOST:
+        raise ValueError(
+            f"split {split} has {count:,} examples; --examples N scores the first N"
+        )
     size = sharding.evaluation_batch_size(run.config, mesh, count)
     batches = run.dataset.evaluation(split, size)
     return step.evaluate(eval_step, run.variables, batches, mesh)
 
 
-def at_lengths(run: Run, workdir, split: str, times: Iterable[int]) -> dict:
+def at_lengths(
+    run: Run, workdir, split: str, times: Iterable[int], examples: int | None = None
+) -> dict:
     """Scores on sequences of several lengths, printed and kept in workdir/lengths.json.
 
     Args:
@@ -126,6 +135,7 @@ def at_lengths(run: Run, workdir, split: str, times: Iterable[int]) -> dict:
         workdir: of the run.
         split: of the dataset.
         times: lengths in training lengths, such as (1, 2, 4, 8).
+        examples: only the first so many; None for all.
 
     Returns:
         {"step", "split", "lengths": [{"times", "length", loss and metrics}, ...]}
@@ -137,6 +147,7 @@ def at_lengths(run: Run, workdir, split: str, times: Iterable[int]) -> dict:
     rows = []
     for n in times:
         dataset = data.stretched(run.config.data, n)
+        dataset = dataset if examples is None else dataset.shortened(examples)
         config = run.config.copy_and_resolve_references()
         options = config.train
         # As many tokens at once as in training: memory must do for those.
@@ -179,14 +190,17 @@ def main(argv=None):
     parser.add_argument("--workdir", required=True, help="of a trained run")
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
+    parser.add_argument("--examples", type=int, help="only the first; default: all")
     parser.add_argument("--lengths", help="multiples of the training length")
     options = parser.parse_args(argv)
     try:
         run = load_run(options.workdir, options.step)
         if options.lengths is not None:
             times = parse_times(options.lengths)
-            at_lengths(run, options.workdir, options.split, times)
+            at_lengths(run, options.workdir, options.split, times, options.examples)
             return 0
+        if options.examples is not None:
+            run = run._replace(dataset=run.dataset.shortened(options.examples))
         found = scores(run, options.split)
         batch = next(iter(run.dataset.evaluation(options.split, 16)))
         gap = compare_modes(run.model, run.variables, jax.tree.map(np.asarray, batch))

@@ -71,6 +71,22 @@ class Drawn:
         return self._draw(np.random.default_rng((*self._key, int(index))))
 
 
+class First:
+    """Random access to the first `count` examples of a source, or all it has."""
+
+    def __init__(self, source: Sequence[Example], count: int):
+        self._source = source
+        self._count = min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index) -> Example:
+        if not 0 <= index < self._count:
+            raise IndexError(f"index {index} of {self._count} examples")
+        return self._source[index]
+
+
 def drawn_splits(
     draws: Mapping[str, Callable], sizes: Sequence[int], seed: int
 ) -> dict[str, Drawn]:
@@ -193,6 +209,13 @@ class Dataset:
     def num_examples(self, split: str) -> int:
         """How many examples `split` has."""
         return len(self._source(split))
+
+    def shortened(self, count: int) -> "Dataset":
+        """Only the first `count` examples of every split; `ValueError` below 1."""
+        if count < 1:
+            raise ValueError(f"examples must be 1 or more, got {count}")
+        sources = {name: First(source, count) for name, source in self.sources.items()}
+        return dataclasses.replace(self, sources=sources)
 
     def train(self, batch_size: int, seed: int, workers: int = 0) -> "TrainIterator":
         """The endless stream of training batches; a function of its arguments only.
