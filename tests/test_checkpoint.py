@@ -1,7 +1,10 @@
+import asyncio.log
 import errno
 import json
 import os
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +218,20 @@ def test_full_disk(tmp_path, monkeypatch, where):
     assert checkpoint.newest_good(tmp_path) == 10
     assert int(restore(tmp_path, like)[0].step) == 10
     assert not list((tmp_path / checkpoint.FOLDER).glob(f"*{checkpoint.UNFINISHED}"))
+
+
+def test_only_what_is_raised_anyway_is_not_printed(tmp_path, monkeypatch, caplog):
+    """Writes that fail beside the first one are found by asyncio, or find no loop."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    with Checkpoints(tmp_path, keep=1), Checkpoints(tmp_path, keep=1):
+        for error in (RuntimeError("Event loop is closed"), RuntimeError("other")):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+        for number in (errno.ENOSPC, errno.EACCES):
+            error = OSError(number, os.strerror(number))
+            asyncio.log.logger.error("a task", exc_info=error)
+    assert [str(one.exc_value) for one in seen] == ["other"]
+    assert [record.exc_info[1].errno for record in caplog.records] == [errno.EACCES]
 
 
 def test_another_error_of_a_save_is_not_hidden(tmp_path, monkeypatch):

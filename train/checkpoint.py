@@ -7,11 +7,14 @@ step without a digest is a save that was cut off; that, and one whose files do n
 their digest, is never used.
 """
 
+import asyncio.log
 import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -187,6 +190,8 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._keep = keep
         logging.get_absl_logger().addFilter(_not_orbax_error)
+        asyncio.log.logger.addFilter(_not_full_disk)
+        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -385,6 +390,26 @@ def _not_orbax_error(record) -> bool:
     """False for the traceback that orbax logs of an error which it raises as well."""
     from_orbax = Path(ocp.__file__).parent in Path(record.pathname).parents
     return not (from_orbax and record.levelname == "ERROR")
+
+
+def _not_full_disk(record) -> bool:
+    """False for what asyncio logs of the writes that fail beside the one whose error is
+    raised."""
+    return not (record.exc_info and disk_full(record.exc_info[1]))
+
+
+def _without_closed_loops(hook):
+    """`hook` without the tracebacks of writes that end after the first that failed has
+    ended the save: they find its event loop closed. The failure itself is raised."""
+    if getattr(hook, "func", None) is _unless_loop_closed:
+        return hook
+    return functools.partial(_unless_loop_closed, hook)
+
+
+def _unless_loop_closed(hook, unraisable):
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+        hook(unraisable)
 
 
 def disk_full(error: BaseException | None) -> bool:
