@@ -42,7 +42,7 @@ def get_config(arg="moving_digits"):
     config.optimizer.update(lr=2e-3, weight_decay=1e-5, b2=0.95, warmup=100)
     # Every parameter learns alike, those of the state-space model too.
     config.groups = [(r".*", dict(lr=1.0, wd=1.0))]
-    config.train.update(steps=900, batch_size=8, eval_every=300, log_every=50)
+    config.train.update(steps=1500, batch_size=8, eval_every=500, log_every=50)
     config.rollout.update(context=10, horizon=30)
     if arg.task != "moving_digits" or arg.stage == "codes":
         config.rollout.update(context=0, horizon=0)  # half of a clip each
