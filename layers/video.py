@@ -124,8 +124,8 @@ class Video(nn.Module):
             )
         if given and not self.actions:
             raise ValueError(
-                "actions: the model was built without; model.video.actions says how "
-                "many there are"
+                "actions: the model was built without; in a run they are those of the "
+                "dataset, see data.actions"
             )
         frames, actions = (
             (inputs["frames"], inputs["actions"]) if given else (inputs, None)

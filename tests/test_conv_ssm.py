@@ -223,17 +223,30 @@ def test_attention_over_frames_of_one_pixel_is_attention():
 
 
 def test_full_attention_is_a_softmax_over_all_pixels_so_far():
-    """The second frame of two sees both; without turns, which positions would give."""
-    x = frames(1, dtype=jnp.float32)
+    """Each frame sees itself and those before it, turned by the time between them."""
+    x = frames(3, dtype=jnp.float32)
     layer = FullFrameAttention(U, SIZE, 1, context=3)
     variables = nn.unbox(layer.init(jax.random.key(1), x))
     y, _ = layer.apply(variables, x)
     p = variables["params"]
-    tokens = x.reshape(B, h * w, U) + p["place"]
+    tokens = x.reshape(B, 3, h * w, U) + p["place"]
     q, k, v = (tokens @ p[name]["kernel"] for name in ("query", "key", "value"))
-    weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k) / np.sqrt(U))
-    expected = jnp.einsum("bqk,bkc->bqc", weights, v) @ p["out"]["kernel"]
-    assert_close(y.reshape(B, h * w, U), expected)
+    rates = 10_000.0 ** (-np.arange(U // 2) / (U // 2))
+    turns = np.exp(1j * rates * np.arange(3)[:, None, None])  # [t, 1, U / 2]
+
+    def turned(x):
+        pairs = np.asarray(x[..., : U // 2] + 1j * x[..., U // 2 :], np.complex128)
+        return pairs * turns
+
+    scores = np.einsum("bqic,bkjc->bqikj", turned(q), turned(k).conj()).real
+    scores /= np.sqrt(U)
+    for t in range(3):
+        seen = scores[:, t, :, : t + 1].reshape(B, h * w, -1)
+        weights = np.exp(seen - seen.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        values = np.asarray(v[:, : t + 1], np.float64).reshape(B, -1, U)
+        expected = weights @ values @ np.asarray(p["out"]["kernel"], np.float64)
+        assert_close(y[:, t].reshape(B, h * w, U), np.float32(expected))
 
 
 @pytest.mark.slow

@@ -139,14 +139,44 @@ def test_actions_lead_to_the_next_frame():
     changed = {"frames": frames, "actions": actions.at[:, 2].set(0).at[0, 2].set(1)}
     moved = jnp.any(apply(variables, changed)[0] != y, axis=(2, 3, 4))
     assert not moved[:, :2].any() and moved[:, 2:].any()
-    found = rollout.open_loop(model, variables, frames, 1, actions)
-    assert_close(found[:, 0], jnp.clip(y[:, -1], -1, 1))
+    # What is predicted from each action is what that action leads to in one call.
+    found = rollout.open_loop(model, variables, frames[:, :3], 3, actions)
+    seen = frames[:, :3].astype(np.float32) / 127.5 - 1
+    whole = np.concatenate([seen, found[:, :-1]], axis=1)
+    y, _ = apply(variables, {"frames": whole, "actions": actions})
+    assert_close(found, jnp.clip(y[:, 2:], -1, 1))
     with pytest.raises(
         ValueError, match=r"^actions: .* = \(2, 6\), got shape \(2, 5\)"
     ):
         rollout.open_loop(model, variables, frames, 2, actions)
     with pytest.raises(ValueError, match=r"^horizon: must be at least 1, got 0"):
         rollout.open_loop(model, variables, frames, 0, actions)
+
+
+@pytest.mark.slow
+def test_codes_may_be_drawn():
+    codes = np.random.default_rng(0).integers(7, size=(B, L, SIDE, SIDE))
+    model = model_of(vocab_size=7)
+    variables = made(model, codes)
+    draws = [
+        rollout.open_loop(model, variables, codes, 3, key=jax.random.key(seed))
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert (draws[0] != draws[2]).mean() > 0.5
+    assert (draws[0][:, 1] != draws[0][:, 2]).any()
+    assert draws[0].min() >= 0 and draws[0].max() < 7
+
+
+def test_what_is_no_number_has_no_score():
+    clips = np.zeros((2, 3, SIDE, SIDE, 1), np.uint8)
+    answers = np.zeros(clips.shape, np.float32)
+    answers[1, 1:, 0, 0] = np.nan
+    found = rollout.Rollout(clips, clips, *rollout._shown(answers))
+    scores = rollout.scores(found)
+    psnr = scores["model"]["psnr"]
+    assert np.isfinite(psnr[0]) and np.isnan(psnr[1:]).all()
+    assert np.isfinite(scores[rollout.COPY]["psnr"]).all()
 
 
 @pytest.mark.slow
@@ -282,7 +312,13 @@ def test_a_run_ends_in_rollouts_and_a_report(tmp_path, capsys):
     assert rollout.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "fvd: FVD needs" in shown and "lpips: LPIPS needs" in shown
-    assert len(json.loads((tmp_path / rollout.JSON).read_text())["scores"]) == 2
+    written = json.loads((tmp_path / rollout.JSON).read_text())
+    assert len(written["scores"]) == 2 and written["against"] == "the true frames"
+    psnr = written["scores"]["model"]["psnr"]
+    assert written["mean"]["model"]["psnr"] == pytest.approx(np.mean(psnr))
+    with pytest.raises(SystemExit):
+        rollout.main([*arguments, "--sample", "1"])
+    assert "--sample must be a seed" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         rollout.main(["--workdir", str(tmp_path), "--horizon", "-1"])
     assert "rollout.horizon must be 0 or more, got -1" in capsys.readouterr().err
@@ -329,6 +365,16 @@ def test_clips_without_a_length_are_rolled_out_by_halves(tmp_path):
     config = video.get_config(f"clips,path={path}")
     spec = data.load(config.data).spec
     assert rollout.lengths(config.rollout, spec) == (3, 3)
+
+
+def test_actions_that_the_dataset_does_not_have_are_refused(tmp_path):
+    path = npz(tmp_path / "my.npz", frames=np.concatenate([clips(6)] * 5))
+    config = video.get_config(f"clips,path={path}")
+    config.model.video.actions = 3
+    with pytest.raises(ValueError, match=r"^model.video.actions must be 0, what the"):
+        loop.run(config, tmp_path / "run")
+    config.model.video.update(actions=0, size=(SIDE, SIDE))
+    assert loop.resolve(config, data.load(config.data).spec).model.video.actions == 0
 
 
 def rolled(psnr, copied=(9.0,) * 30):

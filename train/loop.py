@@ -117,7 +117,8 @@ def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
     sequence a layer reads on it.
 
     Raises:
-        ValueError: fewer outputs or a smaller vocabulary than the dataset has.
+        ValueError: fewer outputs or a smaller vocabulary than the dataset has; frames
+            or actions of a video that are not the dataset's.
     """
     config = config.copy_and_resolve_references()
     for key in ("vocab_size", "outputs"):
@@ -135,8 +136,19 @@ def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
         if not config.model[key]:
             config.model[key] = spec[key]
     if spec["encoder"] == "video":
-        config.model.video.update({k: spec[k] for k in ("size", "channels", "actions")})
+        _resolve_video(config.model.video, spec)
     return config
+
+
+def _resolve_video(options: ConfigDict, spec: Mapping) -> None:
+    for key in ("size", "channels", "actions"):
+        value, there = options[key], spec[key]
+        if np.any(value) and tuple(np.ravel(value)) != tuple(np.ravel(there)):
+            raise ValueError(
+                f"model.video.{key} must be {there}, what the dataset has, or 0 for "
+                f"that; got {value}"
+            )
+        options[key] = there
 
 
 def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

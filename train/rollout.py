@@ -1,11 +1,14 @@
 """Open-loop rollouts of a video model: it sees a context and then its own answers.
 
     python -m train.rollout --workdir runs/video-moving_digits-0 [--split test]
-        [--context 10] [--horizon 30] [--clips 64] [--fvd FILE] [--lpips FILE]
+        [--context 10] [--horizon 30] [--clips 64] [--sample SEED]
+        [--fvd FILE] [--lpips FILE]
 
-writes rollout.json (scores of every predicted frame, beside those of a model that
-repeats the last frame it saw), rollout.png and rollout.gif into the workdir. FVD and
-LPIPS need the network of their authors as a TorchScript file.
+writes rollout.json (scores of every predicted frame and their mean, beside those of a
+model that repeats the last frame it saw), rollout.png and rollout.gif into the workdir.
+Codes are the likeliest, or drawn with --sample; shown as pixels they are scored against
+what the codec makes of the true codes, not against the frames that it was given. FVD
+and LPIPS need the network of their authors as a TorchScript file.
 """
 
 import argparse
@@ -39,11 +42,20 @@ TABLE = (1, 2, 5, 10, 20, 30, 50, 100, 200, 400, 800, 1200)  # printed horizons
 
 class Rollout(NamedTuple):
     """True and predicted frames of some clips, uint8 [n, T, h, w, C]; codes
-    [n, T, h, w] where nothing is known that makes pixels of them."""
+    [n, T, h, w] where nothing is known that makes pixels of them.
+
+    finite [n, horizon]: whether the model gave numbers; what it gave instead is shown
+    as grey and has no score.
+    """
 
     context: np.ndarray
     truth: np.ndarray
     prediction: np.ndarray
+    finite: np.ndarray
+
+    def frames(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Context, truth and prediction, to look at."""
+        return self.context, self.truth, self.prediction
 
 
 @functools.partial(jax.jit, static_argnames=("model", "horizon"))
@@ -180,45 +192,65 @@ def _codec(spec: Mapping, codes: int) -> Callable | None:
         raise ValueError(f"data.codec: {problem}") from problem
 
 
-def roll(model, variables, dataset, split, context, horizon, count, batch) -> Rollout:
-    """The first `count` clips of a split, `batch` of them at a time."""
+def roll(
+    model, variables, dataset, split, context, horizon, count, batch, sample=None
+) -> Rollout:
+    """The first `count` clips of a split, `batch` of them at a time; codes are drawn
+    with the seed `sample`, the likeliest ones taken with None."""
     clips, predictions = [], []
     count = min(count, dataset.num_examples(split))
-    for rows in dataset.evaluation(split, min(batch, count)):
+    for part, rows in enumerate(dataset.evaluation(split, min(batch, count))):
         real = rows["mask"].any(axis=1)
         whole, actions = whole_clips(rows)
-        found = open_loop(model, variables, whole[:, :context], horizon, actions)
+        key = None if sample is None else jax.random.key(sample)
+        key = None if key is None else jax.random.fold_in(key, part)
+        seen = whole[:, :context]
+        found = open_loop(model, variables, seen, horizon, actions, key)
         clips.append(whole[real])
         predictions.append(_shown(np.asarray(found)[real]))
         if sum(map(len, clips)) >= count:
             break
-    clips, prediction = (np.concatenate(x)[:count] for x in (clips, predictions))
-    found = Rollout(clips[:, :context], clips[:, context:], prediction)
+    clips, prediction, finite = (
+        np.concatenate(x)[:count] for x in (clips, *zip(*predictions, strict=True))
+    )
+    found = Rollout(clips[:, :context], clips[:, context:], prediction, finite)
     codec = _codec(dataset.spec, model.vocab_size)
-    return Rollout(*map(codec, found)) if codec else found
+    return Rollout(*map(codec, found.frames()), finite) if codec else found
 
 
 def _shown(frames):
-    """Pixels as bytes; codes as they are."""
-    return to_bytes(frames) if np.issubdtype(frames.dtype, np.floating) else frames
+    """Pixels as bytes and where they are numbers, [n, horizon]; codes as they are."""
+    if not np.issubdtype(frames.dtype, np.floating):
+        return frames, np.ones(frames.shape[:2], bool)
+    return to_bytes(frames), np.isfinite(frames).all((2, 3, 4))
 
 
 def scores(rollout: Rollout) -> dict:
     """{"model" and "copy last frame": {metric: [horizon]}}: "psnr" in dB, "ssim" and
-    "mse", means over clips; of codes the "accuracy", the share that is right."""
+    "mse", means over clips, NaN where a clip's frame is no number; of codes the
+    "accuracy", the share that is right."""
     copied = video_metrics.copy_last(rollout.context, rollout.truth.shape[1])
     found = {}
-    for name, prediction in (("model", rollout.prediction), (COPY, copied)):
+    for name, prediction, finite in (
+        ("model", rollout.prediction, rollout.finite),
+        (COPY, copied, True),
+    ):
         if rollout.truth.ndim == 5:
-            values = video_metrics.by_horizon(rollout.truth, prediction)
+            values = video_metrics.frame_metrics(rollout.truth, prediction)
         else:
-            values = {"accuracy": (rollout.truth == prediction).mean((0, 2, 3))}
-        found[name] = {k: [float(x) for x in v] for k, v in values.items()}
+            values = {"accuracy": (rollout.truth == prediction).mean((2, 3))}
+        found[name] = {
+            k: [float(x) for x in np.where(finite, v, np.nan).mean(axis=0)]
+            for k, v in values.items()
+        }
     return found
 
 
-def of_run(run: evaluate.Run, options: Mapping, split: str = "test") -> Rollout:
-    """Rollouts of a trained run; `options` has "context", "horizon" and "clips".
+def of_run(
+    run: evaluate.Run, options: Mapping, split: str = "test", sample: int | None = None
+) -> Rollout:
+    """Rollouts of a trained run; `options` has "context", "horizon" and "clips", and
+    `sample` is the seed of codes that are drawn.
 
     Raises:
         ValueError: a run that is no video model's, or clips that are too short.
@@ -231,7 +263,7 @@ def of_run(run: evaluate.Run, options: Mapping, split: str = "test") -> Rollout:
     config = {**run.config, "rollout": options}
     dataset, context, horizon = dataset_of(config, run.dataset.spec)
     batch = run.config.train.eval_batch_size or run.config.train.batch_size
-    arguments = dataset, split, context, horizon, options["clips"], batch
+    arguments = dataset, split, context, horizon, options["clips"], batch, sample
     return roll(run.model, run.variables, *arguments)
 
 
@@ -241,36 +273,36 @@ def write(workdir: str | Path, rollout: Rollout, found: dict) -> None:
     text = json.dumps(found, indent=2) + "\n"
     checkpoint.write_atomically(workdir / JSON, text)
     if rollout.truth.ndim == 5:
-        sheet = pictures.contact_sheet(*(x[:SHOWN] for x in rollout))
+        frames = rollout.frames()
+        sheet = pictures.contact_sheet(*(x[:SHOWN] for x in frames))
         checkpoint.write_atomically(workdir / PNG, sheet)
-        checkpoint.write_atomically(
-            workdir / GIF, pictures.gif(*(x[0] for x in rollout))
-        )
+        film = pictures.gif(*(x[0] for x in frames))
+        checkpoint.write_atomically(workdir / GIF, film)
 
 
-def by_horizon(found: dict) -> tuple[list[int], list[tuple[str, ...]]]:
-    """Some frames ahead, counted from 1, and the rows (name, score, ...) of a table of
-    the scores there."""
+def by_horizon(found: dict) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The columns of a table of scores, some frames ahead and the mean over all, and
+    its rows (name, score, ...)."""
     length = len(next(iter(found["scores"]["model"].values())))
     horizons = [t for t in TABLE if t < length] + [length]
-    rows = [
-        (f"{name}, {metric}", *(f"{values[t - 1]:.4g}" for t in horizons))
-        for name, metrics in found["scores"].items()
-        for metric, values in metrics.items()
-    ]
-    return horizons, rows
+    rows = []
+    for name, metrics in found["scores"].items():
+        for metric, values in metrics.items():
+            shown = [*(values[t - 1] for t in horizons), sum(values) / length]
+            rows.append((f"{name}, {metric}", *(f"{x:.4g}" for x in shown)))
+    return [*(f"+{t}" for t in horizons), "mean"], rows
 
 
 def show(found: dict) -> None:
     """Prints the scores at some horizons."""
-    horizons, rows = by_horizon(found)
+    columns, rows = by_horizon(found)
     table = Table(
         title=f"{found['clips']} clips of the {found['split']} split after "
-        f"{found['context']} frames of context"
+        f"{found['context']} frames of context, against {found['against']}"
     )
     table.add_column("")
-    for t in horizons:
-        table.add_column(f"+{t}", justify="right")
+    for title in columns:
+        table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -283,6 +315,9 @@ def main(argv=None):
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
     for name in ("context", "horizon", "clips"):
         parser.add_argument(f"--{name}", type=int, help="default: as the config says")
+    parser.add_argument(
+        "--sample", type=int, metavar="SEED", help="draw codes; default: the likeliest"
+    )
     parser.add_argument("--fvd", default="", help="I3D as a TorchScript file")
     parser.add_argument("--lpips", default="", help="LPIPS as a TorchScript file")
     given = parser.parse_args(argv)
@@ -292,8 +327,10 @@ def main(argv=None):
         for name in options:
             if getattr(given, name) is not None:
                 options[name] = getattr(given, name)
-        rollout = of_run(run, options, given.split)
+        _check_sample(run, given.sample)
+        rollout = of_run(run, options, given.split, given.sample)
         found = summary(run, rollout, given.split)
+        write(given.workdir, rollout, found)  # networks may yet ask for too much
         found |= _by_networks(rollout, given)
         write(given.workdir, rollout, found)
     except (ValueError, checkpoint.CheckpointError) as problem:
@@ -304,14 +341,34 @@ def main(argv=None):
     return 0
 
 
+def _check_sample(run: evaluate.Run, sample: int | None) -> None:
+    if sample is not None and (sample < 0 or not run.config.model.vocab_size):
+        raise ValueError(
+            "--sample must be a seed, 0 or more, for a model of codes; a model of "
+            f"pixels draws nothing; got {sample}"
+        )
+
+
 def summary(run: evaluate.Run, rollout: Rollout, split: str) -> dict:
     """What rollout.json holds."""
+    found = scores(rollout)
+    if rollout.truth.ndim != 5:
+        against = "the true codes"
+    elif run.model.vocab_size:
+        against = "the true codes as the codec shows them"
+    else:
+        against = "the true frames"
     return {
         "step": run.step,
         "split": split,
         "clips": len(rollout.truth),
         "context": rollout.context.shape[1],
-        "scores": scores(rollout),
+        "against": against,
+        "scores": found,
+        "mean": {
+            name: {k: float(np.mean(v)) for k, v in metrics.items()}
+            for name, metrics in found.items()
+        },
     }
 
 
@@ -323,6 +380,8 @@ def _by_networks(rollout, given) -> dict:
         lacking = video_metrics.unavailable(name.upper(), network)
         if lacking:
             found[name] = lacking
+        elif not rollout.finite.all():
+            found[name] = "none: the model predicted frames that are no numbers"
         else:
             found[name] = float(
                 np.mean(metric(rollout.truth, rollout.prediction, network))

@@ -6,7 +6,7 @@ from layers.video import Video
 from train import checkpoint, evaluate, record, rollout, sharding, step
 from train.checkpoint import CheckpointError
 
-COMPARED = 64  # rows that both modes read at the end of a run
+COMPARED = 64  # rows at most that both modes read at the end of a run
 
 
 def measure(config, parts, split: str, variables) -> dict[str, float] | None:
@@ -43,7 +43,7 @@ def finish(config, workdir, parts, progress) -> dict:
             results["best"]["test"] = test(best)
         except CheckpointError as error:
             print(f"the best step is not tested: {error}")
-    results["parallel_vs_recurrent"] = compare(parts, variables)
+    results["parallel_vs_recurrent"] = compare(config, parts, variables)
     if isinstance(parts.model, Video):
         run = evaluate.Run(config, parts.dataset, parts.model, variables, progress.step)
         results["rollout"] = predict(run, workdir)
@@ -64,13 +64,15 @@ def predict(run: evaluate.Run, workdir) -> dict:
     return summary
 
 
-def compare(parts, variables) -> float | str:
+def compare(config, parts, variables) -> float | str:
     """How far the recurrent mode is from the parallel one, or why there is none."""
     try:
         parts.model.init_state(1)
     except ValueError as error:
         return str(error)
     split = evaluate.last_split(parts.dataset)
-    size = min(COMPARED, parts.dataset.num_examples(split))
+    options = config.train  # memory must do for as many rows as these say
+    most = min(COMPARED, options.eval_batch_size or options.batch_size)
+    size = min(most, parts.dataset.num_examples(split))
     batch = next(iter(parts.dataset.evaluation(split, size)))
     return float(evaluate.compare_modes(parts.model, variables, batch))

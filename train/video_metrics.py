@@ -21,9 +21,10 @@ from scipy import linalg
 PSNR_CAP = 100.0
 WINDOW = 11  # pixels of SSIM's Gaussian, as in the paper; fewer in a smaller frame
 FRAMES = 64  # scored at once, which bounds the memory
+PART = 16 * FRAMES  # on the device at once
 
 FVD_FRAMES = 10  # fewer are nothing to I3D, which halves their number several times
-CLIPS = 8  # shown to a network at once
+SHOWN = 128  # frames that a network sees at once; I3D at least one clip
 NETWORKS = {
     "FVD": "the I3D that is known as i3d_torchscript.pt (Kinetics-400; "
     "https://github.com/universome/stylegan-v says where to get it)",
@@ -47,13 +48,14 @@ def frame_metrics(truth, prediction) -> dict[str, np.ndarray]:
     _check_pair(truth, prediction)
     B, T = truth.shape[:2]
     flat = [np.asarray(x).reshape(B * T, *x.shape[2:]) for x in (truth, prediction)]
-    scores = jax.device_get(_scores(*flat))
-    return {name: score.reshape(B, T) for name, score in scores.items()}
-
-
-def by_horizon(truth, prediction) -> dict[str, np.ndarray]:
-    """`frame_metrics` averaged over the clips, [T]; PSNR is averaged in dB."""
-    return {k: v.mean(axis=0) for k, v in frame_metrics(truth, prediction).items()}
+    parts = [
+        jax.device_get(_scores(*(x[i : i + PART] for x in flat)))
+        for i in range(0, B * T, PART)
+    ]
+    return {
+        name: np.concatenate([part[name] for part in parts]).reshape(B, T)
+        for name in parts[0]
+    }
 
 
 def copy_last(context, horizon: int) -> np.ndarray:
@@ -151,7 +153,8 @@ def fvd(truth, prediction, network: str | Callable) -> float:
                 f"I3D needs {FVD_FRAMES} frames or more, got {truth.shape[1]}"
             )
         network = functools.partial(_i3d, _torchscript("FVD", network))
-    return frechet(*(_in_parts(network, x) for x in (truth, prediction)))
+    clips = max(1, SHOWN // truth.shape[1])
+    return frechet(*(_in_parts(network, clips, x) for x in (truth, prediction)))
 
 
 def lpips(truth, prediction, network: str | Callable) -> np.ndarray:
@@ -160,8 +163,8 @@ def lpips(truth, prediction, network: str | Callable) -> np.ndarray:
 
     Args:
         truth, prediction: frames [B, T, h, w, C], C being 1 or 3.
-        network: path of a TorchScript file, see NETWORKS; or a function of two float32
-            clips [n, T, h, w, 3] in [0, 1] to distances [n, T].
+        network: path of a TorchScript file, see NETWORKS; or a function of two batches
+            of float32 images [n, h, w, 3] in [0, 1] to distances [n].
 
     Raises:
         ValueError: frames of another form; a network that is not available.
@@ -169,7 +172,8 @@ def lpips(truth, prediction, network: str | Callable) -> np.ndarray:
     _check_colours(truth, prediction)
     if not callable(network):
         network = functools.partial(_distances, _torchscript("LPIPS", network))
-    return _in_parts(network, truth, prediction)
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (truth, prediction))
+    return _in_parts(network, SHOWN, *flat).reshape(truth.shape[:2])
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -195,11 +199,11 @@ def _check_colours(truth, prediction) -> None:
         raise ValueError(f"frames must have 1 or 3 channels, got {truth.shape[-1]}")
 
 
-def _in_parts(network: Callable, *videos) -> np.ndarray:
-    """The network's rows, float64, a few clips at a time."""
+def _in_parts(network: Callable, size: int, *videos) -> np.ndarray:
+    """The network's rows, float64, of `size` clips or frames at a time."""
     rows = []
-    for start in range(0, len(videos[0]), CLIPS):
-        part = [np.asarray(_unit(v[start : start + CLIPS])) for v in videos]
+    for start in range(0, len(videos[0]), size):
+        part = [np.asarray(_unit(v[start : start + size])) for v in videos]
         rows.append(network(*(np.repeat(x, 3 // x.shape[-1], -1) for x in part)))
     return np.concatenate(rows).astype(np.float64)
 
@@ -231,9 +235,8 @@ def _distances(network, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray
     import torch
 
     def images(x):
-        flat = x.reshape(-1, *x.shape[2:]).transpose(0, 3, 1, 2)
-        return torch.from_numpy(np.ascontiguousarray(2 * flat - 1))
+        return torch.from_numpy(np.ascontiguousarray(2 * x.transpose(0, 3, 1, 2) - 1))
 
     with torch.no_grad():
         distances = network(images(truth), images(prediction))
-    return distances.numpy().reshape(truth.shape[:2])
+    return distances.numpy().reshape(len(truth))

@@ -66,7 +66,8 @@ def chunked_scan(
     is linear in L: states are kept at chunk boundaries and everything inside is made
     again. A value that is not finite reaches its whole chunk of up to 128 tokens,
     earlier ones too, but never another row; "xla" and "reference" stop it at a reset,
-    the kernels for GPUs and TPUs stop it at the end of the reset's chunk.
+    the kernels for GPUs and TPUs stop it at the end of the reset's chunk. A cotangent
+    that is not finite also passes resets with beta, to earlier tokens of its row.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.

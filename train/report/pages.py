@@ -218,20 +218,21 @@ def _rollouts(told, run) -> str:
 
 def _pictures(found):
     yield (
-        clips.contact_sheet(*found),
+        clips.contact_sheet(*found.frames()),
         "Frames of the context and of what follows: truth above, prediction below.",
     )
     yield (
-        clips.gif(*(frames[0] for frames in found)),
+        clips.gif(*(frames[0] for frames in found.frames())),
         "The first clip: truth on the left; on the right the context, then the model.",
     )
 
 
 def _by_horizon(scored) -> str:
     """Scores at some horizons, of all clips that were tested at the end of the run."""
-    horizons, rows = rollout.by_horizon(scored)
-    said = f"Means over {scored['clips']} clips of the {scored['split']} split."
-    return table(("frames ahead", *horizons), rows) + paragraph(said, "soft")
+    columns, rows = rollout.by_horizon(scored)
+    said = f"Means over {scored['clips']} clips of the {scored['split']} split, "
+    said += f"against {scored.get('against', 'the true frames')}."
+    return table(("frames ahead", *columns), rows) + paragraph(said, "soft")
 
 
 def _filters(told, run, blocks) -> str:
