@@ -219,6 +219,7 @@ def _video(stack, config, dtype):
         vocab_size=config["vocab_size"],
         actions=given["actions"],
         action_features=given["action_features"],
+        remat=config["remat"],
         dtype=dtype,
     )
 

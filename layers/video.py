@@ -11,6 +11,8 @@ from layers.common import check_state, logical
 from layers.stack import Stack
 from ssm import sequence as seq
 
+PIECE = 8  # frames that encoder and decoder see at once where they are made again
+
 
 class Encoder(nn.Module):
     """Frames [..., h, w, C] in [-1, 1] or features of codes to
@@ -48,6 +50,34 @@ class Decoder(nn.Module):
         return images.conv(self.outputs, "out", jnp.float32)(x.astype(jnp.float32))
 
 
+def at_once(module, x):
+    """module(x)."""
+    return module(x)
+
+
+def in_pieces(module, x):
+    """module(x) of frames x [B, L, ...], PIECE of them at a time and made again for the
+    gradient; the module sees every frame by itself."""
+    B, L = x.shape[:2]
+    if L <= PIECE:
+        return module(x)
+    count = -(-L // PIECE)
+    x = jnp.pad(x, [(0, 0), (0, count * PIECE - L)] + [(0, 0)] * (x.ndim - 2))
+
+    def one(module, carry, x):
+        return carry, module(x)
+
+    over = nn.scan(
+        nn.remat(one, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+        in_axes=1,
+        out_axes=1,
+    )
+    _, y = over(module, (), x.reshape(B, count, PIECE, *x.shape[2:]))
+    return y.reshape(B, count * PIECE, *y.shape[3:])[:, :L]
+
+
 class Video(nn.Module):
     """frames 1..t (and the action after each) -> frame t + 1, for all t at once.
 
@@ -64,6 +94,8 @@ class Video(nn.Module):
         vocab_size: of codes; 0 for pixels, whose answers are float32 frames where a
             byte p stands for p / 127.5 - 1. For codes they are logits.
         actions: how many there are; 0: none are given. action_features: of one.
+        remat: encode and decode PIECE frames at a time and again in the backward pass,
+            which needs most of the memory otherwise. The stack has its own.
         dtype: of activations; outputs are float32.
     """
 
@@ -75,6 +107,7 @@ class Video(nn.Module):
     vocab_size: int = 0
     actions: int = 0
     action_features: int = 16
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     head = "token"  # one answer per frame
@@ -99,13 +132,14 @@ class Video(nn.Module):
             state = state["stack"]
         # Also before the encoder: its gradients would be NaN of a masked frame that is.
         x = seq.zero_masked(self._features(frames), sequence)
-        x = Encoder(self.depths, self.dtype, name="encoder")(x)
+        apply = in_pieces if self.remat else at_once
+        x = apply(Encoder(self.depths, self.dtype, name="encoder"), x)
         if actions is not None:
             x = jnp.concatenate([x, self._tiled(actions, x.shape)], axis=-1)
         x = images.conv(self.features, "project", self.dtype, kernel_size=1)(x)
         x, state = stack(seq.zero_masked(x, sequence), state, sequence, train)
         outputs = self.vocab_size or self.channels
-        y = Decoder(self.depths, outputs, self.dtype, name="decoder")(x)
+        y = apply(Decoder(self.depths, outputs, self.dtype, name="decoder"), x)
         return seq.zero_masked(y, sequence), {"stack": state}
 
     @nn.nowrap

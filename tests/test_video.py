@@ -4,6 +4,7 @@ import json
 
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from configs import video
 from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, Sequence, build
+from layers.video import PIECE
 from train import (
     contest,
     data,
@@ -116,6 +118,43 @@ def test_a_masked_frame_of_nan_reaches_no_gradient():
         for value in (jnp.nan, 0.5)
     )
     assert_close(found, expected)
+
+
+def test_frames_in_pieces_are_the_same_frames():
+    """A remainder of the last piece, and the same parameters."""
+    frames = clips(PIECE + 3)
+    whole, pieces = model_of(), model_of(remat=True)
+    variables = made(whole, frames)
+    assert_close(made(pieces, frames), variables)
+
+    def loss(model):
+        def total(variables):
+            y, _ = model.apply(variables, frames, train=True)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(variables)
+        # As one vector: a bias before a norm over its channel has none of its own.
+        return y, jax.flatten_util.ravel_pytree(gradient)[0]
+
+    assert_close(loss(pieces), loss(whole))
+
+
+def test_training_memory_of_frames_in_pieces():
+    """Without pieces every frame's activations are there at once."""
+    variables = made(model_of(depths=(16, 16)), clips())
+
+    def temporary(remat, length):
+        model = model_of(depths=(16, 16), remat=remat)
+
+        @jax.jit
+        @jax.grad
+        def gradient(variables, frames):
+            return jnp.sum(model.apply(variables, frames, train=True)[0] ** 2)
+
+        compiled = gradient.lower(variables, jnp.asarray(clips(length))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(True, 8 * PIECE) < temporary(False, 8 * PIECE) / 3
 
 
 def test_a_rollout_feeds_answers_back():
