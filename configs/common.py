@@ -232,22 +232,26 @@ def base() -> ConfigDict:
     )
 
 
-def groups(ssm_lr: float = 0.25) -> list:
+def groups(ssm_lr: float = 0.25, filter_lr: float = 0.1) -> list:
     """Parameter groups for every layer; the first pattern that matches wins.
 
     lr and wd are factors of optimizer.lr and optimizer.weight_decay. The eigenvalues,
     the step size and B of a state-space model are sensitive: they learn at the rate
     `ssm_lr` and do not decay (https://arxiv.org/abs/2111.00396,
-    https://arxiv.org/abs/2208.04933).
+    https://arxiv.org/abs/2208.04933). So are the taps of a long convolution that are
+    parameters themselves, and learned factors of its transform: they are small, and a
+    step of Adam is as large as its rate (https://arxiv.org/abs/2302.06646).
     """
     ssm = (
         r".*/(log_dt|log_step|A_re|A_im|P|Lambda_re|Lambda_im"
         r"|nu_log|theta_log|gamma_log|B)"
     )
+    taps = r".*/(filter|[uk]_factor_\d+)"
     return [
         (ssm, dict(lr=ssm_lr, wd=0.0, optional=True)),
+        (taps, dict(lr=filter_lr, wd=0.0, optional=True)),
         (
-            r".*/(\w*bias|scale|D|A_log|Lambda|filter|frequency|decay|[uk]_factor_\d+)"
+            r".*/(\w*bias|scale|D|A_log|Lambda|frequency|decay)"
             r"|.*/filter(_\d+)?/kernel",
             dict(lr=1.0, wd=0.0),
         ),

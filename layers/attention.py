@@ -170,12 +170,15 @@ class Attention(nn.Module):
         segment = jnp.zeros(q.shape[:2], jnp.int32)
         if sequence.reset is not None:
             segment = jnp.cumsum(sequence.reset, axis=1)
+        # Of an empty cache no more is looked at than the call is long.
+        reach = min(reach, length) if fresh else reach
+        unseen = cache.key.shape[1] - (reach - 1)
         key, value = (
-            jnp.concatenate([old.astype(now.dtype), now], axis=1)
+            jnp.concatenate([old[:, unseen:].astype(now.dtype), now], axis=1)
             for old, now in ((cache.key, k), (cache.value, v))
         )
         # Slots of the cache belong to segment 0, those that are empty to none.
-        before = jnp.where(filled(cache), 0, -1)
+        before = jnp.where(filled(cache)[:, unseen:], 0, -1)
         segments = jnp.concatenate([before, segment], axis=1)
         return self._in_blocks(q, key, value, segment, segments, reach), new
 

@@ -69,8 +69,9 @@ FRAME_LAYERS = {
     "full_frame_attention": FullFrameAttention,
 }
 
-# How the papers place a mixer in its block: the gate behind it, and the hidden width of
-# a gated MLP per feature. What is not here, a user's layer too, is placed as S4 is.
+# How a mixer is placed in its block: the gate behind it, and the hidden width of an MLP
+# per feature, as in its paper. Every MLP is gated here, where RetNet, H3 and Hyena have
+# plain ones. What is not here, a user's layer too, is placed as S4 is.
 BLOCKS = {
     "mamba": ("none", 0.0),
     "mamba2": ("none", 0.0),

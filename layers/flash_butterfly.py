@@ -24,7 +24,8 @@ class FlashButterfly(LongConv):
     Attributes:
         order: number of factors; 0 leaves it to `kernels.fft_conv.block_sizes`.
         per_feature: each feature has factors of its own.
-        (the others): those of `LongConv`.
+        (the others): those of `LongConv`. With dtype bfloat16 the transforms, that of
+            the filter too, are products of bfloat16 matrices.
     """
 
     order: int = 0

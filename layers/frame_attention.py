@@ -121,6 +121,8 @@ class FullFrameAttention(nn.Module):
         del train
         sequence = begin_frames(self, x, state, sequence)
         self._check(x, sequence)
+        # Of an empty cache no more is looked at than the call is long.
+        reach = x.shape[1] if state is None else self.context
         state = self.init_state(x.shape[0]) if state is None else state
         shape = x.shape
         x, sequence, restore = seq.compact(x, sequence)
@@ -131,7 +133,7 @@ class FullFrameAttention(nn.Module):
             heads.project(x, self.heads, size, name, self.dtype)
             for name in ("query", "key", "value")
         )
-        o = self._attend(q, k, v, state, sequence)
+        o = self._attend(q, k, v, state, sequence, reach)
         o = o.reshape(*o.shape[:3], -1)
         y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(o)
         new = remember(state, k, v, sequence)
@@ -163,17 +165,17 @@ class FullFrameAttention(nn.Module):
             )
 
     @nn.nowrap
-    def _attend(self, q, k, v, cache, sequence):
-        """[B, L, S, heads, K], frame by frame."""
+    def _attend(self, q, k, v, cache, sequence, R):
+        """[B, L, S, heads, K], frame by frame, each seeing R frames."""
         B, L, S, *_ = q.shape
-        R = self.context
+        unseen = cache.key.shape[1] - (R - 1)
         segment = jnp.zeros((B, L), jnp.int32)
         if sequence.reset is not None:
             segment = jnp.cumsum(sequence.reset, axis=1)
-        before = jnp.where(filled(cache), 0, -1)
+        before = jnp.where(filled(cache)[:, unseen:], 0, -1)
         segments = jnp.concatenate([before, segment], axis=1)
         key, value = (
-            jnp.concatenate([old.astype(now.dtype), now], axis=1)
+            jnp.concatenate([old[:, unseen:].astype(now.dtype), now], axis=1)
             for old, now in ((cache.key, k), (cache.value, v))
         )
 

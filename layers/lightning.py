@@ -30,7 +30,8 @@ class Lightning(nn.Module):
         S[t] = exp(-s) S[t-1] + k[t] v[t]^T                   [heads, K, V]
         y    = W_out (RMSNorm(S[t]^T q[t]) sigmoid(g))
 
-    s = slope_scale times ALiBi's slope of the head. Elapsed time multiplies s.
+    s = slope_scale times ALiBi's slope of the head. Elapsed time multiplies s. The norm
+    is over all heads together and has no scale.
 
     Attributes:
         features: H.
@@ -69,9 +70,10 @@ class Lightning(nn.Module):
             log_decay = elapsed[..., None] * log_decay
         record(self, sequence, gate=gate)
         o, S = chunked_scan(q, k, v, log_decay, None, state, sequence.reset)
-        y = heads.gated_output(
-            expose(self, "mixed", o), gate, self.features, self.dtype
-        )
+        o = expose(self, "mixed", o).reshape(gate.shape)
+        norm = nn.RMSNorm(1e-5, dtype=self.dtype, use_scale=False, name="norm")
+        o = norm(o) * gate
+        y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(o)
         return restore(y).astype(self.dtype), S
 
     @nn.nowrap

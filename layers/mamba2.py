@@ -39,13 +39,15 @@ class Mamba2(nn.Module):
     Attributes:
         features: H.
         state_size: N.
-        head_size: P, which divides E; 0 for 64, or E if that is less.
+        head_size: P, which divides E; 0 for the largest up to 64 that does, with heads
+            for whole groups.
         groups: G, which divides the number of heads, E / P.
         expand: E = expand H.
         conv_width: W.
         dt_min, dt_max: range of the initial Delta (log-uniform); dt_floor: its least.
         dt_limit: Delta is clipped to this range, in every mode.
-        dtype: of activations; Delta, A and states are float32 or better.
+        dtype: of activations, the projection to d among them; Delta, A and states are
+            float32 or better.
     """
 
     features: int
@@ -108,7 +110,8 @@ class Mamba2(nn.Module):
                 f"{self.dt_limit}"
             )
         E = self.expand * self.features
-        P = self.head_size or min(E, 64)
+        whole = [p for p in range(1, 65) if E % p == 0 and E // p % self.groups == 0]
+        P = self.head_size or max(whole, default=1)
         if P < 1 or E % P:
             raise ValueError(
                 f"head_size: must divide expand x features = {E}, got {self.head_size}"

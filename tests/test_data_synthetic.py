@@ -8,6 +8,7 @@ import pytest
 from test_configs import check_fit, flag_values
 
 from configs import synthetic as configs
+from layers import LAYERS
 from train import contest, data, evaluate, loop, losses, reproduce
 from train.data import synthetic
 
@@ -211,6 +212,26 @@ def test_synthetic_config_fits(arg):
     assert config.model.length in (found.spec["length"], 8 * found.spec["length"])
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_fits_the_small_scale(layer):
+    """As the README's commands say, at the width of the config."""
+    config = configs.get_config(f"mqar,layer={layer}")
+    config = loop.resolve(config, data.load(config.data).spec)
+    assert contest.parameters(config) > 0
+
+
+@pytest.mark.parametrize("layer", ["flash_butterfly", "attention"])
+def test_what_reads_the_future_is_refused_where_the_targets_lie(layer, tmp_path):
+    config = tiny(f"induction,layer={layer}")
+    config.data = configs.get_config("passkey").data
+    config.model.update(length=256)
+    if layer == "attention":
+        config.model.layer_args.bidirectional = True
+    with pytest.raises(ValueError, match=r"^model.layer must not read the future, wh"):
+        loop.run(config, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def tiny(arg):
     """A run of two steps."""
     config = configs.get_config(arg)
@@ -221,12 +242,18 @@ def tiny(arg):
     return config
 
 
-def test_a_run_is_tested_at_several_lengths(tmp_path, capsys):
-    loop.run(tiny("induction,layer=gru"), tmp_path)
-    command = ["--workdir", str(tmp_path), "--lengths"]
-    capsys.readouterr()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a run of two steps."""
+    workdir = tmp_path_factory.mktemp("induction")
+    loop.run(tiny("induction,layer=gru"), workdir)
+    return workdir
+
+
+def test_a_run_is_tested_at_several_lengths(trained, capsys):
+    command = ["--workdir", str(trained), "--lengths"]
     assert evaluate.main([*command, "1,2"]) == 0
-    found = json.loads((tmp_path / evaluate.LENGTHS).read_text())
+    found = json.loads((trained / evaluate.LENGTHS).read_text())
     assert (found["step"], found["split"]) == (2, "test")
     assert [(r["times"], r["length"]) for r in found["lengths"]] == [(1, 12), (2, 24)]
     assert all(0 <= row["accuracy"] <= 1 for row in found["lengths"])
@@ -234,16 +261,15 @@ def test_a_run_is_tested_at_several_lengths(tmp_path, capsys):
     assert (
         "sequence accuracy" in shown and f"{found['lengths'][1]['loss']:.4f}" in shown
     )
-    results = json.loads((tmp_path / "results.json").read_text())["test"]
+    results = json.loads((trained / "results.json").read_text())["test"]
     assert found["lengths"][0]["loss"] == pytest.approx(results["loss"], rel=1e-5)
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([*command, "0"])
     assert "--lengths must be whole numbers from 1" in capsys.readouterr().err
 
 
-def test_a_split_without_end_is_scored_in_part(tmp_path, capsys):
-    loop.run(tiny("induction,layer=gru"), tmp_path)
-    command = ["--workdir", str(tmp_path), "--split", "train"]
+def test_a_split_without_end_is_scored_in_part(trained, capsys):
+    command = ["--workdir", str(trained), "--split", "train"]
     for arguments, message in (
         ([], "split train has 100,000,000 examples; --examples N scores the first N"),
         (["--examples", "0"], "examples must be 1 or more, got 0"),
@@ -254,7 +280,7 @@ def test_a_split_without_end_is_scored_in_part(tmp_path, capsys):
     assert evaluate.main([*command, "--examples", "5"]) == 0
     assert evaluate.main([*command, "--examples", "5", "--lengths", "1"]) == 0
     found = json.loads(capsys.readouterr().out.partition("}")[0] + "}")
-    rows = json.loads((tmp_path / evaluate.LENGTHS).read_text())["lengths"]
+    rows = json.loads((trained / evaluate.LENGTHS).read_text())["lengths"]
     assert rows[0]["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 

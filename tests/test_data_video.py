@@ -16,6 +16,7 @@ CODES.flat[0] = 6
 ACTIONS = RNG.integers(3, size=(N, T))
 ACTIONS[:, 1] = 2
 PIXELS = dict(encoder="video", vocab_size=0, actions=0, loss="frames", padded=False)
+PIXELS["causal"] = True
 SMALL = dict(name="moving_digits", length=5, side=20, digit_side=8)
 
 

@@ -143,8 +143,9 @@ def retention(layer, p, x):
 def lightning(layer, p, x):
     q, k, v = (heads(x @ p[n]["kernel"], 2) for n in ("query", "key", "value"))
     decay = np.broadcast_to(-np.asarray([2.0**-4, 2.0**-8]), (B, L, 2))
-    o = linear_attention(silu(q), silu(k), v, decay)
-    return gated_output(p, o, sigmoid(x @ p["gate"]["kernel"]))
+    o = linear_attention(silu(q), silu(k), v, decay).reshape(B, L, -1)
+    o = rms(o, 1.0, 1e-5) * sigmoid(x @ p["gate"]["kernel"])
+    return o @ p["out"]["kernel"]
 
 
 def gla(layer, p, x):
@@ -276,6 +277,25 @@ def mixed(layer, variables, x):
 def made(layer, x=X):
     """Variables without their sharding annotations."""
     return nn.unbox(jax.jit(layer.init)({"params": jax.random.key(0)}, x))
+
+
+def test_mamba2_without_a_head_size_has_the_largest_that_fits():
+    for features, groups, expected in ((48, 1, 48), (128, 1, 64), (48, 4, 24)):
+        layer = LAYERS["mamba2"](features, groups=groups)
+        _, heads, _, size = layer.init_state(1).ssm.shape
+        assert size == expected and heads * size == 2 * features
+        assert heads % groups == 0
+
+
+def test_attention_pays_for_no_cache_that_is_empty():
+    layer, x = LAYERS["attention"](H, heads=2, context=4096), X
+    variables = made(layer)
+
+    def memory(reset):
+        run = jax.jit(lambda v, x: layer.apply(v, x, None, Sequence(reset=reset))[0])
+        return run.lower(variables, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(jnp.zeros((B, 20), bool)) < memory(None) + 100_000
 
 
 def test_gated_delta_net_without_decay_is_delta_net():

@@ -41,9 +41,9 @@ def first_update(config, params, gradients):
 
 def test_default_groups_sort_the_parameters():
     _, groups, _ = optimizers.make(settings(), parameters())
-    ssm, plain, rest = groups.values()
+    ssm, taps, plain, rest = groups.values()
     mixer = "stack/block_0/mixer/"
-    assert ssm == [mixer + "A_re", mixer + "B"]
+    assert ssm == [mixer + "A_re", mixer + "B"] and taps == []
     assert set(plain) == {
         mixer + "D",
         "stack/block_0/gate/bias",

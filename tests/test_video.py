@@ -139,6 +139,7 @@ def test_frames_in_pieces_are_the_same_frames():
     assert_close(loss(pieces), loss(whole))
 
 
+@pytest.mark.slow
 def test_training_memory_of_frames_in_pieces():
     """Without pieces every frame's activations are there at once."""
     variables = made(model_of(depths=(16, 16)), clips())

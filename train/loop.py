@@ -67,6 +67,8 @@ def run(
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
+    if dataset.spec.get("causal"):
+        check_causal(model)
     if isinstance(model, Video):
         rollout.dataset_of(config, dataset.spec)  # raises now, not after training
     record.check_workdir(workdir, config)
@@ -169,6 +171,18 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         sharding.check_batch_size(
             "train.eval_batch_size", options.eval_batch_size, mesh
         )
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raises a `ValueError` for a model that would read its targets from later inputs:
+    one that has no recurrent mode."""
+    try:
+        jax.eval_shape(lambda: model.init_state(1))
+    except ValueError as problem:
+        raise ValueError(
+            "model.layer must not read the future, where these data have the targets: "
+            f"{problem}"
+        ) from problem
 
 
 def set_up(config, dataset, mesh, model) -> SimpleNamespace:

@@ -59,7 +59,8 @@ def load(config: Mapping) -> Dataset:
             f"data.reconstruct is for frames of pixels, which the dataset {name!r} "
             "does not have here; it may be False"
         )
-    return dataclasses.replace(dataset, spec=dataset.spec | {"loss": "autoencoder"})
+    changed = {"loss": "autoencoder", "causal": False}
+    return dataclasses.replace(dataset, spec=dataset.spec | changed)
 
 
 def stretched(config: Mapping, times: int) -> Dataset:

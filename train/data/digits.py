@@ -64,7 +64,7 @@ def load(
         finish = _label_example
     else:
         spec |= {"encoder": "token", "vocab_size": LEVELS + 1}
-        spec |= {"outputs": LEVELS, "loss": "token"}
+        spec |= {"outputs": LEVELS, "loss": "token", "causal": True}
         finish = _next_example
     dataset = pipeline.Dataset(spec, sources, augmentations[augment], finish)
     return pipeline.laid_out(dataset, layout, (SIDE, SIDE))

@@ -194,8 +194,8 @@ class Dataset:
 
     Attributes:
         spec: {"encoder", "length", "channels", "vocab_size", "outputs", "loss"}, which
-            fill in what the model's config leaves open, and "padded": whether examples
-            have masked tokens.
+            fill in what the model's config leaves open; "padded": whether examples have
+            masked tokens; "causal": whether later inputs hold the targets.
         sources: split name -> random-access examples.
         augment: (example, numpy Generator) -> example, on training examples only.
         finish: example -> {"inputs", "targets", "mask", ...}, on every example.

@@ -231,7 +231,8 @@ def passkey(
     draw = functools.partial(_passkey, room=length - fixed, digits=digits)
     sizes = train, validation, test
     symbols = [chr(i) if chr(i).isprintable() else f"\\x{i:02x}" for i in range(BYTES)]
-    return _dataset(draw, length, BYTES, sizes, seed, symbols=tuple(symbols))
+    more = dict(symbols=tuple(symbols), causal=True)
+    return _dataset(draw, length, BYTES, sizes, seed, **more)
 
 
 def _passkey(rng, room, digits):

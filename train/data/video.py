@@ -462,4 +462,5 @@ def _pixels(size: tuple[int, int], channels: int, length: int = 0) -> dict:
         "actions": 0,
         "loss": "frames",
         "padded": False,
+        "causal": True,
     }
