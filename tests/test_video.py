@@ -425,6 +425,18 @@ def rolled(psnr, copied=(9.0,) * 30):
     return {"scores": rollouts, "clips": 4, "split": "test", "context": 10}
 
 
+@pytest.mark.slow
+def test_the_table_is_of_all_clips_to_test(tmp_path):
+    found = loop.run(tiny(), tmp_path)
+    assert found["rollout"]["clips"] == 3
+    whole = video_contest.rolled(tmp_path, found["step"])
+    assert whole["clips"] == 4
+    written = tmp_path / rollout.JSON
+    before = written.stat().st_mtime_ns
+    assert video_contest.rolled(tmp_path, found["step"]) == whole
+    assert written.stat().st_mtime_ns == before
+
+
 def test_others_train_for_as_long_as_the_first(tmp_path, monkeypatch):
     speed = {"conv_s5": 2.0, "conv_lstm": 0.5}
     steps = {}
@@ -435,11 +447,16 @@ def test_others_train_for_as_long_as_the_first(tmp_path, monkeypatch):
         folder.mkdir()
         row = {"split": "train", "steps_per_second": speed[layer]}
         (folder / metrics.FILE).write_text(json.dumps(row) + "\n")
-        psnr = [8.0] * 3 + [10.0] * 27 if config.seed else [10.0] * 30
-        found = {"step": config.train.steps, "seconds": 5.0, "rollout": rolled(psnr)}
-        return found if layer == "conv_s5" else found | {"rollout": rolled([8.0] * 30)}
+        return {"step": config.train.steps, "seconds": 5.0}
+
+    def rolled_out(folder, step):
+        layer, seed = folder.name.split("-")[1:]
+        if layer != "conv_s5":
+            return rolled([8.0] * 30)
+        return rolled([8.0] * 3 + [10.0] * 27 if int(seed) else [10.0] * 30)
 
     monkeypatch.setattr(contest, "trained", trained)
+    monkeypatch.setattr(video_contest, "rolled", rolled_out)
     text = video_contest.table("moving_digits", (), (0, 1), tmp_path)
     own = video.get_config().train.steps
     assert steps["moving_digits-conv_s5-1"] == own

@@ -2,7 +2,8 @@
 
 The first layer trains for the steps of its config. A trial tells how fast each of the
 others is here, and their steps are then as many as fit into the time that the steps of
-the first took; compilation, evaluation and checkpoints do not count.
+the first took; compilation, evaluation and checkpoints do not count. Rollouts are of
+all clips to test, where a run itself ends in some of them.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import video
-from train import contest, metrics, record, rollout
+from train import contest, evaluate, metrics, record, rollout
 
 LAYERS = ("conv_s5", "conv_lstm")
 TRIAL = 60  # steps
@@ -35,6 +36,18 @@ def steps_per_second(folder: Path) -> float:
     rows = map(json.loads, (folder / metrics.FILE).read_text().splitlines())
     rates = [row["steps_per_second"] for row in rows if row["split"] == "train"]
     return statistics.median(rates[1:] or rates)
+
+
+def rolled(folder: Path, step: int) -> dict:
+    """What `rollout.summary` says of all clips of the test split."""
+    kept, run = folder / rollout.JSON, evaluate.load_run(folder)
+    clips = run.dataset.num_examples("test")
+    found = json.loads(kept.read_text())
+    if (found["step"], found["clips"]) != (step, clips):
+        given = rollout.of_run(run, {**run.config.rollout, "clips": clips})
+        found = rollout.summary(run, given, "test")
+        rollout.write(folder, given, found)
+    return found
 
 
 def play(layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> dict:
@@ -67,7 +80,8 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
     titles = ["layer", "steps", *titles, "ahead from", "seconds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for layer, runs in found.items():
-        scored = [results["rollout"]["scores"] for results, _ in runs]
+        shown = [rolled(folder, results["step"]) for results, folder in runs]
+        scored = [one["scores"] for one in shown]
         seconds = statistics.median(results["seconds"] for results, _ in runs)
         cells = [f"`{layer}`", f"{runs[0][0]['step']:,}"]
         cells += _cells([scores["model"] for scores in scored])
@@ -75,7 +89,7 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         lines.append(f"| {' | '.join(cells)} |")
     cells = _cells([scores[rollout.COPY] for scores in scored])
     lines.append(f"| {rollout.COPY} | | {' | '.join(cells)} | | |")
-    config, last = config_of(next(iter(found)), seeds[0]), runs[0][0]["rollout"]
+    config, last = config_of(next(iter(found)), seeds[0]), shown[0]
     lines += [
         "",
         f"`configs/video.py:moving_digits`: {config.train.batch_size} clips of "
@@ -84,9 +98,9 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         f"{last['context']} frames of context, PSNR in dB; medians over the seeds "
         f"{', '.join(map(str, seeds))}, last checkpoint. Ahead from: the horizon from "
         "which on PSNR is above that of repeating the last frame, with every seed. "
-        "Every layer had the same time for its steps; seconds per run are with "
-        "compilation and evaluation, on "
-        f"{record.machine()}.",
+        "Every layer had the same time for its steps and the learning rate "
+        f"{config.optimizer.lr:g}; seconds per run are with compilation and evaluation "
+        f"on {record.machine()}.",
     ]
     return "\n".join(lines)
 
