@@ -87,7 +87,7 @@ def test_digits_by_next_pixel_are_shifted_by_one(augment):
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
     assert targets.min() >= 0 and targets.max() <= 16
     spec = dict(encoder="token", length=64, channels=1, vocab_size=18, outputs=17)
-    assert dataset.spec == spec | {"loss": "token", "padded": False}
+    assert dataset.spec == spec | dict(loss="token", padded=False, causal=True)
 
 
 def test_shift_moves_by_at_most_one_pixel():
