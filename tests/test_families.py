@@ -143,9 +143,8 @@ def retention(layer, p, x):
 def lightning(layer, p, x):
     q, k, v = (heads(x @ p[n]["kernel"], 2) for n in ("query", "key", "value"))
     decay = np.broadcast_to(-np.asarray([2.0**-4, 2.0**-8]), (B, L, 2))
-    o = linear_attention(silu(q), silu(k), v, decay).reshape(B, L, -1)
-    o = rms(o, 1.0, 1e-5) * sigmoid(x @ p["gate"]["kernel"])
-    return o @ p["out"]["kernel"]
+    o = linear_attention(silu(q), silu(k), v, decay)
+    return gated_output(p, o, sigmoid(x @ p["gate"]["kernel"]))
 
 
 def gla(layer, p, x):
