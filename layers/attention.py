@@ -45,6 +45,22 @@ def remember(cache, k, v, sequence):
     )
 
 
+def joined(cache, k, v, sequence, reach):
+    """Keys, values and segments [B, R - 1 + L, ...] of the last R - 1 slots of a cache
+    and a call, R = `reach`, and the segments [B, L] of the call alone. The cache is of
+    segment 0, an empty slot of none."""
+    segment = jnp.zeros(k.shape[:2], jnp.int32)
+    if sequence.reset is not None:
+        segment = jnp.cumsum(sequence.reset, axis=1)
+    unseen = cache.key.shape[1] - (reach - 1)
+    key, value = (
+        jnp.concatenate([old[:, unseen:].astype(now.dtype), now], axis=1)
+        for old, now in ((cache.key, k), (cache.value, v))
+    )
+    before = jnp.where(filled(cache)[:, unseen:], 0, -1)
+    return key, value, jnp.concatenate([before, segment], axis=1), segment
+
+
 class Attention(nn.Module):
     """y = W_out softmax(q k^T / sqrt(K)) v over the last R tokens, itself among them.
 
@@ -167,19 +183,9 @@ class Attention(nn.Module):
             # Padding stands on the right, where no token that exists looks.
             q, k = (self._turn(z, jnp.arange(length)) for z in (q, k))
             return jax.nn.dot_product_attention(q, k, v, is_causal=True), new
-        segment = jnp.zeros(q.shape[:2], jnp.int32)
-        if sequence.reset is not None:
-            segment = jnp.cumsum(sequence.reset, axis=1)
         # Of an empty cache no more is looked at than the call is long.
         reach = min(reach, length) if fresh else reach
-        unseen = cache.key.shape[1] - (reach - 1)
-        key, value = (
-            jnp.concatenate([old[:, unseen:].astype(now.dtype), now], axis=1)
-            for old, now in ((cache.key, k), (cache.value, v))
-        )
-        # Slots of the cache belong to segment 0, those that are empty to none.
-        before = jnp.where(filled(cache)[:, unseen:], 0, -1)
-        segments = jnp.concatenate([before, segment], axis=1)
+        key, value, segments, segment = joined(cache, k, v, sequence, reach)
         return self._in_blocks(q, key, value, segment, segments, reach), new
 
     @nn.nowrap

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layers import heads
-from layers.attention import Attention, KVCache, filled, remember
+from layers.attention import Attention, KVCache, joined, remember
 from layers.common import at_least_one, begin_frames, linear, logical, wide
 from ssm import rotary
 from ssm import sequence as seq
@@ -168,16 +168,7 @@ class FullFrameAttention(nn.Module):
     def _attend(self, q, k, v, cache, sequence, R):
         """[B, L, S, heads, K], frame by frame, each seeing R frames."""
         B, L, S, *_ = q.shape
-        unseen = cache.key.shape[1] - (R - 1)
-        segment = jnp.zeros((B, L), jnp.int32)
-        if sequence.reset is not None:
-            segment = jnp.cumsum(sequence.reset, axis=1)
-        before = jnp.where(filled(cache)[:, unseen:], 0, -1)
-        segments = jnp.concatenate([before, segment], axis=1)
-        key, value = (
-            jnp.concatenate([old[:, unseen:].astype(now.dtype), now], axis=1)
-            for old, now in ((cache.key, k), (cache.value, v))
-        )
+        key, value, segments, segment = joined(cache, k, v, sequence, R)
 
         def frame(i):
             def last(x):

@@ -50,19 +50,14 @@ class Decoder(nn.Module):
         return images.conv(self.outputs, "out", jnp.float32)(x.astype(jnp.float32))
 
 
-def at_once(module, x):
-    """module(x)."""
-    return module(x)
-
-
-def in_pieces(module, x):
-    """module(x) of frames x [B, L, ...], PIECE of them at a time and made again for the
-    gradient; the module sees every frame by itself."""
+def in_pieces(module, x, size):
+    """module(x) of frames x [B, L, ...], `size` of them at a time and, where that is
+    less than L, made again for the gradient; the module sees every frame by itself."""
     B, L = x.shape[:2]
-    if L <= PIECE:
+    if size >= L:
         return module(x)
-    count = -(-L // PIECE)
-    x = jnp.pad(x, [(0, 0), (0, count * PIECE - L)] + [(0, 0)] * (x.ndim - 2))
+    count = -(-L // size)
+    x = jnp.pad(x, [(0, 0), (0, count * size - L)] + [(0, 0)] * (x.ndim - 2))
 
     def one(module, carry, x):
         return carry, module(x)
@@ -74,8 +69,8 @@ def in_pieces(module, x):
         in_axes=1,
         out_axes=1,
     )
-    _, y = over(module, (), x.reshape(B, count, PIECE, *x.shape[2:]))
-    return y.reshape(B, count * PIECE, *y.shape[3:])[:, :L]
+    _, y = over(module, (), x.reshape(B, count, size, *x.shape[2:]))
+    return y.reshape(B, count * size, *y.shape[3:])[:, :L]
 
 
 class Video(nn.Module):
@@ -132,14 +127,15 @@ class Video(nn.Module):
             state = state["stack"]
         # Also before the encoder: its gradients would be NaN of a masked frame that is.
         x = seq.zero_masked(self._features(frames), sequence)
-        apply = in_pieces if self.remat else at_once
-        x = apply(Encoder(self.depths, self.dtype, name="encoder"), x)
+        size = PIECE if self.remat else x.shape[1]
+        x = in_pieces(Encoder(self.depths, self.dtype, name="encoder"), x, size)
         if actions is not None:
             x = jnp.concatenate([x, self._tiled(actions, x.shape)], axis=-1)
         x = images.conv(self.features, "project", self.dtype, kernel_size=1)(x)
         x, state = stack(seq.zero_masked(x, sequence), state, sequence, train)
         outputs = self.vocab_size or self.channels
-        y = apply(Decoder(self.depths, outputs, self.dtype, name="decoder"), x)
+        decoder = Decoder(self.depths, outputs, self.dtype, name="decoder")
+        y = in_pieces(decoder, x, size)
         return seq.zero_masked(y, sequence), {"stack": state}
 
     @nn.nowrap

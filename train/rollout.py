@@ -202,9 +202,9 @@ def roll(
     for part, rows in enumerate(dataset.evaluation(split, min(batch, count))):
         real = rows["mask"].any(axis=1)
         whole, actions = whole_clips(rows)
-        key = None if sample is None else jax.random.key(sample)
-        key = None if key is None else jax.random.fold_in(key, part)
-        seen = whole[:, :context]
+        seen, key = whole[:, :context], None
+        if sample is not None:
+            key = jax.random.fold_in(jax.random.key(sample), part)
         found = open_loop(model, variables, seen, horizon, actions, key)
         clips.append(whole[real])
         predictions.append(_shown(np.asarray(found)[real]))

@@ -71,8 +71,7 @@ def compare(config, parts, variables) -> float | str:
     except ValueError as error:
         return str(error)
     split = evaluate.last_split(parts.dataset)
-    options = config.train  # memory must do for as many rows as these say
-    most = min(COMPARED, options.eval_batch_size or options.batch_size)
-    size = min(most, parts.dataset.num_examples(split))
+    count = min(COMPARED, parts.dataset.num_examples(split))
+    size = sharding.evaluation_batch_size(config, parts.mesh, count)
     batch = next(iter(parts.dataset.evaluation(split, size)))
     return float(evaluate.compare_modes(parts.model, variables, batch))
