@@ -1,7 +1,9 @@
 import asyncio.log
+import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import types
@@ -11,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 from flax import linen as nn
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from train import checkpoint, sharding, state
+from train import checkpoint, sharding, state, stored
 from train.checkpoint import CheckpointError, Checkpoints
 
 MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
@@ -296,3 +300,342 @@ def test_digest_lists_every_file(tmp_path):
     digest = json.loads((path / checkpoint.DIGEST).read_text())
     files = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
     assert set(digest) == files - {checkpoint.DIGEST}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runs[1]",
+        "a*b",
+        "a?b",
+        r"back\slash",
+        "gs:",
+        "of 'all' \"sorts\" {x} длина #%20\n",
+    ],
+)
+def test_a_path_is_taken_literally(tmp_path, name):
+    """Not as a pattern, and not as another folder."""
+    workdir = tmp_path / "runs" / name
+    sibling = tmp_path / "runs" / name.replace("?", "X").replace("*", "X")
+    if sibling != workdir:  # a pattern would match it too
+        save(sibling, 5)
+    like = save(workdir, 20)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    assert {*(tmp_path / "runs").iterdir()} == {workdir, sibling}
+    found, data, _ = restore(workdir, like)
+    assert int(found.step) == 20 and data == {"batches": 20}
+    variables, _ = checkpoint.restore_params(workdir)
+    assert (variables["params"]["Dense_0"]["kernel"] == 20).all()
+
+
+def test_a_path_through_a_parent(tmp_path):
+    save(tmp_path / "a" / ".." / "b", 10)
+    assert checkpoint.restore_params(tmp_path / "b")[1] == 10
+
+
+async def merges_nothing(*_, **__):
+    """As orbax does, with no more than a warning, where it finds no files."""
+
+
+async def merges_all_but_one(directory, *arguments, **options):
+    await MERGE(directory, *arguments, **options)
+    await database(directory).delete_range(
+        ts.KvStore.KeyRange("params.Dense_0.kernel/", "params.Dense_0.kernel0")
+    )
+
+
+async def merges_no_values(directory, *arguments, **options):
+    await MERGE(directory, *arguments, **options)
+    await database(directory).write("params.Dense_0.kernel/0.0", None)
+
+
+async def loses_a_file(directory, *arguments, **options):
+    await MERGE(directory, *arguments, **options)
+    for file in (directory / "d").iterdir():
+        file.unlink()
+
+
+MERGE = ocdbt_utils.merge_ocdbt_per_process_files
+
+
+def database(path):
+    """The key-value store of a saved state."""
+    return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result()
+
+
+@pytest.mark.parametrize(
+    ("merge", "reason"),
+    [
+        (merges_nothing, "manifest.ocdbt is missing|kernel is missing"),
+        (merges_all_but_one, "params.Dense_0.kernel is missing"),
+        (merges_no_values, "params.Dense_0.kernel has 0 chunks instead of 1"),
+        (loses_a_file, "d/[0-9a-f]+: No such file"),
+    ],
+)
+def test_a_save_that_cannot_be_read_is_none(tmp_path, monkeypatch, merge, reason):
+    """It has no digest, the run ends, and the save before it is still there."""
+    like = save(tmp_path, 10)
+    monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", merge)
+    with pytest.raises(
+        CheckpointError, match=f"step 20 .* cannot be read back: .*({reason})"
+    ) as caught:
+        save(tmp_path, 20, 30, keep=1)
+    assert "last good checkpoint: step 10" in str(caught.value)
+    assert checkpoint.steps(tmp_path) == [10]
+    assert int(restore(tmp_path, like)[0].step) == 10
+
+
+def test_one_array_of_every_file_is_read_back(tmp_path, monkeypatch):
+    """Of states that are not so small that all is in one file."""
+    like = make()
+    big = {f"w{i}": jax.random.normal(jax.random.key(i), (500, 500)) for i in range(9)}
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(at(10, like).replace(opt_state=big), {}, {})
+    path = folder(tmp_path, 10) / "state"
+    arrays = stored.contents(path)
+    assert arrays["opt_state.w3"].shape == (500, 500)
+    assert arrays["opt_state.w3"].nbytes == 10**6
+    read, real = [], stored.read
+    monkeypatch.setattr(
+        stored, "read", lambda path, name: read.append(name) or real(path, name)
+    )
+    stored.read_back(path, arrays)
+    files = [{file for file, _ in array.places} for array in arrays.values()]
+    assert len(set().union(*files)) > 1
+    assert set().union(*files) == {
+        file for name in read for file, _ in arrays[name].places
+    }
+    assert len(read) < len(arrays)
+    lost = largest(path)
+    os.truncate(lost, 1)
+    with pytest.raises(ValueError, match=r"has 1 bytes, but \d+ are used"):
+        stored.contents(path)
+    lost.unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        stored.read_back(path, arrays)
+
+
+def exchange(workdir):
+    one, other = folder(workdir, 10), folder(workdir, 20)
+    one.rename(workdir / "aside")
+    other.rename(one)
+    (workdir / "aside").rename(other)
+
+
+def test_a_renamed_checkpoint_is_not_believed(tmp_path, caplog):
+    like = save(tmp_path, 5, 10)
+    folder(tmp_path, 10).rename(folder(tmp_path, 20))
+    reason = "it holds step 10: the folder was renamed"
+    assert checkpoint.damage(folder(tmp_path, 20)) == reason
+    with pytest.raises(CheckpointError, match=f"20 .* is damaged: {reason}"):
+        checkpoint.restore_params(tmp_path, 20)
+    assert checkpoint.restore_params(tmp_path)[1] == 5
+    assert int(restore(tmp_path, like)[0].step) == 5
+    assert f"checkpoint 20 is not used: {reason}" in caplog.text
+    save(tmp_path, 10, 20)
+    exchange(tmp_path)
+    assert int(restore(tmp_path, like)[0].step) == 5
+
+
+def test_a_memory_of_another_step_is_not_believed(tmp_path, caplog):
+    like = save(tmp_path, 10)
+    with Checkpoints(tmp_path, 5) as checkpoints:
+        checkpoints.save(at(20, like), {}, {"step": 21})
+    assert int(restore(tmp_path, like)[0].step) == 10
+    assert "checkpoint 20 is not used: it remembers step 21" in caplog.text
+
+
+def signed(path):
+    """Writes the digest anew, as somebody does who wants to be believed."""
+    (path / checkpoint.DIGEST).unlink()
+    checkpoint._write_digest(path)
+
+
+def nested(depth=200_000):
+    return "[" * depth + "]" * depth
+
+
+def edit(path, change):
+    path.write_text(change(path.read_text()))
+
+
+def declare(path, **changes):
+    """Alters what the database says of a kernel."""
+    store, key = database(path / "state"), "params.Dense_0.kernel/.zarray"
+    told = json.loads(store.read(key).result().value)
+    store.write(key, json.dumps(told | changes)).result()
+    shape = json.dumps(changes.get("shape", [5, 3]))
+    for name in ("_METADATA", "array_metadatas/process_0"):
+        edit(path / "state" / name, lambda text: text.replace("[5, 3]", shape))
+    signed(path)
+
+
+def point_outside(path):
+    """Lets a piece of the database lie where the tree above it does."""
+    outside = path.parent / "outside"
+    shutil.copytree(path / "state", outside)
+    for file in (path / "state" / "d").iterdir():
+        file.unlink()
+        file.symlink_to(outside / "d" / file.name)
+    signed(path)
+
+
+UNREADABLE = {
+    "nested digest": (
+        lambda path: (path / checkpoint.DIGEST).write_text(nested()),
+        r"digest.json cannot be read \(RecursionError\)",
+    ),
+    "digest of no numbers": (
+        lambda path: (path / checkpoint.DIGEST).write_text('{"a": {"bytes": [], "sha'),
+        "cannot be read",
+    ),
+    "digest of another place": (
+        lambda path: edit(
+            path / checkpoint.DIGEST, lambda t: t.replace('"data/', '"/etc/')
+        ),
+        "names /etc/.*, outside of its folder",
+    ),
+    "digest of a place above": (
+        lambda path: edit(
+            path / checkpoint.DIGEST, lambda t: t.replace('"data/', '"../10/data/')
+        ),
+        "names ../10/data/.*, outside of its folder",
+    ),
+    "digest that is a folder": (
+        lambda path: (
+            (path / checkpoint.DIGEST).unlink(),
+            (path / checkpoint.DIGEST).mkdir(),
+        ),
+        "cannot be read",
+    ),
+    "nested memory": (
+        lambda path: (
+            (path / "metadata" / "metadata").write_text(nested()),
+            signed(path),
+        ),
+        "nested too deeply",
+    ),
+    "memory that is no object": (
+        lambda path: ((path / "metadata" / "metadata").write_text("[]"), signed(path)),
+        "metadata must be an object",
+    ),
+    "structure that is no object": (
+        lambda path: ((path / "state" / "_METADATA").write_text("[]"), signed(path)),
+        "_METADATA is damaged",
+    ),
+    "no database": (
+        lambda path: ((path / "state" / "manifest.ocdbt").unlink(), signed(path)),
+        "manifest.ocdbt is missing",
+    ),
+    "database of zeros": (
+        lambda path: (
+            (path / "state" / "manifest.ocdbt").write_bytes(bytes(99)),
+            signed(path),
+        ),
+        "state: ",
+    ),
+    "link out": (point_outside, "d/[0-9a-f]+ is a link or no file"),
+    "pipe": (
+        lambda path: (os.mkfifo(path / "state" / "pipe"), signed(path)),
+        "pipe is a link or no file",
+    ),
+    "huge shape": (
+        lambda path: declare(path, shape=[5, 3 * 10**12]),
+        "kernel has 1 chunks instead of 1000000000000",
+    ),
+    "huge chunk": (
+        lambda path: declare(path, shape=[5, 3 * 10**12], chunks=[5, 3 * 10**12]),
+        "kernel must have shape .5, 3., got|more than the",
+    ),
+    "chunk beyond its shape": (
+        lambda path: declare(path, chunks=[5, 3 * 10**12]),
+        "declares chunks .5, 3000000000000.",
+    ),
+    "another shape": (
+        lambda path: declare(path, shape=[5, 2], chunks=[5, 2]),
+        "kernel must have shape .5, 3., got .5, 2.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("harm", "reason"), UNREADABLE.values(), ids=UNREADABLE)
+def test_what_cannot_be_read_is_walked_back(tmp_path, caplog, harm, reason):
+    """Said in a line each; an older one is used, and none is followed elsewhere."""
+    like = save(tmp_path, 10, 20)
+    harm(folder(tmp_path, 20))
+    found, data, _ = restore(tmp_path, like)
+    assert int(found.step) == 10 and data == {"batches": 10}
+    (said,) = (r.getMessage() for r in caplog.records if "not used" in r.getMessage())
+    assert said.startswith("checkpoint 20 is not used: ") and "\n" not in said
+    assert re.search(reason, said)
+
+
+@pytest.mark.parametrize("case", ["link out", "huge shape", "huge chunk", "pipe"])
+def test_variables_of_a_hostile_checkpoint_are_refused(tmp_path, case):
+    save(tmp_path, 20)
+    UNREADABLE[case][0](folder(tmp_path, 20))
+    with pytest.raises(CheckpointError, match=UNREADABLE[case][1]):
+        checkpoint.restore_params(tmp_path, 20)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used"):
+        checkpoint.restore_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["value:../:d/a:0:1", "value::/etc/passwd:0:1", "value::d/..%2F..%2Fa:0:1", "what"],
+)
+def test_a_place_outside_of_a_checkpoint_is_refused(tmp_path, location):
+    with pytest.raises(ValueError, match=r"lies outside of its folder|is unclear"):
+        stored._check_place(tmp_path, *stored._place(location))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    """Names and pickles in it are not even looked at."""
+    like = save(tmp_path, 10)
+    path, ran = folder(tmp_path, 10), tmp_path / "ran"
+    command = f"open({str(ran)!r}, 'w')"
+    payload = b"cbuiltins\neval\n(V" + command.encode() + b"\ntR."
+    (path / "payload.pkl").write_bytes(payload)
+    (path / "state" / "payload.py").write_text(command)
+    edit(
+        path / "_CHECKPOINT_METADATA",
+        lambda text: text.replace(
+            "orbax.checkpoint._src.handlers.pytree_checkpoint_handler."
+            "PyTreeCheckpointHandler",
+            "os.system",
+        ),
+    )
+    edit(path / "state" / "_METADATA", lambda text: text.replace("jax.Array", "eval"))
+    signed(path)
+    with contextlib.suppress(CheckpointError):
+        restore(tmp_path, like)
+    with contextlib.suppress(CheckpointError):
+        checkpoint.restore_params(tmp_path, 10)
+    assert not ran.exists()
+
+
+def test_other_names_beside_the_steps(tmp_path):
+    """Digits of another script, zeros in front, and more than a step has."""
+    like = save(tmp_path, 10)
+    for name in ("²", "٣", "007", "1" * 30, "1_0", "+3", " 5"):
+        (tmp_path / checkpoint.FOLDER / name).mkdir()
+    (tmp_path / checkpoint.FOLDER / "99").write_text("no folder")
+    assert checkpoint.steps(tmp_path) == [10]
+    assert int(restore(tmp_path, like)[0].step) == 10
+
+
+def test_a_file_where_the_checkpoints_belong(tmp_path):
+    (tmp_path / checkpoint.FOLDER).write_text("")
+    with pytest.raises(CheckpointError, match="checkpoints cannot be read: Not a dir"):
+        checkpoint.newest_good(tmp_path)
+
+
+def test_checkpoints_that_may_not_be_seen_are_not_none(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        checkpoint.newest_good(tmp_path)

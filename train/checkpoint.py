@@ -1,23 +1,27 @@
 """Checkpoints that are known to be whole.
 
 `<workdir>/checkpoints/<step>/` is written by orbax, in the background, under another
-name and renamed when complete. Orbax does not notice bytes that change later, so then
+name and renamed when complete. It is then read back: all arrays must be there, and one
+of every file is read. Orbax does not notice bytes that change later, so then
 `digest.json` (the sha256 of every file) is added, itself written aside and renamed. A
 step without a digest is a save that was cut off; that, and one whose files do not match
-their digest, is never used.
+their digest or whose state is of another step, is never used.
 """
 
 import asyncio.log
-import errno
+import contextlib
 import functools
-import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import sys
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +30,22 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from train import stored
+from train.files import disk_full, sha256, write_atomically
 from train.state import TrainState
 
 FOLDER = "checkpoints"
 DIGEST = "digest.json"
 UNFINISHED = ".orbax-checkpoint-tmp*"
+STATE = "state"
+
+# Orbax looks for files by a pattern that begins with the path, tensorstore takes "\\"
+# for "/", and both take "gs:/" for a place in the cloud. Such a path is handed to them
+# as a link whose own path has none of that.
+PLAIN = re.compile(r"[\w/.,=+@ -]*")
+CLOUDS = ("gs", "s3", "az", "hf", "gcs")
+
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -38,32 +53,115 @@ class CheckpointError(RuntimeError):
 
 
 def steps(workdir: str | Path) -> list[int]:
-    """The steps that have a folder, good or not, oldest first."""
-    folders = (Path(workdir) / FOLDER).glob("*")
-    return sorted(int(f.name) for f in folders if f.name.isdigit() and f.is_dir())
+    """The steps that have a folder, good or not, oldest first.
+
+    Raises:
+        CheckpointError: the folder of checkpoints is none, or cannot be read.
+    """
+    folder = Path(workdir) / FOLDER
+    try:
+        with os.scandir(folder) as entries:
+            # As a step is written, and no other digits or leading zeros.
+            names = [e.name for e in entries if re.fullmatch("0|[1-9][0-9]*", e.name)]
+            return sorted(int(n) for n in names if len(n) < 19 and _is_dir(folder / n))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, a file and a reason; None if it is whole."""
+    """What is wrong with a checkpoint, a file and a reason; None if it is whole.
+
+    Whole: every file is the one that was saved, and the state, which has all its
+    arrays, is of the step that the folder's name says.
+    """
+    try:
+        return _altered(folder) or _misplaced(folder)
+    except OSError as error:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+
+
+def _altered(folder: Path) -> str | None:
     try:
         digest = json.loads((folder / DIGEST).read_text())
         files = {name: (want["bytes"], want["sha256"]) for name, want in digest.items()}
     except FileNotFoundError:
         empty = folder.is_dir() and not any(folder.iterdir())
         return "the folder is empty" if empty else f"{DIGEST} is missing"
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OSError,
+    ) as error:
         return f"{DIGEST} cannot be read ({type(error).__name__})"
     if not files:
         return f"{DIGEST} names no file"
-    for name, (size, sha256) in files.items():
+    # Before any is opened: a link would lead out of the folder, a pipe would never end.
+    for path in folder.rglob("*"):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return f"{path.relative_to(folder)} is a link or no file"
+    for name, (size, digest) in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            return f"{DIGEST} names {name}, outside of its folder"
         try:
-            found = (folder / name).stat().st_size
+            found = (folder / name).lstat().st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
-            if _sha256(folder / name) != sha256:
+            if sha256(folder / name) != digest:
                 return f"{name} has altered bytes"
         except OSError as error:
             return f"{name}: {error.strerror}"
+    return None
+
+
+def _misplaced(folder: Path) -> str | None:
+    """What is wrong with the arrays, or the step if that is not the folder's name."""
+    try:
+        with literal(folder) as path:
+            arrays = stored.contents(path / STATE)
+            if "step" not in arrays or arrays["step"].shape:
+                return "its state has no step"
+            step = int(stored.read(path / STATE, "step"))
+    except ValueError as error:
+        return f"{STATE}: {error}"
+    if str(step) != folder.name:
+        return f"it holds step {step}: the folder was renamed"
+    return None
+
+
+class _Unusable(Exception):
+    """Why a checkpoint is passed over."""
+
+
+def _newest(workdir: str | Path, use: Callable[[int], T]) -> T | None:
+    """What `use` makes of the newest step that it does not call `_Unusable`; None where
+    no save was ever completed.
+
+    Raises:
+        CheckpointError: there are complete checkpoints, and all are unusable.
+    """
+    tried, damaged = [], False
+    for step in reversed(steps(workdir)):
+        folder = _folder(workdir, step)
+        try:
+            reason = damage(folder)
+            if reason is None:
+                return use(step)
+        except _Unusable as error:
+            reason = str(error)
+        tried.append(f"{step}: {reason}")
+        damaged |= not _unfinished(folder)
+        logging.warning("checkpoint %d is not used: %s", step, reason)
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {workdir} can be used ({'; '.join(tried)}); to start "
+            f"afresh, remove {Path(workdir) / FOLDER} or give another --workdir"
+        )
     return None
 
 
@@ -73,20 +171,7 @@ def newest_good(workdir: str | Path) -> int | None:
     Raises:
         CheckpointError: there are complete checkpoints, and all are damaged.
     """
-    tried, damaged = [], False
-    for step in reversed(steps(workdir)):
-        reason = damage(_folder(workdir, step))
-        if reason is None:
-            return step
-        tried.append(f"{step}: {reason}")
-        damaged |= not _unfinished(_folder(workdir, step))
-        logging.warning("checkpoint %d is not used: %s", step, reason)
-    if damaged:
-        raise CheckpointError(
-            f"no checkpoint in {workdir} can be used ({'; '.join(tried)}); to start "
-            f"afresh, remove {Path(workdir) / FOLDER} or give another --workdir"
-        )
-    return None
+    return _newest(workdir, lambda step: step)
 
 
 def last_good(workdir: str | Path) -> str:
@@ -114,31 +199,47 @@ def restore_params(
         CheckpointError: no such checkpoint, or it is damaged.
     """
     if step is None:
-        step = newest_good(workdir)
-        if step is None:
+        found = _newest(workdir, lambda step: (_read_params(workdir, step), step))
+        if found is None:
             raise CheckpointError(f"there is no checkpoint in {workdir}")
-    elif step not in steps(workdir):
+        return found
+    if step not in steps(workdir):
         raise CheckpointError(
             f"no checkpoint of step {step} in {workdir}, which has {steps(workdir)}"
         )
-    elif reason := damage(_folder(workdir, step)):
+    if reason := damage(_folder(workdir, step)):
         raise CheckpointError(f"checkpoint {step} in {workdir} is damaged: {reason}")
-    folder = epath.Path(_folder(workdir, step)) / "state"
-    handler = ocp.PyTreeCheckpointHandler()
-    saved = handler.metadata(folder).tree
-    wanted = {k: saved[k] for k in ("params", "batch_stats", "buffers", "ema")}
-    if wanted["ema"]:
-        del wanted["params"]
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    found = handler.restore(
-        folder,
-        args=ocp.args.PyTreeRestore(
-            item=wanted, restore_args=as_numpy, partial_restore=True
-        ),
-    )
+    try:
+        return _read_params(workdir, step), step
+    except _Unusable as error:
+        raise CheckpointError(f"checkpoint {step} in {workdir}: {error}") from error
+
+
+def _read_params(workdir: str | Path, step: int) -> dict[str, Any]:
+    """The variables of a checkpoint without damage."""
+    with _readable(), literal(_folder(workdir, step)) as path:
+        folder = path / STATE
+        handler = ocp.PyTreeCheckpointHandler()
+        saved = handler.metadata(epath.Path(folder)).tree
+        wanted = {k: saved[k] for k in ("params", "batch_stats", "buffers", "ema")}
+        if wanted["ema"]:
+            del wanted["params"]
+        arrays = stored.contents(folder)
+        stored.check_size(
+            {k: v for k, v in arrays.items() if k.split(".")[0] in wanted}
+        )
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+        )
+        found = handler.restore(
+            epath.Path(folder),
+            args=ocp.args.PyTreeRestore(
+                item=wanted, restore_args=as_numpy, partial_restore=True
+            ),
+        )
     params = found.pop("ema") or found["params"]
     found["params"] = params
-    return {name: value for name, value in found.items() if value}, step
+    return {name: value for name, value in found.items() if value}
 
 
 def init_from(workdir: str | Path, state: TrainState) -> TrainState:
@@ -196,6 +297,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saving: tuple[int, int] | None = None  # step, bytes
+        self._paths = contextlib.ExitStack()  # of the save in the background
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -226,16 +328,19 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         self._saving = step, sum(x.nbytes for x in jax.tree.leaves(state))
+        shapes = _shapes(state)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(_copy(data)),
             metadata=ocp.args.JsonSave(_copy(metadata)),
         )
         try:
-            self._writer.save(_folder(self._workdir, step), args=items)
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            workdir = self._paths.enter_context(literal(self._workdir))
+            self._writer.save(_folder(workdir, step), args=items)
         except Exception as error:
             self._fail(error)
-        self._thread = threading.Thread(target=self._finish, args=(step, best))
+        self._thread = threading.Thread(target=self._finish, args=(step, best, shapes))
         self._thread.start()
 
     def poll(self) -> None:
@@ -267,11 +372,12 @@ class Checkpoints:
         Raises:
             CheckpointError: there are complete checkpoints, and all are damaged.
         """
-        step = newest_good(self._workdir)
+        found = _newest(self._workdir, lambda step: (step, self._read(step, target)))
         if jax.process_index() == 0:
-            self._tidy(step)
-        if step is None:
-            return None
+            self._tidy(found and found[0])
+        return found and found[1]
+
+    def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict, dict]:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
                 item=target,
@@ -280,7 +386,15 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
             metadata=ocp.args.JsonRestore(),
         )
-        found = self._writer.restore(_folder(self._workdir, step), args=items)
+        with _readable(), literal(_folder(self._workdir, step)) as path:
+            # Orbax cuts off and pads what has another shape.
+            _compare(stored.contents(path / STATE), _shapes(target))
+            found = self._writer.restore(epath.Path(path), args=items)
+        for what in ("data", "metadata"):
+            if not isinstance(found[what], dict):
+                raise _Unusable(f"{what} must be an object, got {found[what]!r:.60}")
+        if found.metadata.get("step", step) != step:
+            raise _Unusable(f"it remembers step {found.metadata['step']}")
         return found.state, found.data, found.metadata
 
     def _tidy(self, newest: int | None) -> None:
@@ -296,23 +410,33 @@ class Checkpoints:
                 _remove(aside)
                 folder.rename(aside)
 
-    def _finish(self, step: int, best: int | None) -> None:
+    def _finish(self, step: int, best: int | None, shapes: dict) -> None:
         try:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
+                _read_back(_folder(self._workdir, step), shapes)
                 _write_digest(_folder(self._workdir, step))
                 kept = {*steps(self._workdir)[-self._keep :], best}
                 for old in set(steps(self._workdir)) - kept:
                     _remove(_folder(self._workdir, old))
         except BaseException as error:  # raised again in the main thread
             self._error = error
+        finally:
+            self._paths.close()
 
     def _fail(self, error: BaseException) -> None:
+        self._paths.close()
         step, size = self._saving
         folder = _folder(self._workdir, step)
         for half in (*folder.parent.glob(f"{step}{UNFINISHED}"), folder):
             if _unfinished(half):
                 _remove(half)
+        if isinstance(error, _Unusable):
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {folder.parent} was written, but "
+                f"cannot be read back: {error}; last good checkpoint: "
+                f"{last_good(self._workdir)}"
+            ) from error
         if not disk_full(error):
             raise error
         free = shutil.disk_usage(self._workdir).free
@@ -328,9 +452,92 @@ def _folder(workdir: str | Path, step: int) -> Path:
     return Path(workdir).absolute() / FOLDER / str(step)
 
 
+@contextlib.contextmanager
+def literal(path: Path) -> Iterator[Path]:
+    """Yields `path`, or for the time being a link to it, so that orbax and tensorstore
+    take it literally."""
+    path = Path(path).absolute()
+    if _is_plain(path):
+        yield path
+        return
+    places = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
+    place = next((p for p in places if _is_plain(p.absolute()) and p.is_dir()), None)
+    if place is None:
+        raise CheckpointError(
+            f"workdir must be a path of letters, digits and ., =+@-_ where TMPDIR is "
+            f"none either, got {path}"
+        )
+    with tempfile.TemporaryDirectory(prefix="ssmax-", dir=place.absolute()) as folder:
+        link = Path(folder, path.name if _is_plain(Path(path.name)) else "run")
+        link.symlink_to(path, target_is_directory=True)
+        yield link
+
+
+def _is_plain(path: Path) -> bool:
+    parts = path.parts
+    cloud = len(parts) > 1 and parts[0] == "/" and parts[1] in CLOUDS
+    return bool(PLAIN.fullmatch(str(path))) and ".." not in parts and not cloud
+
+
+@contextlib.contextmanager
+def _readable():
+    """Turns what orbax raises about files, of many kinds, into `_Unusable`."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        first, *_ = str(error).strip().splitlines() or [""]
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise _Unusable(f"it cannot be read: {kind}{first[:200]}") from error
+    except RecursionError as error:
+        raise _Unusable("it cannot be read: nested too deeply") from error
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays of a state by the names under which they are saved."""
+    return {
+        ".".join(jax.tree_util.keystr((key,), simple=True) for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _compare(arrays: dict[str, stored.Stored], shapes: dict) -> None:
+    """Raises a `ValueError` where arrays are not those of `shapes`."""
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise ValueError(f"{name} is missing")
+        if arrays[name].shape != shape:
+            raise ValueError(
+                f"{name} must have shape {list(shape)}, got {list(arrays[name].shape)}"
+            )
+
+
+def _read_back(folder: Path, shapes: dict) -> None:
+    """Raises `_Unusable` unless a save has all arrays and one of each file is read."""
+    with _readable(), literal(folder) as path:
+        arrays = stored.contents(path / STATE)
+        _compare(arrays, shapes)
+        stored.read_back(path / STATE, arrays)
+        for item in ("data", "metadata"):
+            json.loads((path / item / "metadata").read_text())
+
+
+def _is_dir(path: Path) -> bool:
+    """Also where nothing in it can be read."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
+
+
 def _unfinished(folder: Path) -> bool:
     """Whether the digest, which is written last, is not there."""
-    return not (folder / DIGEST).exists()
+    try:
+        (folder / DIGEST).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # not to be seen is not the same
+        return False
+    return False
 
 
 def _copy(tree: dict) -> dict:
@@ -350,40 +557,16 @@ def named_leaves(tree) -> list[tuple[str, Any]]:
     ]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_digest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digest = {
         str(path.relative_to(folder)): {
             "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
+            "sha256": sha256(path),
         }
         for path in files
     }
     write_atomically(folder / DIGEST, json.dumps(digest, indent=1))
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that is there whole or not at all, even if the machine stops."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _not_orbax_error(record) -> bool:
@@ -410,15 +593,3 @@ def _unless_loop_closed(hook, unraisable):
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
         hook(unraisable)
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether the error, or one that led to it, says that there is no room."""
-    while error is not None:
-        full = (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(error, OSError) and error.errno in full:
-            return True
-        if any(os.strerror(number) in str(error) for number in full):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
