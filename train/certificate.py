@@ -8,11 +8,10 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from kernels import certificate, exclude
 from kernels.cases import OPERATIONS
+from train import processes
 
 
 def apply(path: str | Path | None = None) -> None:
@@ -34,7 +33,7 @@ def apply(path: str | Path | None = None) -> None:
             decision = decide(path)
         except ValueError as error:
             decision = {"error": str(error)}
-    decision = _from_the_first(decision)
+    decision = processes.from_the_first(decision)
     if "error" in decision:
         raise ValueError(decision["error"])
     if jax.process_index() == 0:
@@ -116,14 +115,3 @@ def read(path: Path) -> dict:
 def _digest(op: str) -> str | None:
     operation = OPERATIONS.get(op)
     return operation and certificate.source_hash(operation.folder)
-
-
-def _from_the_first(decision: dict) -> dict:
-    """The decision of process 0, in all processes."""
-    if jax.process_count() == 1:
-        return decision
-    text = np.frombuffer(json.dumps(decision).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    padded = np.zeros(size, np.uint8)
-    padded[: text.size] = text[:size]
-    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))

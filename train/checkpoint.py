@@ -283,13 +283,20 @@ class Checkpoints:
     Args:
         workdir: of the run.
         keep: how many of the newest steps to keep, at least 1.
+        allowed: raises an error once nothing more may be written there.
     """
 
-    def __init__(self, workdir: str | Path, keep: int):
+    def __init__(
+        self,
+        workdir: str | Path,
+        keep: int,
+        allowed: Callable[[], None] = lambda: None,
+    ):
         if keep < 1:
             raise ValueError(f"train.keep must be 1 or more, got {keep}")
         self._workdir = Path(workdir).absolute()
         self._keep = keep
+        self._allowed = allowed
         logging.get_absl_logger().addFilter(_not_orbax_error)
         asyncio.log.logger.addFilter(_not_full_disk)
         sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
@@ -326,6 +333,7 @@ class Checkpoints:
             CheckpointError: the disk is full; now or in the save before this one.
         """
         self.wait()
+        self._allowed()
         step = int(state.step)
         self._saving = step, sum(x.nbytes for x in jax.tree.leaves(state))
         shapes = _shapes(state)
@@ -344,7 +352,9 @@ class Checkpoints:
         self._thread.start()
 
     def poll(self) -> None:
-        """Raises the error of the save in the background, if it has failed already."""
+        """Raises the error of the save in the background, if it has failed already, or
+        that nothing more may be saved."""
+        self._allowed()
         if self._error is not None:
             self.wait()
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from train import (
     flight,
     losses,
     optimizers,
+    processes,
     record,
     rollout,
     sharding,
@@ -57,7 +59,8 @@ def run(
         What results.json holds; {"step", "stopped"} if a signal ended the run early.
 
     Raises:
-        ValueError: a setting that cannot be, or a workdir of another config.
+        ValueError: a setting that cannot be, or a workdir that is of another config,
+            in use by another run, or not to be written.
         CheckpointError: a checkpoint cannot be written or read, or the disk is full.
         FloatingPointError: loss, gradient or state are not finite.
     """
@@ -71,16 +74,24 @@ def run(
         check_causal(model)
     if isinstance(model, Video):
         rollout.dataset_of(config, dataset.spec)  # raises now, not after training
-    record.check_workdir(workdir, config)
-    finished = record.read_results(workdir)
-    if finished and finished["step"] >= config.train.steps:
-        print(f"this run was finished before, at step {finished['step']}")
-        record.report(finished)
+    # A finished run is told of also where nothing can be written.
+    if not os.access(workdir, os.W_OK) and (
+        finished := finished_before(config, workdir)
+    ):
         return finished
+    with processes.held(workdir) as own:
+        return finished_before(config, workdir) or go_on(
+            config, workdir, dataset, mesh, model, profile, own
+        )
+
+
+def go_on(config, workdir, dataset, mesh, model, profile, own) -> dict:
+    """What `run` does in a workdir that is its own and not finished."""
+    record.check_writable(workdir)
     try:
         with (
             stop_signals() as stop,
-            Checkpoints(workdir, config.train.keep) as checkpoints,
+            Checkpoints(workdir, config.train.keep, own.check) as checkpoints,
         ):
             parts = set_up(config, dataset, mesh, model)
             # Only now: what cannot be set up leaves nothing behind.
@@ -110,6 +121,25 @@ def run(
         )
         return {"step": progress.step, "stopped": stop.signal}
     return finish(config, workdir, parts, progress)
+
+
+def finished_before(config: ConfigDict, workdir: Path) -> dict | None:
+    """The results of a run that is finished, printed; None where there is more to do.
+
+    Raises:
+        ValueError: a workdir of another config.
+    """
+    record.check_workdir(workdir, config)
+    try:
+        finished = record.read_results(workdir)
+    except ValueError as problem:  # they are made again at the end
+        print(f"{problem}: the run goes on from its last checkpoint", flush=True)
+        return None
+    if finished is None or finished["step"] < config.train.steps:
+        return None
+    print(f"this run was finished before, at step {finished['step']}")
+    record.report(finished)
+    return finished
 
 
 def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:

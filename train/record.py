@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -12,13 +13,16 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from train import checkpoint
-from train.checkpoint import write_atomically
+from train import checkpoint, files, metrics
+from train.files import write_atomically
 
 CONFIG = "config.json"
 VERSIONS = "versions.json"
 RESULTS = "results.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# What every config has, an object each.
+SECTIONS = ("data", "model", "optimizer", "train", "mesh")
 
 # What may change between two starts in one workdir: it does not change what a step
 # computes, or (steps) is what a longer run is for.
@@ -65,6 +69,23 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
             )
 
 
+def check_writable(workdir: Path) -> None:
+    """Raises a `ValueError` where something is in the way of what a run writes.
+
+    Before compiling, not after.
+    """
+    for name in (CONFIG, VERSIONS, RESULTS, metrics.FILE):
+        path = workdir / name
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} must be a file, got a folder: move it away")
+    for name in (checkpoint.FOLDER, metrics.BOARD, "profile"):
+        path = workdir / name
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} must be a folder, got a file: move it away")
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            raise ValueError(f"{path} must be a folder that can be read and written")
+
+
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` that of a run of `config`, as it was resolved."""
     if jax.process_index() == 0:
@@ -76,9 +97,15 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
 def read_config(workdir: str | Path) -> ConfigDict:
     """The resolved config of the run in `workdir`; `ValueError` if there is none."""
     path = Path(workdir) / CONFIG
-    if not path.exists():
+    found = files.read_json(path)
+    if found is None:
         raise ValueError(f"workdir must be that of a run, got {workdir}: no {CONFIG}")
-    return ConfigDict(json.loads(path.read_text()))
+    for section in SECTIONS:
+        if not isinstance(found.get(section), dict):
+            raise ValueError(
+                f"{path}: {section} must be an object, got {found.get(section)!r:.60}"
+            )
+    return ConfigDict(found)
 
 
 def write_versions(workdir: Path) -> None:
@@ -138,10 +165,51 @@ def print_table(
         print(f"{name:<{width}}  {value}", flush=True)
 
 
-def read_results(workdir: Path) -> dict | None:
-    """What `write_results` wrote; None in a run that is not finished."""
-    path = workdir / RESULTS
-    return json.loads(path.read_text()) if path.exists() else None
+def read_results(workdir: str | Path) -> dict | None:
+    """What `write_results` wrote; None in a run that is not finished.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    path = Path(workdir) / RESULTS
+    found = files.read_json(path)
+    if found is None:
+        return None
+    step, loss, best = (found.get(key) for key in ("step", "loss", "best"))
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{path}: step must be a whole number, got {step!r:.60}")
+    if not isinstance(loss, str) or loss not in SCORES:
+        raise ValueError(f"{path}: loss must be one of {[*SCORES]}, got {loss!r:.60}")
+    if best is not None and not (
+        isinstance(best, dict) and type(best.get("step")) is int
+    ):
+        raise ValueError(f"{path}: best must have a step, got {best!r:.60}")
+    name = SCORES[loss][0]
+    tables = {"test": found.get("test")}
+    if best is not None:
+        tables |= {f"best.{key}": best.get(key) for key in ("validation", "test")}
+        if best.get("validation") is None:
+            raise ValueError(f"{path}: best.validation must be an object, got None")
+    for key, scores in tables.items():
+        number = isinstance(scores, dict) and isinstance(scores.get(name), int | float)
+        if scores is not None and not number:
+            raise ValueError(f"{path}: {key} must have {name}, got {scores!r:.60}")
+    for key in ("parallel_vs_recurrent", "checkpoint"):
+        if key not in found:
+            raise ValueError(f"{path} must have {key}, and has not")
+    return found
+
+
+def read_versions(workdir: str | Path) -> dict:
+    """What `write_versions` wrote; {} where it did not. `ValueError` for other text."""
+    path = Path(workdir) / VERSIONS
+    found = files.read_json(path) or {}
+    devices = found.get("devices") or []
+    if not isinstance(devices, list) or not all(isinstance(d, str) for d in devices):
+        raise ValueError(
+            f"{path}: devices must be a list of names, got {devices!r:.60}"
+        )
+    return found
 
 
 def write_results(workdir: Path, results: Mapping) -> None:

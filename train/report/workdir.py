@@ -2,12 +2,11 @@
 
 import dataclasses
 import datetime
-import json
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import metrics, record
+from train import files, metrics, record
 from train.record import SCORES
 
 UNKNOWN = "\N{EN DASH}"
@@ -96,42 +95,23 @@ def read(path: str | Path) -> Workdir:
         ValueError: no run was started there, or one of its files cannot be read.
     """
     path = Path(path)
-    if (path / record.CONFIG).exists():
-        _json(path / record.CONFIG)  # its error names the file
     return Workdir(
         path,
         record.read_config(path),
         _rows(path / metrics.FILE),
-        _json(path / record.RESULTS),
-        _json(path / record.VERSIONS) or {},
+        record.read_results(path),
+        record.read_versions(path),
     )
-
-
-def _json(path: Path):
-    """What a file holds; None where there is none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _rows(path: Path) -> list[dict]:
     """The lines of a metrics file; a kill may have cut the last one off."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    lines = files.read_lines(path)
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
-            row = json.loads(line)
-            rows.append(row | {"step": int(row["step"]), "split": str(row["split"])})
-        except (ValueError, KeyError, TypeError):
+            rows.append(files.row(path, number, line))
+        except ValueError:
             if number < len(lines):
-                raise ValueError(
-                    f"{path}: line {number} must be a JSON object with step and split, "
-                    f"got {line[:60]!r}"
-                ) from None
+                raise
     return rows

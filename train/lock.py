@@ -1,0 +1,349 @@
+"""One run at a time in a workdir.
+
+`<workdir>/run.lock` says who runs there. It is made by a hard link (or, where there are
+none, by an exclusive create), which works on file systems that lock nothing, and its
+holder touches it every few seconds. It is dead when its process is, where that can be
+seen from here, else when it was not touched for STALE seconds, both times by the clock
+of the file system.
+
+A dead lock is succeeded: whoever creates `run.lock.<id of the dead one>`, which one
+alone can, has the lock as long as the dead one is still in its place, and then renames
+its own over it. That id is used once, so that a slower taker which saw the dead lock
+too finds either that the succession is taken or that the lock is another one now.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import logging
+
+from train import files
+
+NAME = "run.lock"
+BEAT = 10.0  # seconds between two touches
+STALE = 60.0  # seconds after which a lock that nobody touches is dead
+WRITING = 2.0  # seconds in which a lock that was created is also written
+HIDDEN = "hidden"  # when a process began that runs, but of which no more is shown
+
+
+class Lock:
+    """What tells a running holder whether the workdir is still its own.
+
+    Attributes:
+        lost: who has it instead; None as long as all is well.
+    """
+
+    def __init__(self):
+        self.lost: str | None = None
+
+    def check(self) -> None:
+        """Raises a `ValueError` if another process has taken the lock."""
+        if self.lost is not None:
+            raise ValueError(self.lost)
+
+
+@contextlib.contextmanager
+def held(workdir: str | Path) -> Iterator[Lock]:
+    """Holds `workdir`, which is made if need be.
+
+    What was made here is removed again if nothing was put into it.
+
+    Raises:
+        ValueError: another run has it, or `workdir` cannot be written.
+        OSError: the disk is full.
+    """
+    workdir, lock, made = Path(workdir).absolute(), Lock(), []
+    with contextlib.ExitStack() as leaving:
+        leaving.callback(_remove_empty, made)
+        _make(workdir, made)
+        own = _acquire(workdir / NAME)
+        leaving.callback(_release, workdir / NAME, own)
+        leaving.enter_context(_beating(workdir / NAME, own, lock))
+        yield lock
+
+
+def _make(workdir: Path, made: list[Path]) -> None:
+    """Makes the folder and those above it, which are added to `made`."""
+    try:
+        for path in (*reversed(workdir.parents), workdir):
+            if not path.is_dir():
+                if path.exists():
+                    raise ValueError(f"workdir must be a folder, got the file {path}")
+                path.mkdir(exist_ok=True)
+                made.append(path)
+    except OSError as error:
+        _refuse(workdir, error)
+
+
+def _refuse(workdir: Path, error: OSError) -> None:
+    if files.disk_full(error):
+        raise error
+    raise ValueError(
+        f"workdir must be a folder that can be written, got {workdir}: {error.strerror}"
+    ) from error
+
+
+def _acquire(path: Path) -> dict:
+    """Puts an own lock at `path`; what it says."""
+    own = {
+        "id": secrets.token_hex(8),
+        "host": socket.gethostname(),
+        "place": _place(),
+        "process": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    aside = path.with_name(f"{NAME}.{own['id']}.tmp")
+    try:
+        aside.write_text(json.dumps(own))
+        while not _create(aside, path):
+            chain, holder = _chain(path)
+            if holder is None:
+                continue  # it went away just now
+            if holder.get("id") == own["id"]:
+                break  # a network repeated the link that had succeeded
+            if not _dead(holder, chain[-1], aside):
+                raise ValueError(_in_use(path.parent, holder))
+            if _succeed(aside, own, chain, holder):
+                logging.warning(
+                    "%s is taken over: %s has ended", path, _who(holder).strip()
+                )
+                break
+            time.sleep(0.01)
+        _sweep(path, aside)
+    except OSError as error:
+        _refuse(path.parent, error)
+    finally:
+        files.remove(aside)
+    return own
+
+
+def _sweep(path: Path, fresh: Path) -> None:
+    """Removes what takers that were killed have left beside the lock."""
+    for left in path.parent.glob(f"{NAME}.*"):
+        with contextlib.suppress(OSError):
+            if fresh.stat().st_mtime - left.stat().st_mtime > STALE:
+                left.unlink()
+
+
+def _create(aside: Path, path: Path) -> bool:
+    """Whether `path`, which was not there, now has the content of `aside`."""
+    try:
+        os.link(aside, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        try:
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with open(file, "wb") as opened:
+            opened.write(aside.read_bytes())
+        return True
+
+
+def _chain(path: Path) -> tuple[list[Path], dict | None]:
+    """The lock and those that succeed to it, and what the last one says: the holder's
+    word, {} if it cannot be read; None where there is no lock."""
+    chain, holder = [], None
+    while (found := _read(path)) is not None:
+        chain.append(path)
+        holder = found
+        if not found or len(chain) > 100:
+            break
+        path = chain[0].with_name(f"{NAME}.{found['id']}")
+    return chain, holder
+
+
+def _read(path: Path) -> dict | None:
+    """What a lock says; None where there is none, {} where it is not to be read."""
+    deadline = time.monotonic() + WRITING
+    while True:
+        try:
+            found = json.loads(path.read_text())
+            known = isinstance(found, dict) and isinstance(found.get("id"), str)
+            # An id becomes part of a file's name.
+            if known and found["id"].isalnum():
+                return found
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            pass
+        if time.monotonic() > deadline:
+            return {}
+        time.sleep(0.05)
+
+
+def _dead(holder: dict, path: Path, fresh: Path) -> bool:
+    """Whether a holder has ended; `fresh` was just written, by the same clock."""
+    process, started = holder.get("process"), holder.get("started")
+    if holder.get("place") == _place() and type(process) is int and started:
+        now = _started(process)
+        if now != HIDDEN:
+            return now != started
+    try:
+        fresh.touch()
+        return fresh.stat().st_mtime - path.stat().st_mtime > STALE
+    except FileNotFoundError:
+        return False  # it went away just now
+
+
+def _succeed(aside: Path, own: dict, chain: list[Path], holder: dict) -> bool:
+    """Whether the own lock took the place of a chain of dead ones."""
+    root = chain[0]
+    heir = root.with_name(f"{NAME}.{holder.get('id', 'unreadable')}")
+    if not holder:  # such as an empty file: nobody can succeed it by name
+        heir = root.with_name(f"{NAME}.unreadable")
+    if not _create(aside, heir):
+        if not holder:
+            _expire(heir, aside)
+        return False
+    now, last = _chain(root)
+    expected = [*chain, heir] if holder else chain
+    if (
+        now != expected
+        or (holder and last["id"] != own["id"])
+        or bool(last) != bool(holder)
+    ):
+        files.remove(heir)
+        return False
+    try:
+        heir.replace(root)
+    except FileNotFoundError:  # swept away: this process slept for very long
+        return False
+    for dead in chain[1:]:
+        files.remove(dead)
+    return True
+
+
+def _expire(heir: Path, fresh: Path) -> None:
+    """Removes the successor of an unreadable lock if it was left behind."""
+    holder = _read(heir)
+    if holder is not None and _dead(holder, heir, fresh):
+        files.remove(heir)
+
+
+@contextlib.contextmanager
+def _beating(path: Path, own: dict, lock: Lock):
+    """Touches the lock from a thread until this is left."""
+    done = threading.Event()
+
+    def beat():
+        while not done.wait(BEAT):
+            with contextlib.suppress(OSError):
+                found = _read(path)
+                if done.is_set():
+                    return
+                if found is None:  # removed by hand
+                    _rewrite(path, own)
+                elif found.get("id") == own["id"]:
+                    os.utime(path)
+                else:
+                    lock.lost = (
+                        f"{path.parent} is no longer this run's, which did not touch "
+                        f"its {NAME} for more than {STALE:.0f} s: {_who(found)} has it"
+                    )
+                    return
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _rewrite(path: Path, own: dict) -> None:
+    aside = path.with_name(f"{NAME}.{own['id']}.tmp")
+    try:
+        aside.write_text(json.dumps(own))
+        _create(aside, path)
+    finally:
+        files.remove(aside)
+
+
+def _release(path: Path, own: dict) -> None:
+    found = _read(path)
+    if found is not None and found.get("id") == own["id"]:
+        files.remove(path)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def _in_use(workdir: Path, holder: dict) -> str:
+    return (
+        f"{workdir} is in use by another run: {_who(holder)}; wait for its end, or "
+        "give another --workdir"
+    )
+
+
+def _who(holder: dict) -> str:
+    if not holder:
+        return f"its {NAME} cannot be read"
+    return (
+        f"process {holder.get('process')} on host {holder.get('host')} since "
+        f"{holder.get('since')}"
+    )
+
+
+def _place() -> str:
+    """Names where the number of a process says which one it is: a host since its last
+    start, and a container on it."""
+    parts = [socket.gethostname()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        try:
+            link = os.path.islink(path)
+            parts.append(os.readlink(path) if link else Path(path).read_text().strip())
+        except OSError:
+            parts.append("")
+    return " ".join(parts)
+
+
+def _started(process: int) -> str | None:
+    """When a process began, in the words of the system; None if it does not run."""
+    try:
+        # After the command's name, which may have spaces and brackets of its own.
+        rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if rest[0] in "ZX" else rest[19]
+    except FileNotFoundError:
+        if not Path("/proc/self/stat").exists():
+            return _started_by_ps(process)
+    except (OSError, IndexError):
+        pass
+    return HIDDEN if _runs(process) else None
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _started_by_ps(process: int) -> str | None:
+    """The same where there is no /proc."""
+    command = ["ps", "-o", "stat=,lstart=", "-p", str(process)]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    state, _, began = told.stdout.strip().partition(" ")
+    return began.strip() if began and not state.startswith("Z") else None
