@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import synthetic
 from layers.build import build
-from train import checkpoint, data, evaluate, loop, metrics, record, state
+from train import data, evaluate, files, loop, record, state
 
 RATES = (1e-3, 3e-3, 1e-2)
 TOLERANCE = 0.1
@@ -102,8 +102,8 @@ def trained(config: ConfigDict, workdir: Path) -> dict:
     kept = workdir / SECONDS
     if not kept.exists():
         seconds = time.monotonic() - begun
-        checkpoint.write_atomically(kept, json.dumps(seconds))
-    return results | {"seconds": json.loads(kept.read_text())}
+        files.write_atomically(kept, json.dumps(seconds))
+    return results | {"seconds": files.read_json(kept, float)}
 
 
 def parameters(config: ConfigDict) -> int:
@@ -207,17 +207,18 @@ def play(
 
 def _last_validation(folder: Path) -> tuple[float, float]:
     """Accuracy and, for those that are equal, the loss, more being better."""
-    lines = (folder / metrics.FILE).read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["split"] == "validation"]
+    rows = [r for r in record.read_metrics(folder) if r["split"] == "validation"]
     return rows[-1]["accuracy"], -rows[-1]["loss"]
 
 
 def _tested(contest: Contest, folder: Path, step: int) -> list[float]:
     """Test accuracy at every length of the contest."""
     kept = folder / evaluate.LENGTHS
-    found = json.loads(kept.read_text()) if kept.exists() else {"step": None}
-    times = [row["times"] for row in found.get("lengths", ())]
-    if (found["step"], tuple(times)) != (step, contest.lengths):
+    found = files.read_json(kept) or {}
+    rows = found.get("lengths")
+    rows = rows if isinstance(rows, list) else []
+    times = [r.get("times") for r in rows if isinstance(r, dict) and "accuracy" in r]
+    if (found.get("step"), tuple(times)) != (step, contest.lengths):
         run = evaluate.load_run(folder)
         found = evaluate.at_lengths(run, folder, "test", contest.lengths)
     return [row["accuracy"] for row in found["lengths"]]

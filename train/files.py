@@ -64,37 +64,21 @@ def read_json(path: Path, kind: type = dict) -> Any:
     found = _parsed(path, text)
     if not isinstance(found, kind):
         raise ValueError(
-            f"{path} must hold a JSON {KINDS[kind]}, got {_quoted(text.strip())}"
+            f"{path} must hold a JSON {KINDS[kind]}, got {quoted(text.strip())}"
         )
     return found
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The numbered lines of a file, from 1; [] where there is no such file.
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: there is none, or it cannot be read.
     """
     try:
-        return list(enumerate(_text(path, errors="replace").splitlines(), 1))
-    except FileNotFoundError:
-        return []
-
-
-def row(path: Path, number: int, line: str) -> dict:
-    """One line of a metrics file: an object with at least a step and a split.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        found = json.loads(line)
-        return found | {"step": int(found["step"]), "split": str(found["split"])}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        raise ValueError(
-            f"{path}: line {number} must be a JSON object with step and split, got "
-            f"{_quoted(line)}"
-        ) from None
+        return _text(path, errors="replace").splitlines()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _text(path: Path, errors: str = "strict") -> str:
@@ -106,7 +90,9 @@ def _text(path: Path, errors: str = "strict") -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: line {line} must be UTF-8 text") from None
+        raise ValueError(
+            f"{path} cannot be read: line {line} must be UTF-8 text"
+        ) from None
 
 
 def _parsed(path: Path, text: str) -> Any:
@@ -116,16 +102,19 @@ def _parsed(path: Path, text: str) -> Any:
         lines = text.splitlines() or [""]
         line = lines[min(error.lineno, len(lines)) - 1]
         raise ValueError(
-            f"{path}: line {error.lineno} must be JSON, got {_quoted(line)} "
-            f"({error.msg})"
+            f"{path} cannot be read: line {error.lineno} must be JSON, got "
+            f"{quoted(line)} ({error.msg})"
         ) from None
     except RecursionError:
-        raise ValueError(f"{path} must be JSON, got one nested too deeply") from None
+        raise ValueError(
+            f"{path} cannot be read: it must be JSON of some levels, got very many"
+        ) from None
     except ValueError as error:  # such as a number of very many digits
-        raise ValueError(f"{path} must be JSON ({error})") from None
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """The beginning of a text, as an error shows it."""
     return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 

@@ -21,6 +21,8 @@ VERSIONS = "versions.json"
 RESULTS = "results.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+LATEST = 250_000_000_000  # seconds since 1970 that still are a date
+
 # What every config has, an object each.
 SECTIONS = ("data", "model", "optimizer", "train", "mesh")
 
@@ -194,10 +196,69 @@ def read_results(workdir: str | Path) -> dict | None:
         number = isinstance(scores, dict) and isinstance(scores.get(name), int | float)
         if scores is not None and not number:
             raise ValueError(f"{path}: {key} must have {name}, got {scores!r:.60}")
+    _check_rollout(path, found.get("rollout"))
     for key in ("parallel_vs_recurrent", "checkpoint"):
         if key not in found:
             raise ValueError(f"{path} must have {key}, and has not")
     return found
+
+
+def read_metrics(workdir: str | Path) -> list[dict]:
+    """The lines of metrics.jsonl; a kill may have cut the last one off.
+
+    Raises:
+        ValueError: the file or another line cannot be read.
+    """
+    path, rows = Path(workdir) / metrics.FILE, []
+    lines = files.read_lines(path)
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_row(path, number, line))
+        except ValueError:
+            if number < len(lines):
+                raise
+    return rows
+
+
+def _row(path: Path, number: int, line: str) -> dict:
+    try:
+        found = json.loads(line)
+        step, split, *rest = found["step"], found["split"], *found.values()
+        numbers = [value for value in rest if value is not split]
+        whole = type(step) is int and 0 <= step < 2**63 and isinstance(split, str)
+        numeric = all(isinstance(value, int | float) for value in numbers)
+        if whole and numeric and 0 <= found.get("time", 0) < LATEST:
+            return found
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(
+        f"{path}: line {number} must be a JSON object with step and split, the rest "
+        f"numbers, got {files.quoted(line)}"
+    )
+
+
+def _check_rollout(path: Path, found) -> None:
+    """Raises a `ValueError` unless that is None or the summary of a rollout."""
+    if found is None:
+        return
+    scores = found.get("scores") if isinstance(found, dict) else None
+    tables = scores.values() if isinstance(scores, dict) else [None]
+    lists = [v for t in tables for v in (t.values() if isinstance(t, dict) else [None])]
+    numbers = lists and all(
+        isinstance(values, list)
+        and len(values) == len(lists[0]) > 0
+        and all(isinstance(x, int | float) for x in values)
+        for values in lists
+    )
+    if (
+        "model" not in (scores or ())
+        or not numbers
+        or not {"clips", "split"} <= {*found}
+    ):
+        raise ValueError(
+            f"{path}: rollout must have clips, split and scores, lists of numbers by "
+            f"name and metric, got {found!r:.60}"
+        )
 
 
 def read_versions(workdir: str | Path) -> dict:

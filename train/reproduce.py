@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import lra, pixels
-from train import baseline, checkpoint, contest, data, record, video_contest
+from train import baseline, checkpoint, contest, data, files, record, video_contest
 
 
 class Task(NamedTuple):
@@ -86,7 +86,7 @@ def rewrite(readme: Path, task: str, text: str) -> None:
         raise ValueError(f"{readme}: must contain the lines {begin} and {end}")
     before, _, rest = old.partition(begin)
     after = rest.partition(end)[2]
-    checkpoint.write_atomically(readme, f"{before}{begin}\n{text}\n{end}{after}")
+    files.write_atomically(readme, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main(argv=None):

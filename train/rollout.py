@@ -28,7 +28,7 @@ from rich.table import Table
 from layers.build import build
 from layers.images import from_bytes, to_bytes
 from layers.video import Video
-from train import checkpoint, data, evaluate, tokenize, video_metrics
+from train import checkpoint, data, evaluate, files, tokenize, video_metrics
 from train.data.pipeline import Dataset
 from train.data.video import whole_clips
 from train.report import clips as pictures
@@ -271,13 +271,13 @@ def write(workdir: str | Path, rollout: Rollout, found: dict) -> None:
     """rollout.json with the scores `found`, rollout.png and rollout.gif."""
     workdir = Path(workdir)
     text = json.dumps(found, indent=2) + "\n"
-    checkpoint.write_atomically(workdir / JSON, text)
+    files.write_atomically(workdir / JSON, text)
     if rollout.truth.ndim == 5:
         frames = rollout.frames()
         sheet = pictures.contact_sheet(*(x[:SHOWN] for x in frames))
-        checkpoint.write_atomically(workdir / PNG, sheet)
+        files.write_atomically(workdir / PNG, sheet)
         film = pictures.gif(*(x[0] for x in frames))
-        checkpoint.write_atomically(workdir / GIF, film)
+        files.write_atomically(workdir / GIF, film)
 
 
 def by_horizon(found: dict) -> tuple[list[str], list[tuple[str, ...]]]:

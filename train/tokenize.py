@@ -18,7 +18,7 @@ import numpy as np
 
 from layers.images import to_bytes
 from layers.vq import VQ
-from train import checkpoint, data
+from train import checkpoint, data, files
 from train.data import pipeline
 from train.data.video import whole_clips
 from train.evaluate import Run, load_run
@@ -104,7 +104,7 @@ def write(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     path, packed = _checked(path), io.BytesIO()
     np.savez_compressed(packed, **arrays)
     try:
-        checkpoint.write_atomically(path, packed.getvalue())
+        files.write_atomically(path, packed.getvalue())
     except OSError as error:
         raise ValueError(f"out: {path} cannot be written: {error.strerror}") from error
 

@@ -6,13 +6,12 @@ the first took; compilation, evaluation and checkpoints do not count. Rollouts a
 all clips to test, where a run itself ends in some of them.
 """
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs import video
-from train import contest, evaluate, metrics, record, rollout
+from train import contest, evaluate, files, record, rollout
 
 LAYERS = ("conv_s5", "conv_lstm")
 TRIAL = 60  # steps
@@ -33,7 +32,7 @@ def config_of(layer: str, seed: int, steps: int = 0):
 
 def steps_per_second(folder: Path) -> float:
     """The median over the logs of a run, the first of them left out."""
-    rows = map(json.loads, (folder / metrics.FILE).read_text().splitlines())
+    rows = record.read_metrics(folder)
     rates = [row["steps_per_second"] for row in rows if row["split"] == "train"]
     return statistics.median(rates[1:] or rates)
 
@@ -42,8 +41,8 @@ def rolled(folder: Path, step: int) -> dict:
     """What `rollout.summary` says of all clips of the test split."""
     kept, run = folder / rollout.JSON, evaluate.load_run(folder)
     clips = run.dataset.num_examples("test")
-    found = json.loads(kept.read_text())
-    if (found["step"], found["clips"]) != (step, clips):
+    found = files.read_json(kept) or {}
+    if (found.get("step"), found.get("clips")) != (step, clips):
         given = rollout.of_run(run, {**run.config.rollout, "clips": clips})
         found = rollout.summary(run, given, "test")
         rollout.write(folder, given, found)

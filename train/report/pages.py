@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from layers.model import Model
 from layers.video import Video
-from train import checkpoint, evaluate, record, rollout
+from train import checkpoint, evaluate, files, record, rollout
 from train.report import answers, clips, figures, probe, workdir
 from train.report.markup import (
     code,
@@ -51,7 +51,7 @@ def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
     subtitle = f"{told.name}: {model.depth} blocks of {model.features} features, "
     subtitle += f"{_count(run.variables)} parameters; {told.ended()}"
     title = f"{told.layer} on {told.config.data.name}"
-    checkpoint.write_atomically(out, page(title, subtitle, sections))
+    files.write_atomically(out, page(title, subtitle, sections))
     return out
 
 
@@ -100,7 +100,7 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
         ("environment", "What the environments differ in", _differences(versions)),
     ]
     title = f"{len(runs)} runs beside one another"
-    checkpoint.write_atomically(out, page(title, ", ".join(runs), sections))
+    files.write_atomically(out, page(title, ", ".join(runs), sections))
     return out
 
 

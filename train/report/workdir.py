@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import files, metrics, record
+from train import record
 from train.record import SCORES
 
 UNKNOWN = "\N{EN DASH}"
@@ -98,20 +98,7 @@ def read(path: str | Path) -> Workdir:
     return Workdir(
         path,
         record.read_config(path),
-        _rows(path / metrics.FILE),
+        record.read_metrics(path),
         record.read_results(path),
         record.read_versions(path),
     )
-
-
-def _rows(path: Path) -> list[dict]:
-    """The lines of a metrics file; a kill may have cut the last one off."""
-    lines = files.read_lines(path)
-    rows = []
-    for number, line in lines:
-        try:
-            rows.append(files.row(path, number, line))
-        except ValueError:
-            if number < len(lines):
-                raise
-    return rows
