@@ -156,6 +156,27 @@ LAYER_ARGS = {
     "full_frame_attention": dict(heads=4),
 }
 
+# Patterns of parameter groups, see `groups`, and what a run calls them.
+SSM = (
+    r".*/(log_dt|log_step|A_re|A_im|P|Lambda_re|Lambda_im"
+    r"|nu_log|theta_log|gamma_log|B)"
+)
+TAPS = r".*/(filter|[uk]_factor_\d+)"
+SMALL = (
+    r".*/(\w*bias|scale|D|A_log|Lambda|frequency|decay)"
+    r"|.*/filter(_\d+)?/kernel"
+)
+ALL = r".*"
+GROUP_NAMES = {
+    SSM: "state space: eigenvalues, step size, B",
+    TAPS: "taps of long convolutions",
+    SMALL: "biases, scales, decays",
+    ALL: "other weights",
+    r".*/B": "state space: B",
+    r".*/(B)": "state space: B",
+    r".*/(log_dt|log_step)": "state space: step size",
+}
+
 
 def base() -> ConfigDict:
     """Every key that a run reads, with its default."""
@@ -205,7 +226,9 @@ def base() -> ConfigDict:
                 b2=0.999,
                 eps=1e-8,
                 schedule="cosine",  # cosine, constant, inverse_sqrt
-                warmup=0,  # steps
+                # Steps; of a negative number (a recipe's) as many, or a tenth of
+                # train.steps where these are no more.
+                warmup=0,
                 floor=0.0,  # share of lr at the end of the cosine
                 clip=1.0,  # global gradient norm; 0: no clipping
             ),
@@ -242,20 +265,11 @@ def groups(ssm_lr: float = 0.25, filter_lr: float = 0.1) -> list:
     parameters themselves, and learned factors of its transform: they are small, and a
     step of Adam is as large as its rate (https://arxiv.org/abs/2302.06646).
     """
-    ssm = (
-        r".*/(log_dt|log_step|A_re|A_im|P|Lambda_re|Lambda_im"
-        r"|nu_log|theta_log|gamma_log|B)"
-    )
-    taps = r".*/(filter|[uk]_factor_\d+)"
     return [
-        (ssm, dict(lr=ssm_lr, wd=0.0, optional=True)),
-        (taps, dict(lr=filter_lr, wd=0.0, optional=True)),
-        (
-            r".*/(\w*bias|scale|D|A_log|Lambda|frequency|decay)"
-            r"|.*/filter(_\d+)?/kernel",
-            dict(lr=1.0, wd=0.0),
-        ),
-        (r".*", dict(lr=1.0, wd=1.0)),
+        (SSM, dict(lr=ssm_lr, wd=0.0, optional=True)),
+        (TAPS, dict(lr=filter_lr, wd=0.0, optional=True)),
+        (SMALL, dict(lr=1.0, wd=0.0)),
+        (ALL, dict(lr=1.0, wd=1.0)),
     ]
 
 

@@ -43,7 +43,7 @@ def get_config(arg="digits"):
         config.train.update(steps=1200, eval_every=200, log_every=100, ema=0.99)
     else:
         config.model.patch = 2
-        config.optimizer.warmup = 500
+        config.optimizer.warmup = -500
         config.train.update(
             steps=20_000, eval_every=1_000, log_every=100, checkpoint_every=1_000
         )

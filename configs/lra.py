@@ -55,7 +55,7 @@ S4 = {
     "listops": dict(
         model=dict(depth=6, features=256, prenorm=False),
         layer_args=dict(state_size=4, copies=1),
-        optimizer=dict(lr=1e-2, weight_decay=0.05, warmup=12_000),
+        optimizer=dict(lr=1e-2, weight_decay=0.05, warmup=-12_000),
         ssm_lr=1e-3,
         regular=("log_dt|log_step", 0.0),
         train=dict(steps=120_000, batch_size=32),
@@ -68,7 +68,7 @@ S5 = {
     "listops": dict(
         model=dict(depth=8, features=128, gate="half_glu2"),
         layer_args=dict(state_size=16, blocks=8),
-        optimizer=dict(lr=3e-3, weight_decay=0.04, warmup=1_920),
+        optimizer=dict(lr=3e-3, weight_decay=0.04, warmup=-1_920),
         ssm_lr=1e-3,
         regular=("B", 1.0),
         train=dict(steps=76_800, batch_size=50),
@@ -79,7 +79,7 @@ S5 = {
 SMALL = {
     "listops": dict(
         model=dict(depth=4, features=64),
-        optimizer=dict(lr=4e-3, warmup=200),
+        optimizer=dict(lr=4e-3, warmup=-200),
         train=dict(steps=2_000, batch_size=32),
     ),
 }

@@ -55,7 +55,7 @@ S4 = {
     "scifar": dict(
         model=dict(depth=6, features=512, norm="layer", prenorm=False, dropout=0.1),
         layer_args=dict(state_size=64, copies=2, spectrum="legs", bidirectional=True),
-        optimizer=dict(lr=1e-2, weight_decay=0.05, warmup=900),
+        optimizer=dict(lr=1e-2, weight_decay=0.05, warmup=-900),
         ssm_lr=1e-3,
         train=dict(steps=180_000, batch_size=50),  # 200 epochs
     ),
@@ -68,21 +68,21 @@ S5 = {
     "smnist": dict(
         model=dict(depth=4, features=96, norm="batch", gate="half_glu1", dropout=0.1),
         layer_args=dict(state_size=128, blocks=1, bidirectional=True),
-        optimizer=dict(lr=8e-3, weight_decay=0.01, warmup=1_080),
+        optimizer=dict(lr=8e-3, weight_decay=0.01, warmup=-1_080),
         ssm_lr=2e-3,
         train=dict(steps=162_000, batch_size=50),  # 150 epochs
     ),
     "pmnist": dict(
         model=dict(depth=4, features=128, norm="batch", gate="half_glu1", dropout=0.15),
         layer_args=dict(state_size=128, blocks=2, bidirectional=True),
-        optimizer=dict(lr=4e-3, weight_decay=0.01, warmup=1_080),
+        optimizer=dict(lr=4e-3, weight_decay=0.01, warmup=-1_080),
         ssm_lr=1e-3,
         train=dict(steps=162_000, batch_size=50),
     ),
     "scifar": dict(
         model=dict(depth=6, features=512, norm="batch", gate="half_glu1", dropout=0.1),
         layer_args=dict(state_size=384, blocks=3, bidirectional=True, clip_eigs=True),
-        optimizer=dict(lr=4.5e-3, weight_decay=0.07, warmup=900),
+        optimizer=dict(lr=4.5e-3, weight_decay=0.07, warmup=-900),
         ssm_lr=1e-3,
         B_decays=True,
         train=dict(steps=225_000, batch_size=50),  # 250 epochs
@@ -93,7 +93,7 @@ S5 = {
 SMALL = dict(
     model=dict(depth=4, features=64, dropout=0.1),
     layer_args=dict(state_size=64, blocks=1),
-    optimizer=dict(lr=4e-3, warmup=200),
+    optimizer=dict(lr=4e-3, warmup=-200),
     train=dict(steps=2_000, batch_size=32),
 )
 

@@ -117,7 +117,7 @@ def get_config(arg="mqar"):
     common.apply(config, PAPER[arg.task])
     if arg.scale == "small":
         train = SMALL[arg.task]
-        warmup = train["steps"] // 10
+        warmup = -(train["steps"] // 10)
         small = dict(
             model=dict(features=48),
             optimizer=dict(lr=3e-3, schedule="cosine", warmup=warmup),

@@ -40,7 +40,7 @@ def get_config(arg="moving_digits"):
     _data(config, arg)
     config.model.video.depths = (8, 16, 32)
     config.model.update(depth=3, features=32, head="token", prenorm=False, gate="none")
-    config.optimizer.update(lr=2e-3, weight_decay=1e-5, b2=0.95, warmup=100)
+    config.optimizer.update(lr=2e-3, weight_decay=1e-5, b2=0.95, warmup=-100)
     # Every parameter learns alike, those of the state-space model too.
     config.groups = [(r".*", dict(lr=1.0, wd=1.0))]
     config.train.update(steps=1500, batch_size=8, eval_every=500, log_every=50)
@@ -89,7 +89,7 @@ def _paper(config, arg):
         config.model.layer_args.state_size = 256
     config.model.video.depths = (64, 128, 256)
     lr = 5e-4 if arg.layer == "conv_lstm" else 1e-3
-    config.optimizer.update(lr=lr, warmup=5_000)
+    config.optimizer.update(lr=lr, warmup=-5_000)
     config.train.update(steps=300_000, eval_every=10_000, log_every=100)
     config.train.checkpoint_every = 10_000
 

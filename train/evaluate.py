@@ -25,7 +25,7 @@ from rich.table import Table
 
 from layers.build import build
 from ssm.sequence import Sequence
-from train import checkpoint, data, losses, record, sharding, step
+from train import checkpoint, data, losses, record, sharding, signals, step
 
 LENGTHS = "lengths.json"
 MOST = 10_000_000  # examples that are scored without being asked for
@@ -121,7 +121,7 @@ def scores(run: Run, split: str) -> dict[str, float]:
             f"split {split} has {count:,} examples; --examples N scores the first N"
         )
     size = sharding.evaluation_batch_size(run.config, mesh, count)
-    batches = run.dataset.evaluation(split, size)
+    batches = signals.stoppable(run.dataset.evaluation(split, size))
     return step.evaluate(eval_step, run.variables, batches, mesh)
 
 

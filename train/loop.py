@@ -32,10 +32,12 @@ from train import (
 )
 from train.checkpoint import CheckpointError, Checkpoints
 from train.metrics import Metrics
+from train.pace import Pace
 from train.record import SCORES
 from train.scores import finish, measure
-from train.signals import stop_signals
+from train.signals import Stopped, stop_signals
 
+REMEMBERED = ("step", "best", "window", "unvalidated")  # beside the state
 PROFILED = 2, 6  # first and last step of the trace, counted from the start
 
 
@@ -64,9 +66,15 @@ def run(
         CheckpointError: a checkpoint cannot be written or read, or the disk is full.
         FloatingPointError: loss, gradient or state are not finite.
     """
-    workdir = Path(workdir).absolute()
+    with stop_signals() as stop:
+        stop.nothing_to_save("setting up")
+        return _run(config, Path(workdir).absolute(), profile, model, stop)
+
+
+def _run(config, workdir, profile, model, stop) -> dict:
     dataset = data.load(config.data)
     config = resolve(config, dataset.spec)
+    optimizers.settle_warmup(config, record.saved(workdir, "optimizer.warmup"))
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
@@ -81,19 +89,16 @@ def run(
         return finished
     with processes.held(workdir) as own:
         return finished_before(config, workdir) or go_on(
-            config, workdir, dataset, mesh, model, profile, own
+            config, workdir, dataset, mesh, model, profile, stop, own
         )
 
 
-def go_on(config, workdir, dataset, mesh, model, profile, own) -> dict:
+def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
     """What `run` does in a workdir that is its own and not finished."""
     record.check_writable(workdir)
     try:
-        with (
-            stop_signals() as stop,
-            Checkpoints(workdir, config.train.keep, own.check) as checkpoints,
-        ):
-            parts = set_up(config, dataset, mesh, model)
+        with Checkpoints(workdir, config.train.keep, own.check) as checkpoints:
+            parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
             record.write_config(workdir, config)
             record.write_versions(workdir)
@@ -108,19 +113,23 @@ def go_on(config, workdir, dataset, mesh, model, profile, own) -> dict:
             "and start the same command again"
         ) from error
     except FloatingPointError as error:
+        stop.ends_after("search for what broke")
         good = checkpoint.last_good(workdir)  # known only now: saves have ended
         broken = replay(config, workdir, parts, dataset, progress.step)
         raise FloatingPointError(
             f"{error}; {broken}last good checkpoint: {good} in {workdir}. A lower "
             "optimizer.lr, a longer warmup or a smaller clip may help"
         ) from error
-    if progress.step < config.train.steps:
-        print(
-            f"stopped by {stop.signal} at step {progress.step}; to go on from there, "
-            f"start the same command again (workdir {workdir})"
-        )
-        return {"step": progress.step, "stopped": stop.signal}
-    return finish(config, workdir, parts, progress)
+    if stop.signal is None:
+        stop.ends_after("batch")
+        with contextlib.suppress(Stopped):
+            return finish(config, workdir, parts, progress)
+    print(
+        f"stopped by {stop.signal} at step {progress.step}; to go on from there, "
+        f"start the same command again (workdir {workdir})",
+        flush=True,
+    )
+    return {"step": progress.step, "stopped": stop.signal}
 
 
 def finished_before(config: ConfigDict, workdir: Path) -> dict | None:
@@ -215,7 +224,7 @@ def check_causal(model: nn.Module) -> None:
         ) from problem
 
 
-def set_up(config, dataset, mesh, model) -> SimpleNamespace:
+def set_up(config, dataset, mesh, model, stop) -> SimpleNamespace:
     """What a run needs and does not change; nothing of the state is allocated yet."""
     options, spec, seed = config.train, dataset.spec, config.seed
     padded = spec.get("padded", True)
@@ -235,9 +244,12 @@ def set_up(config, dataset, mesh, model) -> SimpleNamespace:
         padded,
         sharding.replicated(mesh),
     )
+    stop.nothing_to_save("compiling")
+    print(f"compiling the training step: {_described(config, sample)}", flush=True)
     begun = time.monotonic()
     compiled = train_step.lower(target, sample).compile()
     seconds = time.monotonic() - begun
+    stop.nothing_to_save("starting")
     record.print_table(config, groups, shapes, mesh, compiled, seconds)
     return SimpleNamespace(
         dataset=dataset,
@@ -253,6 +265,16 @@ def set_up(config, dataset, mesh, model) -> SimpleNamespace:
     )
 
 
+def _described(config, batch) -> str:
+    """What is compiled: the model, and the largest input of a batch."""
+    inputs = max(jax.tree.leaves(batch["inputs"]), key=lambda x: x.size)
+    shape = " x ".join(map(str, inputs.shape))
+    return (
+        f"{config.model.depth} blocks of {config.model.features} features "
+        f"({config.model.layer}), a batch of {shape}"
+    )
+
+
 def start(config, workdir, parts, checkpoints) -> SimpleNamespace:
     """Where to go on from: the own workdir, else `train.init_from`, else scratch."""
     restored = checkpoints.restore(parts.target)
@@ -260,45 +282,72 @@ def start(config, workdir, parts, checkpoints) -> SimpleNamespace:
         trained, position, memory = restored
         parts.batches.set_state(position)
         print(f"resumed from step {memory['step']} in {workdir}")
-        return SimpleNamespace(state=trained, **memory)
+        # "unvalidated" is not known to checkpoints from before it was.
+        return SimpleNamespace(**{"unvalidated": False, **memory, "state": trained})
     fresh = parts.create()
     if config.train.init_from:
         fresh = checkpoint.init_from(config.train.init_from, fresh)
-    return SimpleNamespace(state=fresh, step=0, best=None, window=[])
+    return SimpleNamespace(state=fresh, step=0, best=None, window=[], unvalidated=False)
 
 
 def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
     """Advances `progress` to the last step, or until a signal stops it.
 
-    Between two logs nothing waits for the device: what the steps measured stays there,
-    in `progress.window`, and is looked at when it is logged or before a checkpoint.
+    What the steps measured stays on the device, in `progress.window`, until it is
+    logged or a checkpoint is due. A validation that a signal cuts off is made at the
+    next start, before any step.
     """
-    options, first = config.train, progress.step
-    stopping = bool(stop.signal)
-    metrics = Metrics(workdir, first, options.steps)
+    options, saved = config.train, progress.step
+    pace = Pace(parts.mesh)
+    metrics = Metrics(workdir, progress.step, options.steps, progress.unvalidated)
     trace = profiler(workdir / "profile", progress, options.steps)
     with metrics, contextlib.closing(parts.batches), trace as between_steps:
-        while progress.step < options.steps and not stopping:
-            if profile:
-                between_steps()
-            batch = sharding.place(next(parts.batches), parts.mesh)
-            with jax.transfer_guard("disallow"):
-                progress.state, measured = parts.train_step(progress.state, batch)
-            progress.step += 1
-            progress.window.append(measured)
-            checkpoints.poll()
-            metrics.advance(progress.step)
-            last, better = progress.step == options.steps, False
-            if last or progress.step % options.log_every == 0:
-                log(config, parts, progress, metrics, batch)
-            if last or progress.step % options.eval_every == 0:
+        with contextlib.suppress(Stopped):
+            if progress.unvalidated:
                 with metrics.paused():
-                    better = validate(config, parts, progress, metrics)
-            due = progress.step % options.checkpoint_every == 0
-            stopping = bool(stop.signal)
-            if last or due or better or stopping:
-                with metrics.paused():
-                    save(parts, progress, checkpoints)
+                    validate(config, parts, progress, metrics)
+            while progress.step < options.steps:
+                if profile:
+                    between_steps()
+                pace.wait()
+                metrics.advance(progress.step - len(pace))
+                if not may_begin(progress.step + 1, pace, parts.batches, stop):
+                    break
+                batch = sharding.place(next(parts.batches), parts.mesh)
+                with jax.transfer_guard("disallow"):
+                    progress.state, measured = parts.train_step(progress.state, batch)
+                progress.step += 1
+                progress.window.append(measured)
+                pace.begun(measured["loss"], stop.signal is not None)
+                checkpoints.poll()
+                last, better = progress.step == options.steps, False
+                if last or progress.step % options.log_every == 0:
+                    pace.drain()
+                    log(config, parts, progress, metrics, batch)
+                if last or progress.step % options.eval_every == 0:
+                    pace.drain()
+                    progress.unvalidated = True
+                    with metrics.paused():
+                        better = validate(config, parts, progress, metrics)
+                due = progress.step % options.checkpoint_every == 0
+                if last or due or better:
+                    pace.drain()
+                    with metrics.paused():
+                        save(parts, progress, checkpoints)
+                    saved = progress.step
+        pace.drain()
+        metrics.advance(progress.step)
+        if progress.step > saved:  # a signal came
+            save(parts, progress, checkpoints)
+
+
+def may_begin(step: int, pace: Pace, batches, stop) -> bool:
+    """Whether `step` is to be computed: with its batch there, and no signal."""
+    if jax.process_count() > 1:
+        if pace.agreed():
+            stop.join()
+        return not pace.agreed()
+    return batches.ready(lambda: stop.signal) and stop.may_begin(step)
 
 
 def replay(config, workdir, parts, dataset, until: int) -> str:
@@ -358,6 +407,7 @@ def check_window(progress) -> None:
 def validate(config, parts, progress, metrics) -> bool:
     """Whether this step is the best on the validation split so far."""
     scores = measure(config, parts, "validation", progress.state.variables())
+    progress.unvalidated = False
     if scores is None:
         return False
     if not math.isfinite(scores["loss"]):
@@ -378,7 +428,7 @@ def save(parts, progress, checkpoints) -> None:
     check_window(progress)
     if not step.all_finite(progress.state):
         raise FloatingPointError(f"the state is not finite at step {progress.step}")
-    memory = {key: getattr(progress, key) for key in ("step", "best", "window")}
+    memory = {key: getattr(progress, key) for key in REMEMBERED}
     best = progress.best and progress.best["step"]
     checkpoints.save(progress.state, parts.batches.get_state(), memory, best)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from train.signals import Stopped, check, stop_signals
+
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -74,6 +76,7 @@ def main(argv: list[str]) -> int:
             evaluate.at_lengths(evaluate.load_run(workdir), workdir, "test", times)
         if REPORT.value and jax.process_count() == 1:
             _write_report(workdir)
+        check()
     if len(seeds) > 1:
         _print_seeds(found)
     return 0
@@ -94,7 +97,11 @@ def _write_report(workdir: Path) -> None:
     try:
         from train import report
 
-        print(f"report: {report.write(workdir)}", flush=True)
+        with stop_signals() as stop:
+            stop.ends_after("part of the report")
+            print(f"report: {report.write(workdir)}", flush=True)
+    except Stopped:
+        raise
     except Exception as error:
         first, *_ = str(error).splitlines() or [""]
         reason = f"{type(error).__name__}: {first}"
@@ -184,6 +191,15 @@ def _ours(error: Exception) -> bool:
     return Path(__file__).resolve().parents[1] in raised_in.resolve().parents
 
 
+def _unless_stopped(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """What `main` returns; 0 where a signal ended it with nothing to save."""
+    try:
+        return main(argv)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return 0
+
+
 def command(main: Callable[[list[str]], int]) -> None:
     """Runs `main` on the config flags; an error of the user is one line and exit
     code 2."""
@@ -191,7 +207,8 @@ def command(main: Callable[[list[str]], int]) -> None:
     os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
     os.environ.setdefault("FLAX_FILTER_FRAMES", "0")
     try:
-        app.run(main, flags_parser=_parse)
+        with stop_signals(program=True):
+            app.run(lambda argv: _unless_stopped(main, argv), flags_parser=_parse)
     except Exception as error:
         if any(a.startswith("--debug") for a in sys.argv) or not _ours(error):
             raise

@@ -27,6 +27,7 @@ from train.checkpoint import write_atomically
 
 FILE = "metrics.jsonl"
 BOARD = "tensorboard"
+SPEED_SECONDS = 300.0  # over which the bar's rate and remaining time are means
 FLUSH_SECONDS = 10.0  # TensorBoard is at most so far behind
 CLOCK = ("steps_per_second", "time")  # differ between two runs that are otherwise equal
 
@@ -41,13 +42,17 @@ class Metrics:
         workdir: of the run.
         start: the step that the run goes on from.
         steps: the step at which it ends.
+        unvalidated: whether `start` is still to be validated: a line that says so is
+            dropped as well.
 
     Raises:
         OSError: a file cannot be written, which the error names; here, in `write`, and
             on leaving unless another error is on its way.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int):
+    def __init__(
+        self, workdir: Path, start: int, steps: int, unvalidated: bool = False
+    ):
         self._first = jax.process_index() == 0
         self._steps = steps
         self._step = start
@@ -55,7 +60,7 @@ class Metrics:
         if self._first:
             self._path = workdir / FILE
             with _named(self._path):
-                _drop_after(self._path, start)
+                _drop_after(self._path, start, unvalidated)
                 self._file = self._path.open("a", buffering=1)
             with _named(workdir / BOARD):
                 self._board = _Board(workdir / BOARD, start + 1)
@@ -80,12 +85,12 @@ class Metrics:
             raise failed
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar, where there is one."""
+        """Moves the progress bar, where there is one, to the last step that is done."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
 
     def rate(self, step: int) -> float:
-        """Steps per second since the last call."""
+        """Steps per second since the last call; `step` is done."""
         now = time.monotonic()
         rate = (step - self._step) / max(now - self._time, 1e-9)
         self._step, self._time = step, now
@@ -159,7 +164,17 @@ class _Speed(ProgressColumn):
     """Steps per second, once that is known."""
 
     def render(self, task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.1f} steps/s")
+        return Text("" if task.speed is None else f"{task.speed:.3g} steps/s")
+
+
+class _Elapsed(TimeElapsedColumn):
+    def render(self, task) -> Text:
+        return Text.assemble("elapsed ", super().render(task))
+
+
+class _Remaining(TimeRemainingColumn):
+    def render(self, task) -> Text:
+        return Text.assemble("remaining ", super().render(task))
 
 
 @contextlib.contextmanager
@@ -177,9 +192,10 @@ def _bar(start: int, steps: int) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         _Speed(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _Elapsed(),
+        _Remaining(),
         console=Console(stderr=True),
+        speed_estimate_period=SPEED_SECONDS,
     )
     bar.add_task("", total=steps, completed=start)
     bar.start()
@@ -190,13 +206,18 @@ def _is_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`; a line that was cut off is of a later one."""
+def _drop_after(path: Path, step: int, unvalidated: bool) -> None:
+    """Keeps the lines up to `step`, without that of its validation if it is still to
+    be made; a line that was cut off is of a later one."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         with contextlib.suppress(json.JSONDecodeError):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if not line.endswith("\n"):
+                continue
+            row = json.loads(line)
+            at = row["step"], row.get("split")
+            if at[0] <= step and not (unvalidated and at == (step, "validation")):
                 kept.append(line)
     write_atomically(path, "".join(kept))

@@ -112,6 +112,35 @@ def make_schedule(optimizer: Mapping, steps: int) -> Schedule:
     )
 
 
+def settle_warmup(config: Mapping, saved: int | None = None) -> None:
+    """Sets `optimizer.warmup`, where it is negative, to a number of steps.
+
+    A recipe's warmup is written as its negative: -500 are 500 steps, or a tenth of
+    `train.steps` where the run is no longer than the warmup, which is then said. Any
+    other number is the user's and stays.
+
+    Args:
+        config: a run's, which is changed.
+        saved: the warmup that the run began with, which it keeps however many steps it
+            is now to have; None in a new run.
+    """
+    optimizer, steps = config["optimizer"], config["train"]["steps"]
+    recipe = -optimizer["warmup"]
+    if recipe <= 0:
+        return
+    if saved is not None:
+        optimizer["warmup"] = saved
+    elif recipe < steps:
+        optimizer["warmup"] = recipe
+    else:
+        optimizer["warmup"] = max(steps, 0) // 10
+        print(
+            f"warmup: {optimizer['warmup']} steps, a tenth of train.steps = {steps}; "
+            f"the recipe has {recipe}",
+            flush=True,
+        )
+
+
 def _options(pattern: str, given: Mapping) -> dict:
     unknown = sorted(set(given) - set(OPTIONS))
     if unknown:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from configs.common import GROUP_NAMES
 from train import checkpoint, files, metrics
 from train.files import write_atomically
 
@@ -88,6 +89,14 @@ def check_writable(workdir: Path) -> None:
             raise ValueError(f"{path} must be a folder that can be read and written")
 
 
+def saved(workdir: Path, key: str):
+    """What the run in `workdir` that has a checkpoint began with, such as for "seed";
+    None without one."""
+    if not checkpoint.steps(workdir) or not (workdir / CONFIG).exists():
+        return None
+    return _flat(read_config(workdir).to_dict()).get(key)
+
+
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` that of a run of `config`, as it was resolved."""
     if jax.process_index() == 0:
@@ -149,7 +158,11 @@ def print_table(
     """
     named = checkpoint.named_leaves(params)
     sizes = {path: math.prod(leaf.shape) for path, leaf in named}
-    counts = [(name, sum(map(sizes.get, paths))) for name, paths in groups.items()]
+    factors = dict(config.groups)
+    counts = [
+        (group_name(pattern, factors[pattern]), sum(map(sizes.get, paths)))
+        for pattern, paths in groups.items()
+    ]
     flops = (compiled.cost_analysis() or {}).get("flops", math.nan)
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = [
@@ -161,10 +174,21 @@ def print_table(
         ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}"),
         ("mesh", shape),
     ]
-    # Patterns of groups can be long; the numbers stay readable beside them.
-    width = min(max(len(name) for name, _ in rows), 40)
+    # A user's pattern can be long; the numbers stay readable beside it.
+    width = min(max(len(name) for name, _ in rows), 60)
     for name, value in rows:
         print(f"{name:<{width}}  {value}", flush=True)
+
+
+def group_name(pattern: str, factors: Mapping) -> str:
+    """A parameter group in words: what it is, where the configs say so of `pattern`,
+    and how it learns."""
+    lr, wd = factors.get("lr", 1.0), factors.get("wd", 1.0)
+    how = [f"lr x {lr:.3g}"] * (lr not in (0, 1))
+    how += [f"decay x {wd:.3g}" if wd else "no decay"] * (wd != 1)
+    how = "frozen" if lr == 0 else ", ".join(how)
+    name = GROUP_NAMES.get(pattern, f"what matches {pattern}")
+    return f"{name} ({how})" if how else name
 
 
 def read_results(workdir: str | Path) -> dict | None:

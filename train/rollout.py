@@ -28,7 +28,15 @@ from rich.table import Table
 from layers.build import build
 from layers.images import from_bytes, to_bytes
 from layers.video import Video
-from train import checkpoint, data, evaluate, files, tokenize, video_metrics
+from train import (
+    checkpoint,
+    data,
+    evaluate,
+    files,
+    signals,
+    tokenize,
+    video_metrics,
+)
 from train.data.pipeline import Dataset
 from train.data.video import whole_clips
 from train.report import clips as pictures
@@ -199,7 +207,8 @@ def roll(
     with the seed `sample`, the likeliest ones taken with None."""
     clips, predictions = [], []
     count = min(count, dataset.num_examples(split))
-    for part, rows in enumerate(dataset.evaluation(split, min(batch, count))):
+    batches = signals.stoppable(dataset.evaluation(split, min(batch, count)))
+    for part, rows in enumerate(batches):
         real = rows["mask"].any(axis=1)
         whole, actions = whole_clips(rows)
         seen, key = whole[:, :context], None

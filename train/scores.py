@@ -3,20 +3,24 @@
 import jax
 
 from layers.video import Video
-from train import checkpoint, evaluate, record, rollout, sharding, step
+from train import checkpoint, evaluate, record, rollout, sharding, signals, step
 from train.checkpoint import CheckpointError
 
 COMPARED = 64  # rows at most that both modes read at the end of a run
 
 
 def measure(config, parts, split: str, variables) -> dict[str, float] | None:
-    """Means of loss and metrics over `split`; None where there is no such split."""
+    """Means of loss and metrics over `split`; None where there is no such split.
+
+    Raises:
+        Stopped: a signal came.
+    """
     if split not in parts.dataset.sources:
         return None
     size = sharding.evaluation_batch_size(
         config, parts.mesh, parts.dataset.num_examples(split)
     )
-    batches = parts.dataset.evaluation(split, size)
+    batches = signals.stoppable(parts.dataset.evaluation(split, size))
     return step.evaluate(parts.eval_step, variables, batches, parts.mesh)
 
 
@@ -43,7 +47,9 @@ def finish(config, workdir, parts, progress) -> dict:
             results["best"]["test"] = test(best)
         except CheckpointError as error:
             print(f"the best step is not tested: {error}")
+    signals.check()
     results["parallel_vs_recurrent"] = compare(config, parts, variables)
+    signals.check()
     if isinstance(parts.model, Video):
         run = evaluate.Run(config, parts.dataset, parts.model, variables, progress.step)
         results["rollout"] = predict(run, workdir)

@@ -131,9 +131,11 @@ def evaluate(
     Raises:
         ValueError: no example has a target that counts.
     """
-    totals = None
+    totals = before = None
     for batch in batches:
+        jax.block_until_ready(before)  # two batches are on their way, no more
         sums = eval_step(variables, sharding.place(batch, mesh))
+        before = totals
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     if float(jax.device_get(totals["weight"])) == 0:
         raise ValueError(

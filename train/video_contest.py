@@ -26,7 +26,7 @@ def config_of(layer: str, seed: int, steps: int = 0):
         config.train.steps = steps
         config.train.eval_every = min(config.train.eval_every, steps)
         config.train.log_every = min(config.train.log_every, steps // 3)
-        config.optimizer.warmup = min(config.optimizer.warmup, steps // 2)
+        config.optimizer.warmup = min(abs(config.optimizer.warmup), steps // 2)
     return config
 
 

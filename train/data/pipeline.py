@@ -7,19 +7,16 @@ several parts are themselves such a dict.
 
 import dataclasses
 import functools
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
-from absl import flags
+
+from train.data.workers import Workers
 
 SPLITS = ("train", "validation", "test")
 LAYOUTS = ("sequence", "image")
-ORPHAN_POLL_SECONDS = 1.0
+ENDLESS = 2**52  # examples of a training stream
 
 Example = dict[str, np.ndarray | dict[str, np.ndarray]]
 Batch = dict[str, np.ndarray | dict[str, np.ndarray]]
@@ -274,7 +271,10 @@ class Dataset:
         shuffle_seed, augment_seed = map(
             int, np.random.SeedSequence(seed).generate_state(2)
         )
-        stream = grain.MapDataset.source(source).shuffle(shuffle_seed).repeat()
+        # Not for ever: Grain rounds the number of batches as a float, and the next one
+        # above its "for ever" is no length any more.
+        epochs = max(1, ENDLESS // len(source))
+        stream = grain.MapDataset.source(source).shuffle(shuffle_seed).repeat(epochs)
         if self.augment is not None:
             stream = stream.random_map(self.augment, seed=augment_seed)
         if self.finish is not None:
@@ -297,13 +297,19 @@ class TrainIterator(Iterator[Batch]):
         self._batches = None
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._start()
-        batch = next(self._batches)
+        batch = next(self._started())
         self._taken += 1
-        # A worker's arrays lie in shared memory, which fails to free itself where the
-        # interpreter ends before the last batch is dropped: out of it at once.
-        return _by_array(np.array, batch)
+        return batch
+
+    def ready(self, stopped: Callable[[], object]) -> bool:
+        """Waits for the next batch, but no longer once `stopped()` is true: then there
+        may be none yet, and the position has not moved.
+
+        Raises:
+            WorkerError: the process that prepares it has died.
+        """
+        batches = self._started()
+        return not isinstance(batches, Workers) or batches.ready(stopped)
 
     def get_state(self) -> dict[str, int]:
         """The position: the next batch after `set_state(state)` is the next one now."""
@@ -330,21 +336,17 @@ class TrainIterator(Iterator[Batch]):
             self._batches.close()
             self._batches = None
 
-    def _start(self) -> grain.DatasetIterator:
-        # One thread keeps the order and prepares the next batch during a step; Grain's
-        # default of 16 only competes with the computation for the cores.
-        reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        batches = self._stream[self._taken :].to_iter_dataset(reading)
-        if self._workers:
-            # Grain asks absl for its flags when it starts a worker; outside of a
-            # program run by absl (a notebook, a test) nobody has parsed them.
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._workers),
-                worker_init_fn=functools.partial(_end_with_parent, os.getpid()),
-            )
-        return iter(batches)
+    def _started(self) -> Iterator[Batch]:
+        if self._batches is None:
+            if self._workers:
+                self._batches = Workers(self._stream, self._taken, self._workers)
+            else:
+                # One thread keeps the order and prepares the next batch during a step;
+                # Grain's default of 16 only competes with it for the cores.
+                reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+                rest = self._stream[self._taken :]
+                self._batches = iter(rest.to_iter_dataset(reading))
+        return self._batches
 
 
 class Evaluation:
@@ -382,23 +384,3 @@ def _by_array(f: Callable, *examples: Example) -> Example:
         for name in examples[0]
         for values in [[example[name] for example in examples]]
     }
-
-
-def _end_with_parent(parent: int, index: int, count: int) -> None:
-    """Arms this worker process (number `index` of `count`) to end when `parent` has.
-
-    Grain's workers wait for room in their queue for ever, also when nobody reads it any
-    more. A parent-death signal is no remedy: it is bound to the thread that started the
-    worker, and Grain starts workers in threads that end before their process does.
-    """
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(ORPHAN_POLL_SECONDS)
-        os._exit(1)
-
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group; the run saves, and needs
-    # its batches for that.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True, name=f"orphan-{index}/{count}").start()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm.sequence import Sequence
+from train import signals
 from train.evaluate import Run
 from train.losses import IGNORED
 from train.report import figures
@@ -46,7 +47,7 @@ def answer(run: Run) -> Answers:
     size = min(options.eval_batch_size or options.batch_size, total)
     compiled = _compiled(run.model, spec)
     kept, tokens = [], 0
-    for batch in run.dataset.evaluation(split, size):
+    for batch in signals.stoppable(run.dataset.evaluation(split, size)):
         outputs, confidence = jax.device_get(compiled(run.variables, dict(batch)))
         found = {k: batch[k] for k in ("inputs", "targets", "mask")}
         found |= {"outputs": outputs, "confidence": confidence}

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from layers.model import Model
 from layers.video import Video
-from train import checkpoint, evaluate, files, record, rollout
+from train import checkpoint, evaluate, files, record, rollout, signals
 from train.report import answers, clips, figures, probe, workdir
 from train.report.markup import (
     code,
@@ -82,10 +82,12 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     if len(paths) < 2:
         raise ValueError(f"--compare must name two runs or more, got {len(paths)}")
     out = _writable(Path(out))
+    paths = signals.stoppable(paths)
     runs = _labelled([workdir.read(path) for path in paths])
     header = ("run", "layer", "steps", "validation, last", "test, last", "best step")
     header += ("test, best", "parallel vs recurrent", "parameters", "training steps")
-    rows = [(label, *_cells(told)) for label, told in runs.items()]
+    shown = signals.stoppable(runs.items())
+    rows = [(label, *_cells(told)) for label, told in shown]
     names = " or ".join(sorted({told.score[1] for told in runs.values()}))
     said = (
         f"Scores: {names}. The best step is that on validation; an unfinished run has "

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import checkpoint, state
+from train import checkpoint, signals, state
 from train.evaluate import Run
 
 # What bounds the time of a report, whatever the model and the data.
@@ -83,7 +83,7 @@ def blocks(model, stages: dict[str, dict], length: int) -> list[Block]:
     stack = model.stack()
     compiled = [_probe(make().mixer(), length) for make in stack.pattern]
     found = []
-    for number in range(stack.depth):
+    for number in signals.stoppable(range(stack.depth)):
         repeat, kind = divmod(number, len(stack.pattern))
         layer, features, lags, respond = compiled[kind]
         responses = {

@@ -1,0 +1,77 @@
+"""How far the loop is ahead of the device, and when several processes stop."""
+
+import collections
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+SLOW = 1.0  # seconds of a step from which on the next one waits for it
+
+
+class Pace:
+    """The steps that are computed or wait to be: two at most.
+
+    What a signal has to wait for is then never more, and what is shown as done is
+    done. Steps of a second and more wait for one another, which they do not notice.
+
+    Several processes must compute the same steps. With every step each of them tells
+    the others whether it was asked to stop, and looks at the sum once that step is
+    done: all see the same one before the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._several = jax.process_count() > 1
+        self._steps = collections.deque()
+        self._slow = False
+        self._ended = time.monotonic()
+        self._agreed = False
+
+    def __len__(self) -> int:
+        """How many steps were begun and are not known to be done."""
+        return len(self._steps)
+
+    def begun(self, measured: jax.Array, asked: bool) -> None:
+        """Takes note of a step.
+
+        Args:
+            measured: one of its results.
+            asked: whether this process is to stop.
+        """
+        self._steps.append((measured, self._sum(asked) if self._several else None))
+
+    def wait(self) -> None:
+        """Returns when another step may be begun."""
+        self._wait(0 if self._slow and not self._several else 1)
+
+    def drain(self) -> None:
+        """Returns when all steps are done."""
+        self._wait(0)
+
+    def agreed(self) -> bool:
+        """Whether one of several processes was asked to stop in a step that is done."""
+        return self._agreed
+
+    def _wait(self, most: int) -> None:
+        while len(self._steps) > most:
+            measured, asked = self._steps.popleft()
+            jax.block_until_ready(measured)
+            now = time.monotonic()
+            self._slow, self._ended = now - self._ended > SLOW, now
+            if asked is not None:
+                self._agreed |= bool(asked)
+
+    def _sum(self, asked: bool) -> jax.Array:
+        """How many devices belong to a process that was asked to stop."""
+        devices = self._mesh.devices.size
+        every = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        mine = np.full(devices, asked, np.int32)
+        flags = jax.make_array_from_callback((devices,), every, lambda at: mine[at])
+        return _total(flags, NamedSharding(self._mesh, PartitionSpec()))
+
+
+def _total(flags: jax.Array, place: NamedSharding) -> jax.Array:
+    return jax.jit(jnp.sum, out_shardings=place)(flags)
