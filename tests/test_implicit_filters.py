@@ -60,7 +60,9 @@ def test_power_decay(dtype):
     k, exponent = jnp.ones((2, 1000), dtype), jnp.array([0.5, 1.5], dtype)
     found = implicit_filters.power_decay(k, exponent)
     lags = np.arange(1, 1001.0)
-    assert_close(found.astype(jnp.float32), [lags**-0.5, lags**-1.5], dtype=dtype)
+    assert_close(
+        found.astype(jnp.float32), np.stack([lags**-0.5, lags**-1.5]), dtype=dtype
+    )
 
 
 def test_free_filters_that_fade():
