@@ -1,5 +1,7 @@
 """Parts that two or more layers share."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,14 @@ from ssm import sequence as seq
 
 
 def logical(init, *axes):
-    """`init` whose parameter carries the logical axis names `axes` (for sharding)."""
-    return nn.with_logical_partitioning(init, axes)
+    """`init` whose parameter carries the logical axis names `axes` (for sharding) and
+    is float32 unless it is asked for in another dtype: JAX's own initialisers would
+    follow `jax_enable_x64` to float64."""
+
+    def in_float32(key, shape, dtype=jnp.float32):
+        return init(key, shape, dtype=dtype)
+
+    return nn.with_logical_partitioning(in_float32, axes)
 
 
 def constant(value):
@@ -34,7 +42,7 @@ def complex_normal(std=1.0):
     """[..., 2] real pairs of a complex normal with E|z|^2 = std^2."""
 
     def init(key, shape, dtype=jnp.float32):
-        return jax.random.normal(key, shape, dtype) * (std / np.sqrt(2))
+        return jax.random.normal(key, shape, dtype) * (std / math.sqrt(2))
 
     return init
 

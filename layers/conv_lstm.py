@@ -83,8 +83,7 @@ class ConvLSTM(nn.Module):
     def init_state(self, batch_size):
         """Zeros."""
         shape = (batch_size, *self.size, self.features)
-        zeros = jnp.zeros(shape, wide(self.dtype))
-        return ConvLSTMState(zeros, zeros)
+        return ConvLSTMState(*(jnp.zeros(shape, wide(self.dtype)) for _ in range(2)))
 
 
 def _where(flags, a, b):

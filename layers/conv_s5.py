@@ -199,7 +199,9 @@ def _b_init(V_inv):
     def init(key, shape, dtype=jnp.float32):
         *patch, P, _ = shape
         fan_in = math.prod(patch)
-        sample = nn.initializers.he_normal(-1, -2)(key, (V_inv.shape[1], fan_in))
+        sample = nn.initializers.he_normal(-1, -2)(
+            key, (V_inv.shape[1], fan_in), dtype
+        )
         rotated = jnp.asarray(V_inv, jnp.complex64) @ sample
         return stability.to_pair(rotated.T.reshape(*patch, P)).astype(dtype)
 
@@ -215,7 +217,7 @@ def _c_init(V):
         he = nn.initializers.variance_scaling(
             2 / k**2, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2
         )
-        rotated = he(key, (k * k * U, V.shape[0])) @ jnp.asarray(V, jnp.complex64)
+        rotated = he(key, (k * k * U, V.shape[0]), dtype) @ jnp.asarray(V, jnp.complex64)
         rotated = rotated.reshape(k, k, U, P).swapaxes(2, 3)
         return stability.to_pair(rotated).astype(dtype)
 

@@ -66,15 +66,30 @@ class LRU(nn.Module):
         nu_log = self.param(
             "nu_log",
             logical(
-                lambda key: spectra.lru_nu(key, P, self.r_min, self.r_max), "state"
+                lambda key, shape, dtype: spectra.lru_nu(
+                    key, *shape, self.r_min, self.r_max, dtype
+                ),
+                "state",
             ),
+            (P,),
         )
         theta_log = self.param(
             "theta_log",
-            logical(lambda key: spectra.lru_theta(key, P, self.max_phase), "state"),
+            logical(
+                lambda key, shape, dtype: spectra.lru_theta(
+                    key, *shape, self.max_phase, dtype
+                ),
+                "state",
+            ),
+            (P,),
         )
         gamma_log = self.param(
-            "gamma_log", logical(lambda key: spectra.lru_gamma(nu_log), "state")
+            "gamma_log",
+            logical(
+                lambda key, shape, dtype: spectra.lru_gamma(nu_log).astype(dtype),
+                "state",
+            ),
+            (P,),
         )
         normal = nn.initializers.normal
         B = self.param(

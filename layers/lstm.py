@@ -83,5 +83,5 @@ class LSTM(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros."""
-        zeros = jnp.zeros((batch_size, self.features), wide(self.dtype))
-        return LSTMState(zeros, zeros)
+        shape = batch_size, self.features
+        return LSTMState(*(jnp.zeros(shape, wide(self.dtype)) for _ in range(2)))

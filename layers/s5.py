@@ -140,7 +140,9 @@ def _b_init(V_inv):
     """B = V^-1 times a real LeCun-normal sample [N, H] (fan-in N, as published)."""
 
     def init(key, shape, dtype=jnp.float32):
-        sample = nn.initializers.lecun_normal()(key, (V_inv.shape[1], shape[1]))
+        sample = nn.initializers.lecun_normal()(
+            key, (V_inv.shape[1], shape[1]), dtype
+        )
         rotated = jnp.asarray(V_inv, jnp.complex64) @ sample
         return stability.to_pair(rotated).astype(dtype)
 
@@ -159,7 +161,7 @@ def _c_init(name, V):
     def init(key, shape, dtype=jnp.float32):
         directions, H, _, _ = shape
         if name == "complex_normal":
-            return jax.random.normal(key, shape, dtype) * np.sqrt(0.5)
+            return jax.random.normal(key, shape, dtype) * 0.5**0.5
         std = {"trunc_standard_normal": N**-0.5, "lecun_normal": (N * H) ** -0.5}[name]
         # 0.8796 is the standard deviation of a unit normal truncated to [-2, 2].
         draw = jax.random.truncated_normal(key, -2.0, 2.0, (directions, H, N, 2), dtype)
