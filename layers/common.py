@@ -1,5 +1,8 @@
 """Parts that two or more layers share."""
 
+import functools
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,14 @@ from ssm import sequence as seq
 
 
 def logical(init, *axes):
-    """`init` whose parameter carries the logical axis names `axes` (for sharding)."""
-    return nn.with_logical_partitioning(init, axes)
+    """`init` whose parameter carries the logical axis names `axes` (for sharding) and
+    is float32 unless it is asked for in another dtype: JAX's own initialisers would
+    follow `jax_enable_x64` to float64."""
+
+    def in_float32(key, shape, dtype=jnp.float32):
+        return init(key, shape, dtype=dtype)
+
+    return nn.with_logical_partitioning(in_float32, axes)
 
 
 def constant(value):
@@ -34,7 +43,7 @@ def complex_normal(std=1.0):
     """[..., 2] real pairs of a complex normal with E|z|^2 = std^2."""
 
     def init(key, shape, dtype=jnp.float32):
-        return jax.random.normal(key, shape, dtype) * (std / np.sqrt(2))
+        return jax.random.normal(key, shape, dtype) * (std / math.sqrt(2))
 
     return init
 
@@ -66,6 +75,27 @@ def dense(
 def linear(features, name, dtype, axes=("embed", "mlp")):
     """A projection without bias, as the families of gated mixers use them."""
     return dense(features, name, dtype, axes, bias_init=None)
+
+
+def also_empty(call):
+    """The call of a mixer, which now also answers a batch of no rows [0, L, ...], with
+    outputs and a state of no rows. Operations refuse an empty axis, so that a row of
+    zeros is computed in its place and dropped."""
+
+    def row(leaf):
+        shape = getattr(leaf, "shape", ())
+        return jnp.zeros((1, *shape[1:]), leaf.dtype) if shape[:1] == (0,) else leaf
+
+    @functools.wraps(call)
+    def answer(self, x, state=None, sequence=None, train=False):
+        if getattr(x, "shape", ())[:1] != (0,):
+            return call(self, x, state, sequence, train)
+        x, state, sequence = jax.tree.map(row, (x, state, sequence))
+        return jax.tree.map(
+            lambda leaf: leaf[:0], call(self, x, state, sequence, train)
+        )
+
+    return answer
 
 
 CONSTANTS = "constants"  # the collection of what `prepare` computes

@@ -7,8 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
 from layers import images
-from layers.common import at_least_one, begin_frames, logical, wide
+from layers.common import (
+    also_empty,
+    at_least_one,
+    begin_frames,
+    logical,
+    wide,
+)
 from ssm import conv_ssm
 from ssm import sequence as seq
 
@@ -44,6 +51,7 @@ class ConvLSTM(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, h, w, U] -> y of that shape, `ConvLSTMState`. `ValueError` for a
         wrong shape or a dt."""
@@ -73,6 +81,7 @@ class ConvLSTM(nn.Module):
             return new, new.h
 
         frames = (gates, sequence.mask, sequence.reset)
+        state = varying.like(state, frames, R)
         state, y = jax.lax.scan(
             step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), frames)
         )
@@ -83,8 +92,7 @@ class ConvLSTM(nn.Module):
     def init_state(self, batch_size):
         """Zeros."""
         shape = (batch_size, *self.size, self.features)
-        zeros = jnp.zeros(shape, wide(self.dtype))
-        return ConvLSTMState(zeros, zeros)
+        return ConvLSTMState(*(jnp.zeros(shape, wide(self.dtype)) for _ in range(2)))
 
 
 def _where(flags, a, b):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import begin, logical, wide, wide_complex
+from layers.common import also_empty, begin, logical, wide, wide_complex
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -31,6 +31,7 @@ class LRU(nn.Module):
     max_phase: float = 2 * np.pi
     dtype: jnp.dtype = jnp.float32
 
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex. `ValueError` for a wrong
         shape."""
@@ -66,15 +67,30 @@ class LRU(nn.Module):
         nu_log = self.param(
             "nu_log",
             logical(
-                lambda key: spectra.lru_nu(key, P, self.r_min, self.r_max), "state"
+                lambda key, shape, dtype: spectra.lru_nu(
+                    key, *shape, self.r_min, self.r_max, dtype
+                ),
+                "state",
             ),
+            (P,),
         )
         theta_log = self.param(
             "theta_log",
-            logical(lambda key: spectra.lru_theta(key, P, self.max_phase), "state"),
+            logical(
+                lambda key, shape, dtype: spectra.lru_theta(
+                    key, *shape, self.max_phase, dtype
+                ),
+                "state",
+            ),
+            (P,),
         )
         gamma_log = self.param(
-            "gamma_log", logical(lambda key: spectra.lru_gamma(nu_log), "state")
+            "gamma_log",
+            logical(
+                lambda key, shape, dtype: spectra.lru_gamma(nu_log).astype(dtype),
+                "state",
+            ),
+            (P,),
         )
         normal = nn.initializers.normal
         B = self.param(

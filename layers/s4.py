@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels import fft_conv, segments
 from layers.common import (
+    also_empty,
     begin,
     complex_normal,
     constant,
@@ -32,6 +33,11 @@ class S4(nn.Module):
     a state one O(n R) step; see `prepare` in `layers.common` for decoding. The solve is
     as exact as 1 - exp(length dt lam) is far from 0: where lam is nearly 0 (the mean of
     the measure `fout`), some digits are lost.
+
+    B starts as HiPPO's input vector in the eigenbasis of the normal part, unaltered.
+    The first public code clipped its parts to [-2, 2], for stability in training it
+    said; the equations do not, and where an entry is larger, as with `legs` from N = 8
+    on, the filters at the start differ from that code's.
 
     Attributes:
         features: H.
@@ -61,6 +67,7 @@ class S4(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 

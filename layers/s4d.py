@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels import fft_conv
 from layers.common import (
+    also_empty,
     begin,
     complex_normal,
     constant,
@@ -54,6 +55,7 @@ class S4D(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 

@@ -1,11 +1,15 @@
 """Long filters from few numbers, and what shapes those that are given tap by tap.
 
-A filter is [..., K], lag 0 first. Tables are NumPy float64, to be cast once.
+A filter is [..., K], lag 0 first. What depends on the lag alone is made by the program
+that uses it, from tables of a few hundred lags: a table of all of them would be a
+constant in every program, of gigabytes for a million lags.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kernels import pairs
 
 # The standard deviation of the first taps of a free filter, by how it starts.
 SCALES = {"random": 0.002, "double_exp": 0.02}
@@ -20,7 +24,8 @@ def free(key, shape, dtype=jnp.float32, *, start="random"):
         return taps
     H, K = shape[-2:]
     rate = (H / 2) ** (np.arange(H) / H)
-    return taps * jnp.asarray(np.exp(-rate[:, None] * np.arange(K) / K), dtype)
+    (fading,) = _exponentials(-rate / K, K, dtype)
+    return taps * fading
 
 
 def squash(k, threshold):
@@ -107,30 +112,63 @@ def _weighed(w, multiplier, factors):
 
 def power_decay(k, exponent):
     """k[h, j] (j + 1)^-exponent[h]; k [..., H, K], exponent [H]."""
-    log_lag = jnp.asarray(np.log1p(np.arange(k.shape[-1])), k.dtype)
+    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    log_lag = jnp.log1p(jnp.arange(k.shape[-1], dtype=dtype)).astype(k.dtype)
     return k * jnp.exp(-exponent[:, None] * log_lag)
 
 
-def positions(length, bands):
+def positions(length, bands, dtype=float):
     """What an implicit filter knows of lag j, [length, 1 + 2 bands]:
 
         t = j / (length - 1), and Re, Im exp(-2 pi i f j / length)
 
-    for `bands` frequencies f from 1e-4 to bands - 1. Source:
-    https://arxiv.org/abs/2302.10866.
+    for `bands` frequencies f from 1e-4 to bands - 1. The error is a few roundings in
+    `dtype`, whatever the length. Source: https://arxiv.org/abs/2302.10866.
     """
     f = np.linspace(1e-4, bands - 1, bands)
-    waves = np.exp(-2j * np.pi / length * np.outer(np.arange(length), f))
-    return np.concatenate([_time(length)[:, None], waves.real, waves.imag], -1)
+    waves = _exponentials(-2j * np.pi / length * f, length, dtype)
+    t = jnp.arange(length, dtype=dtype) / max(1, length - 1)
+    return jnp.concatenate([t[None], *waves]).T
 
 
-def exponential_window(length, features, fast, slow, target, shift):
+def exponential_window(length, features, fast, slow, target, shift, dtype=float):
     """exp(-t |delta|) + shift [features, length], t from 0 to 1: without the shift it
     falls to `target` at t = slow in the first feature and at t = fast in the last, with
-    delta evenly spaced between. Source: https://arxiv.org/abs/2302.10866."""
+    delta evenly spaced between. The error is a few roundings in `dtype`, however far
+    the window falls. Source: https://arxiv.org/abs/2302.10866."""
     delta = np.log(target) * np.linspace(1 / slow, 1 / fast, features)
-    return np.exp(-np.abs(delta)[:, None] * _time(length)) + shift
+    (window,) = _exponentials(-np.abs(delta) / max(1, length - 1), length, dtype)
+    return window + shift
 
 
-def _time(length):
-    return np.linspace(0.0, 1.0, length)
+DIGIT = 128  # lags in one table
+
+
+def _exponentials(rate, length, dtype):
+    """exp(j rate), j < length: [*S, length] from rates [*S] of NumPy, a pair if they
+    are complex, else (re,).
+
+    The product over the digits of j to base DIGIT, of tables that float64 made: an
+    exponent made in float32 would be rounded as much as it is large. The barrier keeps
+    the compiler from multiplying the tables out.
+    """
+    table, stride = None, 1
+    while table is None or stride < length:
+        count = min(DIGIT, -(-length // stride))
+        factor = np.exp(np.multiply.outer(rate, stride * np.arange(count)))
+        parts = (factor.real, factor.imag) if np.iscomplexobj(rate) else (factor,)
+        parts = tuple(jnp.asarray(part, dtype) for part in parts)
+        parts = jax.lax.optimization_barrier(parts)
+        table = parts if table is None else _outer(parts, table)
+        stride *= count
+    return tuple(part[..., :length] for part in table)
+
+
+def _outer(high, low):
+    """Pairs [*S, n] and [*S, m] -> [*S, n m]."""
+    product = pairs.mul(
+        tuple(part[..., None] for part in high),
+        tuple(part[..., None, :] for part in low),
+    )
+    shape = (*low[0].shape[:-1], -1)
+    return tuple(part.reshape(shape) for part in product)

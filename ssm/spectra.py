@@ -82,22 +82,22 @@ def s5_blocks(state_size, blocks):
 TINY = 1e-7  # keeps the logarithms below finite at the ends of their intervals
 
 
-def lru_nu(key, P, r_min=0.0, r_max=1.0):
+def lru_nu(key, P, r_min=0.0, r_max=1.0, dtype=jnp.float32):
     """LRU: nu_log [P] with |lam| = exp(-exp(nu_log)) and |lam|^2 uniform in
     [r_min^2, r_max^2]. Source: https://arxiv.org/abs/2303.06349."""
     if not 0 <= r_min < r_max <= 1:
         raise ValueError(
             f"r_min, r_max: need 0 <= r_min < r_max <= 1, got {r_min}, {r_max}"
         )
-    square = jax.random.uniform(key, (P,), minval=TINY, maxval=1 - TINY)
+    square = jax.random.uniform(key, (P,), dtype, TINY, 1 - TINY)
     return jnp.log(-0.5 * jnp.log(square * (r_max**2 - r_min**2) + r_min**2))
 
 
-def lru_theta(key, P, max_phase=2 * np.pi):
+def lru_theta(key, P, max_phase=2 * np.pi, dtype=jnp.float32):
     """LRU: theta_log [P] with the phase exp(theta_log) uniform in [0, max_phase]."""
     if not 0 < max_phase <= 2 * np.pi:
         raise ValueError(f"max_phase: must be in (0, 2 pi], got {max_phase}")
-    return jnp.log(max_phase * jax.random.uniform(key, (P,), minval=TINY))
+    return jnp.log(max_phase * jax.random.uniform(key, (P,), dtype, TINY))
 
 
 def lru_gamma(nu_log):
@@ -106,22 +106,22 @@ def lru_gamma(nu_log):
     return 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu_log)))
 
 
-def log_dt(key, shape, dt_min=1e-3, dt_max=1e-1):
+def log_dt(key, shape, dt_min=1e-3, dt_max=1e-1, dtype=jnp.float32):
     """log dt, log-uniform in [dt_min, dt_max]: a memory of about 1/dt tokens, so take
     dt_min near 1 / (longest scale) and dt_max near 1 / (shortest)."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(
             f"dt_min, dt_max: need 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
         )
-    return jax.random.uniform(key, shape, minval=np.log(dt_min), maxval=np.log(dt_max))
+    return jax.random.uniform(key, shape, dtype, np.log(dt_min), np.log(dt_max))
 
 
 def softplus_dt(key, shape, dtype=jnp.float32, *, dt_min=1e-3, dt_max=1e-1, floor=1e-4):
     """b with softplus(b) log-uniform in [dt_min, dt_max] and not below `floor`: the
     bias of a step that depends on the input (Mamba)."""
-    dt = jnp.exp(log_dt(key, shape, dt_min, dt_max))
+    dt = jnp.exp(log_dt(key, shape, dt_min, dt_max, dtype))
     dt = jnp.maximum(dt, floor)
-    return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+    return dt + jnp.log(-jnp.expm1(-dt))
 
 
 def griffin_ring(key, shape, dtype=jnp.float32, *, a_min=0.9, a_max=0.999):
@@ -131,6 +131,6 @@ def griffin_ring(key, shape, dtype=jnp.float32, *, a_min=0.9, a_max=0.999):
         raise ValueError(
             f"a_min, a_max: need 0 < a_min < a_max < 1, got {a_min}, {a_max}"
         )
-    square = jax.random.uniform(key, shape, minval=a_min**2, maxval=a_max**2)
+    square = jax.random.uniform(key, shape, dtype, a_min**2, a_max**2)
     rate = -0.5 * jnp.log(square)
-    return jnp.log(jnp.expm1(rate)).astype(dtype)
+    return jnp.log(jnp.expm1(rate))
