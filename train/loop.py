@@ -63,7 +63,7 @@ def run(
     """
     workdir = Path(workdir).absolute()
     dataset = data.load(config.data)
-    config = resolve(config, dataset.spec)
+    config = record.continued(workdir, resolve(config, dataset.spec))
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
