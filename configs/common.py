@@ -209,7 +209,9 @@ def base() -> ConfigDict:
                 prenorm=True,
                 gate="",  # none, glu, gelu, full_glu, half_glu1, half_glu2;
                 mlp=-1.0,  # width of a gated MLP per feature, 0: none;
-                # "" and -1: as the layer's family has it, see layers.build.BLOCKS
+                gelu="",  # the form in the gate: erf, tanh
+                norm_epsilon=-1.0,  # added to a variance; 0: Flax's of the norm;
+                # "" and -1: as the layer's family has it, see layers.build.PLACEMENTS
                 dropout=0.0,
                 tie_dropout=True,
                 dtype="float32",

@@ -1,5 +1,6 @@
 """Residual block around a mixer: norm, mixer, gate, dropout, residual."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -9,70 +10,82 @@ from layers.common import dense, linear
 from layers.recorder import record
 from ssm.sequence import Sequence
 
+# Published models differ in the form: exact, x Phi(x), or by a tanh. The two are up to
+# 5e-4 apart.
+GELUS = {
+    "tanh": functools.partial(nn.gelu, approximate=True),
+    "erf": functools.partial(nn.gelu, approximate=False),
+}
 
-def none(y, features, drop, dtype):
+
+def none(y, features, drop, dtype, gelu):
     """drop(y), for mixers that have their own gate (Mamba)."""
     return drop(y)
 
 
-def gelu(y, features, drop, dtype):
+def only_gelu(y, features, drop, dtype, gelu):
     """drop(gelu(y)) (S5)."""
-    return drop(nn.gelu(y))
+    return drop(gelu(y))
 
 
-def glu(y, features, drop, dtype):
+def glu(y, features, drop, dtype, gelu):
     """W1 g * sigmoid(W2 g), g = drop(gelu(y)) (S4; S5 calls it full_glu)."""
-    out = dense(2 * features, "gate", dtype)(drop(nn.gelu(y)))
+    out = dense(2 * features, "gate", dtype)(drop(gelu(y)))
     value, gate = jnp.split(out, 2, axis=-1)
     return drop(value * nn.sigmoid(gate))
 
 
-def half_glu1(y, features, drop, dtype):
+def half_glu1(y, features, drop, dtype, gelu):
     """drop(g * sigmoid(W g)), g = drop(gelu(y)) (S5)."""
-    g = drop(nn.gelu(y))
+    g = drop(gelu(y))
     return drop(g * nn.sigmoid(dense(features, "gate", dtype)(g)))
 
 
-def half_glu2(y, features, drop, dtype):
+def half_glu2(y, features, drop, dtype, gelu):
     """drop(y * sigmoid(W g)), g = drop(gelu(y)) (S5)."""
-    g = drop(nn.gelu(y))
+    g = drop(gelu(y))
     return drop(y * nn.sigmoid(dense(features, "gate", dtype)(g)))
 
 
 GATES = {
     "none": none,
-    "gelu": gelu,
+    "gelu": only_gelu,
     "glu": glu,
     "full_glu": glu,
     "half_glu1": half_glu1,
     "half_glu2": half_glu2,
 }
 
-NORMS = ("layer", "batch", "rms")
+# What is added to the variance where nothing else is said: Flax's values.
+NORMS = {"layer": 1e-6, "batch": 1e-5, "rms": 1e-6}
 
 
 class Norm(nn.Module):
     """Layer, root-mean-square or batch normalisation over the last axis.
 
     Batch statistics are taken over existing tokens only, so padding changes nothing.
+    `epsilon` is added to the variance; 0 is the value of the kind in `NORMS`.
     """
 
     kind: str
     dtype: jnp.dtype = jnp.float32
     momentum: float = 0.95
+    epsilon: float = 0.0
 
     @nn.compact
     def __call__(self, x, mask=None, train=False):
         """x [B, L, ..., H], mask [B, L] or None -> the shape of x."""
+        epsilon = self.epsilon or NORMS[self.kind]
         if self.kind == "layer":
-            return nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+            return nn.LayerNorm(epsilon, dtype=self.dtype, name="norm")(x)
         if self.kind == "rms":
-            return nn.RMSNorm(dtype=self.dtype, name="norm")(x)
+            return nn.RMSNorm(epsilon, dtype=self.dtype, name="norm")(x)
         if mask is not None:
             mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
         return nn.BatchNorm(
             use_running_average=not train,
             momentum=self.momentum,
+            epsilon=epsilon,
             dtype=self.dtype,
             name="norm",
         )(x, mask=mask)
@@ -107,12 +120,13 @@ class Block(nn.Module):
         mixer: makes the mixer, any layer of the contract `x, state, sequence, train`.
         features: H.
         norm: one of `NORMS`; prenorm: before the mixer, else after the residual.
-        gate: a key of `GATES`.
+        gate: a key of `GATES`; gelu: a key of `GELUS`, the form in the gate.
         mlp: hidden width of the MLP; 0 for none.
         dropout: rate; tie_dropout: one mask for all tokens of a sequence, or all places
             of a grid.
         dtype: of activations.
         norm_momentum: of the running batch statistics.
+        norm_epsilon: added to the variance; 0 is the norm's own, see `NORMS`.
     """
 
     mixer: Callable[[], nn.Module]
@@ -125,6 +139,8 @@ class Block(nn.Module):
     tie_dropout: bool = True
     dtype: jnp.dtype = jnp.float32
     norm_momentum: float = 0.95
+    gelu: str = "tanh"
+    norm_epsilon: float = 0.0
 
     @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
@@ -143,7 +159,8 @@ class Block(nn.Module):
 
         norm = self._norm("norm")
         y, state = self.mixer(name="mixer")(before(norm, x), state, sequence, train)
-        y = GATES[self.gate](y, self.features, drop, self.dtype)
+        gate = GATES[self.gate]
+        y = gate(y, self.features, drop, self.dtype, GELUS[self.gelu])
         x = after(norm, x + y)
         if self.mlp:
             norm = self._norm("mlp_norm")
@@ -154,7 +171,9 @@ class Block(nn.Module):
 
     @nn.nowrap
     def _norm(self, name):
-        return Norm(self.norm, self.dtype, self.norm_momentum, name=name)
+        return Norm(
+            self.norm, self.dtype, self.norm_momentum, self.norm_epsilon, name=name
+        )
 
     @nn.nowrap
     def init_state(self, batch_size):

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import importlib
+from typing import NamedTuple
 
 import flax.linen as nn
 
 from layers import grid, precision
 from layers.attention import Attention
-from layers.block import GATES, NORMS, Block
+from layers.block import GATES, GELUS, NORMS, Block
 from layers.conv_lstm import ConvLSTM
 from layers.conv_s5 import ConvS5
 from layers.delta_net import DeltaNet
@@ -69,27 +70,50 @@ FRAME_LAYERS = {
     "full_frame_attention": FullFrameAttention,
 }
 
-# How a mixer is placed in its block: the gate behind it, and the hidden width of an MLP
-# per feature, as in its paper. Every MLP is gated here, where RetNet, H3 and Hyena have
-# plain ones. What is not here, a user's layer too, is placed as S4 is.
-BLOCKS = {
-    "mamba": ("none", 0.0),
-    "mamba2": ("none", 0.0),
-    "rg_lru": ("none", 3.0),
-    "retention": ("none", 2.0),
-    "lightning": ("none", 2.0),
-    "gla": ("none", 8 / 3),
-    "delta_net": ("none", 8 / 3),
-    "gated_delta_net": ("none", 8 / 3),
-    "h3": ("none", 4.0),
-    "hyena": ("none", 4.0),
-    "attention": ("none", 8 / 3),
-    "conv_s5": ("none", 0.0),
-    "conv_lstm": ("none", 0.0),
-    "frame_attention": ("none", 8 / 3),
-    "full_frame_attention": ("none", 8 / 3),
+
+class Placement(NamedTuple):
+    """How a mixer is placed in its block, as in its paper and its public code.
+
+    Attributes:
+        gate: behind it, a key of `layers.block.GATES`.
+        mlp: hidden width of a gated MLP per feature; 0 for none.
+        gelu: the form in the gate, a key of `layers.block.GELUS`.
+        norm_epsilon: of the block's norms; 0 for the norm's own value.
+    """
+
+    gate: str
+    mlp: float
+    gelu: str = "tanh"
+    norm_epsilon: float = 0.0
+
+
+# Every MLP is gated here, where RetNet, H3 and Hyena have plain ones.
+S4_BLOCK = Placement("glu", 0.0, "erf", 1e-5)
+PLACEMENTS = {
+    "s4": S4_BLOCK,
+    "s4d": S4_BLOCK,
+    "dss": S4_BLOCK,
+    "long_conv": S4_BLOCK,
+    "sg_conv": S4_BLOCK,
+    "flash_butterfly": Placement("glu", 0.0, norm_epsilon=1e-5),
+    "mamba": Placement("none", 0.0, norm_epsilon=1e-5),
+    "mamba2": Placement("none", 0.0, norm_epsilon=1e-5),
+    "rg_lru": Placement("none", 3.0),
+    "retention": Placement("none", 2.0),
+    "lightning": Placement("none", 2.0),
+    "gla": Placement("none", 8 / 3),
+    "delta_net": Placement("none", 8 / 3),
+    "gated_delta_net": Placement("none", 8 / 3),
+    "h3": Placement("none", 4.0, norm_epsilon=1e-5),
+    "hyena": Placement("none", 4.0, norm_epsilon=1e-5),
+    "attention": Placement("none", 8 / 3),
+    "conv_s5": Placement("none", 0.0),
+    "conv_lstm": Placement("none", 0.0),
+    "frame_attention": Placement("none", 8 / 3),
+    "full_frame_attention": Placement("none", 8 / 3),
 }
-S4_BLOCK = ("glu", 0.0)
+# Of what is not there, a user's layer too.
+DEFAULT_PLACEMENT = Placement("glu", 0.0)
 
 
 def get(name):
@@ -122,9 +146,10 @@ def build(config) -> Model | Video | VQ:
     """A `Model` from a mapping such as `configs.common.base().model`.
 
     `layer` is a name or a sequence of names, the pattern that `depth` blocks repeat;
-    `layer_args` holds fields of the layer (for a pattern: of each, by name). Gate ""
-    and mlp -1 are those of the layer's family, see `BLOCKS`. Raises `ValueError` naming
-    the key, what it was and what it may be.
+    `layer_args` holds fields of the layer (for a pattern: of each, by name). Gate "",
+    mlp -1, gelu "" and norm_epsilon -1 are those of the layer's family, see
+    `PLACEMENTS`; norm_epsilon 0 is the norm's own. Raises `ValueError` naming the key,
+    what it was and what it must be.
 
     `grid`, a key of `layers.grid.SCHEMES`, goes with the encoder "grid" and makes every
     layer a `Grid`; `patch` is the encoder's.
@@ -141,6 +166,12 @@ def build(config) -> Model | Video | VQ:
     _one_of("head", config["head"], HEADS)
     _one_of("norm", config["norm"], NORMS)
     _one_of("gate", config["gate"], ("", *GATES))
+    _one_of("gelu", config["gelu"], ("", *GELUS))
+    if not (config["norm_epsilon"] == -1 or 0 <= config["norm_epsilon"] < 1):
+        raise ValueError(
+            "norm_epsilon: must lie in [0, 1), or be -1 for that of the layer's "
+            f"family, got {config['norm_epsilon']}"
+        )
     for key in ("features", "depth", "outputs"):
         if config[key] < 1:
             raise ValueError(f"{key}: must be at least 1, got {config[key]}")
@@ -154,6 +185,7 @@ def build(config) -> Model | Video | VQ:
     dtype = precision.get(config["dtype"]).compute
     names, args = _pattern(config)
     pattern = tuple(_block(name, args.get(name, {}), config, dtype) for name in names)
+    last = pattern[(config["depth"] - 1) % len(pattern)]
     stack = functools.partial(
         Stack, pattern=pattern, depth=config["depth"], remat=config["remat"]
     )
@@ -165,9 +197,10 @@ def build(config) -> Model | Video | VQ:
         outputs=config["outputs"],
         encoder=config["encoder"],
         vocab_size=config["vocab_size"],
-        patch=config.get("patch", 1),
+        patch=config["patch"],
         head=config["head"],
         norm=config["norm"] if config["prenorm"] else "",
+        norm_epsilon=last.keywords["norm_epsilon"],
         dtype=dtype,
     )
 
@@ -190,18 +223,21 @@ def _pattern(config):
 
 def _block(name, args, config, dtype):
     """A factory of the block around one layer of the pattern."""
-    gate, mlp = BLOCKS.get(name, S4_BLOCK)
-    mlp = mlp if config["mlp"] < 0 else config["mlp"]
+    placement = PLACEMENTS.get(name, DEFAULT_PLACEMENT)
+    mlp = placement.mlp if config["mlp"] < 0 else config["mlp"]
+    epsilon = config["norm_epsilon"]
     return functools.partial(
         Block,
         mixer=_mixer(name, args, config, dtype),
         features=config["features"],
         norm=config["norm"],
         prenorm=config["prenorm"],
-        gate=config["gate"] or gate,
+        gate=config["gate"] or placement.gate,
+        gelu=config["gelu"] or placement.gelu,
         mlp=round(mlp * config["features"]),
         dropout=config["dropout"],
         tie_dropout=config["tie_dropout"],
+        norm_epsilon=placement.norm_epsilon if epsilon < 0 else epsilon,
         dtype=dtype,
     )
 
@@ -277,7 +313,7 @@ def _mixer(name, args, config, dtype):
     for capacity in {"length", "context"} & fields:
         given.setdefault(capacity, config["length"])
     mixer = functools.partial(cls, **given)
-    if not config.get("grid"):
+    if not config["grid"]:
         return mixer
     return functools.partial(
         grid.Grid,
@@ -289,8 +325,7 @@ def _mixer(name, args, config, dtype):
 
 
 def _check_grid(config):
-    # Runs from before there were grids have neither key.
-    scheme, encoder = config.get("grid", ""), config["encoder"]
+    scheme, encoder = config["grid"], config["encoder"]
     _one_of("grid", scheme, ("", *grid.SCHEMES))
     if scheme and encoder != "grid":
         raise ValueError(
@@ -301,7 +336,7 @@ def _check_grid(config):
         raise ValueError(
             f"grid: the encoder 'grid' needs one of {sorted(grid.SCHEMES)}, got ''"
         )
-    patch = config.get("patch", 1)
+    patch = config["patch"]
     if patch < 1 or (patch > 1 and not scheme):
         raise ValueError(
             f"patch: must be at least 1, and 1 without a grid, got {patch}"

@@ -98,7 +98,8 @@ class Model(nn.Module):
         head: one of `HEADS`. "mean" and "last" pool over the true length; "token"
             answers at every token; "retrieval" compares two documents, inputs
             [B, 2, L, ...], by [u, v, u - v, u v] of their means.
-        norm: norm before the head ("" for none, where blocks end in a norm).
+        norm: norm before the head ("" for none, where blocks end in a norm);
+            norm_epsilon: see `layers.block.Norm`.
         dtype: of activations; outputs are float32.
     """
 
@@ -111,6 +112,7 @@ class Model(nn.Module):
     head: str = "mean"
     norm: str = "layer"
     dtype: jnp.dtype = jnp.float32
+    norm_epsilon: float = 0.0
 
     @nn.compact
     def __call__(self, inputs, state=None, sequence=None, train=False):
@@ -145,7 +147,8 @@ class Model(nn.Module):
             x, None if state is None else state["stack"], sequence, train
         )
         if self.norm:
-            x = Norm(self.norm, self.dtype, name="norm")(x, sequence.mask, train)
+            norm = Norm(self.norm, self.dtype, epsilon=self.norm_epsilon, name="norm")
+            x = norm(x, sequence.mask, train)
         x = x.astype(jnp.float32).reshape(len(x), -1, self.features)
         if self.head == "token":
             y = restore(dense(self.outputs, "head", jnp.float32, ("embed", "out"))(x))

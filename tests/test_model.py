@@ -8,7 +8,7 @@ import pytest
 
 from kernels.tolerance import assert_close
 from layers import LAYERS, Sequence, build
-from layers.block import Block
+from layers.block import Block, Norm
 
 CONFIG = {
     "layer": "gru",  # quick to compile, where the layer is not the point
@@ -23,7 +23,11 @@ CONFIG = {
     "norm": "layer",
     "prenorm": True,
     "gate": "glu",
+    "gelu": "",
+    "norm_epsilon": -1.0,
     "mlp": 0.0,
+    "grid": "",
+    "patch": 1,
     "dropout": 0.0,
     "tie_dropout": True,
     "dtype": "float32",
@@ -267,3 +271,84 @@ def test_wrong_inputs_name_the_argument():
             model.apply(variables, bad, None, sequence)
     with pytest.raises(ValueError, match="state: must be None or what init_state"):
         model.apply(variables, x, model.init_state(3))
+
+
+# Gate, form of GELU and epsilon of the norms, as in each family's public code; of what
+# has none, and of a user's own layer, the default.
+FAMILIES = {
+    "s4": ("glu", "erf", 1e-5),
+    "s4d": ("glu", "erf", 1e-5),
+    "dss": ("glu", "erf", 1e-5),
+    "long_conv": ("glu", "erf", 1e-5),
+    "sg_conv": ("glu", "erf", 1e-5),
+    "s5": ("glu", "tanh", 0.0),
+    "mamba": ("none", "tanh", 1e-5),
+    "mamba2": ("none", "tanh", 1e-5),
+    "hyena": ("none", "tanh", 1e-5),
+    "attention": ("none", "tanh", 0.0),
+    "layers.lru.LRU": ("glu", "tanh", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_block_is_that_of_its_family(name):
+    model = build({**CONFIG, "layer": name, "gate": ""})
+    block = model.stack().pattern[0].keywords
+    found = tuple(block[key] for key in ("gate", "gelu", "norm_epsilon"))
+    assert found == FAMILIES[name]
+    assert model.norm_epsilon == FAMILIES[name][-1]  # before the head too
+    own = build({**CONFIG, "layer": name, "gelu": "tanh", "norm_epsilon": 1e-3})
+    block = own.stack().pattern[0].keywords
+    assert (block["gelu"], block["norm_epsilon"]) == ("tanh", 1e-3)
+    assert own.norm_epsilon == 1e-3
+
+
+class Identity(nn.Module):
+    """A mixer that passes its input on."""
+
+    def __call__(self, x, state=None, sequence=None, train=False):
+        return x, None
+
+
+def gelu_erf(y):
+    return y * jax.scipy.stats.norm.cdf(y)
+
+
+def gelu_tanh(y):
+    return 0.5 * y * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (y + 0.044715 * y**3)))
+
+
+@pytest.mark.parametrize("gate", ["gelu", "glu", "half_glu1", "half_glu2"])
+def test_the_form_of_gelu_reaches_every_gate(gate):
+    x = jnp.linspace(-4, 4, 24).reshape(1, 3, 8)
+    y = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+    for form, gelu in (("erf", gelu_erf), ("tanh", gelu_tanh)):
+        block = Block(Identity, 8, norm="rms", gate=gate, gelu=form)
+        variables = nn.unbox(block.init(jax.random.key(0), x))
+        found = block.apply(variables, x)[0] - x
+        g = gelu(y)
+        W = variables["params"].get("gate", {}).get("kernel", jnp.zeros((8, 16)))
+        value, sigmoid = (g @ W)[..., :8], nn.sigmoid((g @ W)[..., -8:])
+        expected = {
+            "gelu": g,
+            "glu": value * sigmoid,
+            "half_glu1": g * sigmoid,
+            "half_glu2": y * sigmoid,
+        }
+        assert_close(found, expected[gate])
+
+
+@pytest.mark.parametrize("kind", ["layer", "batch", "rms"])
+def test_epsilon_is_what_is_added_to_the_variance(kind):
+    x = 1e-3 * jax.random.normal(jax.random.key(0), (2, 5, 8))
+    for epsilon, value in (
+        (0.0, {"layer": 1e-6, "batch": 1e-5, "rms": 1e-6}[kind]),
+        (1e-4, 1e-4),
+    ):
+        norm = Norm(kind, epsilon=epsilon)
+        variables = norm.init(jax.random.key(0), x)
+        found, _ = norm.apply(variables, x, None, True, mutable=["batch_stats"])
+        axes = {"layer": -1, "batch": (0, 1), "rms": -1}[kind]
+        mean = 0 if kind == "rms" else jnp.mean(x, axes, keepdims=True)
+        variance = jnp.mean((x - mean) ** 2, axes, keepdims=True)
+        assert_close(found, (x - mean) / jnp.sqrt(variance + value))

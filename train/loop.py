@@ -73,7 +73,7 @@ def run(
 
 def _run(config, workdir, profile, model, stop) -> dict:
     dataset = data.load(config.data)
-    config = resolve(config, dataset.spec)
+    config = record.continued(workdir, resolve(config, dataset.spec))
     optimizers.settle_warmup(config, record.saved(workdir, "optimizer.warmup"))
     mesh = sharding.make_mesh(config)
     check(config, mesh)

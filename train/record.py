@@ -42,6 +42,16 @@ FREE = (
     "train.steps",
 )
 
+# What it means that the config.json of an older run lacks a key, always what the code
+# did then: (meaning, today's default). Reading such a run fills the meaning in, and
+# going on with it keeps it where the config still has the default.
+ABSENT = {
+    "model.gelu": ("tanh", ""),
+    "model.norm_epsilon": (0.0, -1.0),
+    "model.grid": ("", ""),
+    "model.patch": (1, 1),
+}
+
 # The metric that chooses the best step, its name at the end, whether more is better.
 SCORES = {
     "classification": ("accuracy", "accuracy", True),
@@ -97,6 +107,20 @@ def saved(workdir: Path, key: str):
     return _flat(read_config(workdir).to_dict()).get(key)
 
 
+def continued(workdir: Path, config: ConfigDict) -> ConfigDict:
+    """`config` as an older run in `workdir` understands it: keys that its config.json
+    lacks take their meaning in ABSENT, unless they are not at today's default."""
+    if not (checkpoint.steps(workdir) and (workdir / CONFIG).exists()):
+        return config
+    old, now = (_flat(c.to_dict()) for c in (_read(workdir), _plain(config)))
+    config = config.copy_and_resolve_references()
+    for key, (meaning, default) in ABSENT.items():
+        if key not in old and now.get(key) == default != meaning:
+            _set(config, key, meaning)
+            print(f"{workdir} began before there was {key}: it keeps {meaning!r}")
+    return config
+
+
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` that of a run of `config`, as it was resolved."""
     if jax.process_index() == 0:
@@ -106,7 +130,15 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """The resolved config of the run in `workdir`; `ValueError` if there is none."""
+    """The resolved config of the run in `workdir`, keys that it lacks as in ABSENT;
+    `ValueError` if there is none."""
+    config = _read(workdir)
+    for key in ABSENT.keys() - _flat(config.to_dict()).keys():
+        _set(config, key, ABSENT[key][0])
+    return config
+
+
+def _read(workdir: str | Path) -> ConfigDict:
     path = Path(workdir) / CONFIG
     found = files.read_json(path)
     if found is None:
@@ -117,6 +149,15 @@ def read_config(workdir: str | Path) -> ConfigDict:
                 f"{path}: {section} must be an object, got {found.get(section)!r:.60}"
             )
     return ConfigDict(found)
+
+
+def _set(config: ConfigDict, key: str, value) -> None:
+    """Gives a dotted key its value, there already or not."""
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    with config.unlocked(), config.ignore_type():
+        config[name] = value
 
 
 def write_versions(workdir: Path) -> None:

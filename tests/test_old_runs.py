@@ -1,0 +1,85 @@
+"""Runs made by older commits stay readable and resumable.
+
+Each folder of tests/old_runs is a workdir as the commit of its name left it. That of
+695c40c is
+
+    python -m train.main --config configs/pixels.py:digits,layer=s4d+attention
+        --config.model.features=8 --config.model.depth=2
+        --config.model.layer_args.attention.heads=2
+        --config.model.layer_args.s4d.state_size=8 --config.train.batch_size=16
+        --config.train.log_every=1 --config.train.eval_every=8
+        --config.train.checkpoint_every=8 --config.train.keep=1 --config.train.steps=8
+
+and LATER what the same commit wrote when it went on to step 12.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs import common, pixels
+from layers.build import GELUS, NORMS
+from train import evaluate, loop, record, report
+
+RUN = Path(__file__).parent / "old_runs" / "695c40c"
+STEPS = 12
+LATER = {9: 2.515373468399048, 10: 2.517977237701416, 11: 2.392080783843994}
+LATER[12] = 2.3091166019439697
+LATER_TEST = {"accuracy": 0.10000000149011612, "loss": 2.394155263900757}
+
+
+def command():
+    """Today's config of the command that made the run, but for the number of steps."""
+    config = pixels.get_config("digits,layer=s4d+attention")
+    config.model.update(features=8, depth=2)
+    config.model.layer_args.attention.heads = 2
+    config.model.layer_args.s4d.state_size = 8
+    config.train.update(batch_size=16, log_every=1, eval_every=8, checkpoint_every=8)
+    config.train.update(keep=1, steps=STEPS)
+    return config
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return Path(shutil.copytree(RUN, tmp_path / "run"))
+
+
+def test_scores_are_those_of_its_commit(workdir):
+    expected = json.loads((RUN / record.RESULTS).read_text())["test"]
+    found = evaluate.scores(evaluate.load_run(workdir), "test")
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_goes_on_as_its_commit_did(workdir, capsys):
+    results = loop.run(command(), workdir)
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    losses = {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+    assert {s: losses[s] for s in LATER} == pytest.approx(LATER, rel=1e-6)
+    assert results["test"] == pytest.approx(LATER_TEST, rel=1e-6)
+    assert "it keeps 'tanh'" in capsys.readouterr().out
+    assert record.read_config(workdir).model.gelu == "tanh"  # from now on it says so
+
+
+@pytest.mark.slow
+def test_has_a_report(workdir):
+    page = Path(report.write(workdir)).read_text()
+    assert "0.1000" in page
+
+
+def test_another_value_is_another_run(workdir):
+    config = command()
+    config.model.gelu = "erf"
+    with pytest.raises(ValueError, match=r"model.gelu was 'tanh', is 'erf'"):
+        loop.run(config, workdir)
+
+
+def test_absent_keys_are_keys_with_their_default():
+    flat = record._flat(common.base().to_dict())
+    for key, (meaning, default) in record.ABSENT.items():
+        assert flat[key] == default
+        assert type(meaning) is type(default)
+    assert record.ABSENT["model.gelu"][0] in GELUS
+    # 0 is each norm's own epsilon, what Flax gave them before there was a key.
+    assert NORMS == {"layer": 1e-6, "batch": 1e-5, "rms": 1e-6}
