@@ -177,7 +177,11 @@ def _read(path: Path) -> dict | None:
                 return found
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError):
+        except IsADirectoryError:
+            raise ValueError(
+                f"{path} must be a file, got a folder: move it away"
+            ) from None
+        except (ValueError, RecursionError, OSError):
             pass
         if time.monotonic() > deadline:
             return {}

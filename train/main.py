@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         config.seed = seed
         workdir = _workdir(seed, len(seeds) > 1)
         for path in (workdir, *workdir.parents):
-            if path.exists() and not path.is_dir():
+            if os.path.exists(path) and not os.path.isdir(path):
                 raise ValueError(f"--workdir must be a folder, got the file {path}")
         print(f"workdir: {workdir}", flush=True)
         found[seed] = loop.run(config, workdir, PROFILE.value)
@@ -116,7 +116,14 @@ def _number(text: str) -> int:
 
 def _workdir(seed: int, several: bool) -> Path:
     if WORKDIR.value:
-        return Path(WORKDIR.value, str(seed)) if several else Path(WORKDIR.value)
+        try:
+            workdir = Path(WORKDIR.value).expanduser()
+        except RuntimeError:
+            raise ValueError(
+                "--workdir must be a folder, ~ that of a user there is, got "
+                f"{WORKDIR.value!r}"
+            ) from None
+        return workdir / str(seed) if several else workdir
     file, _, argument = config_flags.get_config_filename(
         flags.FLAGS["config"]
     ).partition(":")

@@ -9,6 +9,7 @@ same workdir, so that what a model of codes predicts can be shown as pixels.
 import argparse
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +112,7 @@ def write(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _checked(path) -> Path:
     path = Path(path)
-    if path.suffix != ".npz" or path.is_dir() or not path.parent.is_dir():
+    if path.suffix != ".npz" or os.path.isdir(path) or not os.path.isdir(path.parent):
         raise ValueError(
             f"out: must be an .npz file in a folder that exists, got {str(path)!r}"
         )

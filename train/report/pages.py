@@ -1,6 +1,7 @@
 """The page of one run, and that of several."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
 
 def _writable(out: Path) -> Path:
     """`out`, once it is known not to fail after all the work."""
-    if out.is_dir() or not out.parent.is_dir():
+    if os.path.isdir(out) or not os.path.isdir(out.parent):
         raise ValueError(f"--out must be a file in a folder that exists, got {out}")
     return out
 
