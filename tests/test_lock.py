@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -282,3 +283,63 @@ def test_the_others_of_a_run_learn_what_came_of_it(tmp_path, monkeypatch):
             processes.held(workdir).__enter__()
         monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
+
+
+MEMBER = """
+import sys, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from train import processes
+try:
+    with processes.held(sys.argv[3]):
+        print("held", flush=True)
+        sys.stdin.readline()
+except ValueError as error:
+    print("refused:", error, flush=True)
+"""
+
+
+def answer(process):
+    """The first line that is a member's own."""
+    lines = iter(process.stdout.readline, "")
+    return next(line for line in lines if line.startswith(("held", "refused")))
+
+
+@pytest.mark.slow
+def test_the_processes_of_one_run_share_a_lock(tmp_path):
+    """Two runs of two processes each."""
+    runs = []
+    try:
+        for _ in range(2):
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                address = f"localhost:{free.getsockname()[1]}"
+            command = [sys.executable, "-c", MEMBER, address]
+            runs.append(
+                [
+                    subprocess.Popen(
+                        [*command, str(rank), str(tmp_path / "run")],
+                        cwd=tiny_run.ROOT,
+                        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                    )
+                    for rank in range(2)
+                ]
+            )
+            said = [answer(process) for process in runs[-1]]
+            if len(runs) == 1:
+                assert said == ["held\n", "held\n"]
+            else:
+                holder = runs[0][0].pid
+                assert all(
+                    f"in use by another run: process {holder}" in s for s in said
+                )
+        for process in runs[0]:
+            go(process)
+        assert [process.wait(timeout=60) for process in runs[0]] == [0, 0]
+        assert not (tmp_path / "run" / lock.NAME).exists()
+    finally:
+        for process in (p for run in runs for p in run):
+            process.kill()
+            process.communicate()

@@ -5,13 +5,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
 import pytest
 import tiny_run
 
-from train import checkpoint
+from train import checkpoint, lock
 
 STEPS = 60
 
@@ -61,9 +62,21 @@ def test_killed_at_a_random_step(tmp_path, cache, uninterrupted):
     for lines in sorted(rng.sample(range(2, 25), 2)):
         process = tiny_run.start(tmp_path, cache, steps=STEPS)
         tiny_run.wait_for(lambda n=lines: rows(tmp_path) >= n, process)
-        kill(process)
+        kill(process)  # its lock is succeeded at once
     tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
     assert_same(tmp_path, uninterrupted)
+    assert not (tmp_path / lock.NAME).exists()
+
+
+def test_a_second_start_is_told_who_runs(tmp_path, cache):
+    """While the first compiles, and changes nothing of it."""
+    process = tiny_run.start(tmp_path, cache, steps=100_000)
+    tiny_run.wait_for((tmp_path / lock.NAME).exists, process)
+    _, err = tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS), code=2)
+    assert err.startswith(f"error: {tmp_path} is in use by another run: process ")
+    assert f"process {process.pid} on host {socket.gethostname()} since 2" in err
+    assert err.count("\n") == 1
+    kill(process)
 
 
 def test_sigterm_saves_and_exits_0(tmp_path, cache, uninterrupted):

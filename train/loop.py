@@ -105,12 +105,14 @@ def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)
     except OSError as error:
-        if not checkpoint.disk_full(error):
+        full, place = checkpoint.disk_full(error), error.filename or "a file"
+        if not full and not str(place).startswith(str(workdir)):
             raise
         raise CheckpointError(
-            f"the disk is full: {error.filename or 'a file'} cannot be written; last "
-            f"good checkpoint: {checkpoint.last_good(workdir)} in {workdir}; make room "
-            "and start the same command again"
+            f"{'the disk is full' if full else error.strerror}: {place} cannot be "
+            f"written; last good checkpoint: {checkpoint.last_good(workdir)} in "
+            f"{workdir}; make {'room' if full else 'that possible'} and start the same "
+            "command again"
         ) from error
     except FloatingPointError as error:
         stop.ends_after("search for what broke")
