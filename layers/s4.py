@@ -34,10 +34,10 @@ class S4(nn.Module):
     as exact as 1 - exp(length dt lam) is far from 0: where lam is nearly 0 (the mean of
     the measure `fout`), some digits are lost.
 
-    B starts as HiPPO's input vector in the eigenbasis of the normal part, unaltered.
-    The first public code clipped its parts to [-2, 2], for stability in training it
-    said; the equations do not, and where an entry is larger, as with `legs` from N = 8
-    on, the filters at the start differ from that code's.
+    B starts as HiPPO's input vector in the eigenbasis of the normal part, unaltered, as
+    in the paper. The authors' code clips its imaginary part to [-2, 2], so that a first
+    B differs from that code's by intention: eigenvectors have no phase of their own,
+    and what is clipped depends on the one that the eigensolver happens to give.
 
     Attributes:
         features: H.
