@@ -15,7 +15,7 @@ import numpy as np
 
 from layers import prepare
 from train import checkpoint
-from train.evaluate import load_run
+from train.evaluate import add_trust, load_run
 
 
 def generate(model, variables, prompt, length, key, temperature=1.0):
@@ -97,9 +97,10 @@ def main(argv=None):
     parser.add_argument(
         "--picture", default="", help="also draw square sequences to this .png"
     )
+    add_trust(parser)
     options = parser.parse_args(argv)
     try:
-        run = load_run(options.workdir, options.step)
+        run = load_run(options.workdir, options.step, options.trust)
         prompt = _prompt(options, run.dataset.spec)
         tokens = generate(
             run.model,

@@ -24,6 +24,7 @@ from train import (
     optimizers,
     record,
     rollout,
+    settings,
     sharding,
     state,
     step,
@@ -61,6 +62,7 @@ def run(
         CheckpointError: a checkpoint cannot be written or read, or the disk is full.
         FloatingPointError: loss, gradient or state are not finite.
     """
+    settings.check_types(config)
     workdir = Path(workdir).absolute()
     dataset = data.load(config.data)
     config = resolve(config, dataset.spec)

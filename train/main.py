@@ -71,7 +71,9 @@ def main(argv: list[str]) -> int:
         if "stopped" in found[seed]:
             return 0
         if times:
-            evaluate.at_lengths(evaluate.load_run(workdir), workdir, "test", times)
+            # Its layer is that of the command line, which has been trained here.
+            run = evaluate.load_run(workdir, trust=True)
+            evaluate.at_lengths(run, workdir, "test", times)
         if REPORT.value and jax.process_count() == 1:
             _write_report(workdir)
     if len(seeds) > 1:
@@ -94,7 +96,8 @@ def _write_report(workdir: Path) -> None:
     try:
         from train import report
 
-        print(f"report: {report.write(workdir)}", flush=True)
+        # Its layer is that of the command line, which has been trained here.
+        print(f"report: {report.write(workdir, trust=True)}", flush=True)
     except Exception as error:
         first, *_ = str(error).splitlines() or [""]
         reason = f"{type(error).__name__}: {first}"

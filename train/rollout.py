@@ -35,6 +35,7 @@ from train.report import clips as pictures
 
 JSON, PNG, GIF = "rollout.json", "rollout.png", "rollout.gif"
 COPY = "copy last frame"
+NUMBERS = ("context", "horizon", "clips")  # of config.rollout and the command
 NETWORKS = {"fvd": video_metrics.fvd, "lpips": video_metrics.lpips}
 SHOWN = 4  # clips of the contact sheet
 TABLE = (1, 2, 5, 10, 20, 30, 50, 100, 200, 400, 800, 1200)  # printed horizons
@@ -313,17 +314,18 @@ def main(argv=None):
     parser.add_argument("--workdir", required=True, help="of a trained run")
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
-    for name in ("context", "horizon", "clips"):
+    for name in NUMBERS:
         parser.add_argument(f"--{name}", type=int, help="default: as the config says")
     parser.add_argument(
         "--sample", type=int, metavar="SEED", help="draw codes; default: the likeliest"
     )
     parser.add_argument("--fvd", default="", help="I3D as a TorchScript file")
     parser.add_argument("--lpips", default="", help="LPIPS as a TorchScript file")
+    evaluate.add_trust(parser)
     given = parser.parse_args(argv)
     try:
-        run = evaluate.load_run(given.workdir, given.step)
-        options = dict(run.config.rollout)
+        run = evaluate.load_run(given.workdir, given.step, given.trust)
+        options = {name: run.config.rollout[name] for name in NUMBERS}
         for name in options:
             if getattr(given, name) is not None:
                 options[name] = getattr(given, name)

@@ -17,11 +17,10 @@ import jax
 import numpy as np
 
 from layers.images import to_bytes
-from layers.vq import VQ
 from train import checkpoint, data
 from train.data import pipeline
 from train.data.video import whole_clips
-from train.evaluate import Run, load_run
+from train.evaluate import Run, add_trust, load_run, read_config
 
 FRAMES = 512  # encoded or decoded at once
 
@@ -119,13 +118,13 @@ def _checked(path) -> Path:
 
 
 def _autoencoder(workdir, at) -> Run:
-    run = load_run(workdir, at)
-    if not isinstance(run.model, VQ):
+    layer = read_config(workdir).model.layer
+    if layer != "vq":  # nothing else is built, so that no other layer is imported
         raise ValueError(
             f"workdir: {workdir} must be of an autoencoder, model.layer 'vq', got "
-            f"{run.config.model.layer!r}"
+            f"{layer!r}"
         )
-    return run
+    return load_run(workdir, at)
 
 
 def main(argv=None):
@@ -143,6 +142,7 @@ def main(argv=None):
         "--length", type=int, help="frames of a clip; default: the run's"
     )
     parser.add_argument("--out", required=True, help="the .npz to write")
+    add_trust(parser)
     options = parser.parse_args(argv)
     try:
         _checked(options.out)  # now, not after the work

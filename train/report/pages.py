@@ -24,13 +24,17 @@ from train.report.markup import (
 from train.report.workdir import UNKNOWN, Workdir
 
 
-def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
+def write(
+    path: str | Path, out: str | Path | None = None, step=None, trust: bool = False
+) -> Path:
     """Writes the report of the run in the workdir `path`; returns the file.
 
     Args:
         path: of a run with at least one checkpoint.
         out: the file; default `path`/report.html.
         step: of the checkpoint to look into; default the newest good one.
+        trust: import layers that the run names by dotted paths, see
+            `evaluate.load_run`.
 
     Raises:
         ValueError: no run, one of its files cannot be read, or `out` is in no folder.
@@ -39,7 +43,7 @@ def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
     """
     told = workdir.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
-    run = evaluate.load_run(path, step)
+    run = evaluate.load_run(path, step, trust)
     sections = [
         ("verdict", "Verdict", _verdict(told, run)),
         ("curves", "Curves", _curves({told.name: told})),
