@@ -231,7 +231,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="import the run's layers that are not of this project, and so execute them",
+        help="import, and so execute, the run's layers that are not of this project",
     )
 
 

@@ -5,7 +5,9 @@ that any number must have to be one for JAX and NumPy.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -104,11 +106,38 @@ def _check_plain(key: str, value, default) -> None:
         )
 
 
+def place(key: str, text: str | Path) -> Path:
+    """The path that a user wrote, "~" being the home; `ValueError` for one that no file
+    system here can have."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"{key} must be a path that can be, got {_shown(str(text))} ({reason})"
+        ) from None
+    return path
+
+
+def check_memory(key: str, count: int, what: str) -> None:
+    """Raises a `ValueError` that names `key` where `count` bytes for `what` are more
+    than this machine has."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if count > there:
+        raise ValueError(
+            f"{key} must be smaller: {what} would take {count / 1e9:,.1f} GB of "
+            f"memory, and this machine has {there / 1e9:,.1f} GB"
+        )
+
+
 def check_seed(key: str, value: int) -> None:
     """Raises a `ValueError` for a seed outside [0, 2^32): JAX would take it for another
     one that is inside."""
-    if not 0 <= value < SEEDS:
-        raise ValueError(f"{key} must lie in [0, {SEEDS}), got {_shown(value)}")
+    if value < 0:
+        raise ValueError(f"{key} must be 0 or more, got {_shown(value)}")
+    if value >= SEEDS:
+        raise ValueError(f"{key} must be below 2^32 = {SEEDS}, got {_shown(value)}")
 
 
 def _check_groups(groups) -> None:
