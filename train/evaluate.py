@@ -39,6 +39,8 @@ from ssm.sequence import Sequence
 from train import checkpoint, data, losses, record, settings, sharding, step
 
 LENGTHS = "lengths.json"
+# What a command says in one line.
+PROBLEMS = (ValueError, OSError, checkpoint.CheckpointError)
 MOST = 10_000_000  # examples that are scored without being asked for
 
 
@@ -66,6 +68,7 @@ def load_run(workdir, at=None, trust: bool = False) -> Run:
             names a layer that is not of this project and is not trusted.
         CheckpointError: no such checkpoint, or it is damaged.
     """
+    workdir = settings.place("workdir", workdir)
     config = read_config(workdir)
     check_trust(workdir, config, trust)
     variables, found = checkpoint.restore_params(workdir, at)
@@ -75,11 +78,12 @@ def load_run(workdir, at=None, trust: bool = False) -> Run:
 
 def read_config(workdir) -> ConfigDict:
     """The config of a run, every value of its type; `ValueError` names the other."""
-    config = record.read_config(Path(workdir))
+    workdir = settings.place("workdir", workdir)
+    config = record.read_config(workdir)
     try:
         settings.check_types(config)
     except ValueError as problem:
-        raise ValueError(f"{Path(workdir) / record.CONFIG}: {problem}") from problem
+        raise ValueError(f"{workdir / record.CONFIG}: {problem}") from problem
     return config
 
 
@@ -245,17 +249,18 @@ def main(argv=None):
     add_trust(parser)
     options = parser.parse_args(argv)
     try:
-        run = load_run(options.workdir, options.step, options.trust)
+        workdir = settings.place("--workdir", options.workdir)
+        run = load_run(workdir, options.step, options.trust)
         if options.lengths is not None:
             times = parse_times(options.lengths)
-            at_lengths(run, options.workdir, options.split, times, options.examples)
+            at_lengths(run, workdir, options.split, times, options.examples)
             return 0
         if options.examples is not None:
             run = run._replace(dataset=run.dataset.shortened(options.examples))
         found = scores(run, options.split)
         batch = next(iter(run.dataset.evaluation(options.split, 16)))
         gap = compare_modes(run.model, run.variables, jax.tree.map(np.asarray, batch))
-    except (ValueError, checkpoint.CheckpointError) as problem:
+    except PROBLEMS as problem:
         parser.error(str(problem))
     found = {"step": run.step, "split": options.split, **found}
     print(json.dumps(found | {"parallel_vs_recurrent": gap}, indent=2))

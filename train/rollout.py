@@ -14,6 +14,7 @@ and LPIPS need the network of their authors as a TorchScript file.
 import argparse
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from rich.table import Table
 from layers.build import build
 from layers.images import from_bytes, to_bytes
 from layers.video import Video
-from train import checkpoint, data, evaluate, tokenize, video_metrics
+from train import checkpoint, data, evaluate, settings, tokenize, video_metrics
 from train.data.pipeline import Dataset
 from train.data.video import whole_clips
 from train.report import clips as pictures
@@ -153,6 +154,10 @@ def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
     if clips < 1:
         raise ValueError(f"rollout.clips must be 1 or more, got {clips}")
     context, horizon = lengths(config["rollout"], spec)
+    frame = math.prod(spec["size"]) * spec["channels"]
+    settings.check_memory(
+        "rollout.context, rollout.horizon", (context + horizon) * frame, "a clip"
+    )
     try:
         dataset = data.load({**config["data"], "length": context + horizon})
     except ValueError as problem:
@@ -324,18 +329,20 @@ def main(argv=None):
     evaluate.add_trust(parser)
     given = parser.parse_args(argv)
     try:
-        run = evaluate.load_run(given.workdir, given.step, given.trust)
+        workdir = settings.place("--workdir", given.workdir)
+        run = evaluate.load_run(workdir, given.step, given.trust)
         options = {name: run.config.rollout[name] for name in NUMBERS}
         for name in options:
             if getattr(given, name) is not None:
                 options[name] = getattr(given, name)
+            settings.check(f"rollout.{name}", options[name], 0)
         _check_sample(run, given.sample)
         rollout = of_run(run, options, given.split, given.sample)
         found = summary(run, rollout, given.split)
-        write(given.workdir, rollout, found)  # networks may yet ask for too much
+        write(workdir, rollout, found)  # networks may yet ask for too much
         found |= _by_networks(rollout, given)
-        write(given.workdir, rollout, found)
-    except (ValueError, checkpoint.CheckpointError) as problem:
+        write(workdir, rollout, found)
+    except evaluate.PROBLEMS as problem:
         parser.error(str(problem))
     show(found)
     for name in NETWORKS:
@@ -344,6 +351,8 @@ def main(argv=None):
 
 
 def _check_sample(run: evaluate.Run, sample: int | None) -> None:
+    if sample is not None:
+        settings.check_seed("--sample", max(sample, 0))
     if sample is not None and (sample < 0 or not run.config.model.vocab_size):
         raise ValueError(
             "--sample must be a seed, 0 or more, for a model of codes; a model of "

@@ -17,6 +17,20 @@ from configs import common
 SEEDS = 2**32  # of JAX, which takes others modulo this, and of scikit-learn
 MOST = 2**31 - 1  # int32
 LARGEST = float(np.finfo(np.float32).max)
+# The least that a number may be where no one else asks: what is said only once it is
+# used would be said after compiling, or never.
+LEAST = {
+    "model.length": 0,
+    "model.vocab_size": 0,
+    "model.outputs": 0,
+    "model.video.channels": 0,
+    "model.video.actions": 0,
+    "model.video.action_features": 1,
+    "rollout.context": 0,
+    "rollout.horizon": 0,
+    "rollout.clips": 0,
+    "train.eval_batch_size": 0,
+}
 NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number"}
 
 
@@ -30,8 +44,8 @@ def check_types(config: Mapping) -> None:
     defaults = common.base().to_dict()
     for key in ("data", "groups"):
         del defaults[key]
-    layer = defaults["model"].pop("layer")
-    defaults["model"].pop("layer_args")
+    for key in ("layer", "layer_args"):
+        del defaults["model"][key]
     _check_tree("", config, defaults)
     if "seed" in config:
         check_seed("seed", config["seed"])
@@ -40,21 +54,29 @@ def check_types(config: Mapping) -> None:
             raise ValueError(f"{key} is missing; configs.common.base() has it")
     check("data", config["data"], {})
     _check_groups(config["groups"])
-    model = config["model"]
-    names = model.get("layer", layer)
+    _check_model(config["model"])
+
+
+def _check_model(model: Mapping) -> None:
+    width = model.get("mlp", 0) * model.get("features", 1)
+    if width > MOST:
+        raise ValueError(
+            f"model.mlp must be at most {MOST} / model.features, got {model['mlp']}"
+        )
+    names = model.get("layer", "")
     if not _is_text(names) and not (_is_sequence(names) and all(map(_is_text, names))):
         raise ValueError(
             f"model.layer must be a name, or a sequence of names, got {names!r}"
         )
     args = model.get("layer_args", {})
     check("model.layer_args", args, {})
-    if not _is_text(names):
-        for name, own in args.items():
-            check(f"model.layer_args.{name}", own, {})
-            known = common.LAYER_ARGS.get(name, {})
-            _check_tree(f"model.layer_args.{name}.", own, known)
-    else:
+    if _is_text(names):
         _check_tree("model.layer_args.", args, common.LAYER_ARGS.get(names, {}))
+        return
+    for name, own in args.items():
+        check(f"model.layer_args.{name}", own, {})
+        known = common.LAYER_ARGS.get(name, {})
+        _check_tree(f"model.layer_args.{name}.", own, known)
 
 
 def _check_tree(path: str, values: Mapping, defaults: Mapping) -> None:
@@ -62,6 +84,9 @@ def _check_tree(path: str, values: Mapping, defaults: Mapping) -> None:
         if key not in values:
             continue
         check(path + key, values[key], default)
+        least = LEAST.get(path + key)
+        if least is not None and values[key] < least:
+            raise ValueError(f"{path}{key} must be {least} or more, got {values[key]}")
         if _is_mapping(default):
             _check_tree(f"{path}{key}.", values[key], default)
 

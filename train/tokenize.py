@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from layers.images import to_bytes
-from train import checkpoint, data
+from train import checkpoint, data, settings
 from train.data import pipeline
 from train.data.video import whole_clips
-from train.evaluate import Run, add_trust, load_run, read_config
+from train.evaluate import PROBLEMS, Run, add_trust, load_run, read_config
 
 FRAMES = 512  # encoded or decoded at once
 
@@ -109,7 +109,7 @@ def write(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _checked(path) -> Path:
-    path = Path(path)
+    path = settings.place("out", path)
     if path.suffix != ".npz" or path.is_dir() or not path.parent.is_dir():
         raise ValueError(
             f"out: must be an .npz file in a folder that exists, got {str(path)!r}"
@@ -155,7 +155,7 @@ def main(argv=None):
         parts = [encode(run, split, options.clips) for split in splits]
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
         write(options.out, arrays)
-    except (ValueError, checkpoint.CheckpointError) as problem:
+    except PROBLEMS as problem:
         parser.error(str(problem))
     print(
         f"{options.out}: {len(arrays['codes'])} clips of {run.model.codes} codes, "

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 
 from train import settings
-from train.data import arrays, digits, images, listops, synthetic, video
+from train.data import arrays, digits, images, listops, pipeline, synthetic, video
 from train.data.pipeline import Dataset
 
 DATASETS = {
@@ -57,6 +57,7 @@ def load(config: Mapping) -> Dataset:
     loop = {"workers": 0, "reconstruct": False}
     for key, default in (defaults | {k: loop[k] for k in loop if k in config}).items():
         settings.check(f"data.{key}", config[key], default)
+    pipeline.at_least("workers", config.get("workers", 0), 0)
     if "seed" in arguments:
         settings.check_seed("data.seed", arguments["seed"])
     dataset = DATASETS[name](**arguments)

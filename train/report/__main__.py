@@ -12,8 +12,7 @@ that the run began with.
 import argparse
 import sys
 
-from train import evaluate, report
-from train.checkpoint import CheckpointError
+from train import evaluate, report, settings
 
 
 def main(argv=None):
@@ -33,12 +32,16 @@ def main(argv=None):
         parser.error("--step goes with --workdir: --compare takes the newest ones")
     try:
         if options.compare:
-            path = report.compare(options.compare, options.out or "compare.html")
+            runs = [settings.place("--compare", run) for run in options.compare]
+            path = report.compare(runs, options.out or "compare.html")
         else:
             path = report.write(
-                options.workdir, options.out, options.step, options.trust
+                settings.place("--workdir", options.workdir),
+                options.out,
+                options.step,
+                options.trust,
             )
-    except (ValueError, OSError, CheckpointError) as problem:
+    except evaluate.PROBLEMS as problem:
         parser.error(str(problem))
     print(f"report: {path}")
     return 0

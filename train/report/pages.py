@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from layers.model import Model
 from layers.video import Video
-from train import checkpoint, evaluate, record, rollout
+from train import checkpoint, evaluate, record, rollout, settings
 from train.report import answers, clips, figures, probe, workdir
 from train.report.markup import (
     code,
@@ -110,6 +110,7 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
 
 def _writable(out: Path) -> Path:
     """`out`, once it is known not to fail after all the work."""
+    out = settings.place("--out", out)
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out must be a file in a folder that exists, got {out}")
     return out
