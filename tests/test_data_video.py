@@ -273,6 +273,16 @@ BAD_NPZ = {
         {},
         r"actions is int64 \(20, 5\); it may be integers \[n, T\] = \(20, 6\)",
     ),
+    "large codes": (
+        dict(codes=CODES.astype(np.int64) + 2**40),
+        {},
+        r"codes is 10995116277\d+ at \[0, 0, 0, 0\]; it may lie between 0 and 21474836",
+    ),
+    "large actions": (
+        dict(frames=FRAMES, actions=ACTIONS.astype(np.int64) + 2**32),
+        {},
+        r"actions is 429496729\d at \[0, 0\]; it may lie between 0 and 21474836",
+    ),
     "number of actions": (
         dict(frames=FRAMES, actions=ACTIONS),
         dict(actions=2),
