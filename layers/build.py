@@ -205,6 +205,14 @@ def build(config) -> Model | Video | VQ:
     )
 
 
+def foreign(config) -> list[str]:
+    """The layers of a model's config that are not of this project: `build` imports what
+    they name, so that a config from elsewhere is to be asked first."""
+    names = config["layer"]
+    names = [names] if isinstance(names, str) else names
+    return [name for name in names if name not in LAYERS | FRAME_LAYERS | {"vq": VQ}]
+
+
 def _pattern(config):
     """The names of the layers, and the fields of each by name."""
     names, args = config["layer"], dict(config["layer_args"])

@@ -1,3 +1,6 @@
+import os
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -186,7 +189,7 @@ BAD_NPZ = {
     ),
     "negative class": (
         dict(inputs=INPUTS, targets=CLASSES - 1),
-        r"targets lies in \[-1, 2\]; it may lie between 0 and any number",
+        r"targets is -1 at \[0\]; it may lie between 0 and 2147483646",
     ),
     "target shape": (
         dict(inputs=INPUTS, targets=np.zeros((N, L + 1), int)),
@@ -202,7 +205,7 @@ BAD_NPZ = {
     ),
     "negative token": (
         dict(inputs=np.full((N, L), -3), targets=CLASSES),
-        r"inputs lies in \[-3, -3\]; it may lie between 0",
+        r"inputs is -3 at \[0, 0\]; it may lie between 0",
     ),
     "lengths": (
         dict(inputs=INPUTS, targets=CLASSES, lengths=np.full(N, L + 1)),
@@ -231,7 +234,51 @@ BAD_NPZ = {
     ),
     "dt": (
         dict(inputs=INPUTS, targets=CLASSES, dt=np.zeros((N, L))),
-        "dt has the value 0.0; it may be above 0",
+        r"dt is 0\.0 at \[0, 0\]; it may be 1\.18e-38 or more",
+    ),
+    "beyond float32": (
+        dict(inputs=np.where(np.arange(L) == 2, 1e300, INPUTS), targets=CLASSES),
+        r"inputs is 1e\+300 at \[0, 2\]; its numbers may be those of float32, up to",
+    ),
+    "target beyond float32": (
+        dict(inputs=INPUTS, targets=np.where(np.arange(N) == 5, -1e300, 0.5)),
+        r"targets is -1e\+300 at \[5\]; its numbers may be those of float32",
+    ),
+    "large token": (
+        dict(inputs=np.where(np.arange(L) == 1, 2**40, [[1]] * N), targets=CLASSES),
+        r"inputs is 1099511627776 at \[0, 1\]; it may lie between 0 and 2147483646",
+    ),
+    "large unsigned class": (
+        dict(inputs=INPUTS, targets=np.full(N, 2.0**40).astype(np.uint64)),
+        r"targets is 1099511627776 at \[0\]; it may lie between 0 and",
+    ),
+    "large class": (
+        dict(inputs=INPUTS, targets=np.where(np.arange(N) == 3, 2**31, CLASSES)),
+        r"targets is 2147483648 at \[3\]; it may lie between 0 and 2147483646",
+    ),
+    "unsigned class": (
+        dict(inputs=INPUTS, targets=np.full((N, L), 2**63, np.uint64)),
+        r"targets is 9223372036854775808 at \[0, 0\]; it may lie between -1 and",
+    ),
+    "small dt": (
+        dict(inputs=INPUTS, targets=CLASSES, dt=np.full((N, L), 1e-50)),
+        r"dt is 1e-50 at \[0, 0\]; it may be 1\.18e-38 or more",
+    ),
+    "large dt": (
+        dict(inputs=INPUTS, targets=CLASSES, dt=np.full((N, L), 1e50)),
+        r"dt is 1e\+50 at \[0, 0\]; its numbers may be those of float32",
+    ),
+    "mask of text": (
+        dict(inputs=INPUTS, targets=CLASSES, mask=np.full((N, L), "1")),
+        r"mask is <U1 \(40, 6\); it may be bool",
+    ),
+    "complex": (
+        dict(inputs=INPUTS.astype(complex), targets=CLASSES),
+        "inputs is of dtype complex128; it may be numbers",
+    ),
+    "dates": (
+        dict(inputs=INPUTS, targets=CLASSES.astype("M8[s]")),
+        "targets is of dtype datetime64.*; it may be numbers",
     ),
     "dt shape": (
         dict(inputs=INPUTS, targets=CLASSES, dt=np.ones(N)),
@@ -267,6 +314,16 @@ BAD_CSV = {
     "lonely target": ("1,2,0\n5\n", "row 2 needs at least one input"),
     "empty": ("", "has no sequence"),
     "only a header": ("a,b,label\n", "has no sequence"),
+    "beyond float32": ("1,2,0\n3,1e300,1\n", "row 2, column 2 is 1e300; .* of float32"),
+    "beyond float": ("1,2,0\n3,1e400,1\n", "row 2, column 2 is 1e400; .* finite"),
+    "digits": (
+        "1,2,0\n3,4,12345678901234567890\n",
+        "row 2, column 3 is 12345678901234567.*; a whole number as target may be at mo",
+    ),
+    "large class": ("1,2,0\n3,4,3000000000\n", "row 2, column 3 is 3000000000; a who"),
+    "quote": ('1,2,0\n3,"4,1\n', "row 2, column 2 is '4,1.n'; it may be a number"),
+    "nul": ("1,2,0\n3,\0,1\n", "(row 2, column 2 is '.x00'|not a UTF-8 CSV)"),
+    "blank lines": ("\n\n ,\n", "has no sequence"),
     "semicolons": ("1;2;0\n3;4;1\n", "row 2, column 1 is '3;4;1'"),
 }
 
@@ -284,6 +341,69 @@ def test_binary_csv_is_refused(tmp_path):
         data.load(dict(name="arrays", path=str(path)))
 
 
+def test_what_is_masked_may_be_anything(tmp_path):
+    mask = np.arange(L) < np.full((N, 1), 4)
+    targets = np.where(mask, 2, 2**63).astype(np.uint64)
+    config = dict(test=0.0, validation=0.0)
+    rows = everything(
+        load_npz(tmp_path, config, inputs=INPUTS, targets=targets, mask=mask)
+    )
+    assert rows["targets"].dtype == np.int32
+    np.testing.assert_array_equal(rows["targets"], np.where(mask, 2, -1))
+
+
+def test_a_number_of_float64_is_rounded_and_a_small_one_may_be_0(tmp_path):
+    inputs = np.where(np.arange(L) == 0, 1e-300, INPUTS)
+    config = dict(test=0.0, validation=0.0)
+    rows = everything(load_npz(tmp_path, config, inputs=inputs, targets=CLASSES))
+    np.testing.assert_array_equal(rows["inputs"], inputs.astype(np.float32))
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return open, (self._path, "w")
+
+
+def test_an_npz_of_pickles_is_refused_without_reading_them(tmp_path):
+    executed = tmp_path / "executed"
+    inputs = np.array([Hostile(str(executed))] * N, object)
+    with pytest.raises(ValueError, match=r"own\.npz: not a readable NPZ of plain"):
+        load_npz(tmp_path, inputs=inputs, targets=CLASSES)
+    assert not executed.exists()
+
+
+def test_an_npz_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    # 8 TB of zeros are 8 GB when they are packed; here, less of a machine.
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    with pytest.raises(ValueError, match=r"must be smaller: .*own\.npz, unpacked"):
+        load_npz(tmp_path, inputs=np.zeros((N, 10_000)), targets=CLASSES)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_npz_is_refused(tmp_path, share):
+    path = tmp_path / "own.npz"
+    np.savez(path, inputs=INPUTS, targets=CLASSES)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"own.npz: not a readable NPZ"):
+        data.load(dict(name="arrays", path=str(path)))
+
+
+def test_members_that_are_no_arrays_are_refused(tmp_path):
+    path = tmp_path / "own.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("inputs", b"text")
+        archive.writestr("../targets.npy", b"text")
+    with pytest.raises(ValueError, match=r"own\.npz: "):
+        data.load(dict(name="arrays", path=str(path)))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["own.npz"]
+
+
 def test_damaged_npz_is_refused(tmp_path):
     path = tmp_path / "own.npz"
     path.write_bytes(b"PK\x03\x04 no archive")
@@ -294,7 +414,7 @@ def test_damaged_npz_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(outputs=3), r"targets lies in \[0, 3\]; it may lie between 0 and 2"),
+        (dict(outputs=3), r"targets is 3 at \[3\]; it may lie between 0 and 2"),
         (dict(encoder="token"), "inputs has fractions"),
         (dict(encoder="image"), r"data\.encoder.*'scalar', 'token'.*'image'"),
         (dict(loss="mse"), r"data\.loss.*'regression'.*'mse'"),
@@ -309,10 +429,20 @@ def test_config_that_does_not_fit_the_file_is_named(tmp_path, config, message):
 
 
 def test_bad_paths_are_named(tmp_path):
+    (tmp_path / "folder.csv").mkdir()
     for path, message in [
         ("", "data.path must name an .npz or .csv file"),
         ("x.parquet", "must end in .npz or .csv, got 'x.parquet'"),
         (str(tmp_path / "none.npz"), "there is no file .*none.npz"),
+        (str(tmp_path / "folder.csv"), "must be a file, got the folder .*folder.csv"),
+        (
+            "~nouser/x.npz",
+            r"data\.path must be a path that can be, got '~nouser",
+        ),
+        (f"{'x' * 260}.npz", r"data\.path must be a path that can be.*too long"),
+        ("x\0.npz", r"data\.path"),
+        (None, r"data\.path must be a text, got None"),
+        (3, r"data\.path must be a text, got 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             data.load(dict(name="arrays", path=path))

@@ -4,9 +4,12 @@ import hashlib
 import http.server
 import io
 import pickle
+import socket
 import struct
 import tarfile
 import threading
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -178,6 +181,13 @@ BAD_MNIST = {
         dict(train_labels_idx1_ubyte=idx(np.zeros(39, np.uint8))),
         "train-images-idx3-ubyte has 40 images, but .*labels-idx1-ubyte has 39 labels",
     ),
+    "no images": (
+        dict(
+            train_images_idx3_ubyte=idx(np.zeros((0, 28, 28), np.uint8)),
+            train_labels_idx1_ubyte=idx(np.zeros(0, np.uint8)),
+        ),
+        r"train-images-idx3-ubyte: must have 1 or more along each axis, got \[0,",
+    ),
     "size": (
         dict(t10k_images_idx3_ubyte=idx(np.zeros((12, 8, 9), np.uint8))),
         "28 x 28 pixels, these have 8 x 9",
@@ -230,6 +240,85 @@ def test_damaged_archive_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"tar\.gz: damaged or incomplete"):
         load_cifar(tmp_path)
+
+
+def test_a_gzip_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    write_mnist(tmp_path, packed=("t10k-images-idx3-ubyte",))
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(10**7)))
+    monkeypatch.setattr(original, "MOST_BYTES", 10**6)
+    tracemalloc.start()
+    with pytest.raises(
+        ValueError, match=r"ubyte\.gz: must have 1000000 bytes or fewer"
+    ):
+        load_mnist(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 5 * 10**6
+    tracemalloc.stop()
+
+
+def test_a_folder_where_a_file_belongs_is_named(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte").unlink()
+    (tmp_path / "t10k-images-idx3-ubyte").mkdir()
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte: cannot be read"):
+        load_mnist(tmp_path)
+
+
+def archive(path, members):
+    """A .tar.gz of (name, content or the target of a link)."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_a_hostile_archive_writes_nothing_and_reads_nothing_else(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    path, folder = home / "cifar-10-binary.tar.gz", original.CIFAR_FOLDER
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(3073))
+    archive(
+        path,
+        [
+            ("../outside", b"x"),
+            (str(tmp_path / "absolute"), b"x"),
+            *((f"{folder}/data_batch_{i}.bin", str(secret)) for i in range(1, 6)),
+        ],
+    )
+    with pytest.raises(ValueError, match=r"data_batch_1\.bin.* not found in it"):
+        load_cifar(home)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"home", "secret"}
+    monkeypatch.setattr(original, "MOST_BYTES", 10**6)
+    archive(path, [("padding", bytes(2 * 10**6))])
+    with pytest.raises(ValueError, match=r"1000000 bytes or fewer.*'padding' ends bey"):
+        load_cifar(home)
+    archive(path, [(f"{folder}/data_batch_1.bin", bytes(10**5))])
+    monkeypatch.setattr(original, "LONGEST", 10**4)
+    monkeypatch.setitem(images.CIFAR_FILES, "train", ("data_batch_1.bin",))
+    with pytest.raises(ValueError, match=r"data_batch_1\.bin has more than 10000 imag"):
+        load_cifar(home)
+
+
+def test_without_a_network_it_is_said_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(original, "PATIENCE", 0.5)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        one = original.Original(f"{address}/file.gz", 1, "", "file")
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match=r"fetching failed: .*refused"):
+            original.locate("This", tmp_path, (one,), download=True)
+        listening.listen()  # and never accepts
+        with pytest.raises(ValueError, match=r"fetching failed: no answer from http"):
+            original.locate("This", tmp_path, (one,), download=True)
+        assert time.monotonic() - begun < 5
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_files_are_named_with_their_address_and_place(tmp_path):

@@ -358,6 +358,7 @@ def test_the_lra_files_are_converted(tmp_path):
 
 
 BAD_TSV = {
+    "only a header": ("Source\tTarget\n", "basic_val.tsv: must have an example below"),
     "header": ("Text\tLabel\n", "basic_val.tsv: the first line must be Source<tab>"),
     "empty": ("", "the first line must be Source<tab>Target, got ''"),
     "symbol": ("Source\tTarget\n( [AVG 1 ) ]\t1\n", "line 2: unknown symbol '.AVG'"),
@@ -381,6 +382,23 @@ def test_every_fault_of_the_lra_files_is_named(tmp_path, content, message):
             )
         )
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    write_lra(tmp_path / "lra")
+    with (tmp_path / "lra" / "basic_val.tsv").open("ab") as file:
+        file.write(b"\xff\t1\n")
+    config = dict(name="listops", path=str(tmp_path / "lra"), max_length=50)
+    with pytest.raises(ValueError, match=r"basic_val\.tsv: not a UTF-8 text file"):
+        data.load(config | dict(folder=str(tmp_path / "data")))
+
+
+def test_a_setting_never_becomes_part_of_a_path_elsewhere(tmp_path):
+    config = dict(name="listops", folder=str(tmp_path / "data"))
+    for key in ("max_length", "max_args", "train", "seed"):
+        with pytest.raises(ValueError, match=rf"data\.{key} must be a whole number"):
+            data.load(config | {key: "/../../elsewhere"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_baseline_counts_tokens_and_sees_the_first():

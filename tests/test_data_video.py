@@ -266,17 +266,27 @@ BAD_NPZ = {
     "codes": (
         dict(codes=CODES),
         dict(vocab_size=5),
-        r"codes lies in \[0, 6\]; it may lie between 0 and 4",
+        r"codes is [56] at .*; it may lie between 0 and 4",
     ),
     "actions": (
         dict(frames=FRAMES, actions=ACTIONS[:, 1:]),
         {},
         r"actions is int64 \(20, 5\); it may be integers \[n, T\] = \(20, 6\)",
     ),
+    "large codes": (
+        dict(codes=CODES.astype(np.int64) + 2**40),
+        {},
+        r"codes is 10995116277\d+ at \[0, 0, 0, 0\]; it may lie between 0 and 21474836",
+    ),
+    "large actions": (
+        dict(frames=FRAMES, actions=ACTIONS.astype(np.int64) + 2**32),
+        {},
+        r"actions is 429496729\d at \[0, 0\]; it may lie between 0 and 21474836",
+    ),
     "number of actions": (
         dict(frames=FRAMES, actions=ACTIONS),
         dict(actions=2),
-        r"actions lies in \[0, 2\]; it may lie between 0 and 1",
+        r"actions is 2 at .*; it may lie between 0 and 1",
     ),
     "no actions": (
         dict(frames=FRAMES),

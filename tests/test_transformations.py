@@ -6,9 +6,6 @@ in a process of its own (`test_two_devices`).
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels import compat, dispatch, dplr_filter
-from kernels.cases import OPERATIONS, Case, evaluate, parted, rounded
+from kernels import dispatch
+from kernels.cases import OPERATIONS, Case, parted, rounded
 from kernels.tolerance import assert_close
 from ssm import conv_ssm, dplr, filters, recurrence
 from ssm import sequence as seq

@@ -6,6 +6,17 @@ python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 5
 --examples scores only the first so many of the split, such as of one without end.
 With --lengths 1,2,4,8 instead the scores on sequences as long as in training and 2, 4
 and 8 times as long, where the dataset can make such; also in <workdir>/lengths.json.
+
+What a workdir may do. A workdir from elsewhere is data: reading it, here and in
+`train.report`, `train.generate`, `train.rollout` and `train.tokenize`, and as
+data.codec or train.init_from, runs no code that it holds or names. A layer that is not
+of this project is imported by its dotted path, from wherever Python finds it, the
+folder of the run included; so a run that names one is refused unless --trust says that
+its code may run. The process that trained a run needs no flag to evaluate it at its
+end: there the config came from its own command line. What a workdir's config can do
+without the flag is to name the files that its dataset reads (data.path, data.folder,
+data.codec), the folder below which listops keeps what it generates and mnist and cifar
+what they fetch from their published addresses, and how much time and memory it takes.
 """
 
 import argparse
@@ -23,11 +34,22 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from layers.build import build
+from layers.build import build, foreign
 from ssm.sequence import Sequence
-from train import checkpoint, data, losses, record, sharding, signals, step
+from train import (
+    checkpoint,
+    data,
+    losses,
+    record,
+    settings,
+    sharding,
+    signals,
+    step,
+)
 
 LENGTHS = "lengths.json"
+# What a command says in one line.
+PROBLEMS = (ValueError, OSError, checkpoint.CheckpointError)
 MOST = 10_000_000  # examples that are scored without being asked for
 
 
@@ -41,17 +63,49 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir, at=None) -> Run:
+def load_run(workdir, at=None, trust: bool = False) -> Run:
     """The run of `workdir` at checkpoint `at` (None: the newest good one).
 
+    Args:
+        workdir: of the run.
+        at: step of the checkpoint.
+        trust: import the layers that the run names by dotted paths, which executes
+            their code; without it such a run is refused before anything is imported.
+
     Raises:
-        ValueError: no run was ever started in `workdir`.
+        ValueError: no run was ever started in `workdir`, its config cannot be, or it
+            names a layer that is not of this project and is not trusted.
         CheckpointError: no such checkpoint, or it is damaged.
     """
-    config = record.read_config(Path(workdir))
+    workdir = settings.place("workdir", workdir)
+    config = read_config(workdir)
+    check_trust(workdir, config, trust)
     variables, found = checkpoint.restore_params(workdir, at)
     dataset = data.load(config.data)
     return Run(config, dataset, build(config.model), variables, found)
+
+
+def read_config(workdir) -> ConfigDict:
+    """The config of a run, every value of its type; `ValueError` names the other."""
+    workdir = settings.place("workdir", workdir)
+    config = record.read_config(workdir)
+    try:
+        settings.check_types(config)
+    except ValueError as problem:
+        raise ValueError(f"{workdir / record.CONFIG}: {problem}") from problem
+    return config
+
+
+def check_trust(workdir, config: ConfigDict, trust: bool) -> None:
+    """Raises a `ValueError` for a run whose layers are not of this project, unless they
+    are trusted."""
+    names = foreign(config.model)
+    if names and not trust:
+        raise ValueError(
+            f"workdir: {workdir} names the layer {names[0]!r}, which is not of this "
+            "project, and reading the run would execute its code; --trust allows it "
+            "(trust=True of load_run)"
+        )
 
 
 def last_split(dataset: data.Dataset) -> str:
@@ -185,6 +239,15 @@ def parse_times(text: str) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The flag --trust, which every command that reads a run has."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="import, and so execute, the run's layers that are not of this project",
+    )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m train.evaluate")
     parser.add_argument("--workdir", required=True, help="of a trained run")
@@ -192,19 +255,21 @@ def main(argv=None):
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
     parser.add_argument("--examples", type=int, help="only the first; default: all")
     parser.add_argument("--lengths", help="multiples of the training length")
+    add_trust(parser)
     options = parser.parse_args(argv)
     try:
-        run = load_run(options.workdir, options.step)
+        workdir = settings.place("--workdir", options.workdir)
+        run = load_run(workdir, options.step, options.trust)
         if options.lengths is not None:
             times = parse_times(options.lengths)
-            at_lengths(run, options.workdir, options.split, times, options.examples)
+            at_lengths(run, workdir, options.split, times, options.examples)
             return 0
         if options.examples is not None:
             run = run._replace(dataset=run.dataset.shortened(options.examples))
         found = scores(run, options.split)
         batch = next(iter(run.dataset.evaluation(options.split, 16)))
         gap = compare_modes(run.model, run.variables, jax.tree.map(np.asarray, batch))
-    except (ValueError, checkpoint.CheckpointError) as problem:
+    except PROBLEMS as problem:
         parser.error(str(problem))
     found = {"step": run.step, "split": options.split, **found}
     print(json.dumps(found | {"parallel_vs_recurrent": gap}, indent=2))

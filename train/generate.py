@@ -7,6 +7,7 @@ step from its state; the cost of a token does not grow with the length.
 """
 
 import argparse
+import math
 import sys
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers import prepare
-from train import checkpoint
-from train.evaluate import load_run
+from train import settings
+from train.evaluate import PROBLEMS, add_trust, load_run
 
 
 def generate(model, variables, prompt, length, key, temperature=1.0):
@@ -50,7 +51,7 @@ def generate(model, variables, prompt, length, key, temperature=1.0):
         )
     if length < 1:
         raise ValueError(f"length: must be at least 1, got {length}")
-    if temperature < 0:
+    if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature: must be 0 or more, got {temperature}")
 
     def draw(logits, key):
@@ -97,40 +98,60 @@ def main(argv=None):
     parser.add_argument(
         "--picture", default="", help="also draw square sequences to this .png"
     )
+    add_trust(parser)
     options = parser.parse_args(argv)
     try:
-        run = load_run(options.workdir, options.step)
+        run = load_run(options.workdir, options.step, options.trust)
+        length = options.length or run.dataset.spec["length"]
+        _check_numbers(options, length)
         prompt = _prompt(options, run.dataset.spec)
         tokens = generate(
             run.model,
             run.variables,
             np.tile(prompt, (options.count, 1)),
-            options.length or run.dataset.spec["length"],
+            length,
             jax.random.key(options.seed),
             options.temperature,
         )
-    except (ValueError, checkpoint.CheckpointError) as problem:
+        tokens = np.asarray(tokens)
+        for row in tokens:
+            print(" ".join(map(str, row)))
+        if options.out:
+            np.save(options.out, tokens)
+        if options.picture:
+            _draw(tokens, options.picture)
+    except PROBLEMS as problem:
         parser.error(str(problem))
-    tokens = np.asarray(tokens)
-    for row in tokens:
-        print(" ".join(map(str, row)))
-    if options.out:
-        np.save(options.out, tokens)
-    if options.picture:
-        _draw(tokens, options.picture)
     return 0
 
 
+def _check_numbers(options, length):
+    """Raises a `ValueError` for what cannot be, before anything is computed."""
+    for name, value in (("count", options.count), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
+    settings.check_seed("seed", options.seed)
+    # Beside the tokens there is a key for each, of 8 bytes.
+    taken = 4 * options.count * length + 8 * length
+    settings.check_memory("count, length", taken, "the tokens")
+    for name in ("out", "picture"):
+        path = settings.place(name, getattr(options, name))
+        if getattr(options, name) and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(
+                f"{name}: must be a file in a folder that exists, got {str(path)!r}"
+            )
+    if options.picture and math.isqrt(length) ** 2 != length:
+        raise ValueError(f"picture: needs a square length, got {length}")
+
+
 def _prompt(options, spec):
-    if options.count < 1:
-        raise ValueError(f"count: must be at least 1, got {options.count}")
     words = options.prompt.split()
     if not words:
         # A dataset of next tokens names the token that stands before the first one.
         return np.array([spec.get("start", 0)], np.int32)
     try:
         return np.array([int(word) for word in words], np.int32)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(
             f"prompt: must be integers separated by spaces, got {options.prompt!r}"
         ) from None
@@ -143,9 +164,7 @@ def _draw(tokens, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    side = int(np.sqrt(tokens.shape[1]))
-    if side * side != tokens.shape[1]:
-        raise SystemExit(f"--picture needs a square length, got {tokens.shape[1]}")
+    side = math.isqrt(tokens.shape[1])
     figure, axes = plt.subplots(1, len(tokens), figsize=(len(tokens), 1), squeeze=False)
     for axis, row in zip(axes[0], tokens, strict=True):
         axis.imshow(row.reshape(side, side), cmap="gray_r")

@@ -26,6 +26,7 @@ from train import (
     processes,
     record,
     rollout,
+    settings,
     sharding,
     state,
     step,
@@ -66,6 +67,7 @@ def run(
         CheckpointError: a checkpoint cannot be written or read, or the disk is full.
         FloatingPointError: loss, gradient or state are not finite.
     """
+    settings.check_types(config)
     with stop_signals() as stop:
         stop.nothing_to_save("setting up")
         return _run(config, Path(workdir).absolute(), profile, model, stop)
@@ -233,6 +235,10 @@ def set_up(config, dataset, mesh, model, stop) -> SimpleNamespace:
     with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
         sample = sharding.place(next(batches), mesh)
     shapes = state.param_shapes(model, sample)
+    if jax.default_backend() == "cpu":
+        leaves = jax.tree.leaves(shapes)
+        taken = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        settings.check_memory("model", taken, "its parameters")
     optimizer, groups, schedule = optimizers.make(config, shapes)
     create = functools.partial(
         state.create, model, optimizer, sample, seed, mesh, ema=options.ema > 0

@@ -5,6 +5,7 @@
 The same command again goes on with a run that was stopped.
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from train import settings
 from train.signals import Stopped, check, stop_signals
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -45,6 +47,10 @@ DISTRIBUTED = flags.DEFINE_bool(
 flags.DEFINE_bool("debug", False, "show where in the code an error arose")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+HELP = re.compile(r"--?(h|\?|help|helpshort|helpfull|helpxml)(=true)?", re.IGNORECASE)
+
+
 def main(argv: list[str]) -> int:
     check_arguments(argv)
     # Here and not above: a mistyped flag is answered before JAX has started.
@@ -57,6 +63,8 @@ def main(argv: list[str]) -> int:
         jax.distributed.initialize()
     certificate.apply(CERTIFICATE.value)
     seeds = [_number(seed) for seed in SEEDS.value] or [CONFIG.value.seed]
+    if len({*seeds}) < len(seeds):
+        raise ValueError(f"--seeds must name a seed once, got {','.join(SEEDS.value)}")
     times = () if LENGTHS.value is None else evaluate.parse_times(LENGTHS.value)
     for n in times:  # now, not after hours
         data.stretched(CONFIG.value.data, n)
@@ -73,7 +81,9 @@ def main(argv: list[str]) -> int:
         if "stopped" in found[seed]:
             return 0
         if times:
-            evaluate.at_lengths(evaluate.load_run(workdir), workdir, "test", times)
+            # Its layer is that of the command line, which has been trained here.
+            run = evaluate.load_run(workdir, trust=True)
+            evaluate.at_lengths(run, workdir, "test", times)
         if REPORT.value and jax.process_count() == 1:
             _write_report(workdir)
         check()
@@ -90,6 +100,8 @@ def check_arguments(argv: list[str]) -> None:
         raise ValueError(
             "--config is missing, such as --config configs/pixels.py:digits"
         )
+    settings.check_types(CONFIG.value)
+    settings.place("--workdir", WORKDIR.value or "")
 
 
 def _write_report(workdir: Path) -> None:
@@ -99,7 +111,8 @@ def _write_report(workdir: Path) -> None:
 
         with stop_signals() as stop:
             stop.ends_after("part of the report")
-            print(f"report: {report.write(workdir)}", flush=True)
+            # Its layer is that of the command line, which has been trained here.
+            print(f"report: {report.write(workdir, trust=True)}", flush=True)
     except Stopped:
         raise
     except Exception as error:
@@ -109,27 +122,27 @@ def _write_report(workdir: Path) -> None:
 
 
 def _number(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"--seeds must be whole numbers such as 0,1,2, got {text!r}")
+    if not re.fullmatch(r"[0-9]{1,100}", text):
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ValueError(f"--seeds must be whole numbers such as 0,1,2, got {shown!r}")
+    settings.check_seed("--seeds", int(text))
     return int(text)
 
 
 def _workdir(seed: int, several: bool) -> Path:
     if WORKDIR.value:
-        try:
-            workdir = Path(WORKDIR.value).expanduser()
-        except RuntimeError:
-            raise ValueError(
-                "--workdir must be a folder, ~ that of a user there is, got "
-                f"{WORKDIR.value!r}"
-            ) from None
-        return workdir / str(seed) if several else workdir
+        place = settings.place("--workdir", WORKDIR.value)
+        return place / str(seed) if several else place
     file, _, argument = config_flags.get_config_filename(
         flags.FLAGS["config"]
     ).partition(":")
     parts = [Path(file).stem, argument, str(seed)]
     name = "-".join(part for part in parts if part)
-    return Path("runs", re.sub(r"[^\w=,.-]", "_", name))
+    name = re.sub(r"[^\w=,.-]", "_", name)
+    try:
+        return settings.place("--workdir", Path("runs", name))
+    except ValueError as problem:
+        raise ValueError(f"--workdir must be given: by default, {problem}") from None
 
 
 def _print_seeds(found: dict[int, dict]) -> None:
@@ -154,23 +167,54 @@ def _parse(argv: list[str]) -> list[str]:
     """The arguments that are no flags, with a clear error for a flag that cannot be."""
     line = "\n".join(argv)
     path = re.search(r"^--?config[=\n](.*)", line, re.M)
+    if path:
+        _check_file(path[1].partition(":")[0])
     try:
         rest = flags.FLAGS(argv)
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # else absl makes it INFO
         if path:
-            CONFIG.value.lock()  # any use of a file that was not found raises
+            _check_config(path[1], CONFIG.value)
         return rest
-    except OSError:
-        file = path[1].partition(":")[0]
-        if Path(file).exists():
-            raise
-        raise ValueError(f"--config: there is no file {file!r}") from None
-    except (AttributeError, KeyError):
-        config = flags.FLAGS["config"].parser.parse(path[1])
-        for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", line, re.M):
-            _check_key(config, key)
+    except (flags.Error, ValueError):
         raise
+    except Exception as error:
+        # Either the file itself fails, or a key that it does not have.
+        keys = re.findall(r"^--?(?:no)?config\.([\w.]+)", line, re.M)
+        if path is None or not isinstance(error, (AttributeError, KeyError)):
+            keys = []
+        if keys:
+            with contextlib.suppress(AttributeError, KeyError):
+                config = flags.FLAGS["config"].parser.parse(path[1])
+                _check_config(path[1], config)
+                for key in keys:
+                    _check_key(config, key)
+        said = str(error).strip().splitlines() or [""]
+        raise ValueError(
+            f"--config: {path[1] if path else ''} cannot be used "
+            f"({type(error).__name__}: {said[0]})"
+        ) from error
+
+
+def _check_file(file: str) -> None:
+    place = settings.place("--config", file)
+    if not file or not place.exists():
+        raise ValueError(f"--config: there is no file {file!r}")
+    if place.suffix != ".py" or not place.is_file():
+        raise ValueError(
+            f"--config must be a Python file with get_config, such as "
+            f"configs/pixels.py:digits, got {file!r}"
+        )
+
+
+def _check_config(path: str, config) -> None:
+    try:
+        config.lock()  # any use of a file that could not be read raises
+    except AttributeError:
+        raise ValueError(
+            f"--config: get_config of {path} must return a ConfigDict, got "
+            f"{type(config).__name__}"
+        ) from None
 
 
 def _check_key(config, key: str) -> None:
@@ -190,7 +234,7 @@ def _ours(error: Exception) -> bool:
     modules = sys.modules.get("train.checkpoint")
     if modules is not None and isinstance(error, modules.CheckpointError):
         return True
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and (error.filename or error.errno in FULL):
         return True
     if not isinstance(error, (ValueError, FloatingPointError)):
         return False
@@ -216,6 +260,10 @@ def command(main: Callable[[list[str]], int]) -> None:
     try:
         with stop_signals(program=True):
             app.run(lambda argv: _unless_stopped(main, argv), flags_parser=_parse)
+    except SystemExit as ending:
+        if ending.code == 1 and any(map(HELP.fullmatch, sys.argv[1:])):
+            sys.exit(0)  # who asked for help got it
+        raise
     except Exception as error:
         if any(a.startswith("--debug") for a in sys.argv) or not _ours(error):
             raise
@@ -223,7 +271,7 @@ def command(main: Callable[[list[str]], int]) -> None:
         last = (
             str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
         )
-        print(f"error: {last}", file=sys.stderr)
+        print(f"error: {' '.join(str(last).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -52,6 +52,8 @@ def make(
             raise ValueError(
                 f"optimizer.{key} must lie in [0, 1), got {optimizer[key]}"
             )
+    if not optimizer["eps"] > 0:
+        raise ValueError(f"optimizer.eps must be above 0, got {optimizer['eps']}")
     schedule = make_schedule(optimizer, config["train"]["steps"])
     options = [
         (pattern, _options(pattern, given)) for pattern, given in config["groups"]
@@ -142,6 +144,12 @@ def settle_warmup(config: Mapping, saved: int | None = None) -> None:
 
 
 def _options(pattern: str, given: Mapping) -> dict:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"groups: {pattern!r} must be a regular expression ({error})"
+        ) from None
     unknown = sorted(set(given) - set(OPTIONS))
     if unknown:
         raise ValueError(

@@ -14,6 +14,7 @@ and LPIPS need the network of their authors as a TorchScript file.
 import argparse
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from train import (
     data,
     evaluate,
     files,
+    settings,
     signals,
     tokenize,
     video_metrics,
@@ -43,6 +45,7 @@ from train.report import clips as pictures
 
 JSON, PNG, GIF = "rollout.json", "rollout.png", "rollout.gif"
 COPY = "copy last frame"
+NUMBERS = ("context", "horizon", "clips")  # of config.rollout and the command
 NETWORKS = {"fvd": video_metrics.fvd, "lpips": video_metrics.lpips}
 SHOWN = 4  # clips of the contact sheet
 TABLE = (1, 2, 5, 10, 20, 30, 50, 100, 200, 400, 800, 1200)  # printed horizons
@@ -160,6 +163,10 @@ def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
     if clips < 1:
         raise ValueError(f"rollout.clips must be 1 or more, got {clips}")
     context, horizon = lengths(config["rollout"], spec)
+    frame = math.prod(spec["size"]) * spec["channels"]
+    settings.check_memory(
+        "rollout.context, rollout.horizon", (context + horizon) * frame, "a clip"
+    )
     try:
         dataset = data.load({**config["data"], "length": context + horizon})
     except ValueError as problem:
@@ -322,27 +329,30 @@ def main(argv=None):
     parser.add_argument("--workdir", required=True, help="of a trained run")
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
-    for name in ("context", "horizon", "clips"):
+    for name in NUMBERS:
         parser.add_argument(f"--{name}", type=int, help="default: as the config says")
     parser.add_argument(
         "--sample", type=int, metavar="SEED", help="draw codes; default: the likeliest"
     )
     parser.add_argument("--fvd", default="", help="I3D as a TorchScript file")
     parser.add_argument("--lpips", default="", help="LPIPS as a TorchScript file")
+    evaluate.add_trust(parser)
     given = parser.parse_args(argv)
     try:
-        run = evaluate.load_run(given.workdir, given.step)
-        options = dict(run.config.rollout)
+        workdir = settings.place("--workdir", given.workdir)
+        run = evaluate.load_run(workdir, given.step, given.trust)
+        options = {name: run.config.rollout[name] for name in NUMBERS}
         for name in options:
             if getattr(given, name) is not None:
                 options[name] = getattr(given, name)
+            settings.check(f"rollout.{name}", options[name], 0)
         _check_sample(run, given.sample)
         rollout = of_run(run, options, given.split, given.sample)
         found = summary(run, rollout, given.split)
-        write(given.workdir, rollout, found)  # networks may yet ask for too much
+        write(workdir, rollout, found)  # networks may yet ask for too much
         found |= _by_networks(rollout, given)
-        write(given.workdir, rollout, found)
-    except (ValueError, checkpoint.CheckpointError) as problem:
+        write(workdir, rollout, found)
+    except evaluate.PROBLEMS as problem:
         parser.error(str(problem))
     show(found)
     for name in NETWORKS:
@@ -351,6 +361,8 @@ def main(argv=None):
 
 
 def _check_sample(run: evaluate.Run, sample: int | None) -> None:
+    if sample is not None:
+        settings.check_seed("--sample", max(sample, 0))
     if sample is not None and (sample < 0 or not run.config.model.vocab_size):
         raise ValueError(
             "--sample must be a seed, 0 or more, for a model of codes; a model of "

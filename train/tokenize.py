@@ -9,7 +9,6 @@ same workdir, so that what a model of codes predicts can be shown as pixels.
 import argparse
 import io
 import itertools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,10 @@ import jax
 import numpy as np
 
 from layers.images import to_bytes
-from layers.vq import VQ
-from train import checkpoint, data, files
+from train import data, files, settings
 from train.data import pipeline
 from train.data.video import whole_clips
-from train.evaluate import Run, load_run
+from train.evaluate import PROBLEMS, Run, add_trust, load_run, read_config
 
 FRAMES = 512  # encoded or decoded at once
 
@@ -111,8 +109,8 @@ def write(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _checked(path) -> Path:
-    path = Path(path)
-    if path.suffix != ".npz" or os.path.isdir(path) or not os.path.isdir(path.parent):
+    path = settings.place("out", path)
+    if path.suffix != ".npz" or path.is_dir() or not path.parent.is_dir():
         raise ValueError(
             f"out: must be an .npz file in a folder that exists, got {str(path)!r}"
         )
@@ -120,13 +118,13 @@ def _checked(path) -> Path:
 
 
 def _autoencoder(workdir, at) -> Run:
-    run = load_run(workdir, at)
-    if not isinstance(run.model, VQ):
+    layer = read_config(workdir).model.layer
+    if layer != "vq":  # nothing else is built, so that no other layer is imported
         raise ValueError(
             f"workdir: {workdir} must be of an autoencoder, model.layer 'vq', got "
-            f"{run.config.model.layer!r}"
+            f"{layer!r}"
         )
-    return run
+    return load_run(workdir, at)
 
 
 def main(argv=None):
@@ -144,6 +142,7 @@ def main(argv=None):
         "--length", type=int, help="frames of a clip; default: the run's"
     )
     parser.add_argument("--out", required=True, help="the .npz to write")
+    add_trust(parser)
     options = parser.parse_args(argv)
     try:
         _checked(options.out)  # now, not after the work
@@ -156,7 +155,7 @@ def main(argv=None):
         parts = [encode(run, split, options.clips) for split in splits]
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
         write(options.out, arrays)
-    except (ValueError, checkpoint.CheckpointError) as problem:
+    except PROBLEMS as problem:
         parser.error(str(problem))
     print(
         f"{options.out}: {len(arrays['codes'])} clips of {run.model.codes} codes, "

@@ -4,7 +4,8 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 
-from train.data import arrays, digits, images, listops, synthetic, video
+from train import settings
+from train.data import arrays, digits, images, listops, pipeline, synthetic, video
 from train.data.pipeline import Dataset
 
 DATASETS = {
@@ -36,10 +37,11 @@ def load(config: Mapping) -> Dataset:
             of frames are to be reconstructed and its targets not read.
 
     Raises:
-        ValueError: an unknown name or an argument that the dataset does not have.
+        ValueError: an unknown name, an argument that the dataset does not have, or one
+            of another type than its default.
     """
     name = config["name"]
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(
             f"data.name must be one of {', '.join(sorted(DATASETS))}, got {name!r}"
         )
@@ -51,6 +53,13 @@ def load(config: Mapping) -> Dataset:
             f"data: {', '.join(unknown)} is no argument of the dataset {name!r}, "
             f"which has {', '.join(valid)}"
         )
+    defaults = {key: valid[key].default for key in arguments}
+    loop = {"workers": 0, "reconstruct": False}
+    for key, default in (defaults | {k: loop[k] for k in loop if k in config}).items():
+        settings.check(f"data.{key}", config[key], default)
+    pipeline.at_least("workers", config.get("workers", 0), 0)
+    if "seed" in arguments:
+        settings.check_seed("data.seed", arguments["seed"])
     dataset = DATASETS[name](**arguments)
     if not config.get("reconstruct"):
         return dataset

@@ -20,11 +20,11 @@ padded on the right. A first row whose last cell is not a number is a header.
 import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from train.data import pipeline
+from train import settings
+from train.data import cast, pipeline
 
 KEYS = ("inputs", "targets", "mask", "lengths", "reset", "dt", "split")
 ENCODERS = ("scalar", "token")
@@ -95,16 +95,27 @@ class File:
                 f"data.path must name an {' or '.join(suffixes)} file, such as "
                 "--config.data.path=my.npz; it is empty"
             )
-        self.path = Path(path).expanduser()
+        self.path = settings.place("data.path", path)
         if self.path.suffix.lower() not in suffixes:
             raise ValueError(
                 f"data.path must end in {' or '.join(suffixes)}, got {path!r}"
             )
         if not self.path.is_file():
+            if self.path.exists():
+                raise ValueError(f"data.path must be a file, got the folder {path!r}")
             raise ValueError(f"data.path: there is no file {path!r}")
 
     def error(self, key: str, message: str) -> ValueError:
         return ValueError(f"{self.path}: {key} {message}")
+
+    def whole(self, key: str, array, lowest: int, size: int, mask=None):
+        """The array as int32 in [lowest, size), -1 where the mask is False, and size,
+        which 0 leaves to the array."""
+        highest = (size or cast.MOST) - 1
+        found = cast.whole(f"{self.path}: {key}", array, lowest, highest, mask)
+        if found.max() < 0:
+            raise self.error(key, "has no class at all, only -1")
+        return found, size or int(found.max()) + 1
 
     def check_choice(self, name: str, value: str, choices) -> None:
         if value not in choices:
@@ -130,7 +141,9 @@ def read_npz(
     try:
         # np.load leaves a file that it opened itself open when it is damaged.
         with open(source.path, "rb") as data, np.load(data, allow_pickle=False) as file:
-            raw = {key: file[key] for key in file.files}
+            size = sum(member.file_size for member in file.zip.infolist())
+            settings.check_memory("data.path", size, f"{source.path}, unpacked,")
+            raw = {key: np.asanyarray(file[key]) for key in file.files}
     except Exception as error:  # zipfile, zlib, header and pickle errors share no class
         raise ValueError(
             f"{source.path}: not a readable NPZ of plain arrays ({error}); write it "
@@ -164,12 +177,13 @@ def _read_npz(source: File) -> dict[str, np.ndarray]:
 
 
 def _read_csv(source: File) -> dict[str, np.ndarray]:
-    rows, targets, written = [], [], []
+    rows, targets, written, places = [], [], [], []
     for line, cells in _csv_lines(source):
         *sequence, target = cells
         rows.append([_number(source, line, i, cell) for i, cell in enumerate(sequence)])
         targets.append(_number(source, line, len(sequence), target))
         written.append(target)
+        places.append(f"row {line}, column {len(sequence) + 1}")
         while rows[-1] and rows[-1][-1] is None:  # a spreadsheet's filling
             rows[-1].pop()
         if None in rows[-1]:
@@ -187,9 +201,22 @@ def _read_csv(source: File) -> dict[str, np.ndarray]:
     inputs = np.zeros((len(rows), lengths.max()))
     for row, numbers in zip(inputs, rows, strict=True):
         row[: len(numbers)] = numbers
-    whole = all(cell.strip().lstrip("+-").isdigit() for cell in written)
-    targets = np.array(targets, np.int64 if whole else np.float64)
+    targets = np.array(targets)
+    if all(cell.strip().lstrip("+-").isdigit() for cell in written):
+        targets = _labels(source, targets, places)
     return {"inputs": inputs, "targets": targets, "lengths": lengths}
+
+
+def _labels(source: File, targets: np.ndarray, places: list[str]) -> np.ndarray:
+    """Whole targets of a CSV as integers: classes, unless data.loss says other."""
+    large = np.flatnonzero(abs(targets) > cast.MOST)
+    if len(large):
+        raise source.error(
+            places[large[0]],
+            f"is {targets[large[0]]:.0f}; a whole number as target may be at most "
+            f"{cast.MOST}, and one that is to be regressed may have a decimal point",
+        )
+    return targets.astype(np.int64)
 
 
 def _csv_lines(source: File):
@@ -220,9 +247,15 @@ def _number(source: File, line: int, column: int, cell: str) -> float | None:
     try:
         number = float(cell)
     except ValueError:
-        raise source.error(where, f"is {cell!r}; it may be a number") from None
+        raise source.error(where, f"is {cell[:40]!r}; it may be a number") from None
     if not math.isfinite(number):
-        raise source.error(where, f"is {cell.strip()}; it may be a finite number")
+        raise source.error(where, f"is {cell.strip()[:40]}; it may be a finite number")
+    if abs(number) > cast.LARGEST:
+        raise source.error(
+            where,
+            f"is {cell.strip()[:40]}; it may be a number of float32, up to "
+            f"{cast.LARGEST:.3g}",
+        )
     return number
 
 
@@ -239,15 +272,14 @@ def _inputs(source: File, inputs, encoder: str, vocab_size: int):
         raise source.error(
             "inputs", f"has shape {inputs.shape}; every axis may be 1 or longer"
         )
-    _check_numbers(source, "inputs", inputs)
     if not encoder:
         whole = inputs.dtype.kind in "iu" and inputs.ndim == 2
         encoder = "token" if whole else "scalar"
     if encoder == "scalar":
-        return inputs.astype(np.float32), 0
+        return cast.real(f"{source.path}: inputs", inputs), 0
     if inputs.ndim != 2:
         raise source.error("inputs", f"has shape {inputs.shape}; tokens may be [n, L]")
-    return whole_numbers(source, "inputs", inputs, 0, vocab_size)
+    return source.whole("inputs", inputs, 0, vocab_size)
 
 
 def _mask(source: File, raw, shape: tuple[int, int]) -> np.ndarray:
@@ -280,7 +312,8 @@ def _mask(source: File, raw, shape: tuple[int, int]) -> np.ndarray:
 
 def _targets(source: File, targets, mask, loss: str, outputs: int):
     """Targets as int32 or float32, the number of outputs and the loss."""
-    _check_numbers(source, "targets", targets)
+    if targets.dtype.kind not in "biuf":
+        raise source.error("targets", f"is of dtype {targets.dtype}; it may be numbers")
     per_token = targets.shape[1:2] == mask.shape[1:]
     if not loss:
         kinds = {True: "token" if per_token else "classification", False: "regression"}
@@ -293,12 +326,12 @@ def _targets(source: File, targets, mask, loss: str, outputs: int):
                 "[n, L] or [n, L, K]",
             )
         single = targets.ndim == (2 if per_token else 1)
-        return targets.astype(np.float32), 1 if single else targets.shape[-1], loss
+        targets = cast.real(f"{source.path}: targets", targets)
+        return targets, 1 if single else targets.shape[-1], loss
     if loss == "token" and targets.shape == mask.shape:
-        real = np.where(mask, targets, -1)
-        return *whole_numbers(source, "targets", real, -1, outputs), loss
+        return *source.whole("targets", targets, -1, outputs, mask), loss
     if loss == "classification" and targets.ndim == 1:
-        return *whole_numbers(source, "targets", targets, 0, outputs), loss
+        return *source.whole("targets", targets, 0, outputs), loss
     raise source.error(
         "targets",
         f"is {targets.dtype} {targets.shape}; it may be [n] for the loss "
@@ -312,16 +345,12 @@ def _optional(source: File, raw, mask) -> dict[str, np.ndarray]:
         arrays["reset"] = _flags(source, "reset", raw["reset"], mask.shape)
     if "dt" in raw:
         dt = raw["dt"]
-        _check_numbers(source, "dt", dt)
         if dt.shape != mask.shape:
             raise source.error(
                 "dt", f"has shape {dt.shape}; it may be [n, L] = {mask.shape}"
             )
-        if dt[mask].min() <= 0:
-            raise source.error(
-                "dt", f"has the value {dt[mask].min()}; it may be above 0"
-            )
-        arrays["dt"] = np.where(mask, dt, 1).astype(np.float32)
+        dt = cast.real(f"{source.path}: dt", dt, cast.LEAST, mask)
+        arrays["dt"] = np.where(mask, dt, np.float32(1))
     return arrays
 
 
@@ -354,38 +383,11 @@ def drawn_split(
         ) from error
 
 
-def _check_numbers(source: File, key: str, array) -> None:
-    if array.dtype.kind not in "biuf":
-        raise source.error(key, f"is of dtype {array.dtype}; it may be numbers")
-    if array.dtype.kind == "f":
-        bad = np.argwhere(~np.isfinite(array))
-        if len(bad):
-            index = tuple(int(i) for i in bad[0])
-            raise source.error(
-                key,
-                f"is {array[index]} at {list(index)}; all its numbers may be finite",
-            )
-
-
 def _flags(source: File, key: str, array, shape) -> np.ndarray:
-    if array.shape != shape or not np.isin(array, (0, 1)).all():
+    known = array.dtype.kind in "biuf" and array.shape == shape
+    if not known or not np.isin(array, (0, 1)).all():
         raise source.error(
             key,
             f"is {array.dtype} {array.shape}; it may be bool [n, L] = {shape}",
         )
     return array.astype(bool)
-
-
-def whole_numbers(source: File, key: str, array, lowest: int, size: int):
-    """The array as int32 in [lowest, size), and size, which 0 leaves to the array."""
-    if not np.array_equal(array, np.rint(array)):
-        raise source.error(key, "has fractions; it may be whole numbers")
-    low, high = int(array.min()), int(array.max())
-    if low < lowest or (size and high >= size):
-        highest = f"{size - 1}" if size else "any number"
-        raise source.error(
-            key, f"lies in [{low}, {high}]; it may lie between {lowest} and {highest}"
-        )
-    if high < 0:
-        raise source.error(key, "has no class at all, only -1")
-    return array.astype(np.int32), size or high + 1

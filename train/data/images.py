@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train import settings
 from train.data import original, pipeline
 from train.data.original import Original
 
@@ -91,7 +92,7 @@ def mnist(
         raise ValueError(
             f"data.layout must be sequence with a permutation, got {layout!r}"
         )
-    place = Path(folder).expanduser()
+    place = settings.place("data.folder", folder)
     paths = original.locate("MNIST", place, tuple(MNIST.values()), download)
     images, labels, test_images, test_labels = _read_mnist(*paths)
     order = _order(permutation, MNIST_SIDE**2)
@@ -124,7 +125,7 @@ def cifar(
     """
     pipeline.check_choice("color", color, COLORS)
     pipeline.check_choice("layout", layout, pipeline.LAYOUTS)
-    place = Path(folder).expanduser()
+    place = settings.place("data.folder", folder)
     (path,) = original.locate("CIFAR-10", place, (CIFAR,), download)
     return _dataset(
         {

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train import settings
 from train.data import expressions, pipeline, prepared
 from train.data.expressions import EOS, PAD, TOKENS, Rules
 
@@ -62,18 +63,19 @@ def load(
     """
     rules = Rules(min_length, max_length, max_depth, max_args)
     if path:
-        settings, write = _from_lra(Path(path).expanduser(), max_length)
-        name = f"lra-{settings['source']}-{max_length}"
+        pipeline.at_least("max_length", max_length, 2)
+        made_from, write = _from_lra(settings.place("data.path", path), max_length)
+        name = f"lra-{made_from['source']}-{max_length}"
         splits = pipeline.SPLITS
     else:
         sizes = {"train": train, "validation": validation, "test": test}
         _check(sizes, rules, seed)
-        settings = {**rules._asdict(), **sizes, "seed": seed}
+        made_from = {**rules._asdict(), **sizes, "seed": seed}
         write = functools.partial(_generate, sizes=sizes, rules=rules, seed=seed)
         name = "-".join(map(str, (*rules, *sizes.values(), seed)))
         splits = [split for split, size in sizes.items() if size]
-    home = Path(folder).expanduser() / name
-    prepared.prepare(home, {"version": VERSION, **settings}, write, "ListOps")
+    home = settings.place("data.folder", folder) / name
+    prepared.prepare(home, {"version": VERSION, **made_from}, write, "ListOps")
     spec = {
         "encoder": "token",
         "length": max_length,
@@ -153,7 +155,7 @@ def _from_lra(path: Path, max_length: int):
 
     def convert(home: Path) -> None:
         for split, file in files.items():
-            with file.open(encoding="utf-8") as lines:
+            with file.open("rb") as lines:
                 count = sum(1 for _ in lines) - 1
             records = _lra_records(file, max_length)
             records = prepared.shown(records, count, f"converting {file.name}")
@@ -164,17 +166,23 @@ def _from_lra(path: Path, max_length: int):
 
 def _lra_records(file: Path, max_length: int) -> Iterator[bytes]:
     """Reads lines such as "( ( [MIN 3 ) ] )<tab>3"; the parentheses say nothing."""
-    with file.open(encoding="utf-8") as lines:
-        header = next(lines, "").rstrip("\n")
-        if header != "Source\tTarget":
-            raise ValueError(
-                f"{file}: the first line must be Source<tab>Target, got {header[:40]!r}"
-            )
-        for number, line in enumerate(lines, 2):
-            try:
+    number = 0  # of the last line that was read below the header
+    try:
+        with file.open(encoding="utf-8") as lines:
+            header = next(lines, "").rstrip("\n")
+            if header != "Source\tTarget":
+                raise ValueError(
+                    f"the first line must be Source<tab>Target, got {header[:40]!r}"
+                )
+            for number, line in enumerate(lines, 2):  # noqa: B007, messages have it
                 yield _lra_record(line, max_length)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a UTF-8 text file ({error.reason})") from None
+    except ValueError as error:
+        line = f", line {number}" if number else ""
+        raise ValueError(f"{file}{line}: {error}") from None
+    if not number:
+        raise ValueError(f"{file}: must have an example below its first line")
 
 
 def _lra_record(line: str, max_length: int) -> bytes:

@@ -5,9 +5,12 @@ that a file holds is ever executed.
 """
 
 import gzip
+import hashlib
 import math
+import queue
 import tarfile
 import tempfile
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,14 @@ LABEL_BYTES, PIXEL_BYTES = 1, 3 * 32 * 32  # of a CIFAR-10 record
 CIFAR_FOLDER = "cifar-10-batches-bin"
 CIFAR_CLASSES = 10
 
+# More than any of the files here has once it is unpacked: archives can be made that
+# unpack without end.
+MOST_BYTES = 2**30
+CIFAR_IMAGES = 10_000  # of a file
+
+PATIENCE, READ = 10.0, 30.0  # seconds until a server answers, and between its parts
+
+LONGEST = CIFAR_IMAGES * (LABEL_BYTES + PIXEL_BYTES)
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)
 
 
@@ -77,24 +88,62 @@ def _found(folder: Path, original: Original) -> Path | None:
 
 def _download(folder: Path, originals: Sequence[Original]) -> None:
     """Fetches to a temporary folder; only what has the right digest is moved."""
-    from tensorflow_datasets.core import download  # 1 s, only needed here
-
     folder.mkdir(parents=True, exist_ok=True)
-    infos = {
-        original.url: download.checksums.UrlInfo(
-            size=original.size, checksum=original.sha256, filename=original.name
-        )
-        for original in originals
-    }
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        manager = download.DownloadManager(
-            download_dir=temporary, url_infos=infos, force_checksums_validation=True
+        for original in originals:
+            path = Path(temporary) / original.name
+            _fetch(original, path)
+            path.rename(folder / original.name)
+
+
+def _fetch(original: Original, path: Path) -> None:
+    """Writes what the address gives to `path`. `ValueError` for another file, and what
+    the network raises."""
+    print(f"fetching {original.url} ({original.size / 1e6:.1f} MB)", flush=True)
+    digest, size = hashlib.sha256(), 0
+    with _answer(original.url) as response, path.open("wb") as file:
+        response.raise_for_status()
+        for part in response.iter_content(2**20):
+            size += len(part)
+            if size > original.size:
+                break
+            digest.update(part)
+            file.write(part)
+    if (size, digest.hexdigest()) != (original.size, original.sha256):
+        raise ValueError(
+            f"{original.url} has another size or checksum than the published file: "
+            f"{size} bytes instead of {original.size}"
         )
-        fetched = manager.download(
-            {original.name: original.url for original in originals}
-        )
-        for name, path in fetched.items():
-            Path(path).rename(folder / name)
+
+
+def _answer(url: str):
+    """The response of a server, of which the body is yet to be read.
+
+    A host can have a dozen addresses that are tried one after another, and a name that
+    nobody resolves takes its time too: all that together must not be longer than
+    PATIENCE, so that it is done in a thread that is left behind.
+
+    Raises:
+        OSError: no connection, or no answer in time.
+    """
+    import requests  # only needed here
+
+    answers = queue.SimpleQueue()
+
+    def ask():
+        try:
+            answers.put(requests.get(url, stream=True, timeout=(PATIENCE, READ)))
+        except Exception as error:  # raised again in the calling thread
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=PATIENCE)
+    except queue.Empty:
+        raise TimeoutError(f"no answer from {url} in {PATIENCE:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def read_idx(path: Path, rank: int) -> np.ndarray:
@@ -106,12 +155,16 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     Raises:
         ValueError: a file of another layout or length.
     """
+    unpacked = gzip.open if path.suffix == ".gz" else open
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with unpacked(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except DAMAGE as error:
         raise ValueError(f"{path}: damaged or incomplete ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path}: must have {MOST_BYTES} bytes or fewer, unpacked")
     magic = bytes([0, 0, UNSIGNED_BYTES, rank])
     header = len(magic) + 4 * rank
     if content[: len(magic)] != magic or len(content) < header:
@@ -120,6 +173,8 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
             f"this one with {content[: len(magic)].hex() or 'nothing'}"
         )
     shape = [int(n) for n in np.frombuffer(content[len(magic) : header], ">u4")]
+    if 0 in shape:
+        raise ValueError(f"{path}: must have 1 or more along each axis, got {shape}")
     if len(content) - header != math.prod(shape):
         raise ValueError(
             f"{path}: {math.prod(shape)} bytes must follow its header, which says "
@@ -144,6 +199,10 @@ def read_cifar(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     images, labels = [], []
     for name, content in zip(names, contents, strict=True):
         size = LABEL_BYTES + PIXEL_BYTES
+        if len(content) > LONGEST:
+            raise ValueError(
+                f"{path}: {name} has more than {CIFAR_IMAGES} images of {size} bytes"
+            )
         if not content or len(content) % size:
             raise ValueError(
                 f"{path}: {name} has {len(content)} bytes; CIFAR-10's binary version "
@@ -164,7 +223,11 @@ def _folder_files(path: Path, names: Sequence[str]) -> list[bytes]:
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} not found in it")
-    return [(path / name).read_bytes() for name in names]
+    contents = []
+    for name in names:
+        with (path / name).open("rb") as file:
+            contents.append(file.read(LONGEST + 1))
+    return contents
 
 
 def _tar_files(path: Path, names: Sequence[str]) -> list[bytes]:
@@ -173,9 +236,14 @@ def _tar_files(path: Path, names: Sequence[str]) -> list[bytes]:
     try:
         with tarfile.open(path) as archive:
             for member in archive:
+                if member.offset_data + member.size > MOST_BYTES:
+                    raise ValueError(
+                        f"{path}: must have {MOST_BYTES} bytes or fewer, unpacked; "
+                        f"{member.name[:40]!r} ends beyond"
+                    )
                 folder, _, name = member.name.rpartition("/")
                 if member.isfile() and name in names and folder.endswith(CIFAR_FOLDER):
-                    found[name] = archive.extractfile(member).read()
+                    found[name] = archive.extractfile(member).read(LONGEST + 1)
     except DAMAGE as error:
         raise ValueError(f"{path}: damaged or incomplete ({error})") from None
     missing = [name for name in names if name not in found]

@@ -7,11 +7,13 @@ several parts are themselves such a dict.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
+from train import settings
 from train.data.workers import Workers
 
 SPLITS = ("train", "validation", "test")
@@ -230,6 +232,8 @@ class Dataset:
             ValueError: an argument outside these bounds.
         """
         source = self._source("train")
+        settings.check("train.batch_size", batch_size, 1)
+        settings.check("data.workers", workers, 0)
         if not 1 <= batch_size <= len(source):
             raise ValueError(
                 f"batch_size must be between 1 and {len(source)}, the number of "
@@ -237,6 +241,11 @@ class Dataset:
             )
         if workers < 0:
             raise ValueError(f"workers must be 0 or more, got {workers}")
+        settings.check_memory(
+            "train.batch_size",
+            batch_size * self._example_bytes(),
+            f"a batch of {batch_size} examples",
+        )
         return TrainIterator(
             self._stream(source, batch_size, seed),
             {"seed": seed, "batch_size": batch_size, "num_examples": len(source)},
@@ -257,6 +266,14 @@ class Dataset:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         return Evaluation(source, self.finish, batch_size)
+
+    def _example_bytes(self) -> int:
+        """About how much an example has, before one is made."""
+        spec = self.spec
+        size = spec["size"] if spec.get("encoder") == "video" else ()
+        places = math.prod((spec.get("length", 1), *size))
+        item = 1 if spec.get("loss") in ("frames", "autoencoder") else 4
+        return places * spec.get("channels", 1) * item
 
     def _source(self, split: str) -> Sequence[Example]:
         if split not in self.sources:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from train import settings
 from train.data import digits as small_digits
 from train.data import images, pipeline
-from train.data.arrays import File, drawn_split, given_split, read_npz, whole_numbers
+from train.data.arrays import File, drawn_split, given_split, read_npz
 
 GLYPHS = ("digits", "mnist")
+GLYPH_IMAGES = {"digits": 1_797, "mnist": 60_000}
 TRAIN = 100_000_000  # more than a run reads: no clip comes twice
 HELD_OUT = 1_024  # of https://arxiv.org/abs/2310.19694
 
@@ -72,6 +74,9 @@ def moving_digits(
     pipeline.check_choice("source", source, GLYPHS)
     if not 0 < step <= 1:
         raise ValueError(f"data.step must lie in (0, 1], got {step}")
+    settings.check_memory("data.side", length * side**2, f"a clip of {length} frames")
+    pixels = GLYPH_IMAGES[source] * digit_side**2
+    settings.check_memory("data.digit_side", 4 * pixels, "the digits' images")
     draws = {
         split: functools.partial(
             _moving,
@@ -240,7 +245,7 @@ def _read_codes(source: File, codes: np.ndarray, vocab_size: int):
             "codes", f"is {codes.dtype} {codes.shape}; it may be integers [n, T, h, w]"
         )
     _check_extent(source, "codes", codes.shape)
-    codes, vocab_size = whole_numbers(source, "codes", codes, 0, vocab_size)
+    codes, vocab_size = source.whole("codes", codes, 0, vocab_size)
     spec = _pixels(codes.shape[2:], 1)
     spec |= {"vocab_size": vocab_size, "outputs": vocab_size, "loss": "codes"}
     return codes, spec
@@ -262,7 +267,7 @@ def _read_actions(source: File, actions, shape: tuple[int, int], number: int):
             f"is {actions.dtype} {actions.shape}; it may be integers [n, T] = {shape}",
         )
     # The first one is not read, so that it may be anything, such as -1.
-    read, number = whole_numbers(source, "actions", actions[:, 1:], 0, number)
+    read, number = source.whole("actions", actions[:, 1:], 0, number)
     return np.concatenate([np.zeros_like(read[:, :1]), read], axis=1), number
 
 
@@ -297,11 +302,16 @@ def frames(
     """
     pipeline.at_least("length", length, 2, "a frame to see and one to predict")
     size = tuple(size)
+    for n in size:
+        settings.check("data.size", n, 0)
     if size and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"data.size must be two pixel counts (h, w) or (), got {size}")
     if channels not in CHANNELS:
         raise ValueError(f"data.channels must be 1 or 3, got {channels}")
-    place = Path(folder).expanduser()
+    if size:
+        taken = length * channels * size[0] * size[1]
+        settings.check_memory("data.size", taken, f"a clip of {length} such frames")
+    place = settings.place("data.folder", folder)
     if not folder or not place.is_dir():
         raise ValueError(
             "data.folder must name a folder with one folder of PNG or JPEG files per "

@@ -1,6 +1,7 @@
 """A run as one HTML page, or several beside one another.
 
     python -m train.report --workdir runs/pixels-digits-0 [--step 500] [--out FILE]
+        [--trust]
     python -m train.report --compare runs/a runs/b ... [--out FILE]
 
 A page needs no other file and no network: send it to whom you like. The filters,
@@ -11,8 +12,7 @@ that the run began with.
 import argparse
 import sys
 
-from train import report
-from train.checkpoint import CheckpointError
+from train import evaluate, report, settings
 
 
 def main(argv=None):
@@ -26,15 +26,22 @@ def main(argv=None):
     parser.add_argument(
         "--out", help="default: WORKDIR/report.html, or compare.html here"
     )
+    evaluate.add_trust(parser)
     options = parser.parse_args(argv)
     if options.compare and options.step is not None:
         parser.error("--step goes with --workdir: --compare takes the newest ones")
     try:
         if options.compare:
-            path = report.compare(options.compare, options.out or "compare.html")
+            runs = [settings.place("--compare", run) for run in options.compare]
+            path = report.compare(runs, options.out or "compare.html")
         else:
-            path = report.write(options.workdir, options.out, options.step)
-    except (ValueError, OSError, CheckpointError) as problem:
+            path = report.write(
+                settings.place("--workdir", options.workdir),
+                options.out,
+                options.step,
+                options.trust,
+            )
+    except evaluate.PROBLEMS as problem:
         parser.error(str(problem))
     print(f"report: {path}")
     return 0

@@ -1,7 +1,6 @@
 """The page of one run, and that of several."""
 
 import json
-import os
 import shlex
 from pathlib import Path
 
@@ -11,7 +10,15 @@ from flax.traverse_util import flatten_dict
 
 from layers.model import Model
 from layers.video import Video
-from train import checkpoint, evaluate, files, record, rollout, signals
+from train import (
+    checkpoint,
+    evaluate,
+    files,
+    record,
+    rollout,
+    settings,
+    signals,
+)
 from train.report import answers, clips, figures, probe, workdir
 from train.report.markup import (
     code,
@@ -25,13 +32,17 @@ from train.report.markup import (
 from train.report.workdir import UNKNOWN, Workdir
 
 
-def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
+def write(
+    path: str | Path, out: str | Path | None = None, step=None, trust: bool = False
+) -> Path:
     """Writes the report of the run in the workdir `path`; returns the file.
 
     Args:
         path: of a run with at least one checkpoint.
         out: the file; default `path`/report.html.
         step: of the checkpoint to look into; default the newest good one.
+        trust: import layers that the run names by dotted paths, see
+            `evaluate.load_run`.
 
     Raises:
         ValueError: no run, one of its files cannot be read, or `out` is in no folder.
@@ -40,7 +51,7 @@ def write(path: str | Path, out: str | Path | None = None, step=None) -> Path:
     """
     told = workdir.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
-    run = evaluate.load_run(path, step)
+    run = evaluate.load_run(path, step, trust)
     sections = [
         ("verdict", "Verdict", _verdict(told, run)),
         ("curves", "Curves", _curves({told.name: told})),
@@ -109,7 +120,8 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
 
 def _writable(out: Path) -> Path:
     """`out`, once it is known not to fail after all the work."""
-    if os.path.isdir(out) or not os.path.isdir(out.parent):
+    out = settings.place("--out", out)
+    if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out must be a file in a folder that exists, got {out}")
     return out
 

@@ -1,0 +1,91 @@
+"""Numbers from a user's file as the arrays of a batch: exact, or refused.
+
+Every reader casts here, so that no number turns into another one in silence: a whole
+number stays itself in int32, a float is rounded to the nearest of float32 and never to
+an infinity, and a time above 0 stays above it. The messages name where the number
+stands and what it may be.
+"""
+
+import numpy as np
+
+MOST = 2**31 - 1  # of int32
+LARGEST = float(np.finfo(np.float32).max)
+LEAST = float(np.finfo(np.float32).tiny)  # smaller ones are 0 on many devices
+
+
+def real(where: str, array: np.ndarray, least: float = -LARGEST, mask=None):
+    """The array as float32.
+
+    Args:
+        where: the file and the key, which begin the message.
+        array: of any kind of numbers.
+        least: the smallest value that it may have.
+        mask: bool like the array, True where `least` is asked for; None: everywhere.
+
+    Raises:
+        ValueError: what is no number, not finite, beyond float32, or below `least`.
+    """
+    _check_kind(where, array)
+    with np.errstate(over="ignore"):
+        found = array.astype(np.float32)
+    bad = ~np.isfinite(found)
+    if bad.any():
+        place = _first(bad)
+        if not np.isfinite(array[place]):
+            may = "all its numbers may be finite"
+        else:
+            may = f"its numbers may be those of float32, up to {LARGEST:.3g}"
+        raise ValueError(f"{where} is {array[place]} at {list(place)}; {may}")
+    if least > -LARGEST:
+        # The rounded ones: a float64 may be above 0 where its float32 is not.
+        bad = found < least if mask is None else mask & (found < least)
+        if bad.any():
+            place = _first(bad)
+            raise ValueError(
+                f"{where} is {array[place]} at {list(place)}; it may be {least:.3g} or "
+                "more"
+            )
+    return found
+
+
+def whole(where: str, array: np.ndarray, lowest: int, highest: int = MOST, mask=None):
+    """The array as int32; -1 where the mask is False.
+
+    Args:
+        where: the file and the key, which begin the message.
+        array: of any kind of numbers.
+        lowest, highest: what it may have.
+        mask: bool like the array, True where it counts; None: everywhere.
+
+    Raises:
+        ValueError: what is no number, has fractions, or lies outside.
+    """
+    _check_kind(where, array)
+    counts = np.ones(array.shape, bool) if mask is None else mask
+    if array.dtype.kind == "f":
+        broken = counts & np.isfinite(array) & (array != np.rint(array))
+        if broken.any():
+            place = _first(broken)
+            raise ValueError(
+                f"{where} has fractions, {array[place]} at {list(place)}; it may be "
+                "whole numbers"
+            )
+    outside = counts & ~((array >= lowest) & (array <= highest))  # so is NaN
+    if outside.any():
+        place = _first(outside)
+        raise ValueError(
+            f"{where} is {array[place]} at {list(place)}; it may lie between {lowest} "
+            f"and {highest}"
+        )
+    if mask is None:
+        return array.astype(np.int32)
+    return np.where(mask, np.where(mask, array, 0).astype(np.int32), np.int32(-1))
+
+
+def _check_kind(where: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{where} is of dtype {array.dtype}; it may be numbers")
+
+
+def _first(bad: np.ndarray) -> tuple[int, ...]:
+    return tuple(map(int, np.unravel_index(int(bad.argmax()), bad.shape)))

@@ -1,0 +1,201 @@
+"""What the values of a config may be, whoever wrote it: a command line, a file, a run.
+
+A config's own ranges are checked where a key is used; here are the types, and the sizes
+that any number must have to be one for JAX and NumPy.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import common
+
+SEEDS = 2**32  # of JAX, which takes others modulo this, and of scikit-learn
+MOST = 2**31 - 1  # int32
+LARGEST = float(np.finfo(np.float32).max)
+# The least that a number may be where no one else asks: what is said only once it is
+# used would be said after compiling, or never.
+LEAST = {
+    "model.length": 0,
+    "model.vocab_size": 0,
+    "model.outputs": 0,
+    "model.video.channels": 0,
+    "model.video.actions": 0,
+    "model.video.action_features": 1,
+    "rollout.context": 0,
+    "rollout.horizon": 0,
+    "rollout.clips": 0,
+    "train.eval_batch_size": 0,
+}
+NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number"}
+
+
+def check_types(config: Mapping) -> None:
+    """Raises a `ValueError` for a value of another type than `configs.common.base` and
+    `configs.common.LAYER_ARGS` have there, or for a number that is none for a computer.
+
+    Keys that are missing, or that those do not have, are left to whoever reads them;
+    so is "data", whose keys are arguments of the dataset.
+    """
+    defaults = common.base().to_dict()
+    for key in ("data", "groups"):
+        del defaults[key]
+    for key in ("layer", "layer_args"):
+        del defaults["model"][key]
+    _check_tree("", config, defaults)
+    if "seed" in config:
+        check_seed("seed", config["seed"])
+    for key in ("model", "data", "groups"):
+        if key not in config:
+            raise ValueError(f"{key} is missing; configs.common.base() has it")
+    check("data", config["data"], {})
+    _check_groups(config["groups"])
+    _check_model(config["model"])
+
+
+def _check_model(model: Mapping) -> None:
+    width = model.get("mlp", 0) * model.get("features", 1)
+    if width > MOST:
+        raise ValueError(
+            f"model.mlp must be at most {MOST} / model.features, got {model['mlp']}"
+        )
+    names = model.get("layer", "")
+    if not _is_text(names) and not (_is_sequence(names) and all(map(_is_text, names))):
+        raise ValueError(
+            f"model.layer must be a name, or a sequence of names, got {names!r}"
+        )
+    args = model.get("layer_args", {})
+    check("model.layer_args", args, {})
+    if _is_text(names):
+        _check_tree("model.layer_args.", args, common.LAYER_ARGS.get(names, {}))
+        return
+    for name, own in args.items():
+        check(f"model.layer_args.{name}", own, {})
+        known = common.LAYER_ARGS.get(name, {})
+        _check_tree(f"model.layer_args.{name}.", own, known)
+
+
+def _check_tree(path: str, values: Mapping, defaults: Mapping) -> None:
+    for key, default in defaults.items():
+        if key not in values:
+            continue
+        check(path + key, values[key], default)
+        least = LEAST.get(path + key)
+        if least is not None and values[key] < least:
+            raise ValueError(f"{path}{key} must be {least} or more, got {values[key]}")
+        if _is_mapping(default):
+            _check_tree(f"{path}{key}.", values[key], default)
+
+
+def check(key: str, value, default) -> None:
+    """Raises a `ValueError` unless `value`, that of `key`, is of the type of `default`.
+
+    A number must be finite, or the default itself (an infinite limit), and fit int32 or
+    float32; seeds are counted apart, see `check_seed`. A whole number is a number too.
+    The items of a sequence are like the default's, if that has any.
+    """
+    if _is_mapping(default):
+        if not _is_mapping(value):
+            raise ValueError(f"{key} must be a mapping of keys, got {_shown(value)}")
+    elif _is_sequence(default):
+        if not _is_sequence(value):
+            raise ValueError(f"{key} must be a sequence, got {_shown(value)}")
+        for i, item in enumerate(value if default else ()):
+            check(f"{key}[{i}]", item, default[min(i, len(default) - 1)])
+    else:
+        _check_plain(key, value, default)
+
+
+def _check_plain(key: str, value, default) -> None:
+    kind = type(default)
+    taken = {
+        bool: (bool, np.bool_),
+        int: (int, np.integer),
+        float: (int, np.integer, float, np.floating),
+    }.get(kind, kind)
+    wrong = isinstance(value, (bool, np.bool_)) and kind is not bool
+    if wrong or not isinstance(value, taken):
+        raise ValueError(
+            f"{key} must be {NAMES.get(kind, kind.__name__)}, got {_shown(value)}"
+        )
+    if kind is int and key.rpartition(".")[2] != "seed" and abs(value) > MOST:
+        raise ValueError(f"{key} must be at most {MOST}, got {_shown(value)}")
+    if kind is float and value != default and not abs(value) <= LARGEST:
+        raise ValueError(
+            f"{key} must be finite and fit float32 (up to {LARGEST:.3g}), got "
+            f"{_shown(value)}"
+        )
+
+
+def place(key: str, text: str | Path) -> Path:
+    """The path that a user wrote, "~" being the home; `ValueError` for one that no file
+    system here can have."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"{key} must be a path that can be, got {_shown(str(text))} ({reason})"
+        ) from None
+    return path
+
+
+def check_memory(key: str, count: int, what: str) -> None:
+    """Raises a `ValueError` that names `key` where `count` bytes for `what` are more
+    than this machine has."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if count > there:
+        raise ValueError(
+            f"{key} must be smaller: {what} would take {count / 1e9:,.1f} GB of "
+            f"memory, and this machine has {there / 1e9:,.1f} GB"
+        )
+
+
+def check_seed(key: str, value: int) -> None:
+    """Raises a `ValueError` for a seed outside [0, 2^32): JAX would take it for another
+    one that is inside."""
+    if value < 0:
+        raise ValueError(f"{key} must be 0 or more, got {_shown(value)}")
+    if value >= SEEDS:
+        raise ValueError(f"{key} must be below 2^32 = {SEEDS}, got {_shown(value)}")
+
+
+def _check_groups(groups) -> None:
+    if not _is_sequence(groups):
+        raise ValueError(f"groups must be a sequence of pairs, got {_shown(groups)}")
+    for i, group in enumerate(groups):
+        pair = _is_sequence(group) and len(group) == 2
+        if not (pair and _is_text(group[0]) and _is_mapping(group[1])):
+            raise ValueError(
+                f"groups[{i}] must be a pair of a pattern and its factors, such as "
+                f"('.*', {{'lr': 1.0}}), got {_shown(group)}"
+            )
+        known = {"lr": 1.0, "wd": 1.0, "optional": False}
+        _check_tree(f"groups[{i}].", group[1], known)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_mapping(value) -> bool:
+    return isinstance(value, (Mapping, ConfigDict))
+
+
+def _is_sequence(value) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _shown(value) -> str:
+    """A value in a message; a number of a thousand digits is cut."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        digits = value.bit_length() * math.log10(2)
+        if digits > 100:  # Python itself refuses to write some thousand digits
+            return f"a number of {int(digits)} digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
