@@ -87,9 +87,9 @@ def test_no_path_of_a_machine_is_committed():
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
-    path_of_a_machine = re.compile(r"(?<![\w.])/(root|home|work|mnt|Users)/")
+    path_of_a_machine = re.compile(rb"(?<![\w.])/(root|home|work|mnt|Users)/")
     for name in listed.stdout.split("\0"):
         path = ROOT / name
         if path.is_file() and path.suffix in TEXT:
-            match = path_of_a_machine.search(path.read_text())
+            match = path_of_a_machine.search(path.read_bytes())
             assert match is None, f"{name}: {match.group()}"
