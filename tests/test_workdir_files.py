@@ -141,8 +141,10 @@ def test_what_is_right_is_read():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_workdir_that_is_none(tmp_path, capsys, command):
     (tmp_path / "file").write_text("")
-    for run in (tmp_path / "file" / "run", tmp_path / ("x" * 260), tmp_path / "file"):
+    for run in (tmp_path / "file" / "run", tmp_path / "file"):
         assert str(run) in answer(command, run, capsys)
+    long = tmp_path / ("x" * 260)
+    assert "File name too long" in answer(command, long, capsys)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "report"])
@@ -205,7 +207,7 @@ def test_something_in_the_way_is_said_before_compiling(tmp_path, train, name):
         ("file/run", "got the file"),
         ("file", "got the file"),
         ("x" * 260, "File name too long"),
-        ("~nouser/run", "~ that of a user there is, got '~nouser/run'"),
+        ("~nouser/run", "got '~nouser/run' (Could not determine home"),
     ],
 )
 def test_a_workdir_that_cannot_be(tmp_path, monkeypatch, train, place, reason):
