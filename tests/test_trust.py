@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import pixels
+from configs import common, pixels, video
+from layers.build import LAYERS
 from train import (
     checkpoint,
     data,
@@ -20,6 +21,7 @@ from train import (
     reproduce,
     rollout,
     state,
+    step,
     tokenize,
 )
 from train.report import __main__ as report_command
@@ -163,7 +165,7 @@ def keys(tree, prefix=""):
 
 
 def changed(key, value):
-    config = pixels.get_config("digits,layer=gru")
+    config = pixels.get_config("digits")
     *path, last = key.split(".")
     section = config
     for name in path:
@@ -205,6 +207,45 @@ def test_every_key_of_a_config_says_what_it_must_be(key, tmp_path, monkeypatch):
         assert not (tmp_path / "run").exists()
 
 
+def token_layer(layer):
+    config = pixels.get_config(f"digits,layer={layer}")
+    config.model.update(features=8, depth=1)
+    config.train.batch_size = 2
+    return config
+
+
+def frame_layer(layer):
+    config = video.get_config(f"moving_digits,layer={layer}")
+    config.model.update(features=8, depth=1)
+    config.model.video.depths = (2, 4, 8)
+    config.data.update(side=8, digit_side=4, length=4)
+    config.rollout.update(context=2, horizon=2, clips=1)
+    config.train.batch_size = 2
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", common.LAYER_ARGS)
+def test_every_field_of_a_layer_says_what_it_must_be(layer, tmp_path, monkeypatch):
+    def reached(*_):
+        raise Reached
+
+    monkeypatch.setattr(step, "make_train_step", reached)  # the shapes are known
+    for name in common.LAYER_ARGS[layer]:
+        for value in (-1, 0, 1e300, 2**70, "x", None, []):
+            config = (token_layer if layer in LAYERS else frame_layer)(layer)
+            with config.ignore_type():
+                config.model.layer_args[name] = value
+            try:
+                loop.run(config, tmp_path / "run")
+            except Reached:
+                assert value is not None and value != 1e300, (name, value)
+            except ValueError as error:
+                assert name in str(error), (name, value, error)
+                assert raised_here(error), (name, value, error)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -236,7 +277,7 @@ def test_groups_are_checked(changes, message, monkeypatch, tmp_path):
         (dict(name="frames", folder=".", size=("a", 4)), r"data\.size must be a whole"),
         (
             dict(name="moving_digits", side=10**6, length=1000),
-            r"data\.side must be smaller: a clip of 1000 frames would take 1,000,000\.0",
+            r"data\.side must be smaller: a clip of 1000 frames would take 1,000,",
         ),
         (
             dict(name="moving_digits", side=10**6, digit_side=10**6),
@@ -249,7 +290,7 @@ def test_groups_are_checked(changes, message, monkeypatch, tmp_path):
         (dict(name="passkey", digits="5"), r"data\.digits must be a whole number, got"),
         (dict(name="mqar", power=float("nan")), r"data\.power must be finite"),
         (dict(name="digits", workers=-1), r"data\.workers must be 0 or more, got -1"),
-        (dict(name=["digits"]), r"data\.name must be one of"),
+        (dict(name=["digits"]), r"data\.name must be a text"),
     ],
     ids=str,
 )

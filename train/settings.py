@@ -69,7 +69,7 @@ def _check_model(model: Mapping) -> None:
     names = model.get("layer", "")
     if not _is_text(names) and not (_is_sequence(names) and all(map(_is_text, names))):
         raise ValueError(
-            f"model.layer must be a name, or a sequence of names, got {names!r}"
+            f"model.layer must be a name, or a sequence of names, got {_shown(names)}"
         )
     args = model.get("layer_args", {})
     check("model.layer_args", args, {})
