@@ -8,6 +8,7 @@ from absl import flags
 from train import main
 
 CONFIG = "configs/pixels.py:digits"
+FLAGS = ("workdir", "seeds", "lengths", "report", "config", "certificate")
 
 
 def answer(*arguments):
@@ -59,7 +60,8 @@ def parsed(monkeypatch):
     def parse(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.main", *arguments])
         flags.FLAGS.unparse_flags()
-        for name in ("workdir", "seeds", "lengths", "report", "config"):
+        sys.modules.pop("config_config", None)  # what a file lacks, another had
+        for name in FLAGS:
             flags.FLAGS[name].unparse()
         return main._parse(sys.argv)
 
@@ -134,3 +136,92 @@ def test_profile(tmp_path):
     process = tiny_run.start(tmp_path, tmp_path / "cache", "--profile")
     tiny_run.finish(process)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("flag", ["--help", "-?", "--helpfull"])
+def test_help_ends_with_0(flag):
+    command = [sys.executable, "-m", "train.main", flag]
+    done = subprocess.run(command, cwd=tiny_run.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--workdir" in done.stdout and not done.stderr
+
+
+NO_CONFIGS = {
+    "syntax": ("x = (", r"cannot be used \(SyntaxError: '\(' was never closed"),
+    "no get_config": ("x = 1", r"cannot be used \(AttributeError: .*'get_config'"),
+    "another type": ("def get_config(): return 3", "must return a ConfigDict, got int"),
+    "nothing": ("def get_config(): pass", "must return a ConfigDict, got NoneType"),
+    "import": ("import nothere", r"cannot be used \(ModuleNotFoundError: .*nothere"),
+    "bytes": ("\udcff", r"cannot be used \(SyntaxError: .*'utf-8' codec can't decode"),
+    "key": ("def get_config(): return {}['x']", r"cannot be used \(KeyError: 'x'\)"),
+    "file": (
+        "def get_config(): open('nowhere')",
+        r"cannot be used \(OSError: .*no",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), NO_CONFIGS.values(), ids=NO_CONFIGS)
+def test_what_is_no_config_file_is_named(parsed, tmp_path, text, message):
+    path = tmp_path / "own.py"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=rf"own\.py {message}") as raised:
+        parsed(f"--config={path}")
+    assert "\n" not in str(raised.value) and main._ours(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("README.md", "must be a Python file with get_config, such as .* 'README.md'"),
+        ("configs", "must be a Python file with get_config"),
+        ("", "there is no file ''"),
+        (":digits", "there is no file ''"),
+        ("~nouser/x.py", "must be a path that can be, got '~nouser"),
+        (f"{'x' * 260}.py", "must be a path that can be.*File name too long"),
+        ("nowhere.py:a", "there is no file 'nowhere.py'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_file_is_named(parsed, file, message):
+    with pytest.raises(ValueError, match=f"--config:? {message}"):
+        parsed(f"--config={file}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--seeds=18446744073709551616", r"--seeds must be below 2\^32"),
+        (f"--seeds={'9' * 5000}", "--seeds must be whole numbers such as 0,1,2"),
+        ("--seeds=-1", "--seeds must be whole numbers such as 0,1,2, got '-1'"),
+        ("--seeds=\N{SUPERSCRIPT TWO}", "--seeds must be whole numbers"),
+        ("--seeds=1,1", "--seeds must name a seed once, got 1,1"),
+        ("--config.seed=18446744073709551616", r"seed must be below 2\^32"),
+        (f"--workdir={'x' * 260}", "--workdir must be a path that can be.*too long"),
+        ("--workdir=~nouser/x", "--workdir must be a path that can be, got '~nouser/x"),
+        ("--lengths=", "--lengths must be whole numbers from 1"),
+        ("--certificate=/", "--certificate must be a file"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_flags_that_cannot_be_are_named(parsed, monkeypatch, flag, message):
+    from train import loop
+
+    monkeypatch.setattr(loop, "run", None)  # nothing is begun
+    with pytest.raises(ValueError, match=message) as raised:
+        main.main(parsed(f"--config={CONFIG}", flag))
+    assert main._ours(raised.value)
+
+
+def test_a_workdir_may_begin_with_the_home(parsed, monkeypatch, tmp_path):
+    from train import loop
+
+    found = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(loop, "run", lambda _, workdir, __: found.append(workdir) or {})
+    main.main(parsed(f"--config={CONFIG}", "--workdir=~/run", "--noreport"))
+    assert found == [tmp_path / "run"]
+
+
+def test_an_error_of_the_file_system_is_the_users():
+    assert main._ours(PermissionError(13, "Permission denied", "runs/a"))
+    assert not main._ours(OSError("of nobody's file"))

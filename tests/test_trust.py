@@ -2,19 +2,26 @@
 
 import json
 import sys
+import traceback
+from pathlib import Path
 
 import jax
 import pytest
 
-from configs import pixels
+from configs import common, pixels, video
+from layers.build import LAYERS
 from train import (
     checkpoint,
+    data,
     evaluate,
     generate,
     loop,
     main,
+    optimizers,
+    reproduce,
     rollout,
     state,
+    step,
     tokenize,
 )
 from train.report import __main__ as report_command
@@ -141,3 +148,214 @@ def test_a_run_cannot_choose_a_network(run, stranger):
     with pytest.raises(SystemExit, match="2"):  # no video model; nothing was loaded
         rollout.main(["--workdir", str(run)])
     assert "torch" not in sys.modules
+
+
+class Reached(Exception):
+    """Everything was checked: training would begin."""
+
+
+VALUES = (-1, 0, 1e300, float("nan"), 2**40, 2**70, "", "x", None, [], [1], {})
+
+
+def keys(tree, prefix=""):
+    for key, value in tree.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+def changed(key, value):
+    config = pixels.get_config("digits")
+    *path, last = key.split(".")
+    section = config
+    for name in path:
+        section = section[name]
+    with config.ignore_type():
+        section[last] = value
+    return config
+
+
+def raised_here(error):
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(loop.__file__).parents[1] in Path(last).parents
+
+
+@pytest.mark.parametrize("key", [*keys(pixels.get_config("digits").to_dict())])
+def test_every_key_of_a_config_says_what_it_must_be(key, tmp_path, monkeypatch):
+    shape = jax.ShapeDtypeStruct((4,), jax.numpy.float32)
+
+    def set_up(config, *_):
+        optimizers.make(config, {"x": {"bias": shape, "kernel": shape}})
+        raise Reached
+
+    monkeypatch.setattr(loop, "set_up", set_up)
+    for value in VALUES:
+        try:
+            config = changed(key, value)
+        except (TypeError, ValueError, AttributeError):
+            continue  # ml_collections knows better
+        if value == {} and key in ("data", "mesh", "model", "optimizer", "train"):
+            continue  # everything is missing, not wrong
+        try:
+            loop.run(config, tmp_path / "run")
+        except Reached:
+            assert value is not None and value != 1e300 and value == value, key
+        except ValueError as error:
+            assert key.rpartition(".")[2] in str(error), (key, value, error)
+            assert raised_here(error), (key, value, error)
+            assert "\n" not in str(error)
+        assert not (tmp_path / "run").exists()
+
+
+def token_layer(layer):
+    config = pixels.get_config(f"digits,layer={layer}")
+    config.model.update(features=8, depth=1)
+    config.train.batch_size = 2
+    return config
+
+
+def frame_layer(layer):
+    config = video.get_config(f"moving_digits,layer={layer}")
+    config.model.update(features=8, depth=1)
+    config.model.video.depths = (2, 4, 8)
+    config.data.update(side=8, digit_side=4, length=4)
+    config.rollout.update(context=2, horizon=2, clips=1)
+    config.train.batch_size = 2
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", common.LAYER_ARGS)
+def test_every_field_of_a_layer_says_what_it_must_be(layer, tmp_path, monkeypatch):
+    def reached(*_):
+        raise Reached
+
+    monkeypatch.setattr(step, "make_train_step", reached)  # the shapes are known
+    for name in common.LAYER_ARGS[layer]:
+        for value in (-1, 0, 1e300, 2**70, "x", None, []):
+            config = (token_layer if layer in LAYERS else frame_layer)(layer)
+            with config.ignore_type():
+                config.model.layer_args[name] = value
+            try:
+                loop.run(config, tmp_path / "run")
+            except Reached:
+                assert value is not None and value != 1e300, (name, value)
+            except ValueError as error:
+                assert name in str(error), (name, value, error)
+                assert raised_here(error), (name, value, error)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(pattern="("), r"groups: '\(' must be a regular expression"),
+        (dict(groups="x"), "groups must be a sequence of pairs, got 'x'"),
+        (dict(groups=[3]), r"groups\[0\] must be a pair of a pattern and its factors"),
+        (dict(factors=dict(lr="x")), r"groups\[0\]\.lr must be a number, got 'x'"),
+        (dict(factors=dict(lr=-1.0)), "lr is a factor of 0 or more"),
+    ],
+    ids=str,
+)
+def test_groups_are_checked(changes, message, monkeypatch, tmp_path):
+    shape = jax.ShapeDtypeStruct((4,), jax.numpy.float32)
+    given = [(changes.get("pattern", ".*"), changes.get("factors", {}))]
+    config = changed("groups", changes.get("groups", given))
+    monkeypatch.setattr(loop, "set_up", lambda c, *_: optimizers.make(c, {"x": shape}))
+    with pytest.raises(ValueError, match=message):
+        loop.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            dict(name="frames", folder=".", size=(10**6, 10**6)),
+            r"data\.size must be smaller: a clip of 20 such frames would take 60,0",
+        ),
+        (dict(name="frames", folder=".", size=(0, 4)), r"data\.size must be two pixel"),
+        (dict(name="frames", folder=".", size=("a", 4)), r"data\.size must be a whole"),
+        (
+            dict(name="moving_digits", side=10**6, length=1000),
+            r"data\.side must be smaller: a clip of 1000 frames would take 1,000,",
+        ),
+        (
+            dict(name="moving_digits", side=10**6, digit_side=10**6),
+            r"data\.(digit_)?side must be smaller: ",
+        ),
+        (dict(name="induction", length=2**31), r"data\.length must be at most 2147483"),
+        (dict(name="induction", seed=2**32), r"data\.seed must be below 2\^32"),
+        (dict(name="induction", seed=2**64), r"data\.seed must be below 2\^32"),
+        (dict(name="induction", vocab_size=2**40), r"data\.vocab_size must be at most"),
+        (dict(name="passkey", digits="5"), r"data\.digits must be a whole number, got"),
+        (dict(name="mqar", power=float("nan")), r"data\.power must be finite"),
+        (dict(name="digits", workers=-1), r"data\.workers must be 0 or more, got -1"),
+        (dict(name=["digits"]), r"data\.name must be a text"),
+    ],
+    ids=str,
+)
+def test_data_that_cannot_be_are_refused_before_anything_is_allocated(config, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(config)
+
+
+def test_a_batch_that_has_no_room_is_refused():
+    dataset = data.load(dict(name="induction", length=10**7))
+    with pytest.raises(ValueError, match=r"train\.batch_size must be smaller: .*1,?0*"):
+        dataset.train(10**6, seed=0)
+
+
+@pytest.mark.parametrize(
+    "command", [evaluate, generate, rollout, tokenize, report_command, reproduce]
+)
+def test_help_ends_with_0(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+LONG = "x" * 260
+FLAGS = {
+    "evaluate": {
+        "--workdir": ("", LONG, "~nouser/x", "/dev/null", "x\0y"),
+        "--split": ("", "nope"),
+        "--step": ("", "x", "-1", "9" * 30),
+        "--examples": ("", "x", "0", "-1", "1e3"),
+        "--lengths": ("", "x", "0", "-1", "²", "9" * 30, "1,,2", "2"),
+    },
+    "generate": {
+        "--workdir": ("", LONG, "~nouser/x", "/dev/null", "x\0y"),
+        "--step": ("", "x", "-1", "9" * 30),
+        "--count": ("", "x", "0", "-1", "9" * 30),
+        "--length": ("x", "-1", "9" * 30),
+        "--prompt": ("x", "-1", "9" * 30, "1.5"),
+        "--temperature": ("x", "-1", "nan", "inf"),
+        "--seed": ("x", "-1", "9" * 30, "4294967296"),
+        "--out": (LONG, "~nouser/x", "/dev/null/x", ".", "nowhere/x"),
+        "--picture": (LONG, "~nouser/x", ".", "nowhere/x.png"),
+    },
+    "rollout": {
+        "--workdir": ("", LONG, "~nouser/x", "/dev/null", "x\0y"),
+        "--context": ("", "x", "-1", "9" * 30),
+        "--clips": ("", "x", "0", "9" * 30),
+        "--sample": ("x", "-1", "9" * 30),
+    },
+    "report": {
+        "--workdir": ("", LONG, "~nouser/x", "/dev/null", "x\0y"),
+        "--step": ("", "x", "-1", "9" * 30),
+        "--out": (LONG, "~nouser/x", "/dev/null/x", ".", "nowhere/x"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [(c, f) for c, given in FLAGS.items() for f in given]
+)
+def test_every_flag_says_what_it_must_be(run, command, flag, capsys):
+    start, _ = COMMANDS[command]
+    for value in FLAGS[command][flag]:
+        with pytest.raises(SystemExit) as ended:
+            start(["--workdir", str(run), f"{flag}={value}"])
+        assert ended.value.code == 2, (flag, value)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert "error: " in said[-1] and "Traceback" not in said, (flag, value, said)

@@ -31,6 +31,9 @@ LEAST = {
     "rollout.clips": 0,
     "train.eval_batch_size": 0,
 }
+# The same for the fields of layers, whichever has them.
+LEAST_FIELD = {"heads": 1, "state_size": 1, "base": 1}
+MOST_FIELD = {"expand": 10_000, "expand_k": 10_000, "expand_v": 10_000}
 NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number"}
 
 
@@ -66,17 +69,29 @@ def _check_model(model: Mapping) -> None:
     names = model.get("layer", "")
     if not _is_text(names) and not (_is_sequence(names) and all(map(_is_text, names))):
         raise ValueError(
-            f"model.layer must be a name, or a sequence of names, got {names!r}"
+            f"model.layer must be a name, or a sequence of names, got {_shown(names)}"
         )
     args = model.get("layer_args", {})
     check("model.layer_args", args, {})
     if _is_text(names):
-        _check_tree("model.layer_args.", args, common.LAYER_ARGS.get(names, {}))
+        _check_fields("model.layer_args.", args, names)
         return
     for name, own in args.items():
         check(f"model.layer_args.{name}", own, {})
-        known = common.LAYER_ARGS.get(name, {})
-        _check_tree(f"model.layer_args.{name}.", own, known)
+        _check_fields(f"model.layer_args.{name}.", own, name)
+
+
+def _check_fields(path: str, values: Mapping, layer: str) -> None:
+    known = common.LAYER_ARGS.get(layer, {})  # those of others are not known
+    _check_tree(path, values, known)
+    for name in (name for name in known if name in values):
+        value, least, most = values[name], LEAST_FIELD.get(name), MOST_FIELD.get(name)
+        if least is not None and value < least:
+            raise ValueError(f"{path}{name} must be {least} or more, got {value}")
+        if most is not None and value > most:
+            raise ValueError(
+                f"{path}{name} must be {most} or less, got {_shown(value)}"
+            )
 
 
 def _check_tree(path: str, values: Mapping, defaults: Mapping) -> None:
@@ -197,5 +212,5 @@ def _shown(value) -> str:
         digits = value.bit_length() * math.log10(2)
         if digits > 100:  # Python itself refuses to write some thousand digits
             return f"a number of {int(digits)} digits"
-    text = repr(value)
+    text = " ".join(repr(value).split())  # some have lines
     return text if len(text) <= 80 else f"{text[:80]}..."

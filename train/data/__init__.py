@@ -41,7 +41,8 @@ def load(config: Mapping) -> Dataset:
             of another type than its default.
     """
     name = config["name"]
-    if not isinstance(name, str) or name not in DATASETS:
+    settings.check("data.name", name, "")
+    if name not in DATASETS:
         raise ValueError(
             f"data.name must be one of {', '.join(sorted(DATASETS))}, got {name!r}"
         )
