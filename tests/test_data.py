@@ -1,6 +1,10 @@
 import collections
+import contextlib
 import json
+import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +15,7 @@ import pytest
 
 from train import data
 from train.data import pipeline
+from train.data import workers as workers_module
 
 DIGITS = dict(name="digits", target="label", augment="none", workers=0)
 BACKGROUND = (np.float32(0) - np.float32(4.881)) / 6.014
@@ -224,6 +229,60 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(map(is_running, workers))
+
+
+def processes_of(iterator):
+    """The process ids of the workers, once they have been started."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    assert not iterator.ready(lambda: True)  # starts them, and waits for none
+    return sorted({c.pid for c in multiprocessing.active_children()} - before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_are_not_ended_by_signals_while_they_start(number):
+    dataset = data.load(DIGITS)
+    with contextlib.closing(dataset.train(500, seed=5, workers=2)) as iterator:
+        workers = processes_of(iterator)
+        assert len(workers) == 2 and iterator.get_state()["batches"] == 0
+        for pid in workers:  # while Python starts, long before they say otherwise
+            os.kill(pid, number)
+        assert_equal(take(iterator, 3), take(dataset.train(500, seed=5), 3))
+        assert sorted(p.pid for p in multiprocessing.active_children()) == workers
+        for pid in workers:
+            os.kill(pid, number)
+        take(iterator, 4)
+    assert not any(map(is_running, workers))
+
+
+# More than a pipe holds, so that it cannot be left there for a worker that has died.
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_dead_worker_is_an_error(taken):
+    with contextlib.closing(numbered(10**6).train(4, seed=0, workers=2)) as iterator:
+        workers = processes_of(iterator)
+        take(iterator, taken)
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(workers_module.WorkerError) as caught:
+            while iterator.ready(lambda: False):
+                next(iterator)
+    said = (
+        rf"data worker \d of 2 \(process ({'|'.join(map(str, workers))})\) has died, "
+    )
+    assert re.match(said + "by SIGKILL; ", str(caught.value))
+
+
+def broken(rng):
+    raise ValueError(f"data.folder: broken, got {rng.integers(1, 2)}")
+
+
+def test_an_error_in_a_worker_is_raised():
+    dataset = pipeline.Dataset({}, {"train": pipeline.Drawn(broken, 0, "train", 8)})
+    with (
+        contextlib.closing(dataset.train(4, seed=0, workers=1)) as iterator,
+        pytest.raises(ValueError, match=r"data.folder: broken, got 1") as caught,
+    ):
+        next(iterator)
+    assert "in broken" in "".join(caught.value.__notes__)
 
 
 def test_evaluation_is_in_order_and_padded_without_weight():

@@ -1,5 +1,6 @@
 """Runs that are killed and resumed equal, bit by bit, the one that was not."""
 
+import contextlib
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import time
 
+import psutil
 import pytest
 import tiny_run
 
@@ -123,6 +125,58 @@ def test_a_signal_to_the_group_reaches_workers_too(
     os.killpg(process.pid, number)
     out, err = tiny_run.finish(process)
     assert f"stopped by {number.name}" in out and "Traceback" not in err
+    tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
+    assert_same(tmp_path, uninterrupted)
+
+
+def workers_of(process):
+    """How many data workers the run has started."""
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(process.pid).children()
+        return sum("spawn_main" in " ".join(child.cmdline()) for child in children)
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("after", [0.0, 0.2, 0.5, 1.0, 2.0])
+def test_a_signal_to_the_group_while_workers_start(
+    tmp_path, cache, uninterrupted, number, after
+):
+    flag = "--config.data.workers=2"
+    process = tiny_run.start(tmp_path, cache, flag, steps=STEPS, checkpoint_every=1000)
+    tiny_run.wait_for(lambda: workers_of(process), process)
+    time.sleep(after)
+    os.killpg(process.pid, number)
+    out, err = tiny_run.finish(process, timeout=60)
+    assert re.search(rf"stopp(ed|ing)\W.*{number.name}", out) or "checkpoint:" in out
+    assert "Traceback" not in err and "KeyboardInterrupt" not in err
+    tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
+    assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_signal_while_compiling_leaves_nothing(tmp_path):
+    process = tiny_run.start(tmp_path / "run", tmp_path / "cache")
+    while "compiling the training step" not in process.stdout.readline():
+        assert process.poll() is None
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, _ = tiny_run.finish(process)
+    assert time.monotonic() - begun < 5
+    assert out == "stopped by SIGTERM while compiling: nothing to save\n"
+    assert not checkpoint.steps(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [True, False])
+def test_sighup_saves_unless_it_is_ignored(tmp_path, cache, uninterrupted, ignored):
+    prefix = ("nohup",) if ignored else ()
+    process = tiny_run.start(tmp_path, cache, prefix=prefix, steps=STEPS)
+    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+    process.send_signal(signal.SIGHUP)
+    out, _ = tiny_run.finish(process)
+    assert ("stopped by SIGHUP" in out) != ignored
     tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
     assert_same(tmp_path, uninterrupted)
 

@@ -14,7 +14,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import util
+from multiprocessing import resource_tracker, util
 
 import cloudpickle
 import numpy as np
@@ -39,6 +39,7 @@ class Workers(Iterator):
 
     def __init__(self, stream: Sequence, first: int, count: int):
         context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # which would unblock signals again below
         self._workers = []
         self._taken = 0
         # multiprocessing would end them by a signal that they ignore.

@@ -1,0 +1,245 @@
+"""What a signal does to a run: said at once, ended soon, and nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+import tiny_run
+
+from train import checkpoint, loop, pace, record, signals, step
+from train.data import pipeline
+
+SECONDS = 30.0  # how long a test waits for what takes none
+
+
+def wait_until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def send(stop, number):
+    """To this process, until the thread that receives it knows."""
+    os.kill(os.getpid(), number)
+    wait_until(lambda: stop.signal)
+
+
+@pytest.mark.parametrize("number", signals.NUMBERS)
+def test_a_signal_says_what_it_saves_before_the_main_thread_does(number, capfd):
+    with signals.stop_signals() as stop:
+        assert stop.may_begin(7) and stop.may_begin(8)
+        send(stop, number)
+        name = signal.Signals(number).name
+        assert stop.signal == name
+        wait_until(
+            lambda: f"stopping ({name}): saving step 8" in capfd.readouterr().out
+        )
+        assert stop.may_begin(8) and not stop.may_begin(9)
+        with pytest.raises(signals.Stopped, match=f"stopped by {name}"):
+            signals.check()
+    signals.check()  # the stop is over
+
+
+def test_what_comes_to_an_end_by_itself(capfd):
+    with signals.stop_signals() as stop:
+        stop.nothing_to_save("compiling")
+        send(stop, signal.SIGTERM)
+        assert not stop.may_begin(1)
+    with signals.stop_signals() as stop:
+        stop.may_begin(3)
+        stop.ends_after("batch")
+        assert list(signals.stoppable([1, 2])) == [1, 2]
+        send(stop, signal.SIGTERM)
+        with pytest.raises(signals.Stopped):
+            next(signals.stoppable([1, 2]))
+    said = "stopping (SIGTERM) after compiling: nothing to save\n"
+    assert capfd.readouterr().out == said + "stopping (SIGTERM) after this batch\n"
+
+
+def test_a_second_signal_is_that_of_the_process():
+    with signals.stop_signals() as stop:
+        send(stop, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(SECONDS)
+
+
+def test_sighup_stays_ignored(capfd):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stop_signals() as stop:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGHUP)
+            send(stop, signal.SIGTERM)
+            assert stop.signal == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_one_stop_for_what_lies_within():
+    handler = signal.getsignal(signal.SIGTERM)
+    with signals.stop_signals() as outer, signals.stop_signals() as inner:
+        assert outer is inner
+    assert signal.getsignal(signal.SIGTERM) is handler
+    found = []
+
+    def elsewhere():
+        with signals.stop_signals() as stop:
+            found.append(stop.may_begin(1))
+
+    thread = threading.Thread(target=elsewhere)  # receives no signals
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+BUSY = """
+import hashlib, sys
+from train.signals import stop_signals
+
+with stop_signals(program=True) as stop:
+    if sys.argv[1] == "compiling":
+        stop.nothing_to_save("compiling")
+    else:
+        stop.may_begin(4)
+    print("busy")
+    # Long, and without a look at Python's handlers, like a compiler.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)
+"""
+
+
+def busy(doing):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, doing],
+        cwd=tiny_run.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "busy\n"
+    return process
+
+
+def test_a_program_with_nothing_to_save_ends_inside_the_compiler():
+    process = busy("compiling")
+    process.send_signal(signal.SIGTERM)
+    out, _ = tiny_run.finish(process, 0, SECONDS)
+    assert out == "stopped by SIGTERM while compiling: nothing to save\n"
+
+
+def test_a_second_signal_ends_a_program_hard():
+    process = busy("training")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "stopping (SIGTERM): saving step 4\n"
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, _ = tiny_run.finish(process, 128 + signal.SIGINT, SECONDS)
+    assert out == "ended by a second signal, SIGINT\n"
+
+
+class Result:
+    """Of a step that takes a while: the time at which it is known."""
+
+    def __init__(self, clock, seconds):
+        self._clock, self._seconds, self.known = clock, seconds, False
+
+    def block_until_ready(self):
+        self._clock[0] += self._seconds
+        self.known = True
+        return self
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.01, 2), (2.0, 1)])
+def test_steps_in_flight(monkeypatch, seconds, most):
+    clock = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
+    mesh = jax.make_mesh((1,), ("data",))
+    ahead, results = pace.Pace(mesh), []
+    for number in range(6):
+        ahead.wait()
+        done = sum(result.known for result in results)
+        assert done == number - len(ahead)
+        if number > 2:  # once it is known how long they take
+            assert len(ahead) == most - 1
+        results.append(Result(clock, seconds))
+        ahead.begun(results[-1], False)
+    ahead.drain()
+    assert len(ahead) == 0 and all(result.known for result in results)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    before = jax.config.jax_compilation_cache_dir
+    cache = str(tmp_path_factory.mktemp("cache"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, loop.run(tiny_run.config(), workdir)
+
+
+# Validation has 4 batches, at steps 5, 10 and 12; then the test has 9, and 9 of the
+# best step.
+@pytest.mark.parametrize(
+    ("batch", "at"),
+    [
+        (2, 5),
+        (23, 12),
+        pytest.param(10, 12, marks=pytest.mark.slow),
+        pytest.param(14, 12, marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_ends_after_its_batch(tmp_path, monkeypatch, finished, batch, at):
+    count = 0
+    make = step.make_eval_step
+
+    def make_eval_step(*arguments):
+        compiled = make(*arguments)
+
+        def counted(*inputs):
+            nonlocal count
+            count += 1
+            if count == batch:
+                send(signals._active, signal.SIGTERM)
+            return compiled(*inputs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.step, "make_eval_step", make_eval_step)
+        stopped = loop.run(tiny_run.config(), tmp_path)
+    assert stopped == {"step": at, "stopped": "SIGTERM"} and count == batch
+    assert checkpoint.newest_good(tmp_path) == at
+    assert not (tmp_path / record.RESULTS).exists()
+    results = loop.run(tiny_run.config(), tmp_path)
+    checked = {**results, "checkpoint": finished[1]["checkpoint"]}
+    assert checked == finished[1]
+    assert tiny_run.lines(tmp_path) == tiny_run.lines(finished[0])
+    assert tiny_run.weights(tmp_path) == tiny_run.weights(finished[0])
+
+
+def test_a_stop_while_a_batch_is_waited_for(tmp_path, monkeypatch, finished):
+    ready = pipeline.TrainIterator.ready
+
+    def late(self, stopped):
+        if self.get_state()["batches"] < 7:
+            return ready(self, stopped)
+        send(signals._active, signal.SIGTERM)
+        return not stopped()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.TrainIterator, "ready", late)
+        assert loop.run(tiny_run.config(), tmp_path)["step"] == 7
+    loop.run(tiny_run.config(), tmp_path)
+    assert tiny_run.lines(tmp_path) == tiny_run.lines(finished[0])
+    assert tiny_run.weights(tmp_path) == tiny_run.weights(finished[0])
