@@ -6,22 +6,28 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels import varying
+
 
 def in_chunks(body, state, u, elapsed, reset, chunk, reverse=False):
     """Runs body(state, u, elapsed, reset) -> (state, y) over pieces of the length axis,
     keeping only the states between pieces for the backward pass."""
     L = u.shape[1]
+    state, u, elapsed, reset = varying.together(state, u, elapsed, reset)
     if chunk >= L:
         state, y = body(state, u, elapsed, reset)
         return y, state
-    whole = L // chunk * chunk
     pieces = (u, elapsed, reset)
+    pure, constants = _converted(body, state, pieces, chunk)
+    if varying.axes(constants) - varying.axes(state):
+        # the state that leaves a chunk varies as all that made it
+        state, pieces = varying.like((state, pieces), constants)
+        pure, constants = _converted(body, state, pieces, chunk)
+    whole = L // chunk * chunk
     first, rest = (
         jax.tree.map(lambda x, part=part: x[:, part], pieces)
         for part in (slice(whole), slice(whole, None))
     )
-    example = jax.tree.map(lambda x: x[:, :chunk], pieces)
-    pure, constants = jax.closure_convert(body, state, *example)
 
     def over(state):
         return _chunks(pure, chunk, reverse, constants, state, first)
@@ -38,6 +44,11 @@ def in_chunks(body, state, u, elapsed, reset, chunk, reverse=False):
     return jnp.concatenate([y, y_last], axis=1), state
 
 
+def _converted(body, state, pieces, chunk):
+    example = jax.tree.map(lambda x: x[:, :chunk], pieces)
+    return jax.closure_convert(body, state, *example)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunks(body, chunk, reverse, constants, state, pieces):
     """The loop over whole chunks. Chunks are sliced out of and written into [B, L, ...]
@@ -51,6 +62,7 @@ def _run_chunks(body, chunk, reverse, constants, state, pieces):
     _, like = jax.eval_shape(body, state, *first, *constants)
     y = jnp.zeros((like.shape[0], count * chunk, *like.shape[2:]), like.dtype)
     states = jnp.zeros((count, *state.shape), state.dtype)
+    y, states = varying.like((y, states), state)
 
     def run(i, carry):
         state, y, states = carry

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, nodes, pairs
+from kernels import checks, dispatch, nodes, pairs, varying
 from kernels.cauchy import reference, xla
 from kernels.cauchy.low_rank import filter_of_sums, small_solve
 
@@ -46,7 +46,7 @@ def cauchy(
     nodes.check(op, "v", v, "[*E, *H, n]", "z", z)
     nodes.check_count(op, "v", v, "z", z)
     module = dispatch.pick(op, BACKENDS, backend, v, z)
-    v, z = nodes.promote(v, z)
+    v, z = varying.together(*nodes.promote(v, z))
     if module is reference:
         return reference.cauchy(v, z, length)
     flat_v, flat_z = nodes.flat(v, z), nodes.flat_nodes(z)

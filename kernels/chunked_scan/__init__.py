@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments
+from kernels import checks, dispatch, dtypes, segments, varying
 from kernels.chunked_scan import reference, xla
 
 BACKENDS = {
@@ -81,10 +81,13 @@ def chunked_scan(
     dtype = dtypes.state(q, k, v, log_decay, beta, initial_state)
     batch, _, heads, values = v.shape
     shape = batch, heads, q.shape[-1], values
+    q, k, v, log_decay, beta, initial_state, reset = varying.together(
+        q, k, v, log_decay, beta, initial_state, reset
+    )
     if initial_state is None:
-        initial_state = jnp.zeros(shape, dtype)
+        initial_state = varying.like(jnp.zeros(shape, dtype), v)
     if log_decay is None:
-        log_decay = jnp.zeros(heads, dtype)
+        log_decay = varying.like(jnp.zeros(heads, dtype), v)
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
     state, inputs = initial_state.astype(dtype), v

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments
+from kernels import checks, dispatch, dtypes, segments, varying
 from kernels.fft_conv import (
     choice,
     direct,
@@ -88,6 +88,10 @@ def fft_conv(
     module = dispatch.pick(op, BACKENDS, backend, u, k, advice=advice)
     gates = skip, pre_gate, post_gate
     dtype = dtypes.state(u, k, initial_state, k_reverse, *gates)
+    u, k, initial_state, reset, k_reverse, gates = varying.together(
+        u, k, initial_state, reset, k_reverse, gates
+    )
+    skip, pre_gate, post_gate = gates
     v = u.astype(dtype)
     if pre_gate is not None:
         v = v * pre_gate.astype(dtype)
@@ -109,7 +113,8 @@ def fft_conv(
     final = None
     if k_reverse is None:
         if state is None:
-            state = jnp.zeros((u.shape[0], k.shape[1] - 1, u.shape[2]), dtype)
+            zeros = jnp.zeros((u.shape[0], k.shape[1] - 1, u.shape[2]), dtype)
+            state = varying.like(zeros, u)
         final = segments.tail(v, state, segment, out)
     if reverse:
         y = jnp.flip(y, 1)

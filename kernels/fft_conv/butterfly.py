@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes
+from kernels import checks, dispatch, dtypes, varying
 from kernels.fft_conv import monarch, reference, taps
 
 BACKENDS = {"monarch": monarch, "reference": reference}
@@ -59,6 +59,9 @@ def butterfly_conv(
     module = dispatch.pick(op, BACKENDS, backend, u, k)
     dtype = dtypes.state(u, k, k_reverse, skip, *u_factors, *k_factors)
     length = u.shape[1]
+    u, k, u_factors, k_factors, k_reverse, skip = varying.together(
+        u, k, u_factors, k_factors, k_reverse, skip
+    )
     v = u.swapaxes(1, 2).astype(dtype)
     whole = k[:, :length].astype(dtype)
     if k_reverse is not None:

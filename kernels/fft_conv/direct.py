@@ -7,6 +7,8 @@ is one pass; with few steps (decoding) it is short and stays in the cache.
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
+
 UNROLLED = 16  # taps in one pass over the outputs
 
 
@@ -20,6 +22,7 @@ def convolve(v, k, k_reverse, state, segment, low):
     if state is None:
         k = k[:, :length]
         state = jnp.zeros((batch, k.shape[1] - 1, channels), v.dtype)
+        state = varying.like(state, v)
     number = None
     if segment is not None:
         number = jnp.pad(segment, ((0, 0), (k.shape[1] - 1, 0)))
@@ -41,7 +44,7 @@ def _correlate(whole, number, segment, taps):
     rows = _rows(taps)
     seen = _windows(whole, number, segment, count)
     zero = jnp.zeros((whole.shape[0], steps, whole.shape[2]), whole.dtype)
-    return _sum(count, lambda j: rows[j] * seen(j), zero)
+    return _sum(count, lambda j: rows[j] * seen(j), varying.like(zero, whole))
 
 
 def _forward(*arguments):

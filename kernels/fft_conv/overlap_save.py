@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from scipy.fft import next_fast_len
 
-from kernels import compat
+from kernels import compat, varying
 from kernels.fft_conv import windows, xla
 
 SHORTEST = 2048  # points of a block; below, blocks cost more than they save
@@ -69,7 +69,7 @@ def _backward(start, count, saved, dy):
         return (dK + (V.conj() * D).sum((0, 2)), over), dv
 
     dK = jnp.zeros_like(K[:, 0])
-    over = jnp.zeros((*dy.shape[:2], size - step), dy.dtype)
+    over = varying.like(jnp.zeros((*dy.shape[:2], size - step), dy.dtype), dy)
     (dK, over), dv = jax.lax.scan(some, (dK, over), jnp.arange(groups))
     dv = jnp.concatenate([_joined(dv), over], -1)[..., taps.shape[1] - 1 - start :]
     dv = dv[..., : v.shape[-1]]

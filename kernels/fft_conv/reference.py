@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import varying
+
 
 def unsupported(*arguments) -> str | None:
     return None
@@ -20,9 +22,9 @@ def convolve(v, k, k_reverse, state, segment, low):
     batch, length, channels = v.shape
     taps = k.shape[1]
     if state is None:
-        state = jnp.zeros((batch, taps - 1, channels), v.dtype)
+        state = varying.like(jnp.zeros((batch, taps - 1, channels), v.dtype), v)
     if segment is None:
-        segment = jnp.zeros((batch, length), jnp.int32)
+        segment = varying.like(jnp.zeros((batch, length), jnp.int32), v)
     number = jnp.pad(segment, ((0, 0), (taps - 1, 0)))
     y = _lags(jnp.concatenate([state, v], 1), number, segment, k[:, ::-1])
     if k_reverse is not None:
@@ -44,6 +46,7 @@ def _lags(whole, number, segment, taps):
         return y + jnp.where(same[..., None], tap * here, 0), None
 
     y = jnp.zeros((*segment.shape, whole.shape[2]), whole.dtype)
+    y = varying.like(y, whole)
     return jax.lax.scan(add, y, (jnp.arange(taps.shape[1]), taps.T))[0]
 
 

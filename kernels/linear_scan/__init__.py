@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments
+from kernels import checks, dispatch, dtypes, segments, varying
 from kernels.linear_scan import gradient, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
@@ -57,12 +57,14 @@ def linear_scan(
     op = "linear_scan"
     _check(op, a, x, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, a, x)
+    a, x, initial_state, reset = varying.together(a, x, initial_state, reset)
     if a.ndim == x.ndim - 2:
         a = a[None, None]
     into, out = (None, None) if reset is None else segments.links(reset, reverse)
     dtype = dtypes.state(a, x, initial_state)
     if initial_state is None:
-        initial_state = jnp.zeros((x.shape[0], *x.shape[2:]), dtype)
+        zeros = jnp.zeros((x.shape[0], *x.shape[2:]), dtype)
+        initial_state = varying.like(zeros, x)
     initial_state = initial_state.astype(dtype)
     if module is reference:
         h, final = reference.linear_scan(a, x, initial_state, into, reverse)

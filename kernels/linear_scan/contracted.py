@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import checks, dispatch, dtypes, pairs, segments
+from kernels import checks, dispatch, dtypes, pairs, segments, varying
 from kernels.linear_scan import contracted_xla, reference
 
 BACKENDS = {"xla": contracted_xla, "reference": reference}
@@ -61,9 +61,13 @@ def contracted_scan(
     _check(op, log_a, b, c, u, dt, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
     dtype = dtypes.state(u, log_a, b, c, dt, initial_state)
-    log_a, b, c = (array.astype(dtype) for array in (log_a, b, c))
+    system, u, dt, initial_state, reset = varying.together(
+        (log_a, b, c), u, dt, initial_state, reset
+    )
+    log_a, b, c = (array.astype(dtype) for array in system)
     if initial_state is None:
-        initial_state = jnp.zeros((u.shape[0], *log_a.shape), dtype)
+        zeros = jnp.zeros((u.shape[0], *log_a.shape), dtype)
+        initial_state = varying.like(zeros, u)
     initial_state = initial_state.astype(dtype)
     dt = None if dt is None else dt.astype(log_a.real.dtype)
     into, out = (None, None) if reset is None else segments.links(reset, reverse)

@@ -13,6 +13,8 @@ than loops over (re, im).
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
+
 PAIRS = False
 
 
@@ -34,7 +36,7 @@ def forward(a, x, initial_state, keep, reverse):
         h = (_kept(keep, t, _row(a, t) * h) + _row(wide, t)).astype(dtype)
         return h, _write(out, h, t)
 
-    carry = (initial_state, jnp.zeros(x.shape, dtype))
+    carry = (initial_state, varying.like(jnp.zeros(x.shape, dtype), x))
     final, out = jax.lax.fori_loop(0, length, step, carry)
     return out if jnp.iscomplexobj(out) else out.astype(x.dtype), final
 
@@ -46,7 +48,7 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
     """
     length, dtype, a_dtype = h.shape[1], initial_state.dtype, a.dtype
     a, h, h_gradient = (_wide(array, dtype) for array in (a, h, h_gradient))
-    varying = a.shape[1] > 1
+    at_each = a.shape[1] > 1
 
     def step(i, carry, before=None):
         g, da, dx = carry
@@ -55,17 +57,18 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
             before = _row(h, t + 1 if reverse else t - 1)
         g = g + _row(h_gradient, t)
         through = _kept(keep, t, before * g)
-        da = _write(da, through, t) if varying else da + _like(through, da)
+        da = _write(da, through, t) if at_each else da + _like(through, da)
         g_before = _kept(keep, t, _row(a, t) * g).astype(dtype)
         return g_before, da, _write(dx, g, t)
 
-    da_shape = a.shape if varying else initial_state.shape
+    da_shape = a.shape if at_each else initial_state.shape
     dx_dtype = _wide(like_x, dtype).dtype
-    carry = (final_gradient, jnp.zeros(da_shape, a.dtype), jnp.zeros(h.shape, dx_dtype))
+    zeros = jnp.zeros(da_shape, a.dtype), jnp.zeros(h.shape, dx_dtype)
+    carry = final_gradient, *varying.like(zeros, h)
     if length > 1:
         carry = jax.lax.fori_loop(0, length - 1, step, carry)
     dstate, da, dx = step(length - 1, carry, before=initial_state)
-    if not varying:
+    if not at_each:
         da = _reduce(da, a[:, 0].shape)[:, None]
     return da.astype(a_dtype), dx.astype(like_x.dtype), dstate
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments
+from kernels import checks, dispatch, dtypes, segments, varying
 from kernels.selective_scan import reference, xla
 
 BACKENDS = {
@@ -65,8 +65,11 @@ def selective_scan(
     _check(op, u, dt, A, B, C, initial_state, reset, skip)
     module = dispatch.pick(op, BACKENDS, backend, u, A)
     dtype = dtypes.state(u, dt, A, B, C, initial_state, skip)
+    u, dt, A, B, C, initial_state, reset, skip = varying.together(
+        u, dt, A, B, C, initial_state, reset, skip
+    )
     if initial_state is None:
-        initial_state = jnp.zeros((u.shape[0], *A.shape))
+        initial_state = varying.like(jnp.zeros((u.shape[0], *A.shape), dtype), u)
     wide, dt, A, B, C, state = (
         x.astype(dtype) for x in (u, dt, A, B, C, initial_state)
     )

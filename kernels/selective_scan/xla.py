@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels import varying
+
 # States in memory at once: L / CHUNK between chunks and CHUNK inside one. 16 to 64 are
 # equally fast, and 32 is the least memory at L = 1024.
 CHUNK = 32
@@ -66,7 +68,7 @@ def _forward(size, u, dt, A, B, C, state, keep):
         return *jax.lax.fori_loop(0, size, step, (h, y)), entering
 
     entering = jnp.zeros((count, *state.shape), state.dtype)
-    carry = (state, jnp.zeros_like(u), entering)
+    carry = (state, *varying.like((jnp.zeros_like(u), entering), state))
     final, y, entering = jax.lax.fori_loop(0, count, chunk, carry)
     # A policy of `jax.checkpoint` that keeps this name spares a second forward pass.
     y, final, entering = checkpoint_name((y, final, entering), "selective_scan")
@@ -112,6 +114,7 @@ def _backward(size, saved, gradients):
         return *carry, dC, before
 
     before = jnp.zeros((size + 1, *dfinal.shape), dfinal.dtype)
+    before = varying.like(before, dfinal)
     zeros = map(jnp.zeros_like, (dfinal, u, dt, B, C))
     carry = jax.lax.fori_loop(0, count, chunk, (dfinal, *zeros, before))
     dstate, dA, du, ddt, dB, dC, _ = carry

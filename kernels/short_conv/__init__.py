@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments
+from kernels import checks, dispatch, dtypes, segments, varying
 from kernels.short_conv import reference, xla
 
 BACKENDS = {
@@ -65,8 +65,11 @@ def short_conv(
     checks.reset(op, reset, u)
     module = dispatch.pick(op, BACKENDS, backend, u, w)
     dtype = dtypes.state(u, w, bias, initial_state)
+    u, w, bias, initial_state, reset = varying.together(
+        u, w, bias, initial_state, reset
+    )
     if initial_state is None:
-        initial_state = jnp.zeros(tail, dtype)
+        initial_state = varying.like(jnp.zeros(tail, dtype), u)
     into, out = (None, None) if reset is None else segments.links(reset, reverse)
     segment = None
     if reverse:

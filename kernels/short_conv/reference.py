@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
+
 
 def unsupported(*arguments) -> str | None:
     return None
@@ -12,7 +14,7 @@ def short_conv(u, w, bias, state, segment):
     """y[t] = bias + sum_j w[:, j] u[t-j] in one segment; `state` is in segment 0."""
     wide, w = u.astype(state.dtype), w.astype(state.dtype)
     if segment is None:
-        segment = jnp.zeros(u.shape[:2], jnp.int32)
+        segment = varying.like(jnp.zeros(u.shape[:2], jnp.int32), u)
     bias = 0 if bias is None else bias.astype(state.dtype)
 
     def step(carry, inputs):
@@ -23,6 +25,6 @@ def short_conv(u, w, bias, state, segment):
         y = jnp.einsum("bwh,hw->bh", window, w[:, ::-1]) + bias
         return (window[:, 1:], now), y
 
-    carry = (state, jnp.zeros(u.shape[0], segment.dtype))
+    carry = (state, jnp.zeros_like(segment[:, 0]))
     _, y = jax.lax.scan(step, carry, (wide.swapaxes(0, 1), segment.T))
     return y.swapaxes(0, 1).astype(u.dtype)

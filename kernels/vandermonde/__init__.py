@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from kernels import checks, dispatch, nodes, pairs
+from kernels import checks, dispatch, nodes, pairs, varying
 from kernels.vandermonde import reference, xla
 
 BACKENDS = {
@@ -42,7 +42,7 @@ def vandermonde(
     nodes.check(op, "c", c, "[*E, *H, N]", "log_z", log_z)
     nodes.check_count(op, "c", c, "log_z", log_z)
     module = dispatch.pick(op, BACKENDS, backend, c, log_z)
-    c, log_z = nodes.promote(c, log_z)
+    c, log_z = varying.together(*nodes.promote(c, log_z))
     if module is reference:
         return reference.vandermonde(c, log_z, length)
     flat_c, flat_z = nodes.flat(c, log_z), nodes.flat_nodes(log_z)
@@ -75,7 +75,7 @@ def vandermonde_transpose(
     checks.floating(op, real=True, u=u)
     nodes.check(op, "u", u, "[*B, *H, L]", "log_z", log_z)
     module = dispatch.pick(op, BACKENDS, backend, u, log_z)
-    u, log_z = nodes.promote(u, log_z)
+    u, log_z = varying.together(*nodes.promote(u, log_z))
     if module is reference:
         return reference.moments(u, log_z)
     flat_u, flat_z = nodes.flat(u.real, log_z), nodes.flat_nodes(log_z)
