@@ -51,7 +51,7 @@ class Equal(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """What a reader of a law's finding should know, such as that it was tried on less."""
+    """What else there is to say of a finding, such as that it was tried on less."""
 
     text: str
 
