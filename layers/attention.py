@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from layers import heads
 from layers.common import (
+    also_empty,
     at_least_one,
     at_least_zero,
     begin,
@@ -27,6 +28,13 @@ class KVCache(NamedTuple):
     key: jax.Array  # [B, R-1, G, K], not turned: positions count from the query
     value: jax.Array  # [B, R-1, G, K]
     count: jax.Array  # [B] int32, how many of them exist
+
+
+def empty_cache(shape, dtype):
+    """A `KVCache` of `shape` [B, R-1, ...] in which no token is."""
+    return KVCache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[0], jnp.int32)
+    )
 
 
 def filled(cache):
@@ -59,6 +67,44 @@ def joined(cache, k, v, sequence, reach):
     )
     before = jnp.where(filled(cache)[:, unseen:], 0, -1)
     return key, value, jnp.concatenate([before, segment], axis=1), segment
+
+
+def attend(q, k, v, visible=None, is_causal=False):
+    """softmax(q k^T / sqrt(K)) v over the keys that a query sees, [B, L, heads, K].
+
+    q [B, L, heads, K], k and v [B, S, G, K] where G divides heads; visible bool,
+    broadcastable to [B, L, S]; the softmax is float32 or better.
+    """
+    mask = None if visible is None else visible[:, None]
+    if q.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
+    # That function rounds its softmax to float32 whatever it is given.
+    B, L, heads, K = q.shape
+    groups = q.reshape(B, L, k.shape[2], heads // k.shape[2], K)
+    logits = jnp.einsum("btgik,bsgk->bgits", groups, k) * K**-0.5
+    if is_causal:
+        mask = jnp.tril(jnp.ones((L, k.shape[1]), bool))[None, None]
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min)
+    p = jax.nn.softmax(logits, axis=-1)
+    return jnp.einsum("bgits,bsgk->btgik", p, v).reshape(q.shape)
+
+
+def attend_isolated(q, k, v, visible):
+    """`attend`, where what is not finite reaches the queries that see it and no other:
+    a weight of 0 alone would let NaN through, in the products and in their gradients.
+    """
+    ill_query = _ill(q)
+    ill_token = _ill(k) | _ill(v)
+    q = jnp.where(ill_query[..., None, None], 0, q)
+    k, v = (jnp.where(ill_token[..., None, None], 0, z) for z in (k, v))
+    reached = ill_query | jnp.any(visible & ill_token[:, None], axis=-1)
+    return jnp.where(reached[..., None, None], jnp.nan, attend(q, k, v, visible))
+
+
+def _ill(x):
+    """Which tokens of x [B, L, heads, K] are not finite."""
+    return ~jnp.all(jnp.isfinite(x), axis=(-2, -1))
 
 
 class Attention(nn.Module):
@@ -95,6 +141,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `KVCache` (None if bidirectional).
 
@@ -130,8 +177,7 @@ class Attention(nn.Module):
         if self.bidirectional:
             raise no_initial_state("Attention")
         reach, G, K = self._sizes()
-        empty = jnp.zeros((batch_size, reach - 1, G, K), wide(self.dtype))
-        return KVCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
+        return empty_cache((batch_size, reach - 1, G, K), wide(self.dtype))
 
     @nn.nowrap
     def _sizes(self):
@@ -155,9 +201,13 @@ class Attention(nn.Module):
         return self.window or self.context, G, self.features // self.heads
 
     @nn.nowrap
-    def _turn(self, x, positions):
+    def _turn(self, x, start=0):
+        """Of tokens x [B, L, heads, K], the first at the position `start`."""
         size = int(x.shape[-1] * self.rotary) // 2 * 2
-        return rotary.rotate(x, positions, self.base, size) if size else x
+        if not size:
+            return x
+        end = start + x.shape[1]
+        return rotary.rotate(x, jnp.arange(start, end), self.base, size, below=end)
 
     @nn.nowrap
     def _all_to_all(self, q, k, v, sequence):
@@ -170,10 +220,10 @@ class Attention(nn.Module):
             # A token that does not exist sees itself, so that no row is empty.
             exists = exists | jnp.eye(q.shape[1], dtype=bool)
             visible = exists if visible is None else visible & exists
-        positions = jnp.arange(q.shape[1])
-        q, k = (self._turn(z, positions) for z in (q, k))
-        mask = None if visible is None else visible[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        q, k = self._turn(q), self._turn(k)
+        if sequence.reset is not None:
+            return attend_isolated(q, k, v, visible)
+        return attend(q, k, v, visible)
 
     @nn.nowrap
     def _causal(self, q, k, v, cache, sequence, reach):
@@ -183,19 +233,20 @@ class Attention(nn.Module):
         new = remember(cache, k, v, sequence)
         if fresh and sequence.reset is None and length <= reach:
             # Padding stands on the right, where no token that exists looks.
-            q, k = (self._turn(z, jnp.arange(length)) for z in (q, k))
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True), new
+            return attend(self._turn(q), self._turn(k), v, is_causal=True), new
         # Of an empty cache no more is looked at than the call is long.
         reach = min(reach, length) if fresh else reach
         key, value, segments, segment = joined(cache, k, v, sequence, reach)
-        return self._in_blocks(q, key, value, segment, segments, reach), new
+        inner = attend if sequence.reset is None else attend_isolated
+        return self._in_blocks(inner, q, key, value, segment, segments, reach), new
 
     @nn.nowrap
-    def _in_blocks(self, q, key, value, segment, segments, reach):
+    def _in_blocks(self, inner, q, key, value, segment, segments, reach):
         """Queries [B, L] in blocks of at most R: block i sees the R - 1 keys before it
         and its own, so a long call costs O(L R).
 
-        key, value and segments [B, R - 1 + L] start R - 1 tokens before the queries.
+        key, value and segments [B, R - 1 + L] start R - 1 tokens before the queries;
+        inner is `attend` or `attend_isolated`.
         """
         length = q.shape[1]
         size = min(length, reach)
@@ -218,9 +269,7 @@ class Attention(nn.Module):
 
             k, v, seen = (own(x, ahead + size) for x in (key, value, segments))
             visible = near & (own(segment, size)[:, :, None] == seen[:, None])
-            turned = self._turn(own(q, size), jnp.arange(ahead, ahead + size))
-            k = self._turn(k, jnp.arange(ahead + size))
-            return jax.nn.dot_product_attention(turned, k, v, mask=visible[:, None])
+            return inner(self._turn(own(q, size), ahead), self._turn(k), v, visible)
 
         if blocks == 1:
             return block(0)[:, :length]

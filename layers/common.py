@@ -1,5 +1,6 @@
 """Parts that two or more layers share."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -74,6 +75,27 @@ def dense(
 def linear(features, name, dtype, axes=("embed", "mlp")):
     """A projection without bias, as the families of gated mixers use them."""
     return dense(features, name, dtype, axes, bias_init=None)
+
+
+def also_empty(call):
+    """The call of a mixer, which now also answers a batch of no rows [0, L, ...], with
+    outputs and a state of no rows. Operations refuse an empty axis, so that a row of
+    zeros is computed in its place and dropped."""
+
+    def row(leaf):
+        shape = getattr(leaf, "shape", ())
+        return jnp.zeros((1, *shape[1:]), leaf.dtype) if shape[:1] == (0,) else leaf
+
+    @functools.wraps(call)
+    def answer(self, x, state=None, sequence=None, train=False):
+        if getattr(x, "shape", ())[:1] != (0,):
+            return call(self, x, state, sequence, train)
+        x, state, sequence = jax.tree.map(row, (x, state, sequence))
+        return jax.tree.map(
+            lambda leaf: leaf[:0], call(self, x, state, sequence, train)
+        )
+
+    return answer
 
 
 CONSTANTS = "constants"  # the collection of what `prepare` computes

@@ -7,8 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
 from layers import images
-from layers.common import at_least_one, begin_frames, logical, wide
+from layers.common import (
+    also_empty,
+    at_least_one,
+    begin_frames,
+    logical,
+    wide,
+)
 from ssm import conv_ssm
 from ssm import sequence as seq
 
@@ -46,6 +53,7 @@ class ConvLSTM(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, h, w, U] -> y of that shape, `ConvLSTMState`. `ValueError` for a
         wrong shape or a dt."""
@@ -75,6 +83,7 @@ class ConvLSTM(nn.Module):
             return new, new.h
 
         frames = (gates, sequence.mask, sequence.reset)
+        state = varying.like(state, frames, R)
         state, y = jax.lax.scan(
             step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), frames)
         )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from layers import images
 from layers.common import (
+    also_empty,
     at_least_one,
     begin_frames,
     constant,
@@ -112,6 +113,7 @@ class ConvS5(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, h, w, U] -> y of that shape, state [B, h, w, P] complex.
 
@@ -199,9 +201,7 @@ def _b_init(V_inv):
     def init(key, shape, dtype=jnp.float32):
         *patch, P, _ = shape
         fan_in = math.prod(patch)
-        sample = nn.initializers.he_normal(-1, -2)(
-            key, (V_inv.shape[1], fan_in), dtype
-        )
+        sample = nn.initializers.he_normal(-1, -2)(key, (V_inv.shape[1], fan_in), dtype)
         rotated = jnp.asarray(V_inv, jnp.complex64) @ sample
         return stability.to_pair(rotated.T.reshape(*patch, P)).astype(dtype)
 
@@ -217,7 +217,9 @@ def _c_init(V):
         he = nn.initializers.variance_scaling(
             2 / k**2, "fan_in", "truncated_normal", in_axis=-1, out_axis=-2
         )
-        rotated = he(key, (k * k * U, V.shape[0]), dtype) @ jnp.asarray(V, jnp.complex64)
+        rotated = he(key, (k * k * U, V.shape[0]), dtype) @ jnp.asarray(
+            V, jnp.complex64
+        )
         rotated = rotated.reshape(k, k, U, P).swapaxes(2, 3)
         return stability.to_pair(rotated).astype(dtype)
 

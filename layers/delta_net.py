@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import at_least_one, begin, dense, wide
+from layers.common import also_empty, at_least_one, begin, dense, wide
 from layers.mixing import expose
 from layers.recorder import record
 from layers.short_conv import ShortConv
@@ -53,6 +53,7 @@ class DeltaNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `DeltaState`. `ValueError` for a wrong shape, a
         dt, or widths that the heads do not divide."""

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from kernels.fft_conv import block_sizes, butterfly_conv, dft_factors
-from layers.common import begin, logical, regular, within_length
+from layers.common import also_empty, begin, logical, regular, within_length
 from layers.long_conv import LongConv
 from layers.mixing import expose
 from ssm import sequence as seq
@@ -34,6 +34,7 @@ class FlashButterfly(LongConv):
     per_feature: bool = False
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], None. The result does not depend on how far x is
         padded.

@@ -9,8 +9,22 @@ import jax
 import jax.numpy as jnp
 
 from layers import heads
-from layers.attention import Attention, KVCache, joined, remember
-from layers.common import at_least_one, begin_frames, linear, logical, wide
+from layers.attention import (
+    Attention,
+    attend,
+    attend_isolated,
+    empty_cache,
+    joined,
+    remember,
+)
+from layers.common import (
+    also_empty,
+    at_least_one,
+    begin_frames,
+    linear,
+    logical,
+    wide,
+)
 from ssm import rotary
 from ssm import sequence as seq
 
@@ -39,6 +53,7 @@ class FrameAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, h, w, U] -> y of that shape, a `KVCache` with a second axis h w.
 
@@ -116,6 +131,7 @@ class FullFrameAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, h, w, U] -> y of that shape, `KVCache` of frames [B, R-1, h w, ..].
 
@@ -148,10 +164,8 @@ class FullFrameAttention(nn.Module):
         """An empty cache."""
         size = self.features // self.heads
         places = self.size[0] * self.size[1]
-        empty = jnp.zeros(
-            (batch_size, self.context - 1, places, self.heads, size), wide(self.dtype)
-        )
-        return KVCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
+        shape = batch_size, self.context - 1, places, self.heads, size
+        return empty_cache(shape, wide(self.dtype))
 
     @nn.nowrap
     def _check(self, x, sequence):
@@ -173,26 +187,28 @@ class FullFrameAttention(nn.Module):
         """[B, L, S, heads, K], frame by frame, each seeing R frames."""
         B, L, S, *_ = q.shape
         key, value, segments, segment = joined(cache, k, v, sequence, R)
+        inner = attend if sequence.reset is None else attend_isolated
 
         def frame(i):
             def last(x):
                 return jax.lax.dynamic_slice_in_dim(x, i, R, 1)
 
             visible = last(segments) == jax.lax.dynamic_slice_in_dim(segment, i, 1, 1)
-            visible = jnp.repeat(visible, S, axis=1)[:, None, None]
+            visible = jnp.repeat(visible, S, axis=1)[:, None]
             now = jax.lax.dynamic_index_in_dim(q, i, 1, keepdims=False)
-            now = self._turn(now, jnp.full((S,), R - 1))
+            now = self._turn(now, jnp.full((S,), R - 1), R)
             seen = last(key).reshape(B, R * S, *key.shape[3:])
-            seen = self._turn(seen, jnp.repeat(jnp.arange(R), S))
+            seen = self._turn(seen, jnp.repeat(jnp.arange(R), S), R)
             values = last(value).reshape(seen.shape)
-            return jax.nn.dot_product_attention(now, seen, values, mask=visible)
+            return inner(now, seen, values, visible)
 
         o = jax.lax.map(jax.checkpoint(frame), jnp.arange(L))
         return jnp.moveaxis(o, 0, 1)
 
     @nn.nowrap
-    def _turn(self, x, positions):
-        return rotary.rotate(x, positions, 10_000.0, x.shape[-1] // 2 * 2)
+    def _turn(self, x, positions, below):
+        size = x.shape[-1] // 2 * 2
+        return rotary.rotate(x, positions, 10_000.0, size, below)
 
 
 def place(module, places):

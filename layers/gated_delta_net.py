@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import begin, linear, logical, wide
+from layers.common import also_empty, begin, linear, logical, wide
 from layers.delta_net import DeltaState, short_convolutions, write_strength, zero_state
 from layers.mixing import expose
 from layers.recorder import record
@@ -46,6 +46,7 @@ class GatedDeltaNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `DeltaState`. `ValueError` for a wrong shape, or
         widths that the heads do not divide."""

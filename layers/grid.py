@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
+from layers.common import also_empty
 from ssm import sequence as seq
 
 
@@ -80,6 +81,7 @@ class Grid(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, n_1, ..., n_k, H] -> y of the same shape, None.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.common import (
+    also_empty,
     at_least_one,
     begin,
     dense,
@@ -89,6 +90,7 @@ class H3(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `H3State`. `ValueError` for a wrong shape, a
         head_size that does not divide H, or a dt."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.common import (
+    also_empty,
     at_least_one,
     begin,
     dense,
@@ -78,6 +79,7 @@ class Hyena(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `HyenaState`. `ValueError` for a wrong shape, a
         call longer than `length`, or a dt."""
@@ -128,7 +130,7 @@ class Hyena(nn.Module):
         kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         ones = nn.initializers.constant(self.frequency)
         w = self.param("frequency", logical(ones, "mlp"), (self.hidden,))
-        h = jnp.asarray(implicit_filters.positions(self.length, self.bands), dtype)
+        h = implicit_filters.positions(self.length, self.bands, dtype)
         for i in range(1 + self.inner):
             bias = functools.partial(uniform, bound=h.shape[-1] ** -0.5)
             layer = dense(
@@ -136,10 +138,15 @@ class Hyena(nn.Module):
             )
             h = jnp.sin(w * layer(h))
         k = dense(filters, "filter", dtype, ("mlp", "embed"), None, kernel)(h).T
-        window = implicit_filters.exponential_window(
-            self.length, filters, self.fast, self.slow, self.target, self.shift
+        return k * implicit_filters.exponential_window(
+            self.length,
+            filters,
+            self.fast,
+            self.slow,
+            self.target,
+            self.shift,
+            dtype,
         )
-        return k * jnp.asarray(window, dtype)
 
     @nn.nowrap
     def _check(self):

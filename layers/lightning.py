@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import at_least_zero, begin, linear, wide
+from layers.common import also_empty, at_least_zero, begin, linear, wide
 from layers.mixing import expose
 from layers.recorder import record
 from ssm import sequence as seq
@@ -51,6 +51,7 @@ class Lightning(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, heads, K, V]. `ValueError` for a wrong
         shape, or widths that the heads do not divide."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels import fft_conv
 from layers.common import (
+    also_empty,
     at_least_one,
     begin,
     logical,
@@ -60,6 +61,7 @@ class LongConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H] and the last inputs [B, length-1, H] (None if
         bidirectional).

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import begin, logical, wide, wide_complex
+from layers.common import also_empty, begin, logical, wide, wide_complex
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -31,6 +31,7 @@ class LRU(nn.Module):
     max_phase: float = 2 * np.pi
     dtype: jnp.dtype = jnp.float32
 
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex. `ValueError` for a wrong
         shape."""

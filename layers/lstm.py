@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.common import begin, dense, logical, wide
+from kernels import varying
+from layers.common import also_empty, begin, dense, logical, wide
 from ssm import sequence as seq
 
 
@@ -45,6 +46,7 @@ class LSTM(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `LSTMState`. `ValueError` for a wrong shape or a
         dt."""
@@ -76,6 +78,7 @@ class LSTM(nn.Module):
             return new, new.h
 
         tokens = (gates, sequence.mask, sequence.reset)
+        state = varying.like(state, tokens, U)
         state, y = jax.lax.scan(
             step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tokens)
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from kernels import selective_scan
 from layers.common import (
+    also_empty,
     at_least_one,
     at_least_zero,
     begin,
@@ -69,6 +70,7 @@ class Mamba(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `MambaState`. `ValueError` for a wrong shape."""
         del train

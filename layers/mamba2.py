@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels import chunked_scan
-from layers.common import at_least_one, begin, linear, logical, wide
+from layers.common import (
+    also_empty,
+    at_least_one,
+    begin,
+    linear,
+    logical,
+    wide,
+)
 from layers.mixing import expose
 from layers.recorder import record
 from layers.short_conv import ShortConv
@@ -63,6 +70,7 @@ class Mamba2(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `Mamba2State`. `ValueError` for a wrong shape, or
         heads and groups that do not divide."""

@@ -1,12 +1,15 @@
 """Retention, the mixer of RetNet (https://arxiv.org/abs/2307.08621)."""
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import begin, linear, wide
+from layers.common import also_empty, begin, linear, wide
 from layers.mixing import expose
 from layers.recorder import record
 from ssm import rotary
@@ -40,6 +43,7 @@ class Retention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, heads, K, V]. `ValueError` for a wrong
         shape, or widths that the heads do not divide."""
@@ -51,15 +55,16 @@ class Retention(nn.Module):
         k = heads.project(x, self.heads, K, "key", self.dtype) * K**-0.5
         v = heads.project(x, self.heads, V, "value", self.dtype)
         gate = nn.silu(linear(self.heads * V, "gate", self.dtype)(x))
-        log_decay, positions = self._decay(x, sequence)
+        log_decay = self._log_decay(x, sequence)
         record(self, sequence, log_decay=log_decay)
-        q, k = (rotary.rotate(z, positions, self.base) for z in (q, k))
+        turn, positions = self._positions(x, sequence)
+        q, k = turn(q, positions), turn(k, positions)
         v = expose(self, "values", v)
         o, S = chunked_scan(q, k, v, log_decay, None, state, sequence.reset)
         y = heads.gated_output(
             expose(self, "mixed", o), gate, self.features, self.dtype
         )
-        return restore(y).astype(self.dtype), self._to_last(S, positions)
+        return restore(y).astype(self.dtype), self._to_last(S, turn, positions)
 
     @nn.nowrap
     def init_state(self, batch_size):
@@ -77,20 +82,31 @@ class Retention(nn.Module):
         return K, V
 
     @nn.nowrap
-    def _decay(self, x, sequence):
-        """log gamma [B, L, heads], and positions [B, L], 0 before the call."""
+    def _log_decay(self, x, sequence):
+        """log gamma [B, L, heads], times the elapsed time."""
         gamma = np.log1p(-(2.0 ** (-5 - np.arange(self.heads))))
         elapsed = seq.elapsed(sequence)
         # Of a mask alone it is float32, which would round gamma in float64.
         ones = jnp.ones(x.shape[:2], wide(self.dtype))
         elapsed = ones if elapsed is None else ones * elapsed
-        return elapsed[..., None] * jnp.asarray(gamma, elapsed.dtype), jnp.cumsum(
-            elapsed, axis=1
-        )
+        return elapsed[..., None] * jnp.asarray(gamma, elapsed.dtype)
 
     @nn.nowrap
-    def _to_last(self, S, positions):
+    def _positions(self, x, sequence):
+        """The rotation of this layer, and positions [L] or [B, L], 0 before the
+        call."""
+        turn = functools.partial(rotary.rotate, base=self.base)
+        if sequence.dt is not None:
+            return turn, rotary.summed(seq.elapsed(sequence))
+        L = x.shape[1]
+        positions = jnp.arange(1, L + 1)
+        if sequence.mask is not None:
+            positions = jnp.cumsum(sequence.mask, axis=1, dtype=jnp.int32)
+        return functools.partial(turn, below=L + 1), positions
+
+    @nn.nowrap
+    def _to_last(self, S, turn, positions):
         """The keys of S [B, heads, K, V] turned back by the time of the call."""
         keys = jnp.moveaxis(S, -1, 1)  # values in the place of tokens
-        back = jnp.broadcast_to(-positions[:, -1:], keys.shape[:2])
-        return jnp.moveaxis(rotary.rotate(keys, back, self.base), 1, -1)
+        back = jax.tree.map(lambda p: -p[..., -1:], positions)
+        return jnp.moveaxis(turn(keys, back), 1, -1)

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels import linear_scan
-from layers.common import at_least_one, at_least_zero, begin, dense, logical, wide
+from layers.common import (
+    also_empty,
+    at_least_one,
+    at_least_zero,
+    begin,
+    dense,
+    logical,
+    wide,
+)
 from layers.mixing import expose
 from layers.recorder import record
 from layers.short_conv import ShortConv
@@ -69,6 +77,7 @@ class RGLRU(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `RGLRUState`. `ValueError` for a wrong shape, or
         heads that do not divide the width."""

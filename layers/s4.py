@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels import fft_conv, segments
 from layers.common import (
+    also_empty,
     begin,
     complex_normal,
     constant,
@@ -32,6 +33,11 @@ class S4(nn.Module):
     a state one O(n R) step; see `prepare` in `layers.common` for decoding. The solve is
     as exact as 1 - exp(length dt lam) is far from 0: where lam is nearly 0 (the mean of
     the measure `fout`), some digits are lost.
+
+    B starts as HiPPO's input vector in the eigenbasis of the normal part, unaltered, as
+    in the paper. The authors' code clips its imaginary part to [-2, 2], so that a first
+    B differs from that code's by intention: eigenvectors have no phase of their own,
+    and what is clipped depends on the one that the eigensolver happens to give.
 
     Attributes:
         features: H.
@@ -66,6 +72,7 @@ class S4(nn.Module):
         """Elapsed times where it convolves in both directions."""
         return ("dt",) if self.bidirectional else ()
 
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels import fft_conv
 from layers.common import (
+    also_empty,
     begin,
     complex_normal,
     constant,
@@ -59,6 +60,7 @@ class S4D(nn.Module):
         """Elapsed times where it convolves in both directions."""
         return ("dt",) if self.bidirectional else ()
 
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import begin, logical, no_initial_state, wide, wide_complex
+from layers.common import (
+    also_empty,
+    begin,
+    logical,
+    no_initial_state,
+    wide,
+    wide_complex,
+)
 from ssm import discretize, recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -45,6 +52,7 @@ class S5(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex (None if bidirectional).
 
@@ -140,9 +148,7 @@ def _b_init(V_inv):
     """B = V^-1 times a real LeCun-normal sample [N, H] (fan-in N, as published)."""
 
     def init(key, shape, dtype=jnp.float32):
-        sample = nn.initializers.lecun_normal()(
-            key, (V_inv.shape[1], shape[1]), dtype
-        )
+        sample = nn.initializers.lecun_normal()(key, (V_inv.shape[1], shape[1]), dtype)
         rotated = jnp.asarray(V_inv, jnp.complex64) @ sample
         return stability.to_pair(rotated).astype(dtype)
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from kernels import fft_conv
 from layers.common import (
+    also_empty,
     at_least_one,
     begin,
     logical,
@@ -59,6 +60,7 @@ class SGConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
+    @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H] and the last inputs [B, length-1, H] (None if
         bidirectional).

@@ -12,6 +12,7 @@ and C every pixel is a `recurrence.mixed` of its own.
 import jax
 import jax.numpy as jnp
 
+from kernels.varying import together
 from ssm import recurrence
 
 CHUNK = 16  # frames whose states [h, w, P] exist at once
@@ -21,7 +22,8 @@ def convolve(x, kernel, stride=1):
     """The cross-correlation of x [..., h, w, I] with kernel [k, k, I, O], zero outside:
     [..., h, w, O]; of every axis each `stride`-th pixel."""
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
-    images, kernel = x.reshape(-1, *x.shape[-3:]).astype(dtype), kernel.astype(dtype)
+    images, kernel = together(x.reshape(-1, *x.shape[-3:]), kernel)
+    images, kernel = images.astype(dtype), kernel.astype(dtype)
     if stride == 1:
         y = _correlate(images, kernel)
     else:
@@ -107,6 +109,7 @@ def convolved(
     if state is None:
         dtype = jnp.promote_types(u.dtype, B.dtype)
         state = jnp.zeros((u.shape[0], *u.shape[2:4], B.shape[-1]), dtype)
+    B, C, u = together(B, C, u)
     into = jnp.concatenate([B.real, B.imag], axis=-1)
     out = jnp.concatenate([C.real, -C.imag], axis=-2)
 

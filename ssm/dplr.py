@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.cauchy import small_solve
+from kernels.varying import together
 from ssm.chunks import in_chunks
 
 
@@ -83,9 +84,10 @@ def varying(system, C, u, state=None, elapsed=None, reset=None, chunk=32):
 
     u [B, L, H], state [B, H, n], elapsed and reset [B, L] -> y [B, L, H], state.
     """
-    lam, P, B, dt = system
     if state is None:
         state = jnp.zeros((u.shape[0], *C.shape), C.dtype)
+    system, C, state, u = together(system, C, state, u)
+    lam, P, B, dt = system
 
     def body(state, u, elapsed, reset):
         steps = jnp.ones(u.shape[:2], dt.dtype) if elapsed is None else elapsed
@@ -225,6 +227,7 @@ def response(system, C, state, length):
 
     state [B, H, n] -> [B, length, H].
     """
+    system, C, state = together(system, C, state)
     A_bar, _ = dense(system)
     size = _chunk(length)
     rows, reached = row(C)[:, None] @ A_bar, A_bar  # [H, 1, N]

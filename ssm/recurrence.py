@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import contracted_scan, fft_conv, linear_scan, vandermonde_transpose
+from kernels.varying import together
 from ssm import filters
 from ssm.chunks import in_chunks
 from ssm.discretize import expm1_ratio
@@ -152,6 +153,7 @@ def mixed(
     if state is None:
         dtype = jnp.promote_types(u.dtype, C.dtype)
         state = jnp.zeros((u.shape[0], C.shape[1]), dtype)
+    B, C, u = together(B, C, u)
     into = jnp.concatenate([B.real, B.imag]).T  # [H, 2P]: one real matmul, not two
     out = jnp.concatenate([C.real.T, -C.imag.T])  # [2P, H]
     maps = (lambda u: u @ into), (lambda h, u: h @ out)
@@ -173,15 +175,20 @@ def driven(rule, into, out, u, state, elapsed, reset, *, reverse, chunk):
         y [B, L, ...] and the final state.
     """
 
+    if elapsed is None:
+        # once, and not in every chunk
+        regular, u = together(rule(None), u)
+
     def body(state, u, elapsed, reset):
         x = into(u)
         P = x.shape[-1] // 2
         places = (1,) * (x.ndim - 1)
-        if elapsed is not None:
-            elapsed = elapsed.reshape(*elapsed.shape, *places[2:], 1)
-        log_a, gain = rule(elapsed)
         if elapsed is None:
+            log_a, gain = regular
             log_a = log_a.reshape(*places, P)
+        else:
+            elapsed = elapsed.reshape(*elapsed.shape, *places[2:], 1)
+            log_a, gain = rule(elapsed)
         x = gain * jax.lax.complex(x[..., :P], x[..., P:])
         h, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
         return state, out(jnp.concatenate([h.real, h.imag], axis=-1), u)

@@ -259,9 +259,7 @@ def test_layer_is_its_equations(case):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {
         *("float64", "bool", "int32")
     }
-    # jax.nn.dot_product_attention takes its softmax in float32.
-    dtype = "float32" if transcription is attention else "float64"
-    assert_close(y, transcription(layer, unboxed(variables), x), dtype=dtype)
+    assert_close(y, transcription(layer, unboxed(variables), x), dtype="float64")
 
 
 X = jax.random.normal(jax.random.key(2), (B, 20, H))

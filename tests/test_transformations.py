@@ -4,6 +4,8 @@
 in a process of its own (`test_two_devices`).
 """
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from kernels import compat, dispatch, dplr_filter
 from kernels.cases import OPERATIONS, Case, evaluate, parted, rounded
 from kernels.tolerance import assert_close
+from ssm import conv_ssm, dplr, filters, recurrence
+from ssm import sequence as seq
 
 # What is split over the batch, or over sets of sums; all else is the same everywhere.
 SPLIT = {
@@ -80,9 +84,7 @@ def sharded(op, static, inputs, split):
 
     given = P("data") if split & inputs.keys() else P()
     return jax.jit(
-        jax.shard_map(
-            device, mesh=mesh(), in_specs=taken, out_specs=(given, taken[0])
-        )
+        jax.shard_map(device, mesh=mesh(), in_specs=taken, out_specs=(given, taken[0]))
     )
 
 
@@ -105,6 +107,151 @@ def prepared(op, variant, backend, options, length):
     inputs = rounded(operation.inputs(case), "float32")
     static = operation.static(case) | {"backend": backend}
     return operation.call, static, inputs
+
+
+# The functions of `ssm` that make arrays or loops: (call, inputs, what is split).
+
+
+def bank_call(mode):
+    def call(log_a, b, c, u, **rest):
+        return mode(recurrence.Diagonal(log_a, b, c), u, **rest)
+
+    return call
+
+
+def mixed_call(log_a, B, C, u, state=None, elapsed=None, reset=None, reverse=False):
+    def rule(elapsed):
+        z = log_a if elapsed is None else elapsed * log_a
+        return z, jnp.exp(z)
+
+    options = dict(reverse=reverse, chunk=4)
+    return recurrence.mixed(rule, B, C, u, state, elapsed, reset, **options)
+
+
+def varying_call(log_a, B, c, u, state=None, elapsed=None, reset=None):
+    def rule(elapsed):
+        z = elapsed * log_a
+        return z, jnp.exp(z)
+
+    elapsed = jnp.ones(u.shape[:2], u.dtype) if elapsed is None else elapsed
+    return recurrence.varying(rule, B, c, u, state, elapsed, reset, chunk=4)
+
+
+def convolved_call(log_a, B, C, u, state=None, elapsed=None, reset=None):
+    def rule(elapsed):
+        z = log_a if elapsed is None else elapsed * log_a
+        return z, jnp.exp(z)
+
+    return conv_ssm.convolved(rule, B, C, u, state, elapsed, reset, chunk=4)
+
+
+def dplr_call(lam, P, B, dt, C, u, state=None, elapsed=None, reset=None):
+    system = dplr.DPLR(lam, P, B, dt)
+    return dplr.varying(system, C, u, state, elapsed, reset, chunk=4)
+
+
+def dplr_filter_call(lam, P, B, dt, C, u, state=None):
+    """What S4 makes of a system: filter, what a state says, and the final state."""
+    system = dplr.DPLR(lam, P, B, dt)
+    K = filters.dplr(system, dplr.truncated(system, C[None], 7), 7)
+    y = u[..., 0, None, None] * K[0]
+    if state is not None:
+        y = y[:, 0] + dplr.response(system, C, state, 7).swapaxes(1, 2)
+    return y, dplr.final_state(system, u, state)
+
+
+def masked_call(u, before, mask, reset, elapsed):
+    """Everything that moves tokens."""
+    x, sequence, restore = seq.compact(u, seq.Sequence(mask, reset, elapsed))
+    started, after = seq.begun(before[:, 0, 0] > 0, sequence, x.shape[:2])
+    elapsed = seq.elapsed(sequence)[..., None]
+    return (
+        restore(elapsed * x * started[..., None]),
+        seq.window(before, x, sequence),
+        jnp.where(after[:, None], seq.align_right(x, sequence.mask)[:, 0], 0),
+    )
+
+
+def ssm_cases(rng, batch, length):
+    H, n, size = 3, 2, (2, 3)
+
+    def real(*shape):
+        return rng.standard_normal(shape)
+
+    def complex_(*shape):
+        return real(*shape) + 1j * real(*shape)
+
+    def rates(*shape):
+        return -rng.uniform(0.1, 0.5, shape) + 1j * rng.uniform(-2, 2, shape)
+
+    sequences = {
+        "u": real(batch, length, H),
+        "elapsed": rng.uniform(0, 2, (batch, length)),
+        "reset": rng.uniform(size=(batch, length)) < 0.3,
+    }
+    bank = {"log_a": rates(H, n), "b": complex_(H, n), "c": complex_(H, n)}
+    banked = bank | sequences | {"state": complex_(batch, H, n)}
+    mixed = {"log_a": rates(n), "B": complex_(n, H), "C": complex_(H, n)}
+    mixed |= sequences | {"state": complex_(batch, n)}
+    frames = {
+        "log_a": rates(n),
+        "B": complex_(3, 3, H, n),
+        "C": complex_(3, 3, n, H),
+        "state": complex_(batch, *size, n),
+        "u": real(batch, length, *size, H),
+    }
+    low_rank = {
+        "lam": rates(H, n),
+        "P": complex_(1, H, n),
+        "B": complex_(H, n),
+        "dt": rng.uniform(0.1, 0.2, (H, 1)),
+        "C": complex_(H, n),
+        "state": complex_(batch, H, n),
+    }
+    step = {k: x[:, 0] if k in sequences else x for k, x in banked.items()}
+    varying_ = {"B" if k == "b" else k: x for k, x in banked.items()}
+    times = {k: x for k, x in sequences.items() if k != "u"}
+    yield "step", bank_call(recurrence.step), step
+    yield "scan", bank_call(recurrence.scan), banked
+    yield "chunked", bank_call(recurrence.chunked), banked
+    convolution = {k: banked[k] for k in ("log_a", "b", "c", "u")}
+    existing = rng.integers(1, length + 1, (batch, 1))
+    convolution |= {"skip": real(H), "mask": np.arange(length) < existing}
+    yield "convolution", bank_call(recurrence.convolution), convolution
+    yield "varying", varying_call, varying_
+    yield "mixed", mixed_call, mixed
+    yield "mixed, reverse", functools.partial(mixed_call, reverse=True), mixed
+    yield "conv_ssm", convolved_call, frames | times
+    yield "dplr", dplr_call, low_rank | sequences
+    yield "dplr filter", dplr_filter_call, low_rank | {"u": sequences["u"]}
+    masked = {
+        "u": sequences["u"],
+        "before": real(batch, 2, H),
+        "mask": rng.uniform(size=(batch, length)) < 0.5,
+        **times,
+    }
+    yield "tokens that do not exist", masked_call, masked
+
+
+PER_ROW = {"u", "state", "elapsed", "reset", "mask", "before"}
+CASES = [name for name, *_ in ssm_cases(np.random.default_rng(0), 2, 1)]
+LEFT_OUT = [(), ("state", "elapsed", "reset"), ("elapsed",)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_types_inside_of_shard_map_in_ssm(case):
+    for left_out, length in itertools.product(LEFT_OUT, (11, 1)):
+        call, inputs = ssm_case(case, length, left_out)
+        sharded(call, {}, inputs, PER_ROW).trace(*parted(inputs))
+
+
+def ssm_case(case, length, left_out=(), batch=2):
+    cases = ssm_cases(np.random.default_rng(length), batch, length)
+    call, inputs = next((call, x) for name, call, x in cases if name == case)
+    needed = {"step": {"state"}, "tokens that do not exist": {"reset", "elapsed"}}
+    left_out = set(left_out) - needed.get(case, set())
+    inputs = {k: x for k, x in inputs.items() if k not in left_out}
+    return call, rounded(inputs, "float32")
 
 
 @pytest.mark.parametrize(("op", "variant", "backend"), list(forms()))

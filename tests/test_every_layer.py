@@ -1,0 +1,201 @@
+"""What every layer is by construction: its dtypes, its empty batch, where it may run.
+
+Tracing shows all of this; `layers.laws` compares the numbers.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers import FRAME_LAYERS, LAYERS, Sequence, examples, laws
+
+B, L = 2, examples.L
+# One of each way to compute; the others are variants of them.
+NAMES = [name for name in examples.CASES if " " not in name]
+NAMES += [name for name in examples.CASES if name.startswith("attention ")]
+DTYPES = {"float32", "complex64", "int32", "bool"}
+
+
+def test_every_layer_is_here():
+    assert set(LAYERS) | set(FRAME_LAYERS) == {name.split()[0] for name in NAMES}
+
+
+def mostly_slow(*quick):
+    """All names, those that are not in `quick` marked slow."""
+    return [
+        pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
+        for name in NAMES
+    ]
+
+
+class Traced:
+    """A layer, shapes of its variables and of an input, and its first state."""
+
+    def __init__(self, name, batch=B):
+        self.layer = examples.CASES[name]()
+        token = *getattr(self.layer, "size", ()), self.layer.features
+        self.x = jax.ShapeDtypeStruct((batch, L, *token), jnp.float32)
+        self.variables = nn.unbox(
+            jax.eval_shape(self.layer.init, jax.random.key(0), self.x)
+        )
+        self.first = self.initial(batch)
+
+    def initial(self, batch):
+        try:
+            return jax.eval_shape(lambda: self.layer.init_state(batch))
+        except ValueError:
+            return None  # no recurrent mode
+
+    def __call__(self, state=None, sequence=None):
+        return jax.eval_shape(self.layer.apply, self.variables, self.x, state, sequence)
+
+    def companions(self, batch=B):
+        """Those sequences that the layer takes."""
+        flags = jax.ShapeDtypeStruct((batch, L), bool)
+        times = jax.ShapeDtypeStruct((batch, L), jnp.float32)
+        taken = []
+        for field in (dict(mask=flags), dict(reset=flags), dict(dt=times)):
+            try:
+                self(self.first, Sequence(**field))
+            except ValueError as refusal:
+                assert str(refusal).partition(":")[0] in field
+            else:
+                taken.append(Sequence(**field))
+        return taken
+
+
+def names(tree):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_float32_layer_stays_one_with_x64(name):
+    """`jax_enable_x64` alone changes no dtype: parameters, outputs, states."""
+    with jax.enable_x64(True):
+        case = Traced(name)
+        assert names(case.variables) <= {"float32"}
+        assert names(case()) <= DTYPES
+        for sequence in case.companions()[-1:]:
+            y, state = case(case.first, sequence)
+            assert names((y, state)) <= DTYPES
+            if case.first is not None:
+                assert names(state) == names(case.first)
+        if case.first is None:
+            return
+
+        def decode(variables, state, x):
+            def step(state, x):
+                y, state = case.layer.apply(variables, x[:, None], state)
+                return state, y
+
+            return jax.lax.scan(step, state, jnp.swapaxes(x, 0, 1))
+
+        state, _ = jax.eval_shape(decode, case.variables, case.first, case.x)
+        assert state == case.first
+
+
+def test_initial_parameters_do_not_depend_on_x64():
+    for name in ("s5", "lru", "conv_s5 linear", "dss"):
+        layer = examples.CASES[name]()
+        x = np.zeros((1, 2, *getattr(layer, "size", ()), layer.features), np.float32)
+        usual = jax.jit(layer.init)(jax.random.key(0), x)
+        with jax.enable_x64(True):
+            wider = jax.jit(layer.init)(jax.random.key(0), x)
+        assert laws.worst(nn.unbox(wider), nn.unbox(usual)) < 1e-6, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_no_rows(name):
+    case = Traced(name)
+    companions = case.companions()[:2]
+    case.x = jax.ShapeDtypeStruct((0, *case.x.shape[1:]), case.x.dtype)
+    first = case.initial(0)
+    for state in (None, first):
+        for sequence in [None, *companions]:
+            none = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct((0, L), s.dtype), sequence
+            )
+            y, final = case(state, none)
+            assert y == case.x
+            assert first is None or final == first
+
+    def total(variables, x):
+        return jnp.sum(case.layer.apply(variables, x)[0])
+
+    gradients = jax.eval_shape(jax.grad(total, (0, 1)), case.variables, case.x)
+    assert gradients[1] == case.x
+
+
+def buffers(state):
+    """The places of its leaves in memory."""
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_initial_state_shares_no_buffer(name):
+    try:
+        state = examples.CASES[name]().init_state(B)
+    except ValueError:
+        return  # no recurrent mode
+    assert len(set(buffers(state))) == len(buffers(state))
+
+
+@pytest.mark.parametrize("name", mostly_slow("lstm", "attention window"))
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_a_state_may_be_donated(name):
+    layer = examples.CASES[name]()
+    x = jnp.ones((B, L, *getattr(layer, "size", ()), layer.features))
+    variables = jax.jit(layer.init)(jax.random.key(0), x)
+    try:
+        state = layer.init_state(B)
+    except ValueError:
+        return  # no recurrent mode
+    call = jax.jit(layer.apply, donate_argnums=2)
+    for piece in (x[:, :1], x[:, 1:2], x[:, 2:3]):
+        _, state = call(variables, piece, state)
+    _, state = jax.jit(layer.apply)(variables, x)
+    for _ in range(2):
+        _, state = call(variables, x, state)
+    assert len(set(buffers(state))) == len(buffers(state))
+
+
+def inside(case, mesh, state, gradient, steps=L):
+    """A call, or its gradients, of rows that are split over the devices."""
+    rows, every = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    has_state = case.first is not None
+
+    def value(variables, x, state):
+        y, final = case.layer.apply(variables, x, state)
+        leaves = [y, *jax.tree.leaves(final)]
+        total = sum(
+            jnp.sum(jnp.abs(z) ** 2)
+            for z in leaves
+            if jnp.issubdtype(z.dtype, jnp.inexact)
+        )
+        return jax.lax.psum(total, "data") if gradient else (y, final)
+
+    function, out = value, (rows, rows if has_state else every)
+    if gradient:
+        function, out = jax.grad(value, (0, 1)), (every, rows)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(every, rows, every if state is None else rows),
+        out_specs=out,
+    )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_inside_of_shard_map(name, gradient):
+    """With its default check, which tracing makes."""
+    auto = (jax.sharding.AxisType.Auto,)
+    case, mesh = Traced(name), jax.make_mesh((1,), ("data",), auto)
+    for state in [None] if case.first is None else [None, case.first]:
+        call = inside(case, mesh, state, gradient)
+        jax.eval_shape(call, case.variables, case.x, state)
+        if state is not None:
+            token = jax.ShapeDtypeStruct((B, 1, *case.x.shape[2:]), case.x.dtype)
+            jax.eval_shape(call, case.variables, token, state)
