@@ -565,9 +565,11 @@ def _affordable(case):
     for tokens in PROBES:
         layer, x, variables = _enlarged(case, tokens)
         program = jit(_calls(layer)).lower(variables, x, None).compile()
-        start = time.perf_counter()
-        jax.block_until_ready(program(variables, x, None))
-        seconds = time.perf_counter() - start
+        seconds = math.inf
+        for _ in range(2):  # other work may disturb one of them
+            start = time.perf_counter()
+            jax.block_until_ready(program(variables, x, None))
+            seconds = min(seconds, time.perf_counter() - start)
         memory = program.memory_analysis()
         costs.append((seconds, memory.temp_size_in_bytes if memory else 0))
     span = math.log2(PROBES[1] / PROBES[0])
