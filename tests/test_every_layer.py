@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, LAYERS, Sequence, examples, laws
 
 B, L = 2, examples.L
@@ -159,6 +160,80 @@ def test_a_state_may_be_donated(name):
     for _ in range(2):
         _, state = call(variables, x, state)
     assert len(set(buffers(state))) == len(buffers(state))
+
+
+CUT = 7  # where a sequence restarts
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+    "name", mostly_slow("attention window", "attention bidirectional")
+)
+def test_nothing_crosses_a_reset(name, bad):
+    """Outputs, final state and gradients behind a reset are those of finite tokens
+    before it, and what may see such a token is not finite."""
+    layer = examples.CASES[name]()
+    token = *getattr(layer, "size", ()), layer.features
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (B, L, *token))
+    variables = jax.jit(layer.init)(keys[1], x)
+    sequence = Sequence(reset=jnp.zeros((B, L), bool).at[:, CUT].set(True))
+
+    def behind(x, state):
+        y, final = layer.apply(variables, x, state, sequence)
+        weight = jax.random.normal(keys[2], y[:, CUT:].shape)
+        return jnp.sum(y[:, CUT:] * weight), (y, final)
+
+    call = jax.jit(jax.value_and_grad(behind, has_aux=True))
+    state = None
+    try:
+        layer.init_state(B)
+    except ValueError:
+        pass  # no recurrent mode
+    else:
+        _, state = jax.jit(layer.apply)(variables, x)
+    if name == "flash_butterfly":
+        with pytest.raises(ValueError, match="reset: FlashButterfly"):
+            call(x, state)
+        return
+    (_, (y, final)), dx = call(x, state)
+    (_, (found, end)), found_dx = call(x.at[:, : CUT - 1].set(bad), state)
+    assert_close((found[:, CUT:], end), (y[:, CUT:], final))
+    assert_close(found_dx[:, CUT:], dx[:, CUT:], "gradient")
+    assert not np.isfinite(found[:, : CUT - 1]).any()
+    assert not np.isfinite(found[:, CUT - 1]).any()
+    if state is None:
+        return
+    state = jax.tree.map(
+        lambda s: jnp.full_like(s, bad) if jnp.issubdtype(s.dtype, jnp.inexact) else s,
+        state,
+    )
+    (_, (found, end)), found_dx = call(x, state)
+    assert_close((found[:, CUT:], end), (y[:, CUT:], final))
+    assert_close(found_dx[:, CUT:], dx[:, CUT:], "gradient")
+
+
+LONG = 2**20
+# Bytes of the largest constant that must grow with the length: the complex nodes of
+# S4's generating function on the upper half of the unit circle, whose distance from the
+# singularity at -1 would lose its digits in float32.
+GROWING = {"s4": 8 * (LONG // 2 + 1)}
+
+
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_no_program_holds_a_table(name):
+    """At most 1 MB of constants at 2^20 tokens of 64 features."""
+    fields = LAYERS[name].__dataclass_fields__
+    capacity = {key: LONG for key in ("length", "context") if key in fields}
+    if name == "attention":
+        capacity = dict(window=128)
+    layer = LAYERS[name](64, **capacity)
+    x = jax.ShapeDtypeStruct((1, LONG, 64), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    text = jax.jit(layer.apply).lower(variables, x).as_text()
+    longest = max(map(len, text.splitlines()))
+    named = 200  # the rest of a line
+    assert longest <= 2 * GROWING.get(name, 2**20) + named  # two digits a byte
 
 
 def inside(case, mesh, state, gradient, steps=L):
