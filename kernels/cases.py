@@ -210,9 +210,11 @@ def _chunked(rng, variant, length, size):
     }
     decays = {"constant": (H,), "scalar": (B, length, H), "vector": (B, length, H, K)}
     *rule, decay = variant.removesuffix(" decay").split(", ")
+    strong = decay.startswith("strong ")
     if decay != "no":
-        shape = decays[decay]
-        made["log_decay"] = -rng.uniform(0.01, 1, shape) * _mild(length)
+        shape = decays[decay.removeprefix("strong ")]
+        decay = rng.uniform(16, 17, shape) if strong else rng.uniform(0.01, 1, shape)
+        made["log_decay"] = -decay * (1 if strong else _mild(length))
     if rule == ["delta rule"]:
         made["beta"] = rng.uniform(0.1, 1, (B, length, H)) * _mild(length)
     return made
@@ -309,7 +311,9 @@ def _cauchy(rng, variant, length, size):
 
 def _scan_options(case):
     # rounding a decay moves its L-th power L times as far: too far for a long call
-    return {"reverse": case.reverse, "return_transition": case.length <= LONGEST_DECAY}
+    # and float32 has only 0 for that of a strong decay
+    transition = case.length <= LONGEST_DECAY and "strong" not in case.variant
+    return {"reverse": case.reverse, "return_transition": transition}
 
 
 def _direction(case):
@@ -353,6 +357,8 @@ OPERATIONS = {
                 "delta rule, vector decay",
                 "constant decay",
                 "delta rule, no decay",
+                "strong scalar decay",
+                "delta rule, strong scalar decay",
             ),
             {"B": 2, "H": 2, "G": 1, "K": 5, "V": 3},
             {"B": 2, "H": 8, "G": 4, "K": 64, "V": 64},

@@ -128,6 +128,8 @@ class Attention(nn.Module):
         dtype: of activations; logits and the cache are float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     heads: int = 4
     kv_heads: int = 0

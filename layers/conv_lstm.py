@@ -45,6 +45,8 @@ class ConvLSTM(nn.Module):
         dtype: of the output; the recurrence is float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     size: tuple[int, int]
     kernel_size: int = 3

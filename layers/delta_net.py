@@ -43,6 +43,8 @@ class DeltaNet(nn.Module):
         dtype: of activations; beta and states are float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     heads: int = 4
     expand_k: float = 1.0

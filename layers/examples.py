@@ -2,7 +2,7 @@
 
 from layers.build import FRAME_LAYERS, LAYERS
 
-L = 13  # the length they are examined at: odd, and no power of two
+L = 15  # the length they are examined at: odd, thirds are too, no power of two
 FEATURES = 6
 SIZE = (2, 3)  # of the frames of a layer over images
 

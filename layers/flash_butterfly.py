@@ -28,6 +28,8 @@ class FlashButterfly(LongConv):
             the filter too, are products of bfloat16 matrices.
     """
 
+    REFUSES = ("dt", "reset", "state")
+
     order: int = 0
     per_feature: bool = False
 

@@ -44,6 +44,8 @@ class FrameAttention(nn.Module):
         dtype: of activations; logits and the cache are float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     size: tuple[int, int]
     heads: int = 4
@@ -119,6 +121,8 @@ class FullFrameAttention(nn.Module):
         context: R, frames of the longest call and of the cache.
         dtype: of activations; logits and the cache are float32 or better.
     """
+
+    REFUSES = ("dt",)
 
     features: int
     size: tuple[int, int]

@@ -31,6 +31,8 @@ class GRU(nn.Module):
         dtype: of the output; the recurrence is float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     dtype: jnp.dtype = jnp.float32
 

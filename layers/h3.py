@@ -78,6 +78,8 @@ class H3(nn.Module):
         dtype: of activations; filters and states are float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     state_size: int = 64
     taps: int = 64

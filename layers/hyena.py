@@ -62,6 +62,8 @@ class Hyena(nn.Module):
         dtype: of activations; filters and states are float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     length: int
     order: int = 2

@@ -48,6 +48,8 @@ class LongConv(nn.Module):
         dtype: of activations; filters and states are float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     length: int
     start: str = "random"

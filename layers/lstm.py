@@ -40,6 +40,8 @@ class LSTM(nn.Module):
         dtype: of the output; the recurrence is float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     dtype: jnp.dtype = jnp.float32
 

@@ -67,6 +67,11 @@ class S4(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def REFUSES(self):
+        """Elapsed times where it convolves in both directions."""
+        return ("dt",) if self.bidirectional else ()
+
     @also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).

@@ -47,6 +47,8 @@ class SGConv(nn.Module):
         dtype: of activations; filters and states are float32 or better.
     """
 
+    REFUSES = ("dt",)
+
     features: int
     length: int
     knots: int = 64

@@ -262,6 +262,16 @@ def test_extreme_decays_are_exact(form, decay, dtype):
     compare(inputs, dtype, transition=False)
 
 
+@product(form=["scalar", "scalar delta", "vector"], decay=[-16, -1, -10, -30])
+def test_gradient_of_a_strong_decay(form, decay):
+    """What it changes is small, of what it keeps: a difference of sums would lose it.
+    Over chunks and without a reset, so that nothing else has a gradient as large."""
+    inputs = inputs_for(form, 70, ("state",), heads=2)
+    shape = inputs["log_decay"].shape
+    inputs["log_decay"] = decay - np.random.default_rng(0).uniform(0, 0.1, shape)
+    compare(inputs, "float32", transition=False)
+
+
 def test_infinite_decay_is_a_reset():
     inputs = inputs_for("scalar", 20)
     reset = inputs.pop("reset")

@@ -44,23 +44,44 @@ class Scalar(NamedTuple):
 
 
 def scalar(g: jax.Array) -> Scalar:
-    """From log decays [N, R, T].
+    """From log decays [N, R, T]."""
+    return Scalar(*_weights(jnp.maximum(g, FORGOTTEN)))
 
-    Differences of their cumulative sum would lose a small decay after a large one. So
-    the sum is in two parts: multiples of 1/16, exact in float32, and what is left,
+
+@jax.custom_jvp
+def _weights(g):
+    """`between` and `enter`.
+
+    Differences of the cumulative sum of g would lose a small decay after a large one.
+    So the sum is in two parts: multiples of 1/16, exact in float32, and what is left,
     which stays small.
     """
-    g = jnp.maximum(g, FORGOTTEN)
     size = g.shape[-1]
     coarse = jnp.round(16 * g) / 16
     ones = jnp.triu(jnp.ones((size, size), g.dtype))
     parts = jnp.matmul(jnp.stack([coarse, g - coarse]), ones, precision="highest")
     past = jnp.tril(jnp.ones((size, size), bool), -1)
-    # masked before the exponential, which would overflow above the diagonal; the
-    # diagonal is constant, or its two gradients would cancel with an error
+    # masked before the exponential, which would overflow above the diagonal
     span = sum(part[..., :, None] - part[..., None, :] for part in parts)
     between = jnp.exp(jnp.where(past, span, -jnp.inf)) + jnp.eye(size, dtype=g.dtype)
-    return Scalar(between, jnp.exp(parts.sum(0)))
+    return between, jnp.exp(parts.sum(0))
+
+
+@_weights.defjvp
+def _weights_jvp(primals, tangents):
+    """The decay from j to i moves with the sum of dg[t], j < t <= i.
+
+    Taken as that sum, so that the gradient of g[t] is one over pairs i >= t > j. Those
+    of the cumulative sum would be differences: under a strong decay of numbers that
+    are larger than what is left by any factor.
+    """
+    (g,), (dg,) = primals, tangents
+    between, enter = _weights(g)
+    until = jnp.tril(jnp.ones((g.shape[-1],) * 2, g.dtype))  # [i, t], t <= i
+    after = jnp.tril(until, -1)  # [t, j], j < t
+    moved = jnp.matmul(until * dg[..., None, :], after, precision="highest")
+    total = jnp.matmul(dg, until.T, precision="highest")
+    return (between, enter), (between * moved, enter * total)
 
 
 class Vector(NamedTuple):

@@ -64,7 +64,7 @@ def _forward_rule(q, k, U, W, g, number, state):
 def _backward_rule(saved, given):
     q, k, U, W, weights, states = saved
     d_out, d_final = given
-    dq, dk, dU, dW, d_G, d_last, d_state = _walk_back(
+    dq, dk, dU, dW, dg, d_state = _walk_back(
         q, k, U, W, weights, states, d_out, d_final
     )
     batch, groups, length, modes = k.shape
@@ -73,8 +73,6 @@ def _backward_rule(saved, given):
         x = x.reshape(batch, groups, -1, length, modes).sum(2)
         return x.astype(like.dtype)
 
-    # g of a step is in G of that step and all later ones of its chunk
-    dg = jnp.flip(jnp.cumsum(jnp.flip(d_G, -1), -1), -1) + d_last
     return of_group(dq, q), of_group(dk, k), dU, dW, dg, None, d_state
 
 
@@ -166,14 +164,13 @@ def _walk_back(q, k, U, W, weights, states, d_out, d_final):
     dtype = states.dtype
     batch, heads, length, _ = U.shape
     per_token = shape((batch, heads, length, q.shape[-1]), dtype)
-    row = pl.BlockSpec((None, None, None, 8, CHUNK), rows.index_map)
     made = compat.pallas_tpu_call(
         partial(_walk_back_kernel, delta_rule=delta_rule),
         grid=grid,
         semantics=SEMANTICS,
         in_specs=[keys, keys, values, rows, matrices, values, matrix]
         + [per_head] * delta_rule,
-        out_specs=[per_head, per_head, values, row, matrix] + [per_head] * delta_rule,
+        out_specs=[per_head, per_head, values, rows, matrix] + [per_head] * delta_rule,
         out_shape=[
             per_token,
             per_token,
@@ -186,7 +183,7 @@ def _walk_back(q, k, U, W, weights, states, d_out, d_final):
     )(q, k, U, weights, states, d_out, d_final, *[W] * delta_rule)
     dq, dk, dU, d_rows, d_state, *dW = made
     dW = dW[0] if dW else None
-    return dq, dk, dU, dW, d_rows[..., 0, :], d_rows[..., 1, :], d_state
+    return dq, dk, dU, dW, d_rows[..., 0, :], d_state
 
 
 def _dot(a, b, contract=((1,), (0,))):
@@ -275,16 +272,18 @@ def _walk_back_kernel(
     du = _dot(scores.astype(dtype), do, ROWS) + _linked(leave, _dot(k, dS))
     dq = _linked(enter, _dot(do, S, COLUMNS))
     dk = _linked(leave, _dot(u, dS, COLUMNS))
-    # each decay times its gradient; those on the diagonal are constant
-    i = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    j = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    moved = jnp.where(i == j, 0, scores * d_scores)
-    left = k * dk
-    d_G = _sums(moved) - jnp.sum(moved, 0, keepdims=True) + _sums(q * dq - left)
+    # each decay times its gradient; g of step t is in the decay from j to i where
+    # j < t <= i. Summed as that: differences of sums would lose what is small
+    t = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    other = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    until = (t <= other).astype(scores.dtype)  # [t, i]
+    before = (other < t).astype(scores.dtype)  # [t, j]
+    moved = _sums(before * _dot(until, scores * d_scores))
+    entered, left = _sums(q * dq), _sums(k * dk)
+    dg = moved + _dot(entered, until, COLUMNS) + _dot(left, before, COLUMNS)
     passed = jnp.sum(S * dS, keepdims=True).reshape(1, 1)
-    d_last = _linked(through, passed) + jnp.sum(left, keepdims=True).reshape(1, 1)
-    d_rows_ref[0:1, :] = d_G
-    d_rows_ref[1:2, :] = jnp.broadcast_to(d_last, d_G.shape)
+    dg = dg + _linked(through, passed)
+    d_rows_ref[0:1, :] = dg
     d_scores = _linked(between, d_scores).astype(dtype)
     dq_ref[...] = dq + _dot(d_scores, k)
     dk_ref[...] = dk + _dot(d_scores, q, ROWS)

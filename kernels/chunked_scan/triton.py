@@ -371,15 +371,16 @@ def _gradients_kernel(
         tl.store(dv_at, dv.to(dv_out.dtype.element_ty), mask=dv_mask)
     dq = linked(enter[:, None], dq, SEGMENTS)
     dk = linked(leave[:, None], dk, SEGMENTS)
-    # each decay times its gradient; those on the diagonal are constant
+    # each decay times its gradient; g of step t is in the decay from j to i where
+    # j < t <= i. Summed as that: differences of sums would lose what is small
     i = tl.arange(0, CHUNK)
-    moved = tl.where(i[:, None] == i[None, :], 0.0, scores * d_scores)
+    before = i[:, None] > i[None, :]
+    since = tl.cumsum(scores * d_scores, 0, reverse=True)
     entered, left = tl.sum(q_tile * dq, 1), tl.sum(k_tile * dk, 1)
-    d_G = tl.sum(moved, 1) - tl.sum(moved, 0) + entered - left
-    # what G of the last step scales: the whole state behind the chunk
-    d_last = linked(through, tl.sum(tl.sum(passed, 1), 0), SEGMENTS) + tl.sum(left, 0)
-    # g of a step is in G of that step and all later ones
-    d_g = tl.sum(d_G, 0) - tl.cumsum(d_G, 0) + d_G + d_last
+    d_g = tl.sum(tl.where(before, since + left[None, :], 0.0), 1)
+    d_g += tl.sum(tl.where(before, 0.0, entered[None, :]), 1)
+    # and the last step's in what is left of the state behind the chunk
+    d_g += linked(through, tl.sum(tl.sum(passed, 1), 0), SEGMENTS)
     d_scores = (d_scores * between).to(dtype)
     dq += tl.dot(d_scores, k_tile, input_precision=PRECISION)
     dk += tl.dot(tl.trans(d_scores), q_tile, input_precision=PRECISION)

@@ -1,0 +1,172 @@
+"""python -m layers.laws: which laws hold, how well, and why one does not apply."""
+
+import argparse
+import concurrent.futures
+import os
+import sys
+import textwrap
+import time
+from typing import NamedTuple
+
+from layers import laws
+from layers.build import get
+from layers.examples import CASES, FEATURES
+
+WIDTH = 80
+
+
+class Examined(NamedTuple):
+    findings: list[laws.Finding]
+    seconds: float
+
+    @property
+    def holds(self):
+        return all(finding.passed for finding in self.findings)
+
+
+def cases_of(name):
+    """The examined instances of one layer: those of `CASES`, or the user's own class
+    with its defaults."""
+    known = {k: make for k, make in CASES.items() if k.split()[0] == name}
+    return known or {name: lambda: get(name)(features=FEATURES)}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m layers.laws",
+        description=laws.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--layer", help="a name of LAYERS or a dotted path")
+    which.add_argument("--all", action="store_true", help="every layer of LAYERS")
+    options, found = parser.parse_args(argv), {}
+    try:
+        cases = CASES if options.all else cases_of(options.layer)
+        layers = {name: make() for name, make in cases.items()}
+        # The compiler works outside Python's lock.
+        with concurrent.futures.ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+            jobs = {
+                name: pool.submit(_examined, layer) for name, layer in layers.items()
+            }
+            for name, job in jobs.items():
+                found[name] = job.result()
+                verdict = "holds" if found[name].holds else "FAILS"
+                done = f"{len(found)} of {len(cases)}"
+                seconds = f"{found[name].seconds:.0f} s"
+                print(f"{done}: {name} {verdict}, {seconds}", flush=True)
+    except ValueError as problem:
+        parser.error(str(problem))
+    print()
+    if options.all:
+        _print_matrix(found)
+    else:
+        for name, examined in found.items():
+            _print_layer(name, examined.findings)
+    _print_ends(found)
+    return int(not all(examined.holds for examined in found.values()))
+
+
+def _examined(layer):
+    start = time.perf_counter()
+    findings = laws.examine(layer)
+    return Examined(findings, time.perf_counter() - start)
+
+
+def _print_layer(name, findings):
+    """One line a law: its error over the largest value, the limit, and where it is."""
+    print(name)
+    width = max(map(len, laws.LAWS))
+    for finding in findings:
+        if finding.error is None:
+            verdict, text = "-", finding.reason
+        elif finding.reason:
+            verdict, text = "FAILS", finding.reason
+        else:
+            verdict = "holds" if finding.passed else "FAILS"
+            text = _figures(finding)
+        text = "; ".join((text, *finding.remarks))
+        _print_wrapped(f"  {finding.law:{width}} {verdict:6}", text)
+    print()
+
+
+def _figures(finding):
+    if finding.limit == 0:
+        return ""
+    figures = f"error {finding.error:.0e}, limit {finding.limit:.0e}"
+    return f"{figures}, {finding.where}" if finding.error else figures
+
+
+def _print_matrix(found):
+    """One line a case, one letter a law."""
+    letters = {law: chr(ord("a") + i) for i, law in enumerate(laws.LAWS)}
+    width = max(map(len, found))
+    print(f"{'':{width}} {' '.join(letters.values())}  time")
+    for name, examined in found.items():
+        marks = " ".join(map(_mark, examined.findings))
+        print(f"{name:{width}} {marks} {examined.seconds:3.0f} s")
+    print("\n. holds   F fails   - does not apply")
+    entries = [f"{letter} {law}" for law, letter in letters.items()]
+    rows = -(-len(entries) // 3)
+    for row in range(rows):
+        print("".join(f"{entry:29}" for entry in entries[row::rows]).rstrip())
+    print()
+    _print_notes(found, "not applied", lambda f: [f.reason] if f.error is None else [])
+    _print_notes(found, "remarks", lambda f: f.remarks)
+    for name, examined in found.items():
+        for finding in examined.findings:
+            if not finding.passed:
+                text = finding.reason or _figures(finding)
+                text = "; ".join((text, *finding.remarks))
+                _print_wrapped(f"FAILS {name}, {finding.law}:", text)
+
+
+def _mark(finding):
+    if finding.error is None:
+        return "-"
+    return "." if finding.passed else "F"
+
+
+def _print_notes(found, title, notes):
+    """Every note once, with the cases that have it."""
+    cases = {}
+    for name, examined in found.items():
+        for finding in examined.findings:
+            for note in notes(finding):
+                cases.setdefault(note, {})[name] = None
+    if cases:
+        print(title)
+    for note, names in cases.items():
+        who = "every case" if len(names) == len(found) else ", ".join(names)
+        _print_wrapped(f"  {note}:", who)
+    if cases:
+        print()
+
+
+def _print_wrapped(head, text):
+    indent = " " * 6
+    for line in textwrap.wrap(f"{head} {text}", WIDTH, subsequent_indent=indent):
+        print(line)
+
+
+def _print_ends(found):
+    failed = [
+        f"{name}: {finding.law}"
+        for name, examined in found.items()
+        for finding in examined.findings
+        if not finding.passed
+    ]
+    if failed:
+        _print_wrapped("failed:", "; ".join(failed))
+    else:
+        print("every law holds")
+    slowest = max(found, key=lambda name: found[name].seconds)
+    seconds = [examined.seconds for examined in found.values()]
+    print(
+        f"{len(found)} cases, {sum(seconds) / len(seconds):.0f} s each in the mean, "
+        f"{max(seconds):.0f} s at most ({slowest})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
