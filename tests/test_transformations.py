@@ -84,9 +84,7 @@ def sharded(op, static, inputs, split):
 
     given = P("data") if split & inputs.keys() else P()
     return jax.jit(
-        jax.shard_map(
-            device, mesh=mesh(), in_specs=taken, out_specs=(given, taken[0])
-        )
+        jax.shard_map(device, mesh=mesh(), in_specs=taken, out_specs=(given, taken[0]))
     )
 
 
