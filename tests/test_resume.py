@@ -88,6 +88,7 @@ def test_sigterm_saves_and_exits_0(tmp_path, cache, uninterrupted):
     out, _ = tiny_run.finish(process)
     step = checkpoint.newest_good(tmp_path)
     assert f"stopped by SIGTERM at step {step}; to go on from there" in out
+    assert not (tmp_path / lock.NAME).exists()
     out, _ = tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
     assert f"resumed from step {step} in" in out
     assert_same(tmp_path, uninterrupted)

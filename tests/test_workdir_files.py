@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from train import evaluate, generate, loop, main, record, rollout, tokenize
+from train import evaluate, generate, loop, main, metrics, record, rollout, tokenize
 from train.report import __main__ as report
 from train.report import workdir
 
@@ -240,3 +240,14 @@ def test_broken_results_do_not_keep_a_run_from_going_on(tmp_path, content, capsy
     said = capsys.readouterr().out
     assert str(run / "results.json") in said and said.count("\n") == 1
     assert "the run goes on from its last checkpoint" in said
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", "3", '{"step": "x"}', NESTED, "\0"])
+def test_a_broken_line_of_the_log_is_left_out_and_named(tmp_path, line, capsys):
+    """Going on with a run does not hang on it; only what a kill cut off goes unsaid."""
+    path, row = tmp_path / metrics.FILE, '{"step": 1, "split": "train"}\n'
+    path.write_text(f"{row}{line}\n{row}{row[:9]}")
+    metrics.Metrics(tmp_path, 1, 2).__exit__(None)
+    assert path.read_text() == row * 2
+    said = capsys.readouterr().out
+    assert said.startswith(f"{path}: line 2 is left out") and said.count("\n") == 1

@@ -23,7 +23,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from train.checkpoint import write_atomically
+from train import files
+from train.files import write_atomically
 
 FILE = "metrics.jsonl"
 BOARD = "tensorboard"
@@ -212,12 +213,24 @@ def _drop_after(path: Path, step: int, unvalidated: bool) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):
-            if not line.endswith("\n"):
-                continue
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
             row = json.loads(line)
             at = row["step"], row.get("split")
-            if at[0] <= step and not (unvalidated and at == (step, "validation")):
-                kept.append(line)
+            early = at[0] <= step
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if number < len(lines):
+                print(
+                    f"{path}: line {number} is left out: it must be a JSON object with "
+                    f"a step, got {files.quoted(line.rstrip())}",
+                    flush=True,
+                )
+            continue
+        if (
+            line.endswith("\n")
+            and early
+            and not (unvalidated and at == (step, "validation"))
+        ):
+            kept.append(line)
     write_atomically(path, "".join(kept))
