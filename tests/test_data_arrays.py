@@ -341,6 +341,29 @@ def test_binary_csv_is_refused(tmp_path):
         data.load(dict(name="arrays", path=str(path)))
 
 
+def test_one_example_may_be_a_split_and_a_class_may_be_held_out_alone(tmp_path):
+    arrays = dict(inputs=INPUTS[:3], targets=np.array([0, 1, 2]))
+    split = np.array(["train", "validation", "test"])
+    dataset = load_npz(tmp_path, split=split, **arrays)
+    assert dataset.spec["outputs"] == 3
+    stream = dataset.train(1, seed=0)
+    assert [next(stream)["targets"].tolist() for _ in range(3)] == [[0]] * 3
+    (batch,) = dataset.evaluation("test", 2)
+    assert batch["mask"].any(axis=1).tolist() == [True, False]
+    with pytest.raises(
+        ValueError, match=r"train\.batch_size must be between 1 and 1, "
+    ):
+        dataset.train(2, seed=0)
+    alone = load_npz(
+        tmp_path, dict(validation=0.0, test=0.0), inputs=INPUTS[:1], targets=[0]
+    )
+    assert list(alone.sources) == ["train"]
+    with pytest.raises(
+        ValueError, match=r"own\.npz: its 1 sequences cannot be divided"
+    ):
+        load_npz(tmp_path, inputs=INPUTS[:1], targets=[0])
+
+
 def test_what_is_masked_may_be_anything(tmp_path):
     mask = np.arange(L) < np.full((N, 1), 4)
     targets = np.where(mask, 2, 2**63).astype(np.uint64)

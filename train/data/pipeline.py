@@ -236,7 +236,7 @@ class Dataset:
         settings.check("data.workers", workers, 0)
         if not 1 <= batch_size <= len(source):
             raise ValueError(
-                f"batch_size must be between 1 and {len(source)}, the number of "
+                f"train.batch_size must be between 1 and {len(source)}, the number of "
                 f"training examples, got {batch_size}"
             )
         if workers < 0:
