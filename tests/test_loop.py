@@ -1,5 +1,6 @@
 import errno
 import functools
+import io
 import json
 import os
 from types import SimpleNamespace
@@ -10,8 +11,20 @@ import optax
 import pytest
 import tiny_run
 from flax import linen as nn
+from rich.console import Console
 
-from train import checkpoint, loop, losses, metrics, record, sharding, state, step
+from configs import common
+from train import (
+    checkpoint,
+    generate,
+    loop,
+    losses,
+    metrics,
+    record,
+    sharding,
+    state,
+    step,
+)
 from train import scores as endings
 
 MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
@@ -385,6 +398,151 @@ def test_rows_of_an_evaluation_batch():
 
     assert rows(1000, 8) == 40 and rows(1000, 8, eval_batch_size=0) == 8
     assert rows(3, 8) == 8 and rows(9, 8) == 16 and rows(3, 1) == 3
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        dict(batch_size=1, eval_batch_size=72, steps=1),
+        dict(batch_size=3, accumulate=3, log_every=100, checkpoint_every=100),
+        pytest.param(dict(batch_size=1, eval_batch_size=1), marks=pytest.mark.slow),
+        pytest.param(dict(batch_size=1293), marks=pytest.mark.slow),
+    ],
+    ids=lambda train: ",".join(f"{k}={v}" for k, v in train.items()),
+)
+def test_the_smallest_sizes(tmp_path, train):
+    config = tiny_run.config(**{"steps": 3, "eval_every": 2, "log_every": 2} | train)
+    config.optimizer.warmup = -500
+    results = loop.run(config, tmp_path)
+    assert results["step"] == config.train.steps
+    assert np.isfinite(results["test"]["loss"])
+    (last,) = (r for r in tiny_run.lines(tmp_path)[-2:] if r["split"] == "train")
+    assert last["step"] == results["step"]
+
+
+def test_a_recipe_s_warmup_fits_a_short_trial(tmp_path, capsys):
+    config = tiny_run.config(eval_every=100, steps=10)
+    config.optimizer.warmup = -500
+    loop.run(config, tmp_path)
+    said = "warmup: 1 steps, a tenth of train.steps = 10; the recipe has 500\n"
+    assert said in capsys.readouterr().out
+    assert record.read_config(tmp_path).optimizer.warmup == 1
+    config.train.steps = 12  # goes on with the one it has, whoever asks
+    assert loop.run(config, tmp_path)["step"] == 12
+    assert record.read_config(tmp_path).optimizer.warmup == 1
+    assert "warmup:" not in capsys.readouterr().out
+    config.optimizer.warmup = 500  # the user's
+    with pytest.raises(ValueError, match=r"optimizer.warmup must be .* got 500"):
+        loop.run(config, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "saved", "used"),
+    [
+        (-500, 501, None, 500),
+        (-500, 500, None, 50),
+        (-500, 9, None, 0),
+        (-500, 20_000, 5, 5),
+        (-500, 20_000, 0, 0),
+        (500, 50, 5, 500),
+        (0, 50, 5, 0),
+    ],
+)
+def test_warmup(warmup, steps, saved, used):
+    config = tiny_run.config(steps=steps)
+    config.optimizer.warmup = warmup
+    loop.optimizers.settle_warmup(config, saved)
+    assert config.optimizer.warmup == used
+
+
+def test_the_table_says_what_groups_are():
+    parts = [*common.groups(ssm_lr=0.1), (r".*/mine", dict(lr=0.0))]
+    said = [record.group_name(*part) for part in parts]
+    assert said == [
+        "state space: eigenvalues, step size, B (lr x 0.1, no decay)",
+        "taps of long convolutions (lr x 0.1, no decay)",
+        "biases, scales, decays (no decay)",
+        "other weights",
+        "what matches .*/mine (frozen)",
+    ]
+
+
+def test_compiling_is_said(tmp_path, monkeypatch, capsys):
+    def table(*_):
+        raise KeyError
+
+    monkeypatch.setattr(record, "print_table", table)
+    with pytest.raises(KeyError):
+        loop.run(tiny_run.config(), tmp_path)
+    said = (
+        "compiling the training step: 1 blocks of 4 features (gru), a batch of 8 x 64"
+    )
+    assert capsys.readouterr().out == said + "\n"
+
+
+def test_the_bar_says_which_clock_is_which():
+    bar = metrics._bar(20, 100)
+    bar.stop()
+    bar.update(bar.task_ids[0], completed=22)
+    console = Console(width=150, file=io.StringIO())
+    console.print(bar.get_renderable())
+    said = console.file.getvalue()
+    assert "22/100" in said and "elapsed 0:" in said and "remaining " in said
+
+
+def test_what_is_shown_is_done(tmp_path, monkeypatch):
+    """The bar moves to steps that are done, and two at most are not."""
+    begun, shown = [], []
+    pace = loop.Pace
+
+    class Watched(pace):
+        def begun(self, measured, asked):
+            begun.append(measured)
+            super().begun(measured, asked)
+
+    def advance(self, step):
+        assert len(begun) - step <= 2
+        assert all(measured.is_ready() for measured in begun[:step])
+        shown.append(step)
+
+    monkeypatch.setattr(loop, "Pace", Watched)
+    monkeypatch.setattr(metrics.Metrics, "advance", advance)
+    loop.run(tiny_run.config(log_every=100), tmp_path)
+    assert shown[-1] == len(begun) == 12 and shown == sorted(shown)
+
+
+def test_a_step_keeps_its_types_in_x64():
+    batch = batch_of()
+    for options in (dict(ema=0.9), dict(accumulate=4, dropout=0.5)):
+        with jax.enable_x64(True):
+            create, update = begin(batch, **options)
+            before = create()
+            after, _ = jax.eval_shape(update, before, batch)
+            types = [[x.dtype for x in jax.tree.leaves(s)] for s in (before, after)]
+            assert types[0] == types[1]
+            assert {*types[1]} == {np.dtype("float32"), np.dtype("int32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "target"), [("s4d", "label"), ("gru", "label"), ("mamba", "next")]
+)
+def test_a_run_ends_in_x64(tmp_path, layer, target):
+    config = tiny_run.config(steps=2, eval_every=1, log_every=1, eval_batch_size=8)
+    common.set_layer(config, layer)
+    config.data.target = target
+    config.model.head = "token" if target == "next" else "mean"
+    with jax.enable_x64(True):
+        results = loop.run(config, tmp_path)
+        assert results["parallel_vs_recurrent"] < 1e-4
+        saved, _ = checkpoint.restore_params(tmp_path)
+        if target == "next":
+            run = generate.load_run(tmp_path)
+            prompt = np.full((2, 1), run.dataset.spec["start"])
+            key = jax.random.key(0)
+            made = generate.generate(run.model, run.variables, prompt, 5, key)
+            assert made.dtype == np.int32
+    assert {x.dtype for x in jax.tree.leaves(saved)} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize(
