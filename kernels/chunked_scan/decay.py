@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.chunked_scan.delta import stacked
 
@@ -77,11 +78,43 @@ def _weights_jvp(primals, tangents):
     """
     (g,), (dg,) = primals, tangents
     between, enter = _weights(g)
-    until = jnp.tril(jnp.ones((g.shape[-1],) * 2, g.dtype))  # [i, t], t <= i
-    after = jnp.tril(until, -1)  # [t, j], j < t
-    moved = jnp.matmul(until * dg[..., None, :], after, precision="highest")
-    total = jnp.matmul(dg, until.T, precision="highest")
-    return (between, enter), (between * moved, enter * total)
+    until = jnp.triu(jnp.ones((g.shape[-1],) * 2, g.dtype))
+    total = jnp.matmul(dg, until, precision="highest")
+    return (between, enter), (between * _sums_between(dg), enter * total)
+
+
+BLOCK = 8  # tokens
+
+
+def _sums_between(g):
+    """[..., i, j], the sum of g[t] over j < t <= i, from [..., T]; above the diagonal
+    anything that is finite.
+
+    A matmul for all i and j would cost T^3. So what lies between two blocks is one
+    number for all pairs of theirs, beside the ends of both.
+    """
+    size = min(BLOCK, g.shape[-1])
+    g = g.reshape(*g.shape[:-1], -1, size)
+    count = g.shape[-2]
+    inside, whole = np.arange(size), np.arange(count)
+
+    def sums(equation, x, mask):
+        return jnp.einsum(equation, x, mask.astype(g.dtype), precision="highest")
+
+    until = sums("...bt,ti->...bi", g, inside[:, None] <= inside)
+    after = sums("...bt,tj->...bj", g, inside[:, None] > inside)
+    e, b, c = np.ix_(whole, whole, whole)
+    middle = sums("...e,ebc->...bc", g.sum(-1), (c < e) & (e < b))
+    t, i, j = np.ix_(inside, inside, inside)
+    near = sums("...bt,tij->...bij", g, (j < t) & (t <= i))
+    far = (
+        until[..., :, :, None, None]
+        + middle[..., :, None, :, None]
+        + after[..., None, None, :, :]
+    )
+    same = (whole[:, None] == whole)[:, None, :, None]
+    table = jnp.where(same, near[..., :, :, None, :], far)
+    return table.reshape(*g.shape[:-2], count * size, count * size)
 
 
 class Vector(NamedTuple):
