@@ -455,20 +455,27 @@ from layers import examples, laws
 from tests import test_laws
 
 assert jax.local_device_count() == 2
-only = ["sharding", "shard_map"]
-for layer in (test_laws.Decay(2), examples.CASES["lru"]()):
-    assert test_laws.holds(layer, only) == set()
+layers = [examples.CASES[name]() for name in {names}] or [test_laws.Decay(2)]
+for layer in layers:
+    assert test_laws.holds(layer, ["sharding", "shard_map"]) == set()
 assert not laws.examine(test_laws.Grounded(2), only=["sharding"])[0].passed
 """
 
 
-def test_the_laws_of_two_devices():
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([], id="a user's"),
+        pytest.param(["lru", "s5", "conv_s5"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_laws_of_two_devices(names):
     flags = os.environ.get("XLA_FLAGS", "")
     two = f"{flags} --xla_force_host_platform_device_count=2"
     root = Path(__file__).parents[1]
     environment = os.environ | {"XLA_FLAGS": two, "PYTHONPATH": str(root)}
     subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES],
+        [sys.executable, "-c", TWO_DEVICES.format(names=names)],
         cwd=root,
         env=environment | {"JAX_PLATFORMS": "cpu"},
         check=True,
@@ -508,7 +515,7 @@ def test_the_tables_fit_a_terminal_and_say_why(capsys, monkeypatch):
         assert "failed: attention bidirectional: reset everywhere" in text
     assert "ValueError: dt: there is no time here" in " ".join(table.split())
     assert "not asked for: every case" in table
-    assert "2 cases, 1 s each in the mean, 1 s at most" in table
+    assert "2 cases in 0 s" in table and "the longest took 1 s" in table
 
 
 @pytest.mark.slow

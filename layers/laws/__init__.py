@@ -514,11 +514,12 @@ LONG = 2**16
 SECONDS = 2.5  # for a call, of which the law makes four
 MEMORY = 2**30  # bytes of intermediate values
 PROBES = 2**9, 2**12  # lengths from which time and memory are extrapolated
+QUADRATIC = 1.5  # least power of the length with which such a cost grows between them
 
 
 def length(case) -> Yields:
-    """A call of 2^16 tokens, or of as many as the law can try in ten seconds and a
-    GiB, equals its halves, and the same in float64."""
+    """A call of 2^16 tokens equals its halves, and the same in float64; a layer of
+    quadratic cost is tried on as many as take ten seconds and a GiB."""
     tokens = _affordable(case)
     if tokens < LONG:
         yield Remark(f"tried on {tokens} tokens: more cost too much time or memory")
@@ -559,8 +560,8 @@ def _calls(layer):
 
 
 def _affordable(case):
-    """The largest power of two up to LONG that needs no more than SECONDS and MEMORY,
-    as the growth between two short calls has it."""
+    """LONG; of a layer whose cost grows with the square of the length, as two short
+    calls show, the largest power of two that needs no more than SECONDS and MEMORY."""
     costs = []
     for tokens in PROBES:
         layer, x, variables = _enlarged(case, tokens)
@@ -572,13 +573,12 @@ def _affordable(case):
             seconds = min(seconds, time.perf_counter() - start)
         memory = program.memory_analysis()
         costs.append((seconds, memory.temp_size_in_bytes if memory else 0))
-    span = math.log2(PROBES[1] / PROBES[0])
-    allowed = LONG
+    span, allowed = math.log2(PROBES[1] / PROBES[0]), LONG
     for few, many, most in zip(*costs, (SECONDS, MEMORY), strict=True):
-        power = math.log2(max(many, 1e-9) / max(few, 1e-9)) / span if few else 1.0
-        power = min(max(power, 1.0), 2.0)
-        tokens = PROBES[1] * (most / max(many, 1e-9)) ** (1 / power)
-        allowed = min(allowed, 2 ** int(math.log2(max(tokens, PROBES[0]))))
+        power = math.log2(many / few) / span if few and many else 0.0
+        if power > QUADRATIC:
+            tokens = PROBES[1] * math.sqrt(most / many)
+            allowed = min(allowed, 2 ** int(math.log2(max(tokens, PROBES[0]))))
     return allowed
 
 

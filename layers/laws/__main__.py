@@ -13,6 +13,7 @@ from layers.build import get
 from layers.examples import CASES, FEATURES
 
 WIDTH = 80
+AT_ONCE = min(2, os.cpu_count() or 1)  # cases: the compiler works outside Python's lock
 
 
 class Examined(NamedTuple):
@@ -40,12 +41,11 @@ def main(argv=None):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--layer", help="a name of LAYERS or a dotted path")
     which.add_argument("--all", action="store_true", help="every layer of LAYERS")
-    options, found = parser.parse_args(argv), {}
+    options, found, start = parser.parse_args(argv), {}, time.perf_counter()
     try:
         cases = CASES if options.all else cases_of(options.layer)
         layers = {name: make() for name, make in cases.items()}
-        # The compiler works outside Python's lock.
-        with concurrent.futures.ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
             jobs = {
                 name: pool.submit(_examined, layer) for name, layer in layers.items()
             }
@@ -63,7 +63,7 @@ def main(argv=None):
     else:
         for name, examined in found.items():
             _print_layer(name, examined.findings)
-    _print_ends(found)
+    _print_ends(found, time.perf_counter() - start)
     return int(not all(examined.holds for examined in found.values()))
 
 
@@ -74,8 +74,8 @@ def _examined(layer):
 
 
 def _print_layer(name, findings):
-    """One line a law: its error over the largest value, the limit, and where it is."""
-    print(name)
+    """One line a law: its largest error of the limit, more where it fails."""
+    print(f"{name}: largest error over largest value, of the limit")
     width = max(map(len, laws.LAWS))
     for finding in findings:
         if finding.error is None:
@@ -84,17 +84,21 @@ def _print_layer(name, findings):
             verdict, text = "FAILS", finding.reason
         else:
             verdict = "holds" if finding.passed else "FAILS"
-            text = _figures(finding)
-        text = "; ".join((text, *finding.remarks))
+            text = _of_limit(finding) if finding.passed else _figures(finding)
+        text = "; ".join(filter(None, (text, *finding.remarks)))
         _print_wrapped(f"  {finding.law:{width}} {verdict:6}", text)
     print()
 
 
-def _figures(finding):
+def _of_limit(finding):
     if finding.limit == 0:
         return ""
-    figures = f"error {finding.error:.0e}, limit {finding.limit:.0e}"
-    return f"{figures}, {finding.where}" if finding.error else figures
+    error = f"{finding.error:.0e}" if finding.error else "0"
+    return f"{error} of {finding.limit:.0e}"
+
+
+def _figures(finding):
+    return f"error {finding.error:.0e}, limit {finding.limit:.0e}, {finding.where}"
 
 
 def _print_matrix(found):
@@ -149,7 +153,7 @@ def _print_wrapped(head, text):
         print(line)
 
 
-def _print_ends(found):
+def _print_ends(found, seconds):
     failed = [
         f"{name}: {finding.law}"
         for name, examined in found.items()
@@ -161,10 +165,10 @@ def _print_ends(found):
     else:
         print("every law holds")
     slowest = max(found, key=lambda name: found[name].seconds)
-    seconds = [examined.seconds for examined in found.values()]
-    print(
-        f"{len(found)} cases, {sum(seconds) / len(seconds):.0f} s each in the mean, "
-        f"{max(seconds):.0f} s at most ({slowest})"
+    _print_wrapped(
+        f"{len(found)} cases in {seconds:.0f} s,",
+        f"{seconds / len(found):.0f} s a case, {AT_ONCE} at a time; the longest took "
+        f"{found[slowest].seconds:.0f} s, {slowest}",
     )
 
 
