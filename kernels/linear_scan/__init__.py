@@ -29,7 +29,10 @@ def linear_scan(
     return_transition: bool = False,
     backend: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Solves h[t] = a[t] * h[t-1] + x[t], elementwise.
+    """Solves h[t] = a[t] * h[t-1] + x[t], elementwise, along the second axis of x.
+
+    The first axis is always the batch. A single sequence [L, D] is given as x[None]:
+    two axes are L rows of D steps, each with one number as its state.
 
     Args:
         a: the decay, real or complex: [B, L, *S] where any axis may be 1, or [*S] for
