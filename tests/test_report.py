@@ -241,7 +241,7 @@ def test_unreadable_files_are_named(digits, tmp_path, name, text, message):
 
 def test_a_run_ends_well_without_its_report(tmp_path, monkeypatch, capsys):
     main._write_report(tmp_path / "nowhere")
-    monkeypatch.setattr(report, "write", lambda workdir: workdir / "report.html")
+    monkeypatch.setattr(report, "write", lambda workdir, **_: workdir / "report.html")
     main._write_report(tmp_path)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("report: not written (ValueError: ")
