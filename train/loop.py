@@ -75,8 +75,8 @@ def run(
 
 def _run(config, workdir, profile, model, stop) -> dict:
     dataset = data.load(config.data)
-    config = record.continued(workdir, resolve(config, dataset.spec))
-    optimizers.settle_warmup(config, record.saved(workdir, "optimizer.warmup"))
+    begun_with = record.saved(workdir, "optimizer.warmup")
+    config = record.continued(workdir, resolve(config, dataset.spec, begun_with))
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
@@ -155,8 +155,9 @@ def finished_before(config: ConfigDict, workdir: Path) -> dict | None:
     return finished
 
 
-def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
-    """A copy of `config` in which the dataset fills in what the model leaves open.
+def resolve(config: ConfigDict, spec: Mapping, warmup: int | None = None) -> ConfigDict:
+    """A copy of `config` in which the dataset fills in what the model leaves open, and
+    a recipe's warmup is a number of steps: `warmup`, where the run has begun with it.
 
     Images stay a grid where the model has one: `length` is then that of the longest
     sequence a layer reads on it.
@@ -182,6 +183,7 @@ def resolve(config: ConfigDict, spec: Mapping) -> ConfigDict:
             config.model[key] = spec[key]
     if spec["encoder"] == "video":
         _resolve_video(config.model.video, spec)
+    optimizers.settle_warmup(config, warmup)
     return config
 
 

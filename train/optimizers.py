@@ -54,7 +54,9 @@ def make(
             )
     if not optimizer["eps"] > 0:
         raise ValueError(f"optimizer.eps must be above 0, got {optimizer['eps']}")
-    schedule = make_schedule(optimizer, config["train"]["steps"])
+    steps = config["train"]["steps"]
+    warmup = warmup_steps(optimizer["warmup"], steps)
+    schedule = make_schedule({**optimizer, "warmup": warmup}, steps)
     options = [
         (pattern, _options(pattern, given)) for pattern, given in config["groups"]
     ]
@@ -114,30 +116,34 @@ def make_schedule(optimizer: Mapping, steps: int) -> Schedule:
     )
 
 
-def settle_warmup(config: Mapping, saved: int | None = None) -> None:
-    """Sets `optimizer.warmup`, where it is negative, to a number of steps.
+def warmup_steps(warmup: int, steps: int) -> int:
+    """Steps of the warmup that `optimizer.warmup` says in a run of `steps`.
 
-    A recipe's warmup is written as its negative: -500 are 500 steps, or a tenth of
-    `train.steps` where the run is no longer than the warmup, which is then said. Any
-    other number is the user's and stays.
+    A recipe's is written as its negative: -500 are 500 steps, or a tenth of the run
+    where that is no longer than the warmup. Any other number is the user's and stays.
+    """
+    if warmup >= 0:
+        return warmup
+    return -warmup if -warmup < steps else max(steps, 0) // 10
+
+
+def settle_warmup(config: Mapping, saved: int | None = None) -> None:
+    """Sets `optimizer.warmup` to its `warmup_steps`, and says so if they are fewer.
 
     Args:
         config: a run's, which is changed.
-        saved: the warmup that the run began with, which it keeps however many steps it
-            is now to have; None in a new run.
+        saved: the warmup that the run began with, which a recipe's does not change
+            however many steps it is now to have; None in a new run.
     """
     optimizer, steps = config["optimizer"], config["train"]["steps"]
     recipe = -optimizer["warmup"]
     if recipe <= 0:
         return
-    if saved is not None:
-        optimizer["warmup"] = saved
-    elif recipe < steps:
-        optimizer["warmup"] = recipe
-    else:
-        optimizer["warmup"] = max(steps, 0) // 10
+    found = warmup_steps(-recipe, steps) if saved is None else saved
+    optimizer["warmup"] = found
+    if saved is None and found != recipe:
         print(
-            f"warmup: {optimizer['warmup']} steps, a tenth of train.steps = {steps}; "
+            f"warmup: {found} steps, a tenth of train.steps = {steps}; "
             f"the recipe has {recipe}",
             flush=True,
         )
