@@ -1,5 +1,6 @@
 """Encoder, stack and head: a whole model under the contract of a single mixer."""
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -146,7 +147,8 @@ class Model(nn.Module):
         )
         if self.norm:
             x = Norm(self.norm, self.dtype, name="norm")(x, sequence.mask, train)
-        x = x.astype(jnp.float32).reshape(len(x), -1, self.features)
+        places = math.prod(x.shape[1:-1])
+        x = x.astype(jnp.float32).reshape(len(x), places, self.features)
         if self.head == "token":
             y = restore(dense(self.outputs, "head", jnp.float32, ("embed", "out"))(x))
             return y, {"stack": stack_state}
@@ -165,7 +167,8 @@ class Model(nn.Module):
         state = {"stack": stack.init_state(batch_size)}
         if self.head != "token":
             state["pool"] = PoolState(
-                jnp.zeros((batch_size, self.features)), jnp.zeros((batch_size,))
+                jnp.zeros((batch_size, self.features), jnp.float32),
+                jnp.zeros((batch_size,), jnp.float32),
             )
         return state
 
