@@ -21,6 +21,16 @@ def arrays(op: str, allow_empty: bool = False, **arguments) -> None:
             )
 
 
+def rows(op: str, **arguments) -> None:
+    """Each must be an array whose first axis, the batch, alone may be empty."""
+    arrays(op, allow_empty=True, **arguments)
+    for name, array in arguments.items():
+        if 0 in array.shape[1:]:
+            raise ValueError(
+                f"{op}: {name} must be without an empty axis, got shape {array.shape}"
+            )
+
+
 def arrays_or_none(op: str, **arguments) -> None:
     """Each must be None or an array; where it may be empty its shape says."""
     given = {name: array for name, array in arguments.items() if array is not None}

@@ -243,7 +243,7 @@ def response(system, C, state, length):
     start = to_real(state).astype(A_bar.dtype)
     _, states = jax.lax.scan(one, start, None, length=count)
     y = jnp.einsum("hln,cbhn->bclh", rows, states)
-    return y.reshape(y.shape[0], -1, y.shape[-1])[:, :length]
+    return y.reshape(y.shape[0], count * size, y.shape[-1])[:, :length]
 
 
 @jax.default_matmul_precision("highest")
@@ -260,7 +260,7 @@ def final_state(system, u, state=None, counts=None):
         columns = jnp.concatenate([reached @ columns, columns], -1)
         reached = reached @ reached
     u = jnp.pad(u, ((0, 0), (-length % size, 0), (0, 0)))
-    u = u.reshape(u.shape[0], -1, size, u.shape[2])
+    u = u.reshape(u.shape[0], u.shape[1] // size, size, u.shape[2])
     given = jnp.einsum("hnl,bclh->cbhn", columns, u)
 
     def one(x, given):

@@ -6,6 +6,7 @@ in a process of its own (`test_two_devices`).
 
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels import compat, dispatch, dplr_filter
-from kernels.cases import OPERATIONS, Case, evaluate, parted, rounded
+from kernels import dispatch
+from kernels.cases import OPERATIONS, Case, parted, rounded
 from kernels.tolerance import assert_close
 from ssm import conv_ssm, dplr, filters, recurrence
 from ssm import sequence as seq
@@ -61,7 +62,9 @@ def functional(op, static):
         total = 0
         for leaf in jax.tree.leaves(values):
             for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
-                weights = jnp.cos(jnp.arange(part[0].size)).reshape(part.shape[1:])
+                row = part.shape[1:]
+                weights = jnp.cos(jnp.arange(math.prod(row), dtype=part.dtype))
+                weights = weights.reshape(row)
                 total = total + jnp.sum(weights * part)
         return total, values
 
@@ -99,14 +102,6 @@ def forms():
             for backend, module in operation.backends.items():
                 if not isinstance(module, dispatch.OnPlatform):
                     yield op, variant, backend
-
-
-def prepared(op, variant, backend, options, length):
-    operation = OPERATIONS[op]
-    case = Case(variant, length, **dict.fromkeys(options, True))
-    inputs = rounded(operation.inputs(case), "float32")
-    static = operation.static(case) | {"backend": backend}
-    return operation.call, static, inputs
 
 
 # The functions of `ssm` that make arrays or loops: (call, inputs, what is split).
@@ -254,20 +249,140 @@ def ssm_case(case, length, left_out=(), batch=2):
     return call, rounded(inputs, "float32")
 
 
-@pytest.mark.parametrize(("op", "variant", "backend"), list(forms()))
+def prepared(op, variant, backend, options, length):
+    operation = OPERATIONS[op]
+    case = Case(variant, length, **dict.fromkeys(options, True))
+    inputs = rounded(operation.inputs(case), "float32")
+    static = operation.static(case) | {"backend": backend}
+    return operation.call, static, inputs
+
+
+EVERY_FORM = [
+    pytest.param(*form, marks=[pytest.mark.slow] if form[-1] == "reference" else [])
+    for form in forms()
+]
+EVERY_OPTION = [{"state", "reset"}, set()]
+OF_ALL = pytest.mark.parametrize(("op", "variant", "backend"), EVERY_FORM)
+
+
+@OF_ALL
 def test_types_inside_of_shard_map(op, variant, backend):
     """What varies over the devices is told when a call is traced: an operation that
     makes an array inside, or a backward rule that forgets to add up, raises there."""
-    for options, length in (({"state", "reset"}, 70), ((), 70), ((), 1)):
+    for options, length in (({"state", "reset"}, 70), (set(), 1)):
         call, static, inputs = prepared(op, variant, backend, options, length)
         run = sharded(call, static, inputs, split_arguments(op, variant))
         run.trace(*parted(inputs))
 
 
-def compared(op, variant, backend, options, length):
-    call, static, inputs = prepared(op, variant, backend, options, length)
-    run = sharded(call, static, inputs, split_arguments(op, variant))
-    found = run(*parted(inputs))
+def in_shard_map(op, variant, backend):
+    call, static, inputs = prepared(op, variant, backend, {"state", "reset"}, 5)
+    found = sharded(call, static, inputs, split_arguments(op, variant))
     values, gradients = plain(call, static, inputs)
-    assert_close(found[0], values)
-    assert_close(found[1], gradients, "gradient")
+    found_values, found_gradients = found(*parted(inputs))
+    assert_close(found_values, values)
+    assert_close(found_gradients, gradients, "gradient")
+
+
+def in_shard_map_in_ssm(case):
+    call, inputs = ssm_case(case, 11)
+    values, gradients = plain(call, {}, inputs)
+    found_values, found_gradients = sharded(call, {}, inputs, PER_ROW)(*parted(inputs))
+    assert_close(found_values, values)
+    assert_close(found_gradients, gradients, "gradient")
+
+
+ONE_OF_EACH = [(op, o.variants[0], "xla") for op, o in OPERATIONS.items()]
+ONE_OF_EACH = [form for form in ONE_OF_EACH if form in set(forms())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "variant", "backend"), ONE_OF_EACH)
+def test_values_inside_of_shard_map(op, variant, backend):
+    in_shard_map(op, variant, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_values_inside_of_shard_map_in_ssm(case):
+    in_shard_map_in_ssm(case)
+
+
+@pytest.mark.slow
+def test_two_devices():
+    """The same on two: gradients of what is replicated are added up."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, __file__, "-k", "test_values_inside_of_shard_map"],
+        env=os.environ
+        | {"XLA_FLAGS": flags + " --xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    if jax.device_count() == 1:
+        assert f"{len(ONE_OF_EACH) + len(CASES)} passed" in done.stdout
+
+
+# A batch of nothing, float32 where float64 is allowed.
+
+
+@OF_ALL
+def test_empty_batch(op, variant, backend):
+    split = split_arguments(op, variant)
+    if op in ("vandermonde", "cauchy"):
+        pytest.skip("has no batch")
+    for options in EVERY_OPTION:
+        call, static, inputs = prepared(op, variant, backend, options, 9)
+        whole = jax.eval_shape(functional(call, static), *parted(inputs))
+        empty = {k: x[:0] if k in split else x for k, x in inputs.items()}
+        found = jax.eval_shape(functional(call, static), *parted(empty))
+        (_, values), gradients = found
+        for leaf, full in zip(
+            jax.tree.leaves(values), jax.tree.leaves(whole[0][1]), strict=True
+        ):
+            assert leaf.shape == (0, *full.shape[1:])
+            assert leaf.dtype == full.dtype
+        for name, gradient in gradients.items():
+            shapes = [jax.tree.map(np.shape, x) for x in (gradient, empty[name])]
+            assert shapes[0] == shapes[1], name
+
+
+def test_gradients_of_an_empty_batch_are_zeros():
+    call, static, inputs = prepared("fft_conv", "gated", "xla", {"state"}, 9)
+    split = split_arguments("fft_conv", "gated")
+    empty = {k: x[:0] if k in split else x for k, x in inputs.items()}
+    values, gradients = plain(call, static, empty)
+    assert values[0].size == values[1].size == 0
+    assert not np.any(gradients["k"]) and gradients["k"].shape == inputs["k"].shape
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_empty_batch_in_ssm(case):
+    for left_out in LEFT_OUT:
+        call, inputs = ssm_case(case, 9, left_out)
+        empty = {k: x[:0] if k in PER_ROW else x for k, x in inputs.items()}
+        found = jax.eval_shape(functional(call, {}), *parted(empty))
+        for leaf in jax.tree.leaves(found[0][1]):
+            assert leaf.shape[0] == 0
+
+
+@OF_ALL
+def test_float32_stays_where_float64_is_allowed(op, variant, backend):
+    for options in EVERY_OPTION:
+        call, static, inputs = prepared(op, variant, backend, options, 9)
+        with jax.enable_x64(True):
+            found = jax.eval_shape(functional(call, static), *parted(inputs))
+        names = {leaf.dtype.name for leaf in jax.tree.leaves(found)}
+        assert names <= {"float32", "complex64"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_stays_where_float64_is_allowed_in_ssm(case):
+    for left_out in LEFT_OUT:
+        call, inputs = ssm_case(case, 9, left_out)
+        with jax.enable_x64(True):
+            found = jax.eval_shape(functional(call, {}), *parted(inputs))
+        names = {leaf.dtype.name for leaf in jax.tree.leaves(found)}
+        assert names <= {"float32", "complex64"}

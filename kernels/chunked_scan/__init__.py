@@ -1,9 +1,11 @@
 """Linear attention with decay: recurrences whose state is a matrix."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments, varying
+from kernels import checks, dispatch, dtypes, rows, segments, varying
 from kernels.chunked_scan import reference, xla
 
 BACKENDS = {
@@ -77,6 +79,14 @@ def chunked_scan(
     """
     op = "chunked_scan"
     _check(op, q, k, v, log_decay, beta, initial_state, reset)
+    if not v.shape[0]:
+        call = partial(
+            chunked_scan,
+            reverse=reverse,
+            return_transition=return_transition,
+            backend=backend,
+        )
+        return rows.none(call, q, k, v, log_decay, beta, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, q, v, log_decay, beta)
     dtype = dtypes.state(q, k, v, log_decay, beta, initial_state)
     batch, _, heads, values = v.shape
@@ -119,7 +129,7 @@ def chunked_scan(
 
 
 def _check(op, q, k, v, log_decay, beta, initial_state, reset):
-    checks.arrays(op, q=q, k=k, v=v)
+    checks.rows(op, q=q, k=k, v=v)
     checks.arrays_or_none(
         op, log_decay=log_decay, beta=beta, initial_state=initial_state, reset=reset
     )

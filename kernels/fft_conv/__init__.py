@@ -1,9 +1,11 @@
 """Long convolution with a carried tail, causal or bidirectional."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments, varying
+from kernels import checks, dispatch, dtypes, rows, segments, varying
 from kernels.fft_conv import (
     choice,
     direct,
@@ -84,6 +86,10 @@ def fft_conv(
     """
     op = "fft_conv"
     _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate)
+    if not u.shape[0]:
+        keywords = k_reverse, skip, pre_gate, post_gate
+        call = partial(_of_one, reverse, backend)
+        return rows.none(call, u, k, initial_state, reset, *keywords)
     advice = choice.advice(u, k, initial_state, k_reverse)
     module = dispatch.pick(op, BACKENDS, backend, u, k, advice=advice)
     gates = skip, pre_gate, post_gate
@@ -124,8 +130,22 @@ def fft_conv(
     return y.astype(u.dtype), final
 
 
+def _of_one(reverse, backend, *arguments):
+    *arguments, k_reverse, skip, pre_gate, post_gate = arguments
+    return fft_conv(
+        *arguments,
+        k_reverse=k_reverse,
+        skip=skip,
+        pre_gate=pre_gate,
+        post_gate=post_gate,
+        reverse=reverse,
+        backend=backend,
+    )
+
+
 def _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate):
-    checks.arrays(op, u=u, k=k)
+    checks.rows(op, u=u)
+    checks.arrays(op, k=k)
     checks.arrays_or_none(
         op,
         initial_state=initial_state,

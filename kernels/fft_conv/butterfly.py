@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, varying
+from kernels import checks, dispatch, dtypes, rows, varying
 from kernels.fft_conv import monarch, reference, taps
 
 BACKENDS = {"monarch": monarch, "reference": reference}
@@ -56,6 +56,13 @@ def butterfly_conv(
     """
     op = "butterfly_conv"
     points = _check(op, u, k, u_factors, k_factors, k_reverse, skip)
+    if not u.shape[0]:
+
+        def call(u, k, u_factors, k_factors, k_reverse, skip):
+            options = dict(k_reverse=k_reverse, skip=skip, backend=backend)
+            return butterfly_conv(u, k, u_factors, k_factors, **options)
+
+        return rows.none(call, u, k, u_factors, k_factors, k_reverse, skip)
     module = dispatch.pick(op, BACKENDS, backend, u, k)
     dtype = dtypes.state(u, k, k_reverse, skip, *u_factors, *k_factors)
     length = u.shape[1]
@@ -113,7 +120,8 @@ def block_sizes(points: int, order: int | None = None) -> tuple[int, ...]:
 
 def _check(op, u, k, u_factors, k_factors, k_reverse, skip):
     """The number of points, N."""
-    checks.arrays(op, u=u, k=k)
+    checks.rows(op, u=u)
+    checks.arrays(op, k=k)
     checks.arrays_or_none(op, k_reverse=k_reverse, skip=skip)
     checks.floating(op, real=True, u=u, k=k, k_reverse=k_reverse, skip=skip)
     checks.sequence(op, "u", u, "[B, L, H]", ndim=3)

@@ -1,9 +1,11 @@
 """Diagonal linear recurrences: every state, or only their contraction."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments, varying
+from kernels import checks, dispatch, dtypes, rows, segments, varying
 from kernels.linear_scan import gradient, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
@@ -27,7 +29,10 @@ def linear_scan(
     return_transition: bool = False,
     backend: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Solves h[t] = a[t] * h[t-1] + x[t], elementwise.
+    """Solves h[t] = a[t] * h[t-1] + x[t], elementwise, along the second axis of x.
+
+    The first axis is always the batch. A single sequence [L, D] is given as x[None]:
+    two axes are L rows of D steps, each with one number as its state.
 
     Args:
         a: the decay, real or complex: [B, L, *S] where any axis may be 1, or [*S] for
@@ -56,6 +61,14 @@ def linear_scan(
     """
     op = "linear_scan"
     _check(op, a, x, initial_state, reset)
+    if not x.shape[0]:
+        call = partial(
+            linear_scan,
+            reverse=reverse,
+            return_transition=return_transition,
+            backend=backend,
+        )
+        return rows.none(call, a, x, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, a, x)
     a, x, initial_state, reset = varying.together(a, x, initial_state, reset)
     if a.ndim == x.ndim - 2:
@@ -112,7 +125,7 @@ def _per_row(flags, like):
 
 
 def _check(op, a, x, initial_state, reset):
-    checks.arrays(op, a=a, x=x)
+    checks.rows(op, a=a, x=x)
     checks.arrays_or_none(op, initial_state=initial_state, reset=reset)
     checks.floating(op, a=a, x=x, initial_state=initial_state)
     checks.sequence(op, "x", x, "[B, L, *S]")

@@ -1,10 +1,12 @@
 """A bank of diagonal systems whose states are contracted as they are made."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import checks, dispatch, dtypes, pairs, segments, varying
+from kernels import checks, dispatch, dtypes, pairs, rows, segments, varying
 from kernels.linear_scan import contracted_xla, reference
 
 BACKENDS = {"xla": contracted_xla, "reference": reference}
@@ -59,6 +61,14 @@ def contracted_scan(
     """
     op = "contracted_scan"
     _check(op, log_a, b, c, u, dt, initial_state, reset)
+    if not u.shape[0]:
+        call = partial(
+            contracted_scan,
+            reverse=reverse,
+            return_transition=return_transition,
+            backend=backend,
+        )
+        return rows.none(call, log_a, b, c, u, dt, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
     dtype = dtypes.state(u, log_a, b, c, dt, initial_state)
     system, u, dt, initial_state, reset = varying.together(
@@ -122,7 +132,8 @@ def _elapsed(dt):
 
 
 def _check(op, log_a, b, c, u, dt, initial_state, reset):
-    checks.arrays(op, log_a=log_a, b=b, c=c, u=u)
+    checks.arrays(op, log_a=log_a, b=b, c=c)
+    checks.rows(op, u=u)
     checks.arrays_or_none(op, dt=dt, initial_state=initial_state, reset=reset)
     checks.floating(op, log_a=log_a, b=b, c=c, initial_state=initial_state)
     checks.floating(op, real=True, u=u, dt=dt)

@@ -1,9 +1,11 @@
 """The selective scan of Mamba (S6), without its states [B, L, D, N]."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments, varying
+from kernels import checks, dispatch, dtypes, rows, segments, varying
 from kernels.selective_scan import reference, xla
 
 BACKENDS = {
@@ -63,6 +65,9 @@ def selective_scan(
     """
     op = "selective_scan"
     _check(op, u, dt, A, B, C, initial_state, reset, skip)
+    if not u.shape[0]:
+        call = partial(_of_one, reverse, return_transition, backend)
+        return rows.none(call, u, dt, A, B, C, initial_state, reset, skip)
     module = dispatch.pick(op, BACKENDS, backend, u, A)
     dtype = dtypes.state(u, dt, A, B, C, initial_state, skip)
     u, dt, A, B, C, initial_state, reset, skip = varying.together(
@@ -94,8 +99,20 @@ def selective_scan(
     return y, final, transition
 
 
+def _of_one(reverse, return_transition, backend, *arguments):
+    *arguments, skip = arguments
+    return selective_scan(
+        *arguments,
+        skip=skip,
+        reverse=reverse,
+        return_transition=return_transition,
+        backend=backend,
+    )
+
+
 def _check(op, u, dt, A, B, C, initial_state, reset, skip):
-    checks.arrays(op, u=u, dt=dt, A=A, B=B, C=C)
+    checks.rows(op, u=u, dt=dt, B=B, C=C)
+    checks.arrays(op, A=A)
     checks.arrays_or_none(op, initial_state=initial_state, reset=reset, skip=skip)
     checks.floating(
         op,

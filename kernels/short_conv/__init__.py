@@ -1,9 +1,11 @@
 """Depthwise causal convolution of a few taps, with a carried tail."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, segments, varying
+from kernels import checks, dispatch, dtypes, rows, segments, varying
 from kernels.short_conv import reference, xla
 
 BACKENDS = {
@@ -50,7 +52,8 @@ def short_conv(
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     op = "short_conv"
-    checks.arrays(op, u=u, w=w)
+    checks.rows(op, u=u)
+    checks.arrays(op, w=w)
     checks.arrays_or_none(op, bias=bias, initial_state=initial_state, reset=reset)
     checks.floating(op, real=True, u=u, w=w, bias=bias, initial_state=initial_state)
     checks.sequence(op, "u", u, "[B, L, H]", ndim=3)
@@ -63,6 +66,9 @@ def short_conv(
     checks.shape(op, "bias", bias, (channels,), "[H]")
     checks.shape(op, "initial_state", initial_state, tail, "[B, W-1, H]")
     checks.reset(op, reset, u)
+    if not u.shape[0]:
+        call = partial(short_conv, reverse=reverse, backend=backend)
+        return rows.none(call, u, w, bias, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, u, w)
     dtype = dtypes.state(u, w, bias, initial_state)
     u, w, bias, initial_state, reset = varying.together(

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from kernels import checks, dispatch, nodes, pairs, varying
+from kernels import checks, dispatch, nodes, pairs, rows, varying
 from kernels.vandermonde import reference, xla
 
 BACKENDS = {
@@ -70,10 +70,14 @@ def vandermonde_transpose(
         ValueError: shapes or dtypes do not fit together, or the backend cannot run.
     """
     op = "vandermonde_transpose"
-    checks.arrays(op, u=u, log_z=log_z)
+    checks.arrays(op, log_z=log_z)
+    checks.rows(op, u=u)
     checks.floating(op, log_z=log_z)
     checks.floating(op, real=True, u=u)
     nodes.check(op, "u", u, "[*B, *H, L]", "log_z", log_z)
+    if not u.shape[0]:
+        call = partial(vandermonde_transpose, backend=backend)
+        return rows.none(call, u, log_z)
     module = dispatch.pick(op, BACKENDS, backend, u, log_z)
     u, log_z = varying.together(*nodes.promote(u, log_z))
     if module is reference:
