@@ -154,19 +154,18 @@ def _print_wrapped(head, text):
 
 
 def _print_ends(found, seconds):
-    failed = [
-        f"{name}: {finding.law}"
+    failed = {
+        name: [finding.law for finding in examined.findings if not finding.passed]
         for name, examined in found.items()
-        for finding in examined.findings
-        if not finding.passed
-    ]
-    if failed:
-        _print_wrapped("failed:", "; ".join(failed))
-    else:
+        if not examined.holds
+    }
+    for name, names in failed.items():
+        _print_wrapped(f"failed: {name}:", "; ".join(names))
+    if not failed:
         print("every law holds")
     slowest = max(found, key=lambda name: found[name].seconds)
     _print_wrapped(
-        f"{len(found)} cases in {seconds:.0f} s,",
+        f"cases: {len(found)} in {seconds:.0f} s,",
         f"{seconds / len(found):.0f} s a case, {AT_ONCE} at a time; the longest took "
         f"{found[slowest].seconds:.0f} s, {slowest}",
     )
