@@ -269,7 +269,7 @@ OF_ALL = pytest.mark.parametrize(("op", "variant", "backend"), EVERY_FORM)
 def test_types_inside_of_shard_map(op, variant, backend):
     """What varies over the devices is told when a call is traced: an operation that
     makes an array inside, or a backward rule that forgets to add up, raises there."""
-    for options, length in (({"state", "reset"}, 70), (set(), 1)):
+    for options, length in (({"state", "reset"}, 70), (set(), 70), (set(), 1)):
         call, static, inputs = prepared(op, variant, backend, options, length)
         run = sharded(call, static, inputs, split_arguments(op, variant))
         run.trace(*parted(inputs))
