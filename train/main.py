@@ -231,9 +231,15 @@ def _ours(error: Exception) -> bool:
     """Whether the message says it all: a mistake in what the user asked for."""
     if isinstance(error, flags.Error):
         return True
-    modules = sys.modules.get("train.checkpoint")
-    if modules is not None and isinstance(error, modules.CheckpointError):
-        return True
+    # Looked up and not imported: an error of the flags comes before JAX has started.
+    for module, name in (
+        ("train.checkpoint", "CheckpointError"),
+        ("train.data.workers", "WorkerError"),
+    ):
+        if module in sys.modules and isinstance(
+            error, getattr(sys.modules[module], name)
+        ):
+            return True
     if isinstance(error, OSError) and (error.filename or error.errno in FULL):
         return True
     if not isinstance(error, (ValueError, FloatingPointError)):
