@@ -79,8 +79,8 @@ def linear(features, name, dtype, axes=("embed", "mlp")):
 
 def also_empty(call):
     """The call of a mixer, which now also answers a batch of no rows [0, L, ...], with
-    outputs and a state of no rows. Operations refuse an empty axis, so that a row of
-    zeros is computed in its place and dropped."""
+    outputs and a state of no rows. A reshape cannot tell the heads of no rows apart, so
+    a row of zeros is computed in their place and dropped."""
 
     def row(leaf):
         shape = getattr(leaf, "shape", ())
