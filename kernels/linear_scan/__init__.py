@@ -96,10 +96,8 @@ def _transition(a, shape, reset):
     """The product of a over time, in a's own shape as long as that is possible."""
     batch, length, *rest = shape
     a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
-    if a.shape[1] == 1:
-        total = product.power(a[:, 0], length)
-    else:
-        total = product.over_time(a)
+    many = a.shape[1] > 1
+    total = product.over_time(a) if many else product.power(a[:, 0], length)
     total = jnp.broadcast_to(total, (batch, *rest))
     if reset is not None:
         total = jnp.where(_per_row(reset.any(1), total), 0, total)
