@@ -381,3 +381,26 @@ def test_one_token_is_one_step():
     o, final = jitted(inputs)
     assert_close((o[:, 0], final), (jnp.einsum("bhk,bhkv->bhv", q, S), S))
     assert error(final, inputs["initial_state"]) > 0.1
+
+
+@pytest.mark.parametrize("length", [2**12, pytest.param(2**17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("delta", [False, True])
+def test_slow_decay_of_a_state(delta, per_channel, length):
+    """One decay at all times: its rounding is not that of a power of it."""
+    rate = np.linspace(0.2, 2, 6).reshape(2, 3) / length
+    g = -(rate if per_channel else rate[:, 0]).astype(np.float32)
+    log_decay = np.broadcast_to(g, (1, length, *g.shape))
+    nothing = np.zeros((1, length, 2, 3), np.float32)
+    beta = nothing[..., 0] if delta else None
+    state = np.ones((1, 2, 3, 3), np.float32)
+    _, final, transition = jax.jit(
+        lambda *x: chunked_scan(*x, return_transition=True, backend="xla")
+    )(nothing, nothing, nothing, log_decay, beta, state)
+    kept = np.exp(length * g.astype(np.float64))
+    expected = np.broadcast_to(kept.reshape(1, 2, -1, 1), state.shape)
+    assert_close(final, expected)
+    if delta:
+        assert_close(transition, expected * np.eye(3))
+    else:
+        assert_close(transition, kept[None])

@@ -416,3 +416,28 @@ def test_contracted_bad_input(change, words):
 
 def test_backends_are_named():
     assert list(BACKENDS) == ["triton", "pallas_tpu", "xla", "reference"]
+
+
+@pytest.mark.parametrize("length", [2**12, pytest.param(2**16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize("at_each", [False, True])
+def test_transition_of_many_decays_near_one(kind, at_each, length):
+    """The rounding of each is not raised to a power with it."""
+    rng = np.random.default_rng(0)
+    rates = rng.uniform(0.2, 4, (1, length if at_each else 1, 3)) / length
+    angles = rng.uniform(1, 2) if kind == "complex" else 0
+    a = np.exp(-rates + 1j * angles * (kind == "complex"))
+    a = a.astype(np.complex64) if kind == "complex" else a.real.astype(np.float32)
+    x = np.zeros((1, length, 3), np.float32)
+
+    @jax.jit
+    def transition(a):
+        return linear_scan(a, x, return_transition=True)[2]
+
+    wide = a.astype(np.complex128)
+    whole = np.prod(wide, 1) if at_each else wide[:, 0] ** length
+    assert_close(transition(a), whole if kind == "complex" else whole.real)
+    (found,) = jax.vjp(transition, a)[1](jnp.ones((1, 3), a.dtype))
+    expected = whole[:, None] / wide * (1 if at_each else length)
+    expected = expected if kind == "complex" else expected.real
+    assert_close(found, expected, "gradient")

@@ -27,6 +27,7 @@ class Scalar(NamedTuple):
 
     between: jax.Array  # [N, R, T, T], 0 above the diagonal
     enter: jax.Array  # [N, R, T]
+    total: jax.Array  # [N, R], the log decay of all tokens
 
     def scores(self, rows, keys, precision):
         shared = jnp.matmul(rows, keys.mT, precision=precision)
@@ -41,12 +42,25 @@ class Scalar(NamedTuple):
         return jnp.matmul(keys.mT[:, None], u, precision="highest")
 
     def keep(self, state):
-        return self.enter[..., -1, None, None] * state
+        return _passed(self.total[..., None, None], state)
 
 
 def scalar(g: jax.Array) -> Scalar:
     """From log decays [N, R, T]."""
-    return Scalar(*_weights(jnp.maximum(g, FORGOTTEN)))
+    g = jnp.maximum(g, FORGOTTEN)
+    return Scalar(*_weights(g), g.sum(-1))
+
+
+def _passed(log_decay, state):
+    """exp(log_decay) state.
+
+    A decay near 1 would be rounded in the same direction in every chunk, so what it
+    takes away is subtracted.
+    """
+    near = log_decay > -0.5
+    lost = jnp.expm1(jnp.where(near, log_decay, 0))
+    decay = jnp.exp(jnp.where(near, -jnp.inf, log_decay))
+    return jnp.where(near, state + lost * state, decay * state)
 
 
 @jax.custom_jvp
@@ -124,7 +138,7 @@ class Vector(NamedTuple):
     weights: list[jax.Array]  # [N * R, T, K] for blocks of 1, 2, 4, ... T / 2 tokens
     enter: jax.Array  # [N * R, T, K]
     leave: jax.Array  # [N * R, T, K]
-    heads: int
+    total: jax.Array  # [N, R, K], the log decay of all tokens
 
     def scores(self, rows, keys, precision):
         """Between two neighbouring blocks rows have decayed from where the right one
@@ -138,7 +152,7 @@ class Vector(NamedTuple):
             _, right = _halves(rows * weight, size)
             across = jnp.matmul(right, left.mT, precision=precision)
             scores = stacked(*_halves(scores, size), across)
-        return scores.reshape(-1, self.heads, length, length)
+        return scores.reshape(-1, self.total.shape[1], length, length)
 
     def read(self, rows, state, precision):
         rows = self._split(self._per_head(rows) * self.enter)
@@ -149,14 +163,16 @@ class Vector(NamedTuple):
         return jnp.matmul(keys.mT, u, precision="highest")
 
     def keep(self, state):
-        return self._split(self.enter[:, -1:]).mT * state
+        return _passed(self.total[..., None], state)
 
     def _per_head(self, x):
-        x = jnp.broadcast_to(x[:, None], (x.shape[0], self.heads, *x.shape[1:]))
+        x = jnp.broadcast_to(
+            x[:, None], (x.shape[0], self.total.shape[1], *x.shape[1:])
+        )
         return x.reshape(-1, *x.shape[2:])
 
     def _split(self, x):
-        return x.reshape(-1, self.heads, *x.shape[1:])
+        return x.reshape(-1, self.total.shape[1], *x.shape[1:])
 
 
 def vector(g: jax.Array) -> Vector:
@@ -176,7 +192,7 @@ def vector(g: jax.Array) -> Vector:
         weights.append(_joined(before, right, shape))
         enter = _joined(left, left[:, -1:] * right, shape)
         leave = _joined(before * right[:, -1:], after, shape)
-    return Vector(weights, enter, leave, g.shape[1])
+    return Vector(weights, enter, leave, g.sum(2))
 
 
 def _halves(x, size):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import checks, dispatch, dtypes, rows, segments, varying
-from kernels.linear_scan import gradient, reference, xla
+from kernels.linear_scan import gradient, product, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
 __all__ = ["contracted_scan", "linear_scan"]
@@ -96,28 +96,12 @@ def _transition(a, shape, reset):
     """The product of a over time, in a's own shape as long as that is possible."""
     batch, length, *rest = shape
     a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
-    if a.shape[1] == 1:
-        total = _power(a[:, 0], length)
-    else:
-        while a.shape[1] > 1:
-            last = a[:, -1:] if a.shape[1] % 2 else a[:, :0]
-            even = a.shape[1] - last.shape[1]
-            a = jnp.concatenate([a[:, :even:2] * a[:, 1:even:2], last], 1)
-        total = a[:, 0]
+    many = a.shape[1] > 1
+    total = product.over_time(a) if many else product.power(a[:, 0], length)
     total = jnp.broadcast_to(total, (batch, *rest))
     if reset is not None:
         total = jnp.where(_per_row(reset.any(1), total), 0, total)
     return total
-
-
-def _power(a, count):
-    """a^count by squaring: exact where a is 0, no logarithm."""
-    result = None
-    while count:
-        if count % 2:
-            result = a if result is None else result * a
-        a, count = a * a, count // 2
-    return result
 
 
 def _per_row(flags, like):
