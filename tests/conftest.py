@@ -1,9 +1,12 @@
 """Tests run on the CPU unless JAX_PLATFORMS asks for something else."""
 
 import os
+import signal
 
 import pytest
 
+# `nohup` ignores it, which processes inherit: tests of it mean a terminal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 

@@ -347,7 +347,8 @@ def test_validation_chooses_the_rate_and_the_test_does_not(tmp_path, monkeypatch
             {"split": "validation", "accuracy": accuracy[rate][0], "loss": 1.0},
             {"split": "train", "accuracy": 0.0, "loss": 9.0},
         ]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        lines = [json.dumps({"step": n, **row}) for n, row in enumerate(rows, 1)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
         lengths = [dict(times=n, accuracy=accuracy[rate][1]) for n in (1, 2)]
         (folder / evaluate.LENGTHS).write_text(
             json.dumps(dict(step=2, lengths=lengths))

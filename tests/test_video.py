@@ -445,7 +445,7 @@ def test_others_train_for_as_long_as_the_first(tmp_path, monkeypatch):
         layer = config.model.layer
         steps[folder.name] = config.train.steps
         folder.mkdir()
-        row = {"split": "train", "steps_per_second": speed[layer]}
+        row = {"step": 1, "split": "train", "steps_per_second": speed[layer]}
         (folder / metrics.FILE).write_text(json.dumps(row) + "\n")
         return {"step": config.train.steps, "seconds": 5.0}
 

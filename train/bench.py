@@ -87,9 +87,9 @@ class DenseS4D(nn.Module):
         seq.check(x, sequence)
         H, N = self.features, self.state_size
 
-        def matrices(key, shape):
-            lam = -jax.random.uniform(key, shape[:2])
-            return jnp.eye(N) * jnp.exp(lam)[..., None]
+        def matrices(key, shape, dtype):
+            lam = -jax.random.uniform(key, shape[:2], dtype)
+            return jnp.eye(N, dtype=dtype) * jnp.exp(lam)[..., None]
 
         A = self.param("A", logical(matrices, "embed", None, None), (H, N, N))
         A = A.astype(jnp.complex64)
