@@ -404,7 +404,10 @@ def test_rows_of_an_evaluation_batch():
     "train",
     [
         dict(batch_size=1, eval_batch_size=72, steps=1),
-        dict(batch_size=3, accumulate=3, log_every=100, checkpoint_every=100),
+        pytest.param(
+            dict(batch_size=3, accumulate=3, log_every=100, checkpoint_every=100),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(dict(batch_size=1, eval_batch_size=1), marks=pytest.mark.slow),
         pytest.param(dict(batch_size=1293), marks=pytest.mark.slow),
     ],
@@ -420,6 +423,7 @@ def test_the_smallest_sizes(tmp_path, train):
     assert last["step"] == results["step"]
 
 
+@pytest.mark.slow
 def test_a_recipe_s_warmup_fits_a_short_trial(tmp_path, capsys):
     config = tiny_run.config(eval_every=100, steps=10)
     config.optimizer.warmup = -500
