@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from constants import largest_constant
 
 from configs import common
 from kernels.tolerance import assert_close
@@ -250,10 +251,9 @@ def test_no_program_holds_a_table(name):
     layer = LAYERS[name](64, **capacity)
     x = jax.ShapeDtypeStruct((1, LONG, 64), jnp.float32)
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
-    text = jax.jit(layer.apply).lower(variables, x).as_text()
-    longest = max(map(len, text.splitlines()))
-    named = 200  # the rest of a line
-    assert longest <= 2 * GROWING.get(name, 2**20) + named  # two digits a byte
+    lowered = jax.jit(layer.apply).lower(variables, x)
+    named = 100  # the rest of a line
+    assert largest_constant(lowered) <= GROWING.get(name, 2**20) + named
 
 
 def inside(case, mesh, state, gradient, steps=L):

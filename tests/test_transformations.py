@@ -1,11 +1,11 @@
 """Every operation under the transformations of JAX: values and gradients stay.
 
+`jax.vmap`, `jax.checkpoint`, a `jax.lax.scan` over calls with a donated state, and
 `jax.shard_map` with its default check, over all devices there are: one in a test, two
 in a process of its own (`test_two_devices`).
 """
 
 import functools
-import itertools
 import math
 import os
 import subprocess
@@ -230,12 +230,19 @@ def ssm_cases(rng, batch, length):
 
 PER_ROW = {"u", "state", "elapsed", "reset", "mask", "before"}
 CASES = [name for name, *_ in ssm_cases(np.random.default_rng(0), 2, 1)]
-LEFT_OUT = [(), ("state", "elapsed", "reset"), ("elapsed",)]
+OF_ALL_IN_SSM = pytest.mark.parametrize(
+    ("case", "left_out"),
+    [
+        pytest.param(case, left_out, marks=[pytest.mark.slow] if left_out else [])
+        for left_out in [(), ("state", "elapsed", "reset"), ("elapsed",)]
+        for case in CASES
+    ],
+)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_types_inside_of_shard_map_in_ssm(case):
-    for left_out, length in itertools.product(LEFT_OUT, (11, 1)):
+@OF_ALL_IN_SSM
+def test_types_inside_of_shard_map_in_ssm(case, left_out):
+    for length in (11, 1) if left_out else (11,):
         call, inputs = ssm_case(case, length, left_out)
         sharded(call, {}, inputs, PER_ROW).trace(*parted(inputs))
 
@@ -257,19 +264,28 @@ def prepared(op, variant, backend, options, length):
     return operation.call, static, inputs
 
 
+ONE_OF_EACH = [
+    (op, o.variants[0], "xla" if "xla" in o.backends else next(iter(o.backends)))
+    for op, o in OPERATIONS.items()
+]
 EVERY_FORM = [
-    pytest.param(*form, marks=[pytest.mark.slow] if form[-1] == "reference" else [])
+    pytest.param(*form, marks=[] if form in ONE_OF_EACH else [pytest.mark.slow])
     for form in forms()
 ]
-EVERY_OPTION = [{"state", "reset"}, set()]
+EVERY_OPTION = pytest.mark.parametrize(
+    "options",
+    [{"state", "reset"}, pytest.param(set(), marks=pytest.mark.slow)],
+    ids=["all", "none"],
+)
 OF_ALL = pytest.mark.parametrize(("op", "variant", "backend"), EVERY_FORM)
 
 
+@EVERY_OPTION
 @OF_ALL
-def test_types_inside_of_shard_map(op, variant, backend):
+def test_types_inside_of_shard_map(op, variant, backend, options):
     """What varies over the devices is told when a call is traced: an operation that
     makes an array inside, or a backward rule that forgets to add up, raises there."""
-    for options, length in (({"state", "reset"}, 70), (set(), 70), (set(), 1)):
+    for length in (70,) if options else (70, 1):
         call, static, inputs = prepared(op, variant, backend, options, length)
         run = sharded(call, static, inputs, split_arguments(op, variant))
         run.trace(*parted(inputs))
@@ -290,10 +306,6 @@ def in_shard_map_in_ssm(case):
     found_values, found_gradients = sharded(call, {}, inputs, PER_ROW)(*parted(inputs))
     assert_close(found_values, values)
     assert_close(found_gradients, gradients, "gradient")
-
-
-ONE_OF_EACH = [(op, o.variants[0], "xla") for op, o in OPERATIONS.items()]
-ONE_OF_EACH = [form for form in ONE_OF_EACH if form in set(forms())]
 
 
 @pytest.mark.slow
@@ -325,28 +337,72 @@ def test_two_devices():
         assert f"{len(ONE_OF_EACH) + len(CASES)} passed" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"state"}, pytest.param({"state", "reset"}, marks=pytest.mark.slow)],
+    ids=["state", "state+reset"],
+)
+@pytest.mark.parametrize(("op", "variant", "backend"), ONE_OF_EACH)
+def test_vmap_checkpoint_and_scan(op, variant, backend, options):
+    """Two calls at once whose backward pass makes everything again, and one after the
+    other in a loop."""
+    call, static, inputs = prepared(op, variant, backend, options, 5)
+    static.pop("return_transition", None)
+    flipped = jax.tree.map(lambda x: np.flip(x, 0).copy(), inputs)
+    # systems are to stay stable
+    flipped |= {k: x for k, x in inputs.items() if k in ("a", "log_decay", "dt")}
+    run = jax.jit(functional(call, static))
+    alone = [run(*parted(x)) for x in (inputs, flipped)]
+    expected = jax.tree.map(lambda *x: np.stack(x), *alone)
+    both = jax.tree.map(lambda *x: np.stack(x), inputs, flipped)
+    saving = functional(jax.checkpoint(functools.partial(call, **static)), {})
+    (_, values), gradients = jax.jit(jax.vmap(saving))(*parted(both))
+    assert_close(values, expected[0][1])
+    assert_close(gradients, expected[1], "gradient")
+
+    if "initial_state" not in inputs:
+        return
+
+    def step(state, given):
+        output, state, *_ = call(**given | {"initial_state": state}, **static)
+        return state, output
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def calls(state, both):
+        return jax.lax.scan(step, state, both)
+
+    state, outputs = jnp.array(inputs["initial_state"]), []
+    left = {name: x for name, x in both.items() if name != "initial_state"}
+    for given in (inputs, flipped):
+        (_, (output, state, *_)), _ = run(*parted(given | {"initial_state": state}))
+        outputs.append(output)
+    final, found = calls(jnp.array(inputs["initial_state"]), left)
+    assert_close(final, state)
+    assert_close(found, np.stack(outputs))
+
+
 # A batch of nothing, float32 where float64 is allowed.
 
 
+@EVERY_OPTION
 @OF_ALL
-def test_empty_batch(op, variant, backend):
+def test_empty_batch(op, variant, backend, options):
     split = split_arguments(op, variant)
     if op in ("vandermonde", "cauchy"):
         pytest.skip("has no batch")
-    for options in EVERY_OPTION:
-        call, static, inputs = prepared(op, variant, backend, options, 9)
-        whole = jax.eval_shape(functional(call, static), *parted(inputs))
-        empty = {k: x[:0] if k in split else x for k, x in inputs.items()}
-        found = jax.eval_shape(functional(call, static), *parted(empty))
-        (_, values), gradients = found
-        for leaf, full in zip(
-            jax.tree.leaves(values), jax.tree.leaves(whole[0][1]), strict=True
-        ):
-            assert leaf.shape == (0, *full.shape[1:])
-            assert leaf.dtype == full.dtype
-        for name, gradient in gradients.items():
-            shapes = [jax.tree.map(np.shape, x) for x in (gradient, empty[name])]
-            assert shapes[0] == shapes[1], name
+    call, static, inputs = prepared(op, variant, backend, options, 9)
+    whole = jax.eval_shape(functional(call, static), *parted(inputs))
+    empty = {k: x[:0] if k in split else x for k, x in inputs.items()}
+    found = jax.eval_shape(functional(call, static), *parted(empty))
+    (_, values), gradients = found
+    for leaf, full in zip(
+        jax.tree.leaves(values), jax.tree.leaves(whole[0][1]), strict=True
+    ):
+        assert leaf.shape == (0, *full.shape[1:])
+        assert leaf.dtype == full.dtype
+    for name, gradient in gradients.items():
+        shapes = [jax.tree.map(np.shape, x) for x in (gradient, empty[name])]
+        assert shapes[0] == shapes[1], name
 
 
 def test_gradients_of_an_empty_batch_are_zeros():
@@ -358,31 +414,29 @@ def test_gradients_of_an_empty_batch_are_zeros():
     assert not np.any(gradients["k"]) and gradients["k"].shape == inputs["k"].shape
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_empty_batch_in_ssm(case):
-    for left_out in LEFT_OUT:
-        call, inputs = ssm_case(case, 9, left_out)
-        empty = {k: x[:0] if k in PER_ROW else x for k, x in inputs.items()}
-        found = jax.eval_shape(functional(call, {}), *parted(empty))
-        for leaf in jax.tree.leaves(found[0][1]):
-            assert leaf.shape[0] == 0
+@OF_ALL_IN_SSM
+def test_empty_batch_in_ssm(case, left_out):
+    call, inputs = ssm_case(case, 9, left_out)
+    empty = {k: x[:0] if k in PER_ROW else x for k, x in inputs.items()}
+    found = jax.eval_shape(functional(call, {}), *parted(empty))
+    for leaf in jax.tree.leaves(found[0][1]):
+        assert leaf.shape[0] == 0
 
 
+@EVERY_OPTION
 @OF_ALL
-def test_float32_stays_where_float64_is_allowed(op, variant, backend):
-    for options in EVERY_OPTION:
-        call, static, inputs = prepared(op, variant, backend, options, 9)
-        with jax.enable_x64(True):
-            found = jax.eval_shape(functional(call, static), *parted(inputs))
-        names = {leaf.dtype.name for leaf in jax.tree.leaves(found)}
-        assert names <= {"float32", "complex64"}
+def test_float32_stays_where_float64_is_allowed(op, variant, backend, options):
+    call, static, inputs = prepared(op, variant, backend, options, 9)
+    with jax.enable_x64(True):
+        found = jax.eval_shape(functional(call, static), *parted(inputs))
+    names = {leaf.dtype.name for leaf in jax.tree.leaves(found)}
+    assert names <= {"float32", "complex64"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_float32_stays_where_float64_is_allowed_in_ssm(case):
-    for left_out in LEFT_OUT:
-        call, inputs = ssm_case(case, 9, left_out)
-        with jax.enable_x64(True):
-            found = jax.eval_shape(functional(call, {}), *parted(inputs))
-        names = {leaf.dtype.name for leaf in jax.tree.leaves(found)}
-        assert names <= {"float32", "complex64"}
+@OF_ALL_IN_SSM
+def test_float32_stays_where_float64_is_allowed_in_ssm(case, left_out):
+    call, inputs = ssm_case(case, 9, left_out)
+    with jax.enable_x64(True):
+        found = jax.eval_shape(functional(call, {}), *parted(inputs))
+    names = {leaf.dtype.name for leaf in jax.tree.leaves(found)}
+    assert names <= {"float32", "complex64"}

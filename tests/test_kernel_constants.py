@@ -1,0 +1,79 @@
+"""No program of an operation holds a table as long as its input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from constants import largest_constant
+
+from kernels import dispatch
+from kernels.cases import OPERATIONS, Case
+from kernels.fft_conv import block_sizes
+
+LONG = 2**20
+SIZE = dict(B=1, D=64, H=64, N=2, G=1, K=2, V=1, W=4)
+STANDS_FOR_LONG = 11  # no other axis has 11 or 10 entries
+# Bytes of the largest constant that must grow with the length, each with its reason.
+GROWING = {
+    # s and mu at L / 2 + 1 points, which float64 makes: near theta = pi, where
+    # the filter of a system is decided, float32 would lose the digits of s
+    ("cauchy", "xla"): 4 * (LONG // 2 + 1),
+}
+QUICK = {"fft_conv": "short filter"}  # of each other operation the first variant
+
+
+def forms():
+    for op, operation in OPERATIONS.items():
+        for variant in operation.variants:
+            for backend, module in operation.backends.items():
+                compiled = isinstance(module, dispatch.OnPlatform)
+                if backend != "reference" and not compiled and "strong" not in variant:
+                    quick = QUICK.get(op, operation.variants[0])
+                    marks = [] if variant == quick else [pytest.mark.slow]
+                    yield pytest.param(op, variant, backend, marks=marks)
+
+
+def abstract_inputs(operation, variant):
+    long = {STANDS_FOR_LONG: LONG, STANDS_FOR_LONG - 1: LONG - 1}
+    size = {name: SIZE[name] for name in operation.small}
+    if "conv" in operation.name and "K" in size:
+        size["K"] = STANDS_FOR_LONG
+    rng = np.random.default_rng(0)
+    made = operation.make(rng, variant, STANDS_FOR_LONG, size)
+
+    def abstract(x):
+        shape = tuple(long.get(n, n) for n in x.shape)
+        dtype = {"f": jnp.float32, "c": jnp.complex64}.get(x.dtype.kind, x.dtype)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    inputs = {k: jax.tree.map(abstract, x) for k, x in made.items()}
+    for name in {"u_factors", "k_factors"} & inputs.keys():
+        heads = inputs[name][0].shape[:-3]
+        inputs[name] = [
+            jax.ShapeDtypeStruct((*heads, n, n, 2), jnp.float32)
+            for n in block_sizes(2 * LONG)
+        ]
+    return inputs
+
+
+@pytest.mark.parametrize(("op", "variant", "backend"), list(forms()))
+def test_no_program_of_an_operation_holds_a_table(op, variant, backend):
+    """At most 1 MB of constants at 2^20 tokens of 64 features, forwards and back."""
+    operation = OPERATIONS[op]
+    static = operation.static(Case(variant, LONG)) | {"backend": backend}
+    if "return_transition" in static:
+        static["return_transition"] = True
+    inputs = abstract_inputs(operation, variant)
+    left_out = {"initial_state", "reset"}
+    plain = {name: x for name, x in inputs.items() if name not in left_out}
+
+    def total(moving, fixed):
+        leaves = jax.tree.leaves(operation.call(**moving, **fixed, **static))
+        return sum(jnp.sum(jnp.abs(x)) for x in leaves)
+
+    for given in [plain] if inputs.keys() == plain.keys() else [inputs, plain]:
+        fixed = {name: x for name, x in given.items() if name == "reset"}
+        moving = {name: x for name, x in given.items() if name != "reset"}
+        for function in (total, jax.grad(total)):
+            found = largest_constant(jax.jit(function).lower(moving, fixed))
+            assert found <= GROWING.get((op, backend), 2**20) + 100
