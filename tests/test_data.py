@@ -238,7 +238,16 @@ def processes_of(iterator):
     return sorted({c.pid for c in multiprocessing.active_children()} - before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in (signal.SIGTERM, signal.SIGHUP)
+        ),
+    ],
+)
 def test_workers_are_not_ended_by_signals_while_they_start(number):
     dataset = data.load(DIGITS)
     with contextlib.closing(dataset.train(500, seed=5, workers=2)) as iterator:

@@ -188,7 +188,9 @@ def test_a_state_may_be_donated(name):
 CUT = 7  # where a sequence restarts
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+    "bad", [jnp.nan, pytest.param(jnp.inf, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", mostly_slow("attention window"))
 def test_nothing_crosses_a_reset(name, bad):
     """Outputs, final state and gradients behind a reset are those of finite tokens

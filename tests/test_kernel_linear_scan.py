@@ -1,5 +1,6 @@
 """linear_scan and contracted_scan against their definitions."""
 
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -371,6 +372,7 @@ def test_gradients_at_no_decay_and_no_time(kind):
     check(contracted_scan, inputs, "float32", "xla")
 
 
+@pytest.mark.slow
 def test_contracted_memory_is_linear_and_without_modes():
     batch, channels, modes = 2, 8, 64
 
@@ -418,9 +420,19 @@ def test_backends_are_named():
     assert list(BACKENDS) == ["triton", "pallas_tpu", "xla", "reference"]
 
 
-@pytest.mark.parametrize("length", [2**12, pytest.param(2**16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["real", "complex"])
-@pytest.mark.parametrize("at_each", [False, True])
+@pytest.mark.parametrize(
+    ("length", "kind", "at_each"),
+    [
+        (2**12, "real", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(
+                (2**12, 2**16), ("real", "complex"), (False, True)
+            )
+            if case != (2**12, "real", False)
+        ),
+    ],
+)
 def test_transition_of_many_decays_near_one(kind, at_each, length):
     """The rounding of each is not raised to a power with it."""
     rng = np.random.default_rng(0)

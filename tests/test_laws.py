@@ -61,6 +61,7 @@ def test_laws_of_values_hold(name):
     assert holds(examples.CASES[name](), QUICK) == not_applied(name) & set(QUICK)
 
 
+@pytest.mark.slow
 def test_laws_of_gradients_hold():
     only = ("padding, gradients", "packing, gradients", "shard_map", "x64")
     assert holds(examples.CASES["lru"](), only) == set()

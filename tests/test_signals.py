@@ -193,8 +193,8 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     ("batch", "at"),
     [
-        (2, 5),
         (23, 12),
+        pytest.param(2, 5, marks=pytest.mark.slow),
         pytest.param(10, 12, marks=pytest.mark.slow),
         pytest.param(14, 12, marks=pytest.mark.slow),
     ],
