@@ -39,6 +39,7 @@ from ssm.sequence import Sequence
 from train import (
     checkpoint,
     data,
+    files,
     losses,
     record,
     settings,
@@ -213,7 +214,7 @@ def at_lengths(
     found = {"step": run.step, "split": split, "lengths": rows}
     if jax.process_index() == 0:
         path = Path(workdir) / LENGTHS
-        checkpoint.write_atomically(path, json.dumps(found, indent=2) + "\n")
+        files.write_atomically(path, json.dumps(found, indent=2) + "\n")
         _print_lengths(found)
     return found
 

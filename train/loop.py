@@ -20,6 +20,7 @@ from layers.video import Video
 from train import (
     checkpoint,
     data,
+    files,
     flight,
     losses,
     optimizers,
@@ -107,7 +108,7 @@ def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)
     except OSError as error:
-        full, place = checkpoint.disk_full(error), error.filename or "a file"
+        full, place = files.disk_full(error), error.filename or "a file"
         if not full and not str(place).startswith(str(workdir)):
             raise
         raise CheckpointError(
