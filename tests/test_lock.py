@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -87,6 +88,20 @@ def test_one_of_eight_starters_wins_and_a_killed_one_is_succeeded_by_one(
     assert last.stdout.readline() == "held\n"
     go(last)
     assert last.wait(timeout=30) == 0 and list(workdir.iterdir()) == []
+
+
+def test_a_folder_that_another_run_makes_at_the_same_moment(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def late(path, *args, **kwargs):
+        mkdir(path)
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    with lock.held(tmp_path / "of" / "both"):
+        pass
+    # What the other has made is the other's to remove.
+    assert (tmp_path / "of" / "both").is_dir()
 
 
 def written(workdir, **changes):

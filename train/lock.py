@@ -76,10 +76,14 @@ def _make(workdir: Path, made: list[Path]) -> None:
     try:
         for path in (*reversed(workdir.parents), workdir):
             if not path.is_dir():
-                if path.exists():
-                    raise ValueError(f"workdir must be a folder, got the file {path}")
-                path.mkdir(exist_ok=True)
-                made.append(path)
+                try:
+                    path.mkdir()
+                    made.append(path)
+                except FileExistsError:
+                    if not path.is_dir():  # else another run has made it just now
+                        raise ValueError(
+                            f"workdir must be a folder, got the file {path}"
+                        ) from None
     except OSError as error:
         _refuse(workdir, error)
 
