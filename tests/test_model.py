@@ -8,7 +8,7 @@ import pytest
 
 from kernels.tolerance import assert_close
 from layers import LAYERS, Sequence, build
-from layers.block import Block, Norm
+from layers.block import GELUS, Block, Norm
 
 CONFIG = {
     "layer": "gru",  # quick to compile, where the layer is not the point
@@ -336,6 +336,13 @@ def test_the_form_of_gelu_reaches_every_gate(gate):
             "half_glu2": y * sigmoid,
         }
         assert_close(found, expected[gate])
+
+
+def test_derivatives_of_the_exact_gelu():
+    x = jnp.linspace(-6, 6, 49)
+    for form in (lambda f: f, jax.grad, jax.jacfwd, lambda f: jax.grad(jax.grad(f))):
+        found, expected = (jax.vmap(form(f))(x) for f in (GELUS["erf"], gelu_erf))
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["layer", "batch", "rms"])
