@@ -373,6 +373,33 @@ def test_gradients_at_no_decay_and_no_time(kind):
 
 
 @pytest.mark.slow
+def test_a_constant_decay_is_not_rounded_once_for_all_steps():
+    """Modes that forget nothing: a rounding of their decay would be raised to 2^17."""
+    rng = np.random.default_rng(0)
+    length, shape = 2**17 + 33, (2, 3)
+    log_a = -(10.0 ** rng.uniform(-7, -5, shape)) + 3j * rng.uniform(size=shape)
+    b, c, state = rng.normal(size=(3, *shape)) + 1j * rng.normal(size=(3, *shape))
+    u = rng.normal(size=(1, length, 2))
+    single = [x.astype(np.complex64) for x in (log_a, b, c, state[None])]
+
+    def both(log_a, b, c, state, u):
+        def loss(*inputs):
+            y, final = contracted_scan(*inputs[:3], u, None, inputs[3])
+            return jnp.mean(y**2) + jnp.sum(final.real**2), (y, final)
+
+        gradient = jax.value_and_grad(loss, range(4), has_aux=True)
+        (_, results), gradients = gradient(log_a, b, c, state)
+        return results, gradients
+
+    found = jax.jit(both)(*single, u.astype(np.float32))
+    with jax.enable_x64(True):
+        double = (x.astype(np.complex128) for x in single)
+        expected = jax.jit(both)(*double, u.astype(np.float32).astype(float))
+    assert_close(found[0], expected[0])
+    assert_close(found[1], expected[1], kind="gradient")
+
+
+@pytest.mark.slow
 def test_contracted_memory_is_linear_and_without_modes():
     batch, channels, modes = 2, 8, 64
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from kernels import pairs
 from kernels.linear_scan import gradient, hold, xla
 
+GROUP = 32  # chunks that share one rounded decay where the decay is constant
 CHUNK = 32  # steps whose states exist at once where they cannot be matmuls
 
 
@@ -52,8 +53,9 @@ def _matmuls(log_a, b, c, u, state):
 
 
 def _chunk(length, modes):
-    """Work per token grows with the chunk, states with its inverse: near 2N."""
-    return min(length, max(32, min(128, modes)))
+    """Work per token grows with the chunk, states with its inverse: near 2N. A power of
+    two, by which a phase is scaled without rounding."""
+    return min(length, max(32, min(128, 1 << (modes.bit_length() - 1))))
 
 
 @jax.default_matmul_precision("highest")
@@ -78,10 +80,7 @@ def _matmul_chunks(log_a, b, c, u, state, size):
     )
     driven = jnp.einsum("hcbt,hnt->hcbn", inputs, jnp.concatenate(into, 1)[..., ::-1])
     driven = pairs.join(tuple(jnp.split(driven, parts, -1)))
-    decay = pairs.join(tuple(part[:, None, None, :, size] for part in table))
-    entering = state.swapaxes(0, 1)
-    after, last = gradient.solve(xla, False, decay, driven, entering, None)
-    before = jnp.concatenate([entering[:, None], after[:, :-1]], 1)
+    before, last = _at_boundaries(log_a, size, driven, state.swapaxes(0, 1))
     y = jnp.einsum(
         "hcbk,hkt->hcbt",
         jnp.concatenate([inputs, *pairs.split(before)], -1),
@@ -89,6 +88,37 @@ def _matmul_chunks(log_a, b, c, u, state, size):
     )
     y = y.transpose(2, 1, 3, 0).reshape(batch, length, channels)
     return y.astype(u.dtype), last.swapaxes(0, 1)
+
+
+def _at_boundaries(log_a, size, driven, entering):
+    """The states before each of C chunks of `size` steps, [H, C, B, N], and the last.
+
+    driven: [H, C, B, N], what each chunk adds to its final state.
+    entering: [H, B, N].
+
+    A decay that was rounded once and is applied C times is C roundings off. So runs of
+    GROUP chunks are solved from 0, and one scan over runs, whose decay is made afresh
+    from log_a, gives the states between them.
+    """
+    channels, chunks, *rest = driven.shape
+    if chunks <= 2 * GROUP:
+        decay = pairs.join(pairs.power(log_a, size))[:, None, None]
+        after, last = gradient.solve(xla, False, decay, driven, entering, None)
+        return jnp.concatenate([entering[:, None], after[:, :-1]], 1), last
+    groups = chunks // GROUP
+    runs = driven[:, : groups * GROUP].reshape(channels * groups, GROUP, *rest)
+    rates = tuple(jnp.repeat(part, groups, 0) for part in log_a)
+    inside, added = _at_boundaries(rates, size, runs, jnp.zeros_like(runs[:, 0]))
+    added = added.reshape(channels, groups, *rest)
+    between, last = _at_boundaries(log_a, size * GROUP, added, entering)
+    table = pairs.powers(pairs.scale(log_a, float(size)), GROUP)  # [H, N, GROUP]
+    decay = pairs.join(table).swapaxes(1, 2)[:, None, :, None]
+    inside = inside.reshape(channels, groups, GROUP, *rest) + decay * between[:, :, None]
+    inside = inside.reshape(channels, groups * GROUP, *rest)
+    if groups * GROUP == chunks:
+        return inside, last
+    after, last = _at_boundaries(log_a, size, driven[:, groups * GROUP :], last)
+    return jnp.concatenate([inside, after], 1), last
 
 
 def _real_sum(table, c):
