@@ -113,7 +113,8 @@ def _at_boundaries(log_a, size, driven, entering):
     between, last = _at_boundaries(log_a, size * GROUP, added, entering)
     table = pairs.powers(pairs.scale(log_a, float(size)), GROUP)  # [H, N, GROUP]
     decay = pairs.join(table).swapaxes(1, 2)[:, None, :, None]
-    inside = inside.reshape(channels, groups, GROUP, *rest) + decay * between[:, :, None]
+    inside = inside.reshape(channels, groups, GROUP, *rest)
+    inside += decay * between[:, :, None]
     inside = inside.reshape(channels, groups * GROUP, *rest)
     if groups * GROUP == chunks:
         return inside, last
