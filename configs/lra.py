@@ -11,7 +11,8 @@ Time: small: minutes; paper: some 15 minutes per epoch of S4 on a T4, 40 epochs
 Score: paper, test accuracy: S4 59.6, S4D-LegS 60.5 (https://arxiv.org/abs/2206.11893),
     S5 62.2 (https://arxiv.org/abs/2208.04933), Transformer 36.4
     (https://github.com/google-research/long-range-arena). small: no paper reports it;
-    `python -m train.baseline` with the same config gives the score of counting tokens.
+    `python -m train.reproduce.baseline` with the same config gives the score of
+    counting tokens.
 
     python -m train.main --config configs/lra.py:listops,layer=s4d,scale=small
 """

@@ -4,7 +4,7 @@ Trains: moving_digits: digits that fly through a square and bounce off its walls
     on the fly from scikit-learn's images (no download; scale=paper: of MNIST's training
     images, whose files lie in data.folder, data.download=True fetches them). clips: the
     NPZ file data.path of your own. frames: a folder data.folder of your own, one folder
-    of images per video. stage=codes reads the codes that `train.tokenize` has made of
+    of images per video. stage=codes reads what `train.video.codec` has made of
     one of these; stage=autoencoder trains what makes them.
     scale=small: 20 frames of 32x32 to train on; rollouts of 10 frames of context and 30
     after it. scale=paper: 300 frames of 64x64, 100 of context, 800 after it.

@@ -78,7 +78,7 @@ class Video(nn.Module):
 
     The contract of `layers.model.Model`: fed frame by frame with its state it answers
     the same, and a call on a context followed by calls on its own answers is an
-    open-loop rollout (`train.rollout`).
+    open-loop rollout (`train.video.rollout`).
 
     Attributes:
         stack: makes the `Stack` of blocks over frames [B, L, h / s, w / s, features].

@@ -14,7 +14,9 @@ from kernels.bench import __main__ as kernels_bench
 from kernels.bench import timing
 from kernels.tolerance import assert_close
 from layers import build, prepare
-from train import bench, evaluate, generate, loop, reproduce
+from train import evaluate, generate, loop
+from train.bench import __main__ as bench
+from train.reproduce import __main__ as reproduce
 
 
 def small(arg):

@@ -9,9 +9,10 @@ import statistics
 import numpy as np
 import pytest
 
-from train import baseline, data
+from train import data
 from train.data import expressions, listops, prepared
 from train.data.expressions import CLOSE, EOS, OPEN, PAD, SYMBOLS, TOKENS, ZERO, Rules
+from train.reproduce import baseline
 
 SMALL = dict(
     name="listops",

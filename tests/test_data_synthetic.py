@@ -9,8 +9,10 @@ from test_configs import check_fit, flag_values
 
 from configs import synthetic as configs
 from layers import LAYERS
-from train import contest, data, evaluate, loop, losses, reproduce
+from train import data, evaluate, loop, losses
 from train.data import synthetic
+from train.reproduce import __main__ as reproduce
+from train.reproduce import contest
 
 SMALL = {
     "mqar": dict(length=24, vocab_size=20, pairs=5),

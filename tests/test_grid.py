@@ -14,9 +14,10 @@ from kernels.tolerance import assert_close
 from layers import LAYERS, Grid, Sequence, build, grid
 from layers.block import Block, Norm
 from layers.model import Encoder
-from train import baseline, data, loop, losses, optimizers
+from train import data, loop, losses, optimizers
 from train.data import images as files
 from train.data import original
+from train.reproduce import baseline
 
 H = 4
 IMAGE, VOLUME = (3, 5), (2, 3, 4)

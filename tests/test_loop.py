@@ -16,6 +16,7 @@ from rich.console import Console
 from configs import common
 from train import (
     checkpoint,
+    endings,
     generate,
     loop,
     losses,
@@ -25,7 +26,6 @@ from train import (
     state,
     step,
 )
-from train import scores as endings
 
 MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
 LOSS = losses.make({"loss": "classification"})

@@ -15,7 +15,8 @@ from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
 from train import evaluate, loop, main, report, sharding, state
 from train.checkpoint import CheckpointError
-from train.report import answers, figures, pages, probe, workdir
+from train.draw import figures
+from train.report import answers, pages, probe, workdir
 from train.report.__main__ import main as command
 
 VOID = {"meta", "br"}

@@ -18,13 +18,12 @@ from train import (
     loop,
     main,
     optimizers,
-    reproduce,
-    rollout,
     state,
     step,
-    tokenize,
 )
 from train.report import __main__ as report_command
+from train.reproduce import __main__ as reproduce
+from train.video import codec, rollout
 
 PAYLOAD = """
 import pathlib
@@ -102,9 +101,9 @@ def test_nothing_else_that_reads_a_run_imports_what_it_names(
 ):
     executed = stranger(layer=NAME)
     with pytest.raises(ValueError, match="must be of an autoencoder"):
-        tokenize.load_codec(run)
+        codec.load_codec(run)
     with pytest.raises(SystemExit, match="2"):
-        tokenize.main(["--workdir", str(run), "--out", str(tmp_path / "x.npz")])
+        codec.main(["--workdir", str(run), "--out", str(tmp_path / "x.npz")])
     assert "must be of an autoencoder, model.layer 'vq'" in capsys.readouterr().err
     other = tmp_path / "copy"
     other.mkdir()
@@ -306,7 +305,7 @@ def test_a_batch_that_has_no_room_is_refused():
 
 
 @pytest.mark.parametrize(
-    "command", [evaluate, generate, rollout, tokenize, report_command, reproduce]
+    "command", [evaluate, generate, rollout, codec, report_command, reproduce]
 )
 def test_help_ends_with_0(command, capsys):
     with pytest.raises(SystemExit) as ended:

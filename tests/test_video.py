@@ -13,16 +13,10 @@ from configs import video
 from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, Sequence, build
 from layers.video import PIECE
-from train import (
-    contest,
-    data,
-    loop,
-    losses,
-    metrics,
-    report,
-    rollout,
-    video_contest,
-)
+from train import data, loop, losses, metrics, report
+from train.reproduce import contest
+from train.reproduce import video as video_contest
+from train.video import rollout
 
 B, L, SIDE = 2, 5, 8
 
@@ -366,7 +360,7 @@ def test_a_run_ends_in_rollouts_and_a_report(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_codes_of_an_autoencoder_train_a_model_that_is_shown_as_pixels(tmp_path):
-    from train import tokenize
+    from train.video import codec
 
     config = video.get_config("moving_digits,stage=autoencoder")
     config.data.update(length=4, side=SIDE, digit_side=4, validation=4, test=4)
@@ -377,7 +371,7 @@ def test_codes_of_an_autoencoder_train_a_model_that_is_shown_as_pixels(tmp_path)
     report.write(tmp_path / "vq")
     out = tmp_path / "codes.npz"
     arguments = ["--workdir", str(tmp_path / "vq"), "--clips", "6", "--length", "8"]
-    assert tokenize.main([*arguments, "--out", str(out)]) == 0
+    assert codec.main([*arguments, "--out", str(out)]) == 0
     config = video.get_config(f"clips,stage=codes,path={out}")
     config.data.update(vocab_size=8, codec=str(tmp_path / "vq"))
     config.model.update(features=4, depth=1)

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from train import video_metrics
-from train.report import clips, markup
+from train.draw import markup
+from train.video import metrics as video_metrics
+from train.video import pictures
 
 RNG = np.random.default_rng(0)
 B, T, SIDE = 2, 3, 16
@@ -213,10 +214,10 @@ def test_networks_are_shown_what_they_expect(tmp_path, monkeypatch):
 
 
 def test_a_film_shows_the_context_and_then_both():
-    data = clips.gif(CONTEXT[0], TRUTH[0], PREDICTION[0])
+    data = pictures.gif(CONTEXT[0], TRUTH[0], PREDICTION[0])
     film = Image.open(io.BytesIO(data))
     assert (film.format, film.n_frames) == ("GIF", 5 + T)
-    scale = clips.FILM_SIDE // SIDE
+    scale = pictures.FILM_SIDE // SIDE
     for t, right in ((0, CONTEXT[0, 0]), (5, 255 * PREDICTION[0, 0])):
         film.seek(t)
         frame = np.asarray(film.convert("RGB")).astype(float)[-SIDE * scale :]
@@ -226,8 +227,8 @@ def test_a_film_shows_the_context_and_then_both():
             assert np.abs(half[::scale, ::scale] - expected).mean() < 4  # its palette
     long = np.repeat(TRUTH[0], 100, axis=0)
     long[:, 0, 0, 0] = np.arange(300) % 256
-    film = Image.open(io.BytesIO(clips.gif(long, long, long)))
-    assert film.n_frames == clips.FILM_CONTEXT + clips.FILM_HORIZON
+    film = Image.open(io.BytesIO(pictures.gif(long, long, long)))
+    assert film.n_frames == pictures.FILM_CONTEXT + pictures.FILM_HORIZON
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -235,11 +236,11 @@ def test_a_sheet_is_a_picture_for_the_page(channels):
     truth, prediction, context = (
         np.repeat(x[:1], channels, axis=-1) for x in (TRUTH, PREDICTION, CONTEXT)
     )
-    data = clips.contact_sheet(context, truth, prediction)
+    data = pictures.contact_sheet(context, truth, prediction)
     sheet = Image.open(io.BytesIO(data))
     assert sheet.format == "PNG" and sheet.width == round(9.6 * 120)
-    assert clips.contact_sheet(context, truth, prediction) == data
-    other = clips.contact_sheet(context, truth, np.zeros_like(prediction))
+    assert pictures.contact_sheet(context, truth, prediction) == data
+    other = pictures.contact_sheet(context, truth, np.zeros_like(prediction))
     assert other != data
     html = markup.picture(data, "a < b")
     assert 'alt="a &lt; b" src="data:image/png;base64,iVBOR' in html
@@ -260,4 +261,4 @@ def test_a_sheet_is_a_picture_for_the_page(channels):
 def test_frames_that_no_sheet_can_show_are_named(changes, message):
     frames = dict(context=CONTEXT, truth=TRUTH, prediction=PREDICTION) | changes
     with pytest.raises(ValueError, match=message):
-        clips.contact_sheet(**frames)
+        pictures.contact_sheet(**frames)

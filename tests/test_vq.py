@@ -13,7 +13,8 @@ from configs import common
 from layers import build, precision
 from layers.vq import VQ, Codebook, Decoder, Encoder, Reconstruction, moved
 from ssm.sequence import Sequence
-from train import checkpoint, data, evaluate, loop, losses, tokenize
+from train import checkpoint, data, evaluate, loop, losses
+from train.video import codec
 
 MODEL = VQ(2, (3,), codes=5, code_features=3, blocks=0)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 6, 2), np.uint8)
@@ -256,10 +257,10 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def test_the_dataset_clips_reads_what_tokenize_writes(workdir, tmp_path, capsys):
+def test_the_dataset_clips_reads_what_the_codec_writes(workdir, tmp_path, capsys):
     out = tmp_path / "clips.npz"
     command = ["--workdir", str(workdir), "--clips", "20", "--out", str(out)]
-    assert tokenize.main(command) == 0
+    assert codec.main(command) == 0
     assert "26 clips of 7 codes, (4, 4, 4)" in capsys.readouterr().out
     with np.load(out) as file:
         codes, split = file["codes"], file["split"]
@@ -280,7 +281,7 @@ def test_the_dataset_clips_reads_what_tokenize_writes(workdir, tmp_path, capsys)
 def test_one_split_of_longer_clips(workdir, tmp_path):
     out = str(tmp_path / "clips.npz")
     command = ["--workdir", str(workdir), "--split", "test", "--length", "6"]
-    assert tokenize.main([*command, "--out", out]) == 0
+    assert codec.main([*command, "--out", out]) == 0
     with np.load(out) as file:
         assert file["codes"].shape == (3, 6, 4, 4) and set(file["split"]) == {"test"}
 
@@ -294,13 +295,13 @@ def test_actions_are_kept(workdir, tmp_path):
     np.savez(path, frames=shown, actions=actions, split=split)
     run = evaluate.load_run(workdir)
     run = run._replace(dataset=data.load(dict(name="clips", path=path)))
-    arrays = tokenize.encode(run, "train", 100)
+    arrays = codec.encode(run, "train", 100)
     assert arrays["codes"].shape == (4, 4, 4, 4)
     np.testing.assert_array_equal(arrays["actions"][:, 1:], actions[:4, 1:])
 
 
 def test_codec_shows_codes_as_pixels(workdir):
-    decode = tokenize.load_codec(workdir)
+    decode = codec.load_codec(workdir)
     run = evaluate.load_run(workdir)
     codes = np.random.default_rng(0).integers(0, 7, (2, 3, 4, 4))
     pixels = decode(codes)
@@ -312,7 +313,7 @@ def test_codec_shows_codes_as_pixels(workdir):
     with pytest.raises(ValueError, match=r"codes: must lie in \[0, 7\)"):
         decode(codes + 1)
     with pytest.raises(ValueError, match="has 7 codes, but 8 are to be shown"):
-        tokenize.load_codec(workdir, codes=8)
+        codec.load_codec(workdir, codes=8)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
@@ -324,7 +325,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
     with pytest.raises(ValueError, match=r"out: .*clips\.npz cannot .* No space left"):
-        tokenize.write(path, {"codes": np.zeros(3)})
+        codec.write(path, {"codes": np.zeros(3)})
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
@@ -338,10 +339,10 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         (["--workdir", "nowhere"], "workdir must be that of a run"),
     ],
 )
-def test_tokenize_says_what_is_wrong(workdir, tmp_path, capsys, arguments, message):
+def test_codec_says_what_is_wrong(workdir, tmp_path, capsys, arguments, message):
     command = ["--workdir", str(workdir), "--out", str(tmp_path / "clips.npz")]
     with pytest.raises(SystemExit, match="2"):
-        tokenize.main([*command, *arguments])
+        codec.main([*command, *arguments])
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

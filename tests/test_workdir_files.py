@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from train import evaluate, generate, loop, main, metrics, record, rollout, tokenize
+from train import evaluate, generate, loop, main, metrics, record
 from train.report import __main__ as report
 from train.report import workdir
+from train.video import codec, rollout
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"
 
@@ -22,7 +23,7 @@ COMMANDS = {
     "report": lambda run: report.main(["--workdir", run]),
     "report --compare": lambda run: report.main(["--compare", run, str(RUN)]),
     "rollout": lambda run: rollout.main(["--workdir", run]),
-    "tokenize": lambda run: tokenize.main(["--workdir", run, "--out", "x.npz"]),
+    "codec": lambda run: codec.main(["--workdir", run, "--out", "x.npz"]),
 }
 REPORTS = ("report", "report --compare")
 

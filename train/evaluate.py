@@ -8,7 +8,7 @@ With --lengths 1,2,4,8 instead the scores on sequences as long as in training an
 and 8 times as long, where the dataset can make such; also in <workdir>/lengths.json.
 
 What a workdir may do. A workdir from elsewhere is data: reading it, here and in
-`train.report`, `train.generate`, `train.rollout` and `train.tokenize`, and as
+`train.report`, `train.generate`, `train.video.rollout` and `train.video.codec`, and as
 data.codec or train.init_from, runs no code that it holds or names. A layer that is not
 of this project is imported by its dotted path, from wherever Python finds it, the
 folder of the run included; so a run that names one is refused unless --trust says that

@@ -26,18 +26,18 @@ from train import (
     optimizers,
     processes,
     record,
-    rollout,
     settings,
     sharding,
     state,
     step,
 )
 from train.checkpoint import CheckpointError, Checkpoints
+from train.endings import finish, measure
 from train.metrics import Metrics
 from train.pace import Pace
 from train.record import SCORES
-from train.scores import finish, measure
 from train.signals import Stopped, stop_signals
+from train.video import rollout
 
 REMEMBERED = ("step", "best", "window", "unvalidated")  # beside the state
 PROFILED = 2, 6  # first and last step of the trace, counted from the start

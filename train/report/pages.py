@@ -10,17 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from layers.model import Model
 from layers.video import Video
-from train import (
-    checkpoint,
-    evaluate,
-    files,
-    record,
-    rollout,
-    settings,
-    signals,
-)
-from train.report import answers, clips, figures, probe, workdir
-from train.report.markup import (
+from train import checkpoint, evaluate, files, record, settings, signals
+from train.draw import figures
+from train.draw.markup import (
     code,
     details,
     figure,
@@ -29,7 +21,9 @@ from train.report.markup import (
     picture,
     table,
 )
+from train.report import answers, probe, workdir
 from train.report.workdir import UNKNOWN, Workdir
+from train.video import pictures, rollout
 
 
 def write(
@@ -233,11 +227,11 @@ def _rollouts(told, run) -> str:
 
 def _pictures(found):
     yield (
-        clips.contact_sheet(*found.frames()),
+        pictures.contact_sheet(*found.frames()),
         "Frames of the context and of what follows: truth above, prediction below.",
     )
     yield (
-        clips.gif(*(frames[0] for frames in found.frames())),
+        pictures.gif(*(frames[0] for frames in found.frames())),
         "The first clip: truth on the left; on the right the context, then the model.",
     )
 

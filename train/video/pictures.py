@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from train.report.figures import AFTER, SOFT, STYLE, WIDTH, spread
-from train.video_metrics import check_frames
+from train.draw.figures import AFTER, SOFT, STYLE, WIDTH, spread
+from train.video.metrics import check_frames
 
 CONTEXTS, HORIZONS = 3, 6  # columns of a sheet
 FILM_CONTEXT, FILM_HORIZON = 20, 200  # frames of a film

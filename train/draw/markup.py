@@ -93,7 +93,7 @@ def table(header: Iterable, rows: Iterable[Iterable]) -> str:
 
 
 def figure(svg: str, caption: str, above: bool = False) -> str:
-    """An SVG of `train.report.figures`, set into the page so that it takes its text
+    """An SVG of `train.draw.figures`, set into the page so that it takes its text
     colour; the caption stands below it, or above."""
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{text(caption)}" ', 1)
     said = f"<figcaption>{text(caption)}</figcaption>"

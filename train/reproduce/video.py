@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import video
-from train import contest, evaluate, files, record, rollout
+from train import evaluate, files, record
+from train.reproduce import contest
+from train.video import rollout
 
 LAYERS = ("conv_s5", "conv_lstm")
 TRIAL = 60  # steps

@@ -7,7 +7,7 @@
 Subject and baseline are compiled, then called in turn, so that a busy machine slows
 both alike; figures are medians with quartiles, ratios are baseline over subject.
 Temporary memory is the compiler's own count. `make bench` runs it with the allocator
-setting that the README explains. `train.video_bench` has the suite "video".
+setting that the README explains. `train.bench.video` has the suite "video".
 """
 
 import argparse
@@ -30,7 +30,7 @@ from kernels.bench import timing
 from layers import S4, S4D, S5, Hyena, LongConv, Mamba, build, prepare
 from layers.common import logical
 from ssm import sequence as seq
-from train import video_bench
+from train.bench import video as video_bench
 
 
 class TableS4D(S4D):

@@ -5,8 +5,8 @@
                               [--workdir runs/reproduce] [--readme README.md]
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
-the test split selects nothing. `train.contest` has the three tasks of recall, whose
-layers are made equal, `train.video_contest` that of video.
+the test split selects nothing. `train.reproduce.contest` has the three tasks of recall,
+whose layers are made equal, `train.reproduce.video` that of video.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import lra, pixels
-from train import baseline, checkpoint, contest, data, files, record, video_contest
+from train import checkpoint, data, files, record
+from train.reproduce import baseline, contest
+from train.reproduce import video as video_contest
 
 
 class Task(NamedTuple):

@@ -3,8 +3,9 @@
 import jax
 
 from layers.video import Video
-from train import checkpoint, evaluate, record, rollout, sharding, signals, step
+from train import checkpoint, evaluate, record, sharding, signals, step
 from train.checkpoint import CheckpointError
+from train.video import rollout
 
 COMPARED = 64  # rows at most that both modes read at the end of a run
 

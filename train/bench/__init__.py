@@ -1,0 +1,1 @@
+"""Speed and memory of layers and training steps; `python -m train.bench`."""

@@ -1,0 +1,1 @@
+"""Drawings that need no other program: SVG figures and HTML pages."""

@@ -1,0 +1,1 @@
+"""The results that the README reports, trained anew; `python -m train.reproduce`."""

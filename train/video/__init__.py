@@ -1,0 +1,1 @@
+"""What only models of frames have: rollouts, their scores and pictures, the codec."""
