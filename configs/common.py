@@ -194,7 +194,7 @@ def base() -> ConfigDict:
                 vocab_size=0,
                 length=0,
                 outputs=0,
-                grid="",  # of images: separable, axis_sum, cross; see layers.grid
+                grid="",  # of images: separable, axis_sum, cross; see `Grid`
                 patch=1,  # pixels along each axis of a grid that become one place
                 video=dict(
                     size=(0, 0),  # frames, channels and actions: from the dataset
@@ -211,7 +211,7 @@ def base() -> ConfigDict:
                 mlp=-1.0,  # width of a gated MLP per feature, 0: none;
                 gelu="",  # the form in the gate: erf, tanh
                 norm_epsilon=-1.0,  # added to a variance; 0: Flax's of the norm;
-                # "" and -1: as the layer's family has it, see layers.build.PLACEMENTS
+                # "" and -1: as the layer's family has it, see its PLACEMENT
                 dropout=0.0,
                 tie_dropout=True,
                 dtype="float32",

@@ -34,7 +34,7 @@ def get_config(arg="digits"):
     arg = common.parse_arg(arg, task=TASKS, layer="s4d", scheme=SCHEMES)
     config = common.base()
     common.set_layer(config, arg.layer)
-    # One layer for both directions where it can be; see layers.grid for the others.
+    # One layer for both directions where it can be; `Grid` has the others.
     common.apply(config, dict(layer_args=dict(bidirectional=True)))
     config.data.update(DATA[arg.task], layout="image")
     config.model.update(grid=arg.scheme, dropout=0.1)

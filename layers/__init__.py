@@ -9,36 +9,36 @@ mask, reset and dt.
 """
 
 from layers.attention import Attention
-from layers.build import FRAME_LAYERS, LAYERS, build, get
-from layers.common import prepare
-from layers.conv_lstm import ConvLSTM
-from layers.conv_s5 import ConvS5
 from layers.delta_net import DeltaNet
+from layers.diagonal import prepare
 from layers.dss import DSS
 from layers.flash_butterfly import FlashButterfly
-from layers.frame_attention import FrameAttention, FullFrameAttention
+from layers.frames.conv_lstm import ConvLSTM
+from layers.frames.conv_s5 import ConvS5
+from layers.frames.frame_attention import FrameAttention, FullFrameAttention
 from layers.gated_delta_net import GatedDeltaNet
 from layers.gla import GLA
-from layers.grid import Grid
 from layers.gru import GRU
 from layers.h3 import H3
 from layers.hyena import Hyena
+from layers.laws.mixing import materialize
 from layers.lightning import Lightning
 from layers.long_conv import LongConv
 from layers.lru import LRU
 from layers.lstm import LSTM
 from layers.mamba import Mamba
 from layers.mamba2 import Mamba2
-from layers.mixing import materialize
-from layers.model import Model
+from layers.models.build import FRAME_LAYERS, LAYERS, build, get
+from layers.models.grid import Grid
+from layers.models.model import Model
+from layers.models.video import Video
+from layers.models.vq import VQ
 from layers.retention import Retention
 from layers.rg_lru import RGLRU
 from layers.s4 import S4
 from layers.s4d import S4D
 from layers.s5 import S5
 from layers.sg_conv import SGConv
-from layers.video import Video
-from layers.vq import VQ
 from ssm.sequence import Sequence
 
 __all__ = [

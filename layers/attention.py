@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from layers import heads
-from layers.common import (
+from layers.checks import (
     also_empty,
     at_least_one,
     at_least_zero,
-    begin,
-    linear,
+    checked,
     no_initial_state,
-    wide,
 )
-from layers.mixing import expose
+from layers.inside import expose
+from layers.parameters import at_least_float32, linear
 from ssm import rotary
 from ssm import sequence as seq
 
@@ -149,7 +148,7 @@ class Attention(nn.Module):
         than the context.
         """
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         reach, G, K = self._sizes()
         if sequence.dt is not None:
             raise ValueError("dt: attention has no notion of elapsed time; pass None")
@@ -177,7 +176,7 @@ class Attention(nn.Module):
         if self.bidirectional:
             raise no_initial_state("Attention")
         reach, G, K = self._sizes()
-        return empty_cache((batch_size, reach - 1, G, K), wide(self.dtype))
+        return empty_cache((batch_size, reach - 1, G, K), at_least_float32(self.dtype))
 
     @nn.nowrap
     def _sizes(self):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import also_empty, at_least_one, begin, dense, wide
-from layers.mixing import expose
-from layers.recorder import record
+from layers.checks import also_empty, at_least_one, checked
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, dense
 from layers.short_conv import ShortConv
 from ssm import sequence as seq
 
@@ -58,7 +58,7 @@ class DeltaNet(nn.Module):
         """x [B, L, H] -> y [B, L, H], `DeltaState`. `ValueError` for a wrong shape, a
         dt, or widths that the heads do not divide."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         if sequence.dt is not None:
             raise ValueError("dt: DeltaNet has no notion of elapsed time; pass None")
         x, sequence, restore = seq.compact(x, sequence)
@@ -79,7 +79,9 @@ class DeltaNet(nn.Module):
 
 def write_strength(layer, x, sequence):
     """beta [B, L, heads] in (0, 1), 0 on masked tokens."""
-    project = dense(layer.heads, "beta", wide(layer.dtype), ("embed", "heads"), None)
+    project = dense(
+        layer.heads, "beta", at_least_float32(layer.dtype), ("embed", "heads"), None
+    )
     beta = nn.sigmoid(project(x))
     record(layer, sequence, gate=beta)
     return seq.zero_masked(beta, sequence)
@@ -117,4 +119,6 @@ def zero_state(layer, batch_size):
         (batch_size, layer.conv_width - 1, layer.heads * size) for size in (K, K, V)
     ]
     shapes = [*tails, (batch_size, layer.heads, K, V)]
-    return DeltaState(*(jnp.zeros(shape, wide(layer.dtype)) for shape in shapes))
+    return DeltaState(
+        *(jnp.zeros(shape, at_least_float32(layer.dtype)) for shape in shapes)
+    )

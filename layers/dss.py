@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels import fft_conv, vandermonde
-from layers.common import (
-    also_empty,
-    begin,
+from layers.checks import also_empty, checked, no_initial_state
+from layers.diagonal import diagonal_modes
+from layers.parameters import (
+    at_least_complex64,
+    at_least_float32,
     complex_normal,
     constant,
-    diagonal_modes,
     logical,
-    no_initial_state,
-    wide,
-    wide_complex,
 )
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
@@ -72,9 +70,9 @@ class DSS(nn.Module):
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         lam, dt, C, D = self._parameters()
-        u = x.astype(wide(self.dtype))
+        u = x.astype(at_least_float32(self.dtype))
         if self.bidirectional:
             y, state = self._both_directions(lam, dt, C, D, u, sequence), None
         else:
@@ -94,7 +92,7 @@ class DSS(nn.Module):
         if self.bidirectional:
             raise no_initial_state("DSS")
         shape = batch_size, self.features, self.state_size // 2
-        return jnp.zeros(shape, wide_complex(self.dtype))
+        return jnp.zeros(shape, at_least_complex64(self.dtype))
 
     def eigenvalues(self):
         """log a [H, n] complex per token, a the eigenvalues of the recurrence. By

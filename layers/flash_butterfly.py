@@ -5,9 +5,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from kernels.fft_conv import block_sizes, butterfly_conv, dft_factors
-from layers.common import also_empty, begin, logical, regular, within_length
+from layers.checks import also_empty, checked, refuse_dt, within_length
+from layers.inside import expose
 from layers.long_conv import LongConv
-from layers.mixing import expose
+from layers.parameters import logical
 from ssm import sequence as seq
 
 
@@ -47,8 +48,8 @@ class FlashButterfly(LongConv):
                 "state: FlashButterfly has none, its learned transform mixes past and "
                 "future; pass None"
             )
-        sequence = begin(self, x, None, sequence)
-        regular(self, sequence)
+        sequence = checked(self, x, None, sequence)
+        refuse_dt(self, sequence)
         if sequence.reset is not None:
             raise ValueError(
                 "reset: FlashButterfly mixes all tokens of a row, as a learned "

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import also_empty, begin, linear, logical, wide
+from layers.checks import also_empty, checked
 from layers.delta_net import DeltaState, short_convolutions, write_strength, zero_state
-from layers.mixing import expose
-from layers.recorder import record
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, linear, logical
 from ssm import sequence as seq
 from ssm import spectra
 
@@ -51,7 +51,7 @@ class GatedDeltaNet(nn.Module):
         """x [B, L, H] -> y [B, L, H], `DeltaState`. `ValueError` for a wrong shape, or
         widths that the heads do not divide."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         x, sequence, restore = seq.compact(x, sequence)
         q, k, v, tails = short_convolutions(self, x, state, sequence)
         beta = write_strength(self, x, sequence)
@@ -80,7 +80,9 @@ class GatedDeltaNet(nn.Module):
 
         bias = self.param("dt_bias", logical(start, "heads"), (self.heads,))
         A_log = self.param("A_log", logical(rates, "heads"), (self.heads,))
-        dt = linear(self.heads, "dt", wide(self.dtype), ("embed", "heads"))(x)
+        dt = linear(self.heads, "dt", at_least_float32(self.dtype), ("embed", "heads"))(
+            x
+        )
         dt = nn.softplus(dt + bias)
         elapsed = seq.elapsed(sequence)
         dt = dt if elapsed is None else dt * elapsed[..., None]

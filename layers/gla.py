@@ -5,16 +5,9 @@ import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import (
-    also_empty,
-    at_least_one,
-    begin,
-    dense,
-    linear,
-    wide,
-)
-from layers.mixing import expose
-from layers.recorder import record
+from layers.checks import also_empty, at_least_one, checked
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, dense, linear
 from ssm import sequence as seq
 
 
@@ -52,7 +45,7 @@ class GLA(nn.Module):
         """x [B, L, H] -> y [B, L, H], state [B, heads, K, V]. `ValueError` for a wrong
         shape, or widths that the heads do not divide."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         at_least_one(self, "rank")
         if self.normaliser <= 0:
             raise ValueError(f"normaliser: must be positive, got {self.normaliser}")
@@ -63,7 +56,9 @@ class GLA(nn.Module):
         v = expose(self, "values", heads.project(x, self.heads, V, "value", self.dtype))
         gate = nn.silu(linear(self.heads * V, "gate", self.dtype)(x))
         low = linear(self.rank, "decay_in", self.dtype, ("embed", None))(x)
-        g = dense(self.heads * K, "decay", wide(self.dtype), (None, "mlp"))(low)
+        g = dense(self.heads * K, "decay", at_least_float32(self.dtype), (None, "mlp"))(
+            low
+        )
         g = heads.split(nn.log_sigmoid(g) / self.normaliser, self.heads)
         elapsed = seq.elapsed(sequence)
         g = g if elapsed is None else g * elapsed[..., None, None]
@@ -77,4 +72,6 @@ class GLA(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros [B, heads, K, V]."""
-        return jnp.zeros((batch_size, self.heads, *heads.sizes(self)), wide(self.dtype))
+        return jnp.zeros(
+            (batch_size, self.heads, *heads.sizes(self)), at_least_float32(self.dtype)
+        )

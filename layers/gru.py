@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import varying
-from layers.common import also_empty, begin, dense, logical, wide
+from layers.checks import also_empty, checked
+from layers.parameters import at_least_float32, dense, logical
 from ssm import sequence as seq
 
 
@@ -42,7 +43,7 @@ class GRU(nn.Module):
         """x [B, L, H] -> y [B, L, H], state [B, H]. `ValueError` for a wrong shape or a
         dt."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         if sequence.dt is not None:
             raise ValueError("dt: a GRU has no notion of elapsed time; pass None")
         state = self.init_state(x.shape[0]) if state is None else state
@@ -55,8 +56,8 @@ class GRU(nn.Module):
         bias = self.param(
             "recurrent_bias", logical(nn.initializers.zeros_init(), "mlp"), (H,)
         )
-        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
-        gates = dense(3 * H, "input", wide(self.dtype))(u)
+        u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
+        gates = dense(3 * H, "input", at_least_float32(self.dtype))(u)
 
         def step(h, token):
             gate, exists, reset = token
@@ -79,4 +80,4 @@ class GRU(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros [B, H]."""
-        return jnp.zeros((batch_size, self.features), wide(self.dtype))
+        return jnp.zeros((batch_size, self.features), at_least_float32(self.dtype))

@@ -7,19 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.common import (
-    also_empty,
-    at_least_one,
-    begin,
-    dense,
-    logical,
-    long_conv,
-    past_inputs,
-    regular,
-    uniform,
-    wide,
-)
-from layers.mixing import expose
+from layers.checks import also_empty, at_least_one, checked, refuse_dt
+from layers.convolutions import long_conv, past_inputs
+from layers.inside import expose
+from layers.parameters import at_least_float32, dense, logical, uniform
 from layers.s4d import S4D
 from ssm import sequence as seq
 
@@ -96,8 +87,8 @@ class H3(nn.Module):
         head_size that does not divide H, or a dt."""
         del train
         P = self._head_size()
-        sequence = begin(self, x, state, sequence)
-        regular(self, sequence)
+        sequence = checked(self, x, state, sequence)
+        refuse_dt(self, sequence)
         tail, h = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
         q, k, v = jnp.split(dense(3 * self.features, "in", self.dtype)(x), 3, -1)
@@ -139,7 +130,7 @@ class H3(nn.Module):
             self.spectrum,
             dt_min=self.dt_min,
             dt_max=self.dt_max,
-            dtype=wide(self.dtype),
+            dtype=at_least_float32(self.dtype),
             name="ssm",
         )
         y, h = s4d(outer, h, every)

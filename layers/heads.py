@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from layers.common import at_least_one, linear
+from layers.checks import at_least_one
+from layers.parameters import linear
 
 
 def sizes(layer):

@@ -7,20 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.common import (
-    also_empty,
-    at_least_one,
-    begin,
-    dense,
-    logical,
-    long_conv,
-    once,
-    regular,
-    uniform,
-    wide,
-    within_length,
-)
-from layers.mixing import expose
+from layers.checks import also_empty, at_least_one, checked, refuse_dt, within_length
+from layers.convolutions import long_conv
+from layers.diagonal import computed_once
+from layers.inside import expose
+from layers.parameters import at_least_float32, dense, logical, uniform
 from layers.short_conv import ShortConv
 from ssm import implicit_filters
 from ssm import sequence as seq
@@ -85,8 +76,8 @@ class Hyena(nn.Module):
         call longer than `length`, or a dt."""
         del train
         self._check()
-        sequence = begin(self, x, state, sequence)
-        regular(self, sequence)
+        sequence = checked(self, x, state, sequence)
+        refuse_dt(self, sequence)
         within_length(self, x)
         H, order = self.features, self.order
         tail, past = (None, None) if state is None else state
@@ -110,7 +101,7 @@ class Hyena(nn.Module):
     def init_state(self, batch_size):
         """Zeros."""
         self._check()
-        H, dtype = self.features, wide(self.dtype)
+        H, dtype = self.features, at_least_float32(self.dtype)
         tail = batch_size, self.conv_width - 1, (self.order + 1) * H
         past = batch_size, self.order - 1, self.length - 1, H
         return HyenaState(jnp.zeros(tail, dtype), jnp.zeros(past, dtype))
@@ -120,13 +111,13 @@ class Hyena(nn.Module):
         H, convolutions = self.features, self.order - 1
         normal = nn.initializers.normal(1.0)
         D = self.param("D", logical(normal, None, "embed"), (convolutions, H))
-        k = once(self, "taps", lambda: self._implicit(H * convolutions))
+        k = computed_once(self, "taps", lambda: self._implicit(H * convolutions))
         # Feature by feature, so that every convolution has slow and fast windows.
         return k.reshape(H, convolutions, self.length).swapaxes(0, 1), D
 
     def _implicit(self, filters):
         """Taps [filters, length]."""
-        dtype = wide(self.dtype)
+        dtype = at_least_float32(self.dtype)
         kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         ones = nn.initializers.constant(self.frequency)
         w = self.param("frequency", logical(ones, "mlp"), (self.hidden,))

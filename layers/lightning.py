@@ -8,9 +8,9 @@ import numpy as np
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import also_empty, at_least_zero, begin, linear, wide
-from layers.mixing import expose
-from layers.recorder import record
+from layers.checks import also_empty, at_least_zero, checked
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, linear
 from ssm import sequence as seq
 
 
@@ -56,7 +56,7 @@ class Lightning(nn.Module):
         """x [B, L, H] -> y [B, L, H], state [B, heads, K, V]. `ValueError` for a wrong
         shape, or widths that the heads do not divide."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         at_least_zero(self, "slope_scale")
         x, sequence, restore = seq.compact(x, sequence)
         K, V = heads.sizes(self)
@@ -65,7 +65,7 @@ class Lightning(nn.Module):
         v = expose(self, "values", heads.project(x, self.heads, V, "value", self.dtype))
         gate = nn.sigmoid(linear(self.heads * V, "gate", self.dtype)(x))
         log_decay = jnp.asarray(
-            -self.slope_scale * slopes(self.heads), wide(self.dtype)
+            -self.slope_scale * slopes(self.heads), at_least_float32(self.dtype)
         )
         elapsed = seq.elapsed(sequence)
         if elapsed is not None:
@@ -80,4 +80,6 @@ class Lightning(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros [B, heads, K, V]."""
-        return jnp.zeros((batch_size, self.heads, *heads.sizes(self)), wide(self.dtype))
+        return jnp.zeros(
+            (batch_size, self.heads, *heads.sizes(self)), at_least_float32(self.dtype)
+        )

@@ -8,19 +8,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from kernels import fft_conv
-from layers.common import (
+from layers.checks import (
     also_empty,
     at_least_one,
-    begin,
-    logical,
-    long_conv,
+    checked,
     no_initial_state,
-    once,
-    past_inputs,
-    regular,
+    refuse_dt,
     within_length,
 )
-from layers.mixing import expose
+from layers.convolutions import long_conv, past_inputs
+from layers.diagonal import computed_once
+from layers.inside import expose
+from layers.parameters import logical
 from ssm import implicit_filters
 from ssm import sequence as seq
 
@@ -70,8 +69,8 @@ class LongConv(nn.Module):
         wrong shape, a call longer than `length`, a dt, or a state given to a
         bidirectional layer.
         """
-        sequence = begin(self, x, state, sequence)
-        regular(self, sequence)
+        sequence = checked(self, x, state, sequence)
+        refuse_dt(self, sequence)
         within_length(self, x)
         k, D = self._filters(train), self._skip()
         u, sequence, restore = seq.compact(x.astype(self.dtype), sequence)
@@ -96,7 +95,7 @@ class LongConv(nn.Module):
         shape = 1 + self.bidirectional, self.features, self.length
         start = functools.partial(implicit_filters.free, start=self.start)
         taps = self.param("filter", logical(start, None, "embed", None), shape)
-        k = once(self, "taps", lambda: self._regularised(taps))
+        k = computed_once(self, "taps", lambda: self._regularised(taps))
         return nn.Dropout(self.filter_dropout)(k, deterministic=not train)
 
     def _regularised(self, k):

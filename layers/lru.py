@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import also_empty, begin, logical, wide, wide_complex
+from layers.checks import also_empty, checked
+from layers.parameters import at_least_complex64, at_least_float32, logical
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -36,9 +37,9 @@ class LRU(nn.Module):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex. `ValueError` for a wrong
         shape."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         log_lam, gamma, B, C, D = self._parameters()
-        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
+        u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
 
         def rule(elapsed):
             return log_lam if elapsed is None else log_lam * elapsed, gamma
@@ -52,7 +53,7 @@ class LRU(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros [B, P] complex."""
-        return jnp.zeros((batch_size, self.state_size), wide_complex(self.dtype))
+        return jnp.zeros((batch_size, self.state_size), at_least_complex64(self.dtype))
 
     def eigenvalues(self):
         """log lam [P] complex, per token. By `layer.apply(variables,

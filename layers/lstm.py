@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import varying
-from layers.common import also_empty, begin, dense, logical, wide
+from layers.checks import also_empty, checked
+from layers.parameters import at_least_float32, dense, logical
 from ssm import sequence as seq
 
 
@@ -51,11 +52,11 @@ class LSTM(nn.Module):
         """x [B, L, H] -> y [B, L, H], `LSTMState`. `ValueError` for a wrong shape or a
         dt."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         if sequence.dt is not None:
             raise ValueError("dt: an LSTM has no notion of elapsed time; pass None")
         state = self.init_state(x.shape[0]) if state is None else state
-        H, dtype = self.features, wide(self.dtype)
+        H, dtype = self.features, at_least_float32(self.dtype)
         U = self.param(
             "recurrent_kernel",
             logical(nn.initializers.orthogonal(), "embed", "mlp"),
@@ -89,4 +90,6 @@ class LSTM(nn.Module):
     def init_state(self, batch_size):
         """Zeros."""
         shape = batch_size, self.features
-        return LSTMState(*(jnp.zeros(shape, wide(self.dtype)) for _ in range(2)))
+        return LSTMState(
+            *(jnp.zeros(shape, at_least_float32(self.dtype)) for _ in range(2))
+        )

@@ -10,18 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import selective_scan
-from layers.common import (
-    also_empty,
-    at_least_one,
-    at_least_zero,
-    begin,
-    dense,
-    linear,
-    logical,
-    wide,
-)
-from layers.mixing import expose
-from layers.recorder import record
+from layers.checks import also_empty, at_least_one, at_least_zero, checked
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, dense, linear, logical
 from layers.short_conv import ShortConv
 from ssm import sequence as seq
 from ssm import spectra
@@ -74,7 +65,7 @@ class Mamba(nn.Module):
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], `MambaState`. `ValueError` for a wrong shape."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         tail, h = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
         # All but the scan is cheap to make again, and much larger than what is kept.
@@ -109,8 +100,10 @@ class Mamba(nn.Module):
         """Zeros."""
         E, N, _ = self._sizes()
         return MambaState(
-            jnp.zeros((batch_size, self.conv_width - 1, E), wide(self.dtype)),
-            jnp.zeros((batch_size, E, N), wide(self.dtype)),
+            jnp.zeros(
+                (batch_size, self.conv_width - 1, E), at_least_float32(self.dtype)
+            ),
+            jnp.zeros((batch_size, E, N), at_least_float32(self.dtype)),
         )
 
     @nn.nowrap
@@ -126,7 +119,7 @@ class Mamba(nn.Module):
         project = dense(
             E,
             "dt",
-            wide(self.dtype),
+            at_least_float32(self.dtype),
             (None, "mlp"),
             bias_init=functools.partial(
                 spectra.softplus_dt,

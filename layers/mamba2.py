@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels import chunked_scan
-from layers.common import (
-    also_empty,
-    at_least_one,
-    begin,
-    linear,
-    logical,
-    wide,
-)
-from layers.mixing import expose
-from layers.recorder import record
+from layers.checks import also_empty, at_least_one, checked
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, linear, logical
 from layers.short_conv import ShortConv
 from ssm import sequence as seq
 from ssm import spectra
@@ -75,7 +68,7 @@ class Mamba2(nn.Module):
         """x [B, L, H] -> y [B, L, H], `Mamba2State`. `ValueError` for a wrong shape, or
         heads and groups that do not divide."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         tail, S = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
         E, heads, _, GN = self._sizes()
@@ -106,7 +99,9 @@ class Mamba2(nn.Module):
         E, heads, P, GN = self._sizes()
         tail = batch_size, self.conv_width - 1, E + 2 * GN
         S = batch_size, heads, self.state_size, P
-        return Mamba2State(*(jnp.zeros(s, wide(self.dtype)) for s in (tail, S)))
+        return Mamba2State(
+            *(jnp.zeros(s, at_least_float32(self.dtype)) for s in (tail, S))
+        )
 
     @nn.nowrap
     def _sizes(self):

@@ -9,9 +9,9 @@ import numpy as np
 
 from kernels import chunked_scan
 from layers import heads
-from layers.common import also_empty, begin, linear, wide
-from layers.mixing import expose
-from layers.recorder import record
+from layers.checks import also_empty, checked
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, linear
 from ssm import rotary
 from ssm import sequence as seq
 
@@ -48,7 +48,7 @@ class Retention(nn.Module):
         """x [B, L, H] -> y [B, L, H], state [B, heads, K, V]. `ValueError` for a wrong
         shape, or widths that the heads do not divide."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         x, sequence, restore = seq.compact(x, sequence)
         K, V = self._sizes()
         q = heads.project(x, self.heads, K, "query", self.dtype)
@@ -69,7 +69,9 @@ class Retention(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros [B, heads, K, V]."""
-        return jnp.zeros((batch_size, self.heads, *self._sizes()), wide(self.dtype))
+        return jnp.zeros(
+            (batch_size, self.heads, *self._sizes()), at_least_float32(self.dtype)
+        )
 
     @nn.nowrap
     def _sizes(self):
@@ -87,7 +89,7 @@ class Retention(nn.Module):
         gamma = np.log1p(-(2.0 ** (-5 - np.arange(self.heads))))
         elapsed = seq.elapsed(sequence)
         # Of a mask alone it is float32, which would round gamma in float64.
-        ones = jnp.ones(x.shape[:2], wide(self.dtype))
+        ones = jnp.ones(x.shape[:2], at_least_float32(self.dtype))
         elapsed = ones if elapsed is None else ones * elapsed
         return elapsed[..., None] * jnp.asarray(gamma, elapsed.dtype)
 

@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels import linear_scan
-from layers.common import (
-    also_empty,
-    at_least_one,
-    at_least_zero,
-    begin,
-    dense,
-    logical,
-    wide,
-)
-from layers.mixing import expose
-from layers.recorder import record
+from layers.checks import also_empty, at_least_one, at_least_zero, checked
+from layers.inside import expose, record
+from layers.parameters import at_least_float32, dense, logical
 from layers.short_conv import ShortConv
 from ssm import sequence as seq
 from ssm import spectra
@@ -82,7 +74,7 @@ class RGLRU(nn.Module):
         """x [B, L, H] -> y [B, L, H], `RGLRUState`. `ValueError` for a wrong shape, or
         heads that do not divide the width."""
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         state = self.init_state(x.shape[0]) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
         E = self._width()
@@ -93,7 +85,7 @@ class RGLRU(nn.Module):
             E, self.conv_width, kernel_init=narrow, dtype=self.dtype, name="conv"
         )
         u, tail = conv(u, state.conv, sequence)
-        u = seq.zero_masked(u.astype(wide(self.dtype)), sequence)
+        u = seq.zero_masked(u.astype(at_least_float32(self.dtype)), sequence)
         log_a, i = self._gates(u, sequence)
         started, begun = seq.begun(state.begun, sequence, x.shape[:2])
         scale = _root(-jnp.expm1(2 * log_a))
@@ -111,7 +103,7 @@ class RGLRU(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """Zeros, and nothing begun."""
-        E, dtype = self._width(), wide(self.dtype)
+        E, dtype = self._width(), at_least_float32(self.dtype)
         return RGLRUState(
             jnp.zeros((batch_size, self.conv_width - 1, E), dtype),
             jnp.zeros((batch_size, E), dtype),

@@ -7,17 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels import fft_conv, segments
-from layers.common import (
-    also_empty,
-    begin,
+from layers.checks import also_empty, checked, no_initial_state
+from layers.diagonal import computed_once
+from layers.parameters import (
+    at_least_complex64,
+    at_least_float32,
     complex_normal,
     constant,
     constant_pair,
     logical,
-    no_initial_state,
-    once,
-    wide,
-    wide_complex,
 )
 from ssm import discretize, dplr, filters, hippo, spectra, stability
 from ssm import sequence as seq
@@ -30,7 +28,7 @@ class S4(nn.Module):
     C~ = C (I - A_bar^length), so that the filter of `length` taps needs no power of
     A_bar; C itself is solved for where a state enters, a call is longer than `length`
     or `step_scale` is not 1. A call without a state is one FFT convolution, L = 1 with
-    a state one O(n R) step; see `prepare` in `layers.common` for decoding. The solve is
+    a state one O(n R) step; see `layers.diagonal.prepare` for decoding. The solve is
     as exact as 1 - exp(length dt lam) is far from 0: where lam is nearly 0 (the mean of
     the measure `fout`), some digits are lost.
 
@@ -79,9 +77,9 @@ class S4(nn.Module):
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         system, C_tilde, D = self._parameters()
-        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
+        u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
         if self.bidirectional:
             if sequence.dt is not None:
                 raise ValueError(
@@ -104,7 +102,7 @@ class S4(nn.Module):
         if self.bidirectional:
             raise no_initial_state("S4")
         shape = batch_size, self.features, self.state_size // 2
-        return jnp.zeros(shape, wide_complex(self.dtype))
+        return jnp.zeros(shape, at_least_complex64(self.dtype))
 
     def eigenvalues(self):
         """log a [H, n] complex per token, a the eigenvalues of the recurrence without
@@ -214,7 +212,7 @@ class S4(nn.Module):
             C = dplr.untruncated(system, C_tilde[0], self.length)
             return scaled, dplr.prepare(scaled), C
 
-        scaled, prepared, C = once(self, "step", constants)
+        scaled, prepared, C = computed_once(self, "step", constants)
         if sequence.reset is not None:
             state = jnp.where(sequence.reset[:, :1, None], 0, state)
         new = dplr.step(scaled, prepared, u[:, 0], state)

@@ -7,14 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import (
-    also_empty,
-    begin,
-    logical,
-    no_initial_state,
-    wide,
-    wide_complex,
-)
+from layers.checks import also_empty, checked, no_initial_state
+from layers.parameters import at_least_complex64, at_least_float32, logical
 from ssm import discretize, recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -59,9 +53,9 @@ class S5(nn.Module):
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         lam, dt, B, C, D = self._parameters()
-        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
+        u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
         discretization = discretize.get(self.discretization)
 
         def rule(elapsed):
@@ -88,7 +82,7 @@ class S5(nn.Module):
         if self.bidirectional:
             raise no_initial_state("S5")
         stored = self.state_size // (1 + self.conj_sym)
-        return jnp.zeros((batch_size, stored), wide_complex(self.dtype))
+        return jnp.zeros((batch_size, stored), at_least_complex64(self.dtype))
 
     def eigenvalues(self):
         """log a [P] complex per token, a the eigenvalues of the recurrence; one of

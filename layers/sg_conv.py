@@ -6,19 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import fft_conv
-from layers.common import (
+from layers.checks import (
     also_empty,
     at_least_one,
-    begin,
-    logical,
-    long_conv,
+    checked,
     no_initial_state,
-    once,
-    past_inputs,
-    regular,
+    refuse_dt,
     within_length,
 )
-from layers.mixing import expose
+from layers.convolutions import long_conv, past_inputs
+from layers.diagonal import computed_once
+from layers.inside import expose
+from layers.parameters import logical
 from ssm import implicit_filters
 from ssm import sequence as seq
 
@@ -69,8 +68,8 @@ class SGConv(nn.Module):
         given to a bidirectional layer.
         """
         del train
-        sequence = begin(self, x, state, sequence)
-        regular(self, sequence)
+        sequence = checked(self, x, state, sequence)
+        refuse_dt(self, sequence)
         within_length(self, x)
         k = self._filters()
         normal = nn.initializers.normal(1.0)
@@ -110,7 +109,9 @@ class SGConv(nn.Module):
             "norm",
             lambda: jnp.linalg.norm(whole(), axis=-1, keepdims=True),
         )
-        return once(self, "taps", lambda: whole()[..., : self.length] / Z.value)
+        return computed_once(
+            self, "taps", lambda: whole()[..., : self.length] / Z.value
+        )
 
     def _exponent(self):
         """The learned exponent [H] of the decay, or None."""

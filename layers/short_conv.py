@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import short_conv
-from layers.common import logical, wide
+from layers.parameters import at_least_float32, logical
 from ssm import sequence as seq
 
 
@@ -50,4 +50,4 @@ class ShortConv(nn.Module):
     def init_state(self, batch_size):
         """Zeros [B, W-1, H]."""
         tail = batch_size, self.width - 1, self.features
-        return jnp.zeros(tail, wide(self.dtype))
+        return jnp.zeros(tail, at_least_float32(self.dtype))

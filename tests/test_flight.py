@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 from configs import common
-from layers.build import build
+from layers.models.build import build
 from train import flight, loop, losses, sharding, state
 
 HYBRID = "mamba+attention"

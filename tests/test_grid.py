@@ -11,9 +11,10 @@ import pytest
 
 from configs import common, images, pixels
 from kernels.tolerance import assert_close
-from layers import LAYERS, Grid, Sequence, build, grid
-from layers.block import Block, Norm
-from layers.model import Encoder
+from layers import LAYERS, Grid, Sequence
+from layers.models import build, grid
+from layers.models.block import Block, Norm
+from layers.models.model import Encoder
 from train import data, loop, losses, optimizers
 from train.data import images as files
 from train.data import original

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from kernels import linear_scan
-from layers import S5, common, examples, laws
+from layers import S5, laws
+from layers.checks import checked
 from layers.laws import __main__ as command
+from layers.laws import examples
+from layers.parameters import at_least_float32
 from ssm import sequence as seq
 
 STATES = {"one call = pieces = steps", "no state, gradients", "causality"}
@@ -90,9 +93,9 @@ class Decay(nn.Module):
 
     @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
-        sequence = common.begin(self, x, state, sequence)
+        sequence = checked(self, x, state, sequence)
         state = self.zeros(x.shape[0]) if state is None else state
-        y, state = self.mixed(x.astype(common.wide(self.dtype)), state, sequence)
+        y, state = self.mixed(x.astype(at_least_float32(self.dtype)), state, sequence)
         return seq.zero_masked(y, sequence).astype(self.dtype), state
 
     def mixed(self, x, state, sequence):
@@ -115,7 +118,7 @@ class Decay(nn.Module):
 
     @nn.nowrap
     def zeros(self, batch_size):
-        return jnp.zeros((batch_size, self.features), common.wide(self.dtype))
+        return jnp.zeros((batch_size, self.features), at_least_float32(self.dtype))
 
 
 def test_a_sound_layer_of_a_users_own_holds():

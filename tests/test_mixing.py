@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kernels.tolerance import assert_close
-from layers import LAYERS, examples, materialize
+from layers import LAYERS, materialize
+from layers.laws import examples
 
 L = 7
 SEQUENTIAL = ("gru", "lstm")  # not linear in what they mix

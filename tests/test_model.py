@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from kernels.tolerance import assert_close
-from layers import LAYERS, Sequence, build
-from layers.block import GELUS, Block, Norm
+from layers import LAYERS, Sequence
+from layers.models import build
+from layers.models.block import GELUS, Block, Norm
 
 CONFIG = {
     "layer": "gru",  # quick to compile, where the layer is not the point

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from configs import common, pixels
-from layers.build import GELUS, NORMS
+from layers.models.build import GELUS, NORMS
 from train import evaluate, loop, record, report
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"

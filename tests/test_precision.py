@@ -8,8 +8,10 @@ import optax
 import pytest
 
 from configs import common
-from layers import LAYERS, build, precision, rounding
-from layers.common import wide
+from layers import LAYERS
+from layers.laws import rounding
+from layers.models import build, precision
+from layers.parameters import at_least_float32
 
 QUICK = ("mamba",)
 
@@ -70,7 +72,7 @@ def test_a_policy_is_found_by_name():
 @pytest.mark.parametrize("policy", precision.POLICIES.values())
 def test_layers_take_the_state_of_a_policy_from_its_compute(policy):
     with jax.enable_x64(True):
-        assert wide(policy.compute) == policy.state
+        assert at_least_float32(policy.compute) == policy.state
 
 
 def test_command_writes_the_table(tmp_path, capsys):

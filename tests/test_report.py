@@ -12,7 +12,8 @@ import pytest
 
 from configs import common, own, pixels
 from kernels.tolerance import assert_close
-from layers import LRU, S4D, S5, build
+from layers import LRU, S4D, S5
+from layers.models import build
 from train import evaluate, loop, main, report, sharding, state
 from train.checkpoint import CheckpointError
 from train.draw import figures

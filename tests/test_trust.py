@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from configs import common, pixels, video
-from layers.build import LAYERS
+from layers.models.build import LAYERS
 from train import (
     checkpoint,
     data,

@@ -11,8 +11,9 @@ import pytest
 
 from configs import video
 from kernels.tolerance import assert_close
-from layers import FRAME_LAYERS, Sequence, build
-from layers.video import PIECE
+from layers import FRAME_LAYERS, Sequence
+from layers.models import build
+from layers.models.video import PIECE
 from train import data, loop, losses, metrics, report
 from train.reproduce import contest
 from train.reproduce import video as video_contest

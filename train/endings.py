@@ -2,7 +2,7 @@
 
 import jax
 
-from layers.video import Video
+from layers.models.video import Video
 from train import checkpoint, evaluate, record, sharding, signals, step
 from train.checkpoint import CheckpointError
 from train.video import rollout

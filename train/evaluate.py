@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from layers.build import build, foreign
+from layers.models.build import build, foreign
 from ssm.sequence import Sequence
 from train import (
     checkpoint,

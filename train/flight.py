@@ -1,6 +1,6 @@
 """The flight recorder of a run: a few scalars of every layer, and where it broke.
 
-With `train.record` every log has them; see `layers.recorder` for what they are. When a
+With `train.record` every log has them; see `layers.inside` for what they are. When a
 run ends because something is not finite, its last steps are run again from the last
 checkpoint, with the recorder on, and the error names the first quantity that broke.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from layers.recorder import RECORD
+from layers.inside import RECORD
 from train import sharding
 from train.checkpoint import named_leaves
 from train.losses import LossFn

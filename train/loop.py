@@ -14,9 +14,9 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from layers import grid
-from layers.build import build
-from layers.video import Video
+from layers.models import grid
+from layers.models.build import build
+from layers.models.video import Video
 from train import (
     checkpoint,
     data,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from layers.images import from_bytes
+from layers.frames.images import from_bytes
 
 LossFn = Callable[
     [jax.Array, Mapping[str, jax.Array]],
@@ -39,7 +39,7 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
     - "codes": the classification of every place, outputs [B, L, h, w, K], targets int
       [B, L, h, w], mean over the frame. Metric: accuracy.
     - "autoencoder": per real frame of the inputs, uint8 p as x = p / 127.5 - 1, with
-      outputs a `layers.vq.Reconstruction`: mean of (frames - x)^2 / 2 +
+      outputs a `layers.models.vq.Reconstruction`: mean of (frames - x)^2 / 2 +
       |frames - x| / 2, plus its commitment. Metrics: mse, commitment; perplexity, exp
       of the entropy of how often the batch has each code; usage, the share of codes
       that it has at all.

@@ -49,7 +49,7 @@ def init_variables(model: nn.Module, batch: Mapping, key: jax.Array) -> dict[str
     """The model's first variables, without the boxes of logical axis names.
 
     Args:
-        model: obeys the contract of `layers.build.build`.
+        model: obeys the contract of `layers.models.build.build`.
         batch: a batch, of whose "inputs" only shape and dtype matter.
         key: of the random numbers.
 

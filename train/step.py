@@ -34,7 +34,7 @@ def make_train_step(
     weights are soon forgotten.
 
     Args:
-        model: obeys the contract of `layers.build.build`.
+        model: obeys the contract of `layers.models.build.build`.
         optimizer: of all parameters.
         loss_fn: (outputs, batch) -> (loss_sum, weight, metric_sums).
         config: the run's, of which "seed" and "train" are read.

@@ -5,5 +5,7 @@ import sys
 from train.video.codec import main
 
 if __name__ == "__main__":
-    print("python -m train.tokenize is now python -m train.video.codec", file=sys.stderr)
+    print(
+        "python -m train.tokenize is now python -m train.video.codec", file=sys.stderr
+    )
     sys.exit(main())

@@ -9,8 +9,8 @@ import time
 from typing import NamedTuple
 
 from layers import laws
-from layers.build import get
-from layers.examples import CASES, FEATURES
+from layers.laws.examples import CASES, FEATURES
+from layers.models.build import get
 
 WIDTH = 80
 AT_ONCE = min(2, os.cpu_count() or 1)  # cases: the compiler works outside Python's lock

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from kernels.bench import timing
 from layers import ConvLSTM, ConvS5, FrameAttention, FullFrameAttention
-from layers.block import Block
-from layers.stack import Stack
+from layers.models.block import Block
+from layers.models.stack import Stack
 from ssm import conv_ssm
 
 CONTEXTS = (16, 32, 64, 128, 256, 512)  # frames of history

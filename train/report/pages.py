@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from layers.model import Model
-from layers.video import Video
+from layers.models.model import Model
+from layers.models.video import Video
 from train import checkpoint, evaluate, files, record, settings, signals
 from train.draw import figures
 from train.draw.markup import (

@@ -76,7 +76,7 @@ def blocks(model, stages: dict[str, dict], length: int) -> list[Block]:
     the middle, any other at the first token.
 
     Args:
-        model: of `layers.build.build`.
+        model: of `layers.models.build.build`.
         stages: name -> variables of the model.
         length: of the sequences; at most LAGS of it are looked at.
     """

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import synthetic
-from layers.build import build
+from layers.models.build import build
 from train import data, evaluate, files, loop, record, state
 
 RATES = (1e-3, 3e-3, 1e-2)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from layers.images import to_bytes
+from layers.frames.images import to_bytes
 from train import data, files, settings
 from train.data import pipeline
 from train.data.video import whole_clips

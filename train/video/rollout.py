@@ -26,9 +26,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from layers.build import build
-from layers.images import from_bytes, to_bytes
-from layers.video import Video
+from layers.frames.images import from_bytes, to_bytes
+from layers.models.build import build
+from layers.models.video import Video
 from train import checkpoint, data, evaluate, files, settings, signals
 from train.data.pipeline import Dataset
 from train.data.video import whole_clips
@@ -68,7 +68,7 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
     The context is read in one call; then every answer is the next input.
 
     Args:
-        model: a `layers.video.Video`; variables: of it.
+        model: a `layers.models.video.Video`; variables: of it.
         context: pixels [B, T, h, w, C], uint8 or in [-1, 1], or codes [B, T, h, w].
         horizon: frames to predict, at least 1.
         actions: int [B, T + horizon - 1], the one at t leading from frame t to t + 1;

@@ -1,13 +1,25 @@
-"""The flight recorder: what goes on inside, as a few scalars per layer."""
+"""What goes on inside a layer, shown where a collection is asked for: the arrays that
+its mixing acts on, and for the flight recorder a few scalars."""
 
 import jax
 import jax.numpy as jnp
 
-from layers.common import wide
+from layers.parameters import at_least_float32
 from ssm import sequence as seq
 
+EXPOSED = "intermediates"  # what `expose` shows,
+MOVED = "perturbations"  # and what is added to it
 RECORD = "record"  # the collection of the flight recorder
 SATURATED = 0.01  # a gate below this, or above 1 - this, hardly passes a gradient
+
+
+def expose(module, name, value):
+    """`value`, made visible to `materialize`: "values" is what the mixing acts on,
+    "mixed" its direct result."""
+    module.sow(EXPOSED, name, value)
+    if module.has_variable(MOVED, name):
+        value = value + module.get_variable(MOVED, name)
+    return value
 
 
 def record(module, sequence, **quantities):
@@ -37,7 +49,7 @@ def _summary(name, value, sequence):
         square = sum(jnp.sum(jnp.square(jnp.abs(x))) for x in leaves)
         yield "state_rms", jnp.sqrt(square / max(1, sum(x.size for x in leaves)))
         return
-    value = value.astype(wide(value.dtype))
+    value = value.astype(at_least_float32(value.dtype))
     if name == "dt":
         yield "dt_min", jnp.min(_existing(value, sequence, jnp.inf))
         yield "dt_max", jnp.max(_existing(value, sequence, -jnp.inf))

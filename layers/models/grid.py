@@ -8,7 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from layers.common import also_empty
+from layers.checks import also_empty
 from ssm import sequence as seq
 
 

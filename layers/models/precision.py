@@ -12,7 +12,7 @@ class Policy(NamedTuple):
     parameter: of what is trained, and of the optimiser's moments.
     compute: of activations and the matmuls between them, `dtype` of every layer.
     state: of SSM parameters, filters, gates and states inside a layer; a layer takes it
-        from its dtype, by `layers.common.wide`.
+        from its dtype, by `layers.parameters.at_least_float32`.
     """
 
     parameter: jnp.dtype

@@ -17,14 +17,8 @@ from layers.attention import (
     joined,
     remember,
 )
-from layers.common import (
-    also_empty,
-    at_least_one,
-    begin_frames,
-    linear,
-    logical,
-    wide,
-)
+from layers.checks import also_empty, at_least_one, checked_frames
+from layers.parameters import at_least_float32, linear, logical
 from ssm import rotary
 from ssm import sequence as seq
 
@@ -61,7 +55,7 @@ class FrameAttention(nn.Module):
         than the context.
         """
         del train
-        sequence = begin_frames(self, x, state, sequence)
+        sequence = checked_frames(self, x, state, sequence)
         B, L, h, w, U = x.shape
         pixels = seq.zero_masked(x, sequence).reshape(B, L, h * w, U)
         rows = pixels.swapaxes(1, 2).reshape(B * h * w, L, U)
@@ -139,7 +133,7 @@ class FullFrameAttention(nn.Module):
         than the context.
         """
         del train
-        sequence = begin_frames(self, x, state, sequence)
+        sequence = checked_frames(self, x, state, sequence)
         self._check(x, sequence)
         # Of an empty cache no more is looked at than the call is long.
         reach = x.shape[1] if state is None else self.context
@@ -165,7 +159,7 @@ class FullFrameAttention(nn.Module):
         size = self.features // self.heads
         places = self.size[0] * self.size[1]
         shape = batch_size, self.context - 1, places, self.heads, size
-        return empty_cache(shape, wide(self.dtype))
+        return empty_cache(shape, at_least_float32(self.dtype))
 
     @nn.nowrap
     def _check(self, x, sequence):

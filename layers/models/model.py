@@ -7,10 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers import grid
-from layers.block import Norm
-from layers.common import check_state, dense, logical
-from layers.stack import Stack
+from layers.checks import check_state
+from layers.models import grid
+from layers.models.block import Norm
+from layers.models.stack import Stack
+from layers.parameters import dense, logical
 from ssm import sequence as seq
 
 ENCODERS = ("scalar", "token", "image", "grid")
@@ -94,13 +95,13 @@ class Model(nn.Module):
         features: H.
         outputs: width of the output (classes, vocabulary or regression targets).
         encoder: one of `ENCODERS`; vocab_size: for "token"; patch: for "grid", whose
-            mixers are `layers.grid.Grid`, whose head is "mean" of all places, and where
-            nothing accompanies the inputs.
+            mixers are `layers.models.grid.Grid`, whose head is "mean" of all places,
+            and where nothing accompanies the inputs.
         head: one of `HEADS`. "mean" and "last" pool over the true length; "token"
             answers at every token; "retrieval" compares two documents, inputs
             [B, 2, L, ...], by [u, v, u - v, u v] of their means.
         norm: norm before the head ("" for none, where blocks end in a norm);
-            norm_epsilon: see `layers.block.Norm`.
+            norm_epsilon: see `layers.models.block.Norm`.
         dtype: of activations; outputs are float32.
     """
 

@@ -8,16 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers import images
-from layers.common import (
-    also_empty,
-    at_least_one,
-    begin_frames,
+from layers.checks import also_empty, at_least_one, checked_frames
+from layers.frames import images
+from layers.parameters import (
+    at_least_complex64,
+    at_least_float32,
     constant,
     dense,
     logical,
-    wide,
-    wide_complex,
 )
 from ssm import conv_ssm, discretize, spectra, stability
 from ssm import sequence as seq
@@ -26,7 +24,11 @@ from ssm import sequence as seq
 def linear(y, u, layer):
     """y + D * u, the linear system itself."""
     D = images.conv(
-        layer.features, "D", wide(layer.dtype), layer.skip_kernel, bias=False
+        layer.features,
+        "D",
+        at_least_float32(layer.dtype),
+        layer.skip_kernel,
+        bias=False,
     )
     return y + D(u)
 
@@ -120,14 +122,14 @@ class ConvS5(nn.Module):
         `ValueError` for a wrong shape or an unknown output.
         """
         del train
-        sequence = begin_frames(self, x, state, sequence)
+        sequence = checked_frames(self, x, state, sequence)
         at_least_one(self, "input_kernel", "output_kernel", "skip_kernel", "chunk")
         if self.output not in OUTPUTS:
             raise ValueError(
                 f"output: unknown {self.output!r}; may be {sorted(OUTPUTS)}"
             )
         lam, dt, B, C = self._parameters()
-        u = seq.zero_masked(x.astype(wide(self.dtype)), sequence)
+        u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
 
         def rule(elapsed):
             return discretize.zoh(lam, dt, 1.0 if elapsed is None else elapsed)
@@ -162,7 +164,7 @@ class ConvS5(nn.Module):
     def init_state(self, batch_size):
         """Zeros [B, h, w, P] complex."""
         shape = (batch_size, *self.size, self.state_size // 2)
-        return jnp.zeros(shape, wide_complex(self.dtype))
+        return jnp.zeros(shape, at_least_complex64(self.dtype))
 
     def eigenvalues(self):
         """log a [P] complex per frame, one of each conjugate pair. By

@@ -1,6 +1,6 @@
 """Every layer at a small size, for what examines them all: laws, rounding, tests."""
 
-from layers.build import FRAME_LAYERS, LAYERS
+from layers.models.build import FRAME_LAYERS, LAYERS
 
 L = 15  # the length they are examined at: odd, thirds are too, no power of two
 FEATURES = 6

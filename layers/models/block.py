@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.common import dense, linear
-from layers.recorder import record
+from layers.inside import record
+from layers.parameters import dense, linear
 from ssm.sequence import Sequence
 
 

@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.common import CONSTANTS
-from layers.mixing import EXPOSED, MOVED
-from layers.recorder import RECORD
+from layers.diagonal import CONSTANTS
+from layers.inside import EXPOSED, MOVED, RECORD
 
 COLLECTIONS = (
     "params",

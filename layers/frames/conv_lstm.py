@@ -8,14 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels import varying
-from layers import images
-from layers.common import (
-    also_empty,
-    at_least_one,
-    begin_frames,
-    logical,
-    wide,
-)
+from layers.checks import also_empty, at_least_one, checked_frames
+from layers.frames import images
+from layers.parameters import at_least_float32, logical
 from ssm import conv_ssm
 from ssm import sequence as seq
 
@@ -58,12 +53,12 @@ class ConvLSTM(nn.Module):
         """x [B, L, h, w, U] -> y of that shape, `ConvLSTMState`. `ValueError` for a
         wrong shape or a dt."""
         del train
-        sequence = begin_frames(self, x, state, sequence)
+        sequence = checked_frames(self, x, state, sequence)
         at_least_one(self, "kernel_size")
         if sequence.dt is not None:
             raise ValueError("dt: a ConvLSTM has no notion of elapsed time; pass None")
         state = self.init_state(x.shape[0]) if state is None else state
-        U, k, dtype = self.features, self.kernel_size, wide(self.dtype)
+        U, k, dtype = self.features, self.kernel_size, at_least_float32(self.dtype)
         project = images.conv(4 * U, "input", dtype, k)
         init = logical(nn.initializers.orthogonal(), None, None, "embed", "mlp")
         R = self.param("recurrent_kernel", init, (k, k, U, 4 * U)).astype(dtype)
@@ -94,7 +89,9 @@ class ConvLSTM(nn.Module):
     def init_state(self, batch_size):
         """Zeros."""
         shape = (batch_size, *self.size, self.features)
-        return ConvLSTMState(*(jnp.zeros(shape, wide(self.dtype)) for _ in range(2)))
+        return ConvLSTMState(
+            *(jnp.zeros(shape, at_least_float32(self.dtype)) for _ in range(2))
+        )
 
 
 def _where(flags, a, b):

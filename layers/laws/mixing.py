@@ -5,18 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.tolerance import error, limit
-
-EXPOSED = "intermediates"  # what `expose` shows,
-MOVED = "perturbations"  # and what is added to it
-
-
-def expose(module, name, value):
-    """`value`, made visible to `materialize`: "values" is what the mixing acts on,
-    "mixed" its direct result."""
-    module.sow(EXPOSED, name, value)
-    if module.has_variable(MOVED, name):
-        value = value + module.get_variable(MOVED, name)
-    return value
+from layers.inside import EXPOSED, MOVED
 
 
 def materialize(layer, variables, x):

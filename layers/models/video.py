@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers import images
-from layers.common import check_state, logical
-from layers.stack import Stack
+from layers.checks import check_state
+from layers.frames import images
+from layers.models.stack import Stack
+from layers.parameters import logical
 from ssm import sequence as seq
 
 PIECE = 8  # frames that encoder and decoder see at once where they are made again
@@ -76,8 +77,8 @@ def in_pieces(module, x, size):
 class Video(nn.Module):
     """frames 1..t (and the action after each) -> frame t + 1, for all t at once.
 
-    The contract of `layers.model.Model`: fed frame by frame with its state it answers
-    the same, and a call on a context followed by calls on its own answers is an
+    The contract of `layers.models.model.Model`: fed frame by frame with its state it
+    answers the same, and a call on a context followed by calls on its own answers is an
     open-loop rollout (`train.video.rollout`).
 
     Attributes:

@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from layers import grid, precision
 from layers.attention import Attention
-from layers.block import GATES, GELUS, NORMS, Block
-from layers.conv_lstm import ConvLSTM
-from layers.conv_s5 import ConvS5
 from layers.delta_net import DeltaNet
 from layers.dss import DSS
 from layers.flash_butterfly import FlashButterfly
-from layers.frame_attention import FrameAttention, FullFrameAttention
+from layers.frames.conv_lstm import ConvLSTM
+from layers.frames.conv_s5 import ConvS5
+from layers.frames.frame_attention import FrameAttention, FullFrameAttention
 from layers.gated_delta_net import GatedDeltaNet
 from layers.gla import GLA
 from layers.gru import GRU
@@ -27,16 +25,18 @@ from layers.lru import LRU
 from layers.lstm import LSTM
 from layers.mamba import Mamba
 from layers.mamba2 import Mamba2
-from layers.model import ENCODERS, HEADS, Model
+from layers.models import grid, precision
+from layers.models.block import GATES, GELUS, NORMS, Block
+from layers.models.model import ENCODERS, HEADS, Model
+from layers.models.stack import Stack
+from layers.models.video import Video
+from layers.models.vq import VQ
 from layers.retention import Retention
 from layers.rg_lru import RGLRU
 from layers.s4 import S4
 from layers.s4d import S4D
 from layers.s5 import S5
 from layers.sg_conv import SGConv
-from layers.stack import Stack
-from layers.video import Video
-from layers.vq import VQ
 
 LAYERS = {
     "s4": S4,
@@ -75,9 +75,9 @@ class Placement(NamedTuple):
     """How a mixer is placed in its block, as in its paper and its public code.
 
     Attributes:
-        gate: behind it, a key of `layers.block.GATES`.
+        gate: behind it, a key of `layers.models.block.GATES`.
         mlp: hidden width of a gated MLP per feature; 0 for none.
-        gelu: the form in the gate, a key of `layers.block.GELUS`.
+        gelu: the form in the gate, a key of `layers.models.block.GELUS`.
         norm_epsilon: of the block's norms; 0 for the norm's own value.
     """
 
@@ -151,8 +151,8 @@ def build(config) -> Model | Video | VQ:
     `PLACEMENTS`; norm_epsilon 0 is the norm's own. Raises `ValueError` naming the key,
     what it was and what it must be.
 
-    `grid`, a key of `layers.grid.SCHEMES`, goes with the encoder "grid" and makes every
-    layer a `Grid`; `patch` is the encoder's.
+    `grid`, a key of `layers.models.grid.SCHEMES`, goes with the encoder "grid" and
+    makes every layer a `Grid`; `patch` is the encoder's.
 
     The encoder "video" makes a `Video` of layers over frames, whose fields are
     `config["video"]`.

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from layers.common import logical
+from layers.parameters import logical
 from ssm import conv_ssm
 
 GROUPS = 32  # of a norm over groups of channels, or as many as divide the channels

@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.common import at_least_one, wide
-from layers.images import conv, from_bytes
+from layers.checks import at_least_one
+from layers.frames.images import conv, from_bytes
+from layers.parameters import at_least_float32
 from ssm import sequence as seq
 
 FORGOTTEN = 1e-6  # a count below this has lost its digits; its code stays where it is
@@ -65,7 +66,7 @@ class VQ(nn.Module):
 
     def setup(self):
         self._check()
-        D, kind = self.code_features, wide(self.dtype)
+        D, kind = self.code_features, at_least_float32(self.dtype)
         self.encoder = Encoder(self.depths, D, self.blocks, self.dtype)
         self.decoder = Decoder(self.depths, self.channels, self.blocks, self.dtype)
 
@@ -130,12 +131,12 @@ class VQ(nn.Module):
 
     def _encode(self, frames):
         """z [..., h', w', D] and the nearest codes [..., h', w']."""
-        x = from_bytes(frames, wide(self.dtype))
-        z = self.encoder(x.astype(self.dtype)).astype(wide(self.dtype))
+        x = from_bytes(frames, at_least_float32(self.dtype))
+        z = self.encoder(x.astype(self.dtype)).astype(at_least_float32(self.dtype))
         return z, nearest(jax.lax.stop_gradient(z), self.book.codes.value)
 
     def _decode(self, q):
-        return self.decoder(q.astype(self.dtype)).astype(wide(self.dtype))
+        return self.decoder(q.astype(self.dtype)).astype(at_least_float32(self.dtype))
 
     def _move(self, z, chosen, e, sequence):
         z, chosen, e = jax.lax.stop_gradient((z, chosen, e))

@@ -1,0 +1,1 @@
+"""Mixers over frames [B, L, h, w, U], and frames as bytes."""

@@ -1,0 +1,1 @@
+"""Whole models: encoder, blocks of mixers, head; and `build`, which makes them."""
