@@ -1,7 +1,7 @@
 """What the shorter dtypes cost every layer.
 
     python -m layers.laws.rounding [--layers s4d,mamba] [--lengths 64,1024,4096]
-                                   [--out layers/laws/rounding.md]
+                                        [--out layers/laws/rounding.md]
 
 The table has, for every layer with its default fields, the largest difference between
 float32 and float64, over the largest value, of the output, of the final state and of
