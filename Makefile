@@ -20,11 +20,7 @@ install: $(INSTALLED)
 train: $(INSTALLED)
 	$(BIN)/python -m train.main --config $(CONFIG)
 
-# Tests in minutes; `check` adds those that take longer. Most of their time goes into
-# compiling what runs once: without the compiler's expensive passes they are three times
-# faster. `python -m kernels.check` compiles as users do, and so does the law of `jit`.
-test check: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0 \
-    --xla_llvm_disable_expensive_passes=true
+# Tests in minutes; `check` adds those that take longer.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 

@@ -39,6 +39,8 @@ QUICK_TO_COMPILE = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+if jax.__version_info__ < (0, 11):  # others do not know it
+    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 class Case(NamedTuple):
