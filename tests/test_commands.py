@@ -13,8 +13,7 @@ from configs import pixels
 from kernels.bench import __main__ as kernels_bench
 from kernels.bench import timing
 from kernels.tolerance import assert_close
-from layers import prepare
-from layers.models import build
+from layers import build, prepare
 from train import evaluate, generate, loop
 from train.bench import __main__ as bench
 from train.reproduce import __main__ as reproduce

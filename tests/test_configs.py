@@ -13,8 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import common, lra, pixels
-from layers import FRAME_LAYERS, LAYERS
-from layers.models import build
+from layers import FRAME_LAYERS, LAYERS, build
 from layers.models.build import PLACEMENTS
 from train import data, losses, optimizers
 from train.data import images, original

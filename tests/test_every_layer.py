@@ -12,9 +12,8 @@ from constants import largest_constant
 
 from configs import common
 from kernels.tolerance import assert_close
-from layers import FRAME_LAYERS, LAYERS, Sequence, laws
+from layers import FRAME_LAYERS, LAYERS, Sequence, build, laws
 from layers.laws import examples
-from layers.models import build
 
 B, L = 2, examples.L
 # One of each way to compute; the others are variants of them.

@@ -11,8 +11,8 @@ import pytest
 
 from configs import common, images, pixels
 from kernels.tolerance import assert_close
-from layers import LAYERS, Grid, Sequence
-from layers.models import build, grid
+from layers import LAYERS, Grid, Sequence, build
+from layers.models import grid
 from layers.models.block import Block, Norm
 from layers.models.model import Encoder
 from train import data, loop, losses, optimizers

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from kernels.tolerance import assert_close
-from layers import LAYERS, Sequence
-from layers.models import build
+from layers import LAYERS, Sequence, build
 from layers.models.block import GELUS, Block, Norm
 
 CONFIG = {

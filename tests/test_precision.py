@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from configs import common
-from layers import LAYERS
+from layers import LAYERS, build
 from layers.laws import rounding
-from layers.models import build, precision
+from layers.models import precision
 from layers.parameters import at_least_float32
 
 QUICK = ("mamba",)

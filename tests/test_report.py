@@ -12,8 +12,7 @@ import pytest
 
 from configs import common, own, pixels
 from kernels.tolerance import assert_close
-from layers import LRU, S4D, S5
-from layers.models import build
+from layers import LRU, S4D, S5, build
 from train import evaluate, loop, main, report, sharding, state
 from train.checkpoint import CheckpointError
 from train.draw import figures

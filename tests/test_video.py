@@ -11,8 +11,7 @@ import pytest
 
 from configs import video
 from kernels.tolerance import assert_close
-from layers import FRAME_LAYERS, Sequence
-from layers.models import build
+from layers import FRAME_LAYERS, Sequence, build
 from layers.models.video import PIECE
 from train import data, loop, losses, metrics, report
 from train.reproduce import contest

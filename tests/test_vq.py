@@ -10,7 +10,8 @@ import pytest
 from flax.core import meta
 
 from configs import common
-from layers.models import build, precision
+from layers import build
+from layers.models import precision
 from layers.models.vq import VQ, Codebook, Decoder, Encoder, Reconstruction, moved
 from ssm.sequence import Sequence
 from train import checkpoint, data, evaluate, loop, losses

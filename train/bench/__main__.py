@@ -27,8 +27,7 @@ from configs import common
 from kernels import fft_conv, short_conv
 from kernels.bench import cases as plain
 from kernels.bench import timing
-from layers import S4, S4D, S5, Hyena, LongConv, Mamba, prepare
-from layers.models import build
+from layers import S4, S4D, S5, Hyena, LongConv, Mamba, build, prepare
 from layers.parameters import logical
 from ssm import sequence as seq
 from train.bench import video as video_bench
