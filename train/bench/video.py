@@ -10,14 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from rich.console import Console
-from rich.table import Table
 
 from kernels.bench import timing
 from layers import ConvLSTM, ConvS5, FrameAttention, FullFrameAttention
 from layers.models.block import Block
 from layers.models.stack import Stack
 from ssm import conv_ssm
+from train.bench import rows
 
 CONTEXTS = (16, 32, 64, 128, 256, 512)  # frames of history
 FRAMES = (75, 150, 300, 600)
@@ -78,15 +77,15 @@ def step_case(small):
 def memory_rows(small):
     """Temporary memory of a training step over frames, in chunks and at once."""
     _, side, U = _sizes(small)
-    rows = []
+    found = []
     for frames in (4, 8) if small else FRAMES:
         for name, chunk in (("in chunks", conv_ssm.CHUNK), ("at once", frames)):
             layer = functools.partial(ConvS5, U, (side, side), U, chunk=chunk)
             step, arguments = _training(layer, frames, side, U)
             shapes = jax.eval_shape(arguments)
             _, _, temporary = timing.compile_function(step, shapes)
-            rows.append({"form": name, "frames": frames, "temporary_bytes": temporary})
-    return rows
+            found.append({"form": name, "frames": frames, "temporary_bytes": temporary})
+    return found
 
 
 def generation_rows(small, repeats):
@@ -124,11 +123,11 @@ def generation_rows(small, repeats):
             call, _, _ = timing.compile_function(run, arguments)
             compiled[name, context] = (call, arguments)
     times = timing.measure(compiled, repeats)
-    rows = []
+    found = []
     for (name, context), seconds in times.items():
         summary = timing.summary([s / steps for s in seconds])
-        rows.append({"form": name, "context": context, **summary})
-    return rows
+        found.append({"form": name, "context": context, **summary})
+    return found
 
 
 def _filled(context):
@@ -138,14 +137,25 @@ def _filled(context):
     )
 
 
-def show_rows(console: Console, rows, column, value, title):
-    """A line per form, a column per frames or context."""
-    table = Table(title=title)
-    table.add_column("form")
-    columns = sorted({row[column] for row in rows})
-    for number in columns:
-        table.add_column(f"{column} {number}", justify="right")
-    for form in dict.fromkeys(row["form"] for row in rows):
-        cells = {row[column]: value(row) for row in rows if row["form"] == form}
-        table.add_row(form, *(cells[number] for number in columns))
-    console.print(table)
+def suite(options, console) -> dict:
+    """A training step, its memory, generation."""
+    step = step_case
+    found = {"step": rows.measured(step, options.small, options.repeats)}
+    rows.show(console, step.__doc__, found["step"])
+    found["memory"] = memory_rows(options.small)
+    rows.show_rows(
+        console,
+        found["memory"],
+        "frames",
+        lambda row: f"{row['temporary_bytes'] / 1e6:.0f} MB",
+        "Temporary memory of a training step of ConvS5",
+    )
+    found["generation"] = generation_rows(options.small, options.repeats)
+    rows.show_rows(
+        console,
+        found["generation"],
+        "context",
+        lambda row: f"{1e3 * row['median_s']:.2f} ms",
+        "One generated frame after a history of so many",
+    )
+    return found
