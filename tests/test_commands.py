@@ -14,7 +14,7 @@ from kernels.bench import __main__ as kernels_bench
 from kernels.bench import timing
 from kernels.tolerance import assert_close
 from layers import build, prepare
-from train import evaluate, generate, loop
+from train import evaluate, generate, loop, runs
 from train.bench import __main__ as bench
 from train.reproduce import __main__ as reproduce
 
@@ -77,7 +77,7 @@ def test_generate_writes_tokens_and_a_picture(next_pixel, tmp_path, capsys):
 
 
 def test_greedy_generation_is_the_argmax_of_the_parallel_mode(next_pixel):
-    run = evaluate.load_run(next_pixel)
+    run = runs.load_run(next_pixel)
     prompt = np.array([[17, 3, 0], [17, 9, 16]], np.int32)
     made = generate.generate(
         run.model, run.variables, prompt, 5, jax.random.key(0), temperature=0

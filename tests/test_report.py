@@ -13,10 +13,10 @@ import pytest
 from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
-from train import evaluate, loop, main, report, sharding, state
+from train import loop, main, report, runs, sharding, state
 from train.checkpoint import CheckpointError
 from train.draw import figures
-from train.report import answers, pages, probe, workdir
+from train.report import answers, pages, probe
 from train.report.__main__ import main as command
 
 VOID = {"meta", "br"}
@@ -129,7 +129,7 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
     assert capsys.readouterr().out == f"report: {digits / 'report.html'}\n"
     page = read(digits / "report.html")
     assert page.sections() == EVERY
-    results = workdir.read(digits).results
+    results = runs.read(digits).results
     assert f"{results['test']['accuracy']:.4f}" in page.text["verdict"]
     assert f"{results['parallel_vs_recurrent']:.1e}" in page.text["verdict"]
     assert "gradient norm" in page.text["curves"]
@@ -148,8 +148,8 @@ def test_the_command_of_a_report_starts_the_same_run(digits, tmp_path, monkeypat
     code = re.search(r"from train import loop.*\n.*\)", page.text["reproduce"])[0]
     monkeypatch.chdir(tmp_path)
     exec(code)
-    again = workdir.read(tmp_path / "runs" / "again")
-    assert again.results["test"] == workdir.read(digits).results["test"]
+    again = runs.read(tmp_path / "runs" / "again")
+    assert again.results["test"] == runs.read(digits).results["test"]
 
 
 @pytest.mark.slow
@@ -188,12 +188,12 @@ def test_an_unfinished_run_has_a_report_too(digits, tokens, tmp_path):
 
 def test_several_runs_beside_one_another(digits, tokens, regression, tmp_path, capsys):
     out = tmp_path / "compare.html"
-    runs = [str(path) for path in (digits, tokens, regression)]
-    assert command(["--compare", *runs, "--out", str(out)]) == 0
+    paths = [str(path) for path in (digits, tokens, regression)]
+    assert command(["--compare", *paths, "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"report: {out}\n"
     page = read(out)
     assert page.sections() == ["scores", "curves", "configs", "environment"]
-    for told in map(workdir.read, runs):
+    for told in map(runs.read, paths):
         assert told.name in page.text["scores"] and told.name in page.text["curves"]
         name, _ = told.score
         assert f"{told.results['test'][name]:.4f}" in page.text["scores"]
@@ -208,7 +208,7 @@ def test_several_runs_beside_one_another(digits, tokens, regression, tmp_path, c
         (["--workdir", "nowhere"], "workdir must be that of a run, got nowhere"),
         (["--workdir", "{run}", "--step", "7"], "no checkpoint of step 7"),
         (["--workdir", "{run}", "--out", "no/where"], "exists, got no/where"),
-        (["--compare", "{run}"], "--compare must name two runs or more, got 1"),
+        (["--compare", "{run}"], "--compare must name two paths or more, got 1"),
         (["--compare", "{run}", "{run}"], "--compare must name a run once"),
         (["--compare", "{run}", "x", "--step", "2"], "--step goes with --workdir"),
         ([], "one of the arguments --workdir --compare is required"),
@@ -237,7 +237,7 @@ def test_unreadable_files_are_named(digits, tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        workdir.read(tmp_path)
+        runs.read(tmp_path)
 
 
 def test_a_run_ends_well_without_its_report(tmp_path, monkeypatch, capsys):
@@ -250,7 +250,7 @@ def test_a_run_ends_well_without_its_report(tmp_path, monkeypatch, capsys):
 
 
 def test_the_initial_variables_are_those_of_the_run(tokens, capsys):
-    run = evaluate.load_run(tokens)
+    run = runs.load_run(tokens)
     batch = next(run.dataset.train(8, 0))
     mesh = sharding.make_mesh(run.config)
     begun = state.create(run.model, optax.identity(), batch, run.config.seed, mesh)
@@ -266,7 +266,7 @@ def test_a_report_says_that_a_beginning_is_lost(tokens, monkeypatch):
         raise CheckpointError("there is no checkpoint in elsewhere")
 
     monkeypatch.setattr(probe, "initial_variables", lost)
-    stages, remark = pages._stages(evaluate.load_run(tokens))
+    stages, remark = pages._stages(runs.load_run(tokens))
     assert list(stages) == ["trained"] and "no checkpoint in elsewhere" in remark
 
 

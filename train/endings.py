@@ -3,7 +3,7 @@
 import jax
 
 from layers.models.video import Video
-from train import checkpoint, evaluate, record, sharding, signals, step
+from train import checkpoint, evaluate, metrics, runs, sharding, signals, step
 from train.checkpoint import CheckpointError
 from train.video import rollout
 
@@ -52,17 +52,17 @@ def finish(config, workdir, parts, progress) -> dict:
     results["parallel_vs_recurrent"] = compare(config, parts, variables)
     signals.check()
     if isinstance(parts.model, Video):
-        run = evaluate.Run(config, parts.dataset, parts.model, variables, progress.step)
+        run = runs.Run(config, parts.dataset, parts.model, variables, progress.step)
         results["rollout"] = predict(run, workdir)
-    record.write_results(workdir, results)
-    record.report(results)
+    runs.write_results(workdir, results)
+    metrics.print_results(results)
     return results
 
 
-def predict(run: evaluate.Run, workdir) -> dict:
+def predict(run: runs.Run, workdir) -> dict:
     """Open-loop rollouts of the test split (or the last there is), their scores and
     their files in `workdir`."""
-    split = evaluate.last_split(run.dataset)
+    split = runs.last_split(run.dataset)
     found = rollout.of_run(run, run.config.rollout, split)
     summary = rollout.summary(run, found, split)
     if jax.process_index() == 0:
@@ -77,7 +77,7 @@ def compare(config, parts, variables) -> float | str:
         parts.model.init_state(1)
     except ValueError as error:
         return str(error)
-    split = evaluate.last_split(parts.dataset)
+    split = runs.last_split(parts.dataset)
     count = min(COMPARED, parts.dataset.num_examples(split))
     size = sharding.evaluation_batch_size(config, parts.mesh, count)
     batch = next(iter(parts.dataset.evaluation(split, size)))

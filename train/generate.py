@@ -16,7 +16,8 @@ import numpy as np
 
 from layers import prepare
 from train import settings
-from train.evaluate import PROBLEMS, add_trust, load_run
+from train.evaluate import PROBLEMS, add_trust
+from train.runs import load_run
 
 
 def generate(model, variables, prompt, length, key, temperature=1.0):

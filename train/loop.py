@@ -25,7 +25,7 @@ from train import (
     losses,
     optimizers,
     processes,
-    record,
+    runs,
     settings,
     sharding,
     state,
@@ -33,9 +33,9 @@ from train import (
 )
 from train.checkpoint import CheckpointError, Checkpoints
 from train.endings import finish, measure
-from train.metrics import Metrics
+from train.losses import SCORES
+from train.metrics import Metrics, print_results, print_table
 from train.pace import Pace
-from train.record import SCORES
 from train.signals import Stopped, stop_signals
 from train.video import rollout
 
@@ -76,8 +76,8 @@ def run(
 
 def _run(config, workdir, profile, model, stop) -> dict:
     dataset = data.load(config.data)
-    begun_with = record.saved(workdir, "optimizer.warmup")
-    config = record.continued(workdir, resolve(config, dataset.spec, begun_with))
+    begun_with = runs.saved(workdir, "optimizer.warmup")
+    config = runs.continued(workdir, resolve(config, dataset.spec, begun_with))
     mesh = sharding.make_mesh(config)
     check(config, mesh)
     model = build(config.model) if model is None else model
@@ -98,13 +98,13 @@ def _run(config, workdir, profile, model, stop) -> dict:
 
 def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
     """What `run` does in a workdir that is its own and not finished."""
-    record.check_writable(workdir)
+    runs.check_writable(workdir)
     try:
         with Checkpoints(workdir, config.train.keep, own.check) as checkpoints:
             parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
-            record.write_config(workdir, config)
-            record.write_versions(workdir)
+            runs.write_config(workdir, config)
+            runs.write_versions(workdir)
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)
     except OSError as error:
@@ -143,16 +143,16 @@ def finished_before(config: ConfigDict, workdir: Path) -> dict | None:
     Raises:
         ValueError: a workdir of another config.
     """
-    record.check_workdir(workdir, config)
+    runs.check_workdir(workdir, config)
     try:
-        finished = record.read_results(workdir)
+        finished = runs.read_results(workdir)
     except ValueError as problem:  # they are made again at the end
         print(f"{problem}: the run goes on from its last checkpoint", flush=True)
         return None
     if finished is None or finished["step"] < config.train.steps:
         return None
     print(f"this run was finished before, at step {finished['step']}")
-    record.report(finished)
+    print_results(finished)
     return finished
 
 
@@ -261,7 +261,7 @@ def set_up(config, dataset, mesh, model, stop) -> SimpleNamespace:
     compiled = train_step.lower(target, sample).compile()
     seconds = time.monotonic() - begun
     stop.nothing_to_save("starting")
-    record.print_table(config, groups, shapes, mesh, compiled, seconds)
+    print_table(config, groups, shapes, mesh, compiled, seconds)
     return SimpleNamespace(
         dataset=dataset,
         mesh=mesh,

@@ -20,6 +20,16 @@ LossFn = Callable[
 
 IGNORED = -1  # a target that is not to be predicted
 
+# The metric that chooses the best step, its name at the end, whether more is better.
+SCORES = {
+    "classification": ("accuracy", "accuracy", True),
+    "token": ("accuracy", "accuracy", True),
+    "regression": ("loss", "error", False),
+    "frames": ("mse", "mse", False),
+    "codes": ("accuracy", "accuracy", True),
+    "autoencoder": ("mse", "mse", False),
+}
+
 
 def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
     """The loss that `spec["loss"]` names.

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from train import settings
+from train import runs, settings
 from train.signals import Stopped, check, stop_signals
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             return 0
         if times:
             # Its layer is that of the command line, which has been trained here.
-            run = evaluate.load_run(workdir, trust=True)
+            run = runs.load_run(workdir, trust=True)
             evaluate.at_lengths(run, workdir, "test", times)
         if REPORT.value and jax.process_count() == 1:
             _write_report(workdir)
@@ -147,7 +147,7 @@ def _workdir(seed: int, several: bool) -> Path:
 
 def _print_seeds(found: dict[int, dict]) -> None:
     """The tests of several seeds, and their median and range."""
-    from train.record import SCORES
+    from train.losses import SCORES
 
     name, label, _ = SCORES[next(iter(found.values()))["loss"]]
     tests = {"last": {seed: results["test"] for seed, results in found.items()}}

@@ -11,8 +11,8 @@ from ssm.sequence import Sequence
 from train import signals
 from train.draw import figures
 from train.draw.markup import figure, paragraph, table, text
-from train.evaluate import Run
 from train.losses import IGNORED
+from train.runs import Run
 
 LIMIT = 2**20  # tokens that are answered, or one batch
 SHOWN = 8  # right and wrong examples

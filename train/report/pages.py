@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from layers.models.model import Model
 from layers.models.video import Video
-from train import checkpoint, evaluate, files, record, settings, signals
+from train import checkpoint, files, runs, settings, signals
 from train.draw import figures
 from train.draw.markup import (
     code,
@@ -21,8 +21,8 @@ from train.draw.markup import (
     picture,
     table,
 )
-from train.report import answers, probe, workdir
-from train.report.workdir import UNKNOWN, Workdir
+from train.report import answers, probe
+from train.runs import UNKNOWN, Workdir
 from train.video import pictures, rollout
 
 
@@ -36,16 +36,16 @@ def write(
         out: the file; default `path`/report.html.
         step: of the checkpoint to look into; default the newest good one.
         trust: import layers that the run names by dotted paths, see
-            `evaluate.load_run`.
+            `runs.load_run`.
 
     Raises:
         ValueError: no run, one of its files cannot be read, or `out` is in no folder.
         CheckpointError: no such checkpoint, or it is damaged.
         OSError: the report cannot be written.
     """
-    told = workdir.read(path)
+    told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
-    run = evaluate.load_run(path, step, trust)
+    run = runs.load_run(path, step, trust)
     sections = [
         ("verdict", "Verdict", _verdict(told, run)),
         ("curves", "Curves", _curves({told.name: told})),
@@ -89,26 +89,26 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
         raise ValueError(f"--compare must name two runs or more, got {len(paths)}")
     out = _writable(Path(out))
     paths = signals.stoppable(paths)
-    runs = _labelled([workdir.read(path) for path in paths])
+    compared = _labelled([runs.read(path) for path in paths])
     header = ("run", "layer", "steps", "validation, last", "test, last", "best step")
     header += ("test, best", "parallel vs recurrent", "parameters", "training steps")
-    shown = signals.stoppable(runs.items())
+    shown = signals.stoppable(compared.items())
     rows = [(label, *_cells(told)) for label, told in shown]
-    names = " or ".join(sorted({told.score[1] for told in runs.values()}))
+    names = " or ".join(sorted({told.score[1] for told in compared.values()}))
     said = (
         f"Scores: {names}. The best step is that on validation; an unfinished run has "
     )
     said += "no score on the test split."
-    configs = {label: told.config.to_dict() for label, told in runs.items()}
-    versions = {label: told.versions for label, told in runs.items()}
+    configs = {label: told.config.to_dict() for label, told in compared.items()}
+    versions = {label: told.versions for label, told in compared.items()}
     sections = [
         ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
-        ("curves", "Curves", _curves(runs)),
+        ("curves", "Curves", _curves(compared)),
         ("configs", "What the configs differ in", _differences(configs)),
         ("environment", "What the environments differ in", _differences(versions)),
     ]
-    title = f"{len(runs)} runs beside one another"
-    files.write_atomically(out, page(title, ", ".join(runs), sections))
+    title = f"{len(compared)} runs beside one another"
+    files.write_atomically(out, page(title, ", ".join(compared), sections))
     return out
 
 
@@ -212,7 +212,7 @@ def _curves(runs: dict[str, Workdir]) -> str:
 
 def _rollouts(told, run) -> str:
     options = {**told.config.rollout, "clips": rollout.SHOWN}
-    split = evaluate.last_split(run.dataset)
+    split = runs.last_split(run.dataset)
     found = rollout.of_run(run, options, split)
     seen, ahead = found.context.shape[1], found.truth.shape[1]
     said = f"Checkpoint of step {run.step:,}, {split} split. The model saw {seen} "
@@ -306,21 +306,21 @@ def _reproduce(told) -> str:
     git, parts = told.versions.get("git", {}), []
     if command := told.versions.get("command"):
         parts += [paragraph("The run was started by"), code(shlex.join(command))]
-    again = "from train import loop, record\n"
-    again += f"loop.run(record.read_config({str(told.path)!r}), 'runs/again')"
+    again = "from train import loop, runs\n"
+    again += f"loop.run(runs.read_config({str(told.path)!r}), 'runs/again')"
     parts.append(paragraph("The same run from its own config, in another folder:"))
     parts.append(code(again))
     if git.get("revision"):
         changed = ", with changes that were not committed" if git.get("dirty") else ""
         parts.append(paragraph(f"Revision {git['revision']}{changed}."))
     config = json.dumps(told.config.to_dict(), indent=2)
-    return "".join(parts) + details(f"The config, {record.CONFIG}", code(config))
+    return "".join(parts) + details(f"The config, {runs.CONFIG}", code(config))
 
 
 def _environment(told) -> str:
     found = {k: v for k, v in told.versions.items() if k not in ("command", "devices")}
     if not found:
-        return paragraph(f"There is no {record.VERSIONS}.")
+        return paragraph(f"There is no {runs.VERSIONS}.")
     return table((), [*_flat(found).items(), ("devices", told.devices())])
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import lra, pixels
-from train import checkpoint, data, files, record
-from train.reproduce import baseline, contest
+from train import checkpoint, data, files
+from train.reproduce import baseline, contest, ledger
 from train.reproduce import video as video_contest
 
 
@@ -75,7 +75,7 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         f"`{TASKS[task].argument}`: {dataset.num_examples('test')} sequences to test, "
         f"last checkpoint, seeds {', '.join(map(str, seeds))}; largest difference of "
         "the logits between the two modes; wall-clock with compilation on "
-        f"{record.machine()}.",
+        f"{ledger.machine()}.",
     ]
     return "\n".join(lines)
 

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from configs import synthetic
 from layers.models.build import build
-from train import data, evaluate, files, loop, record, state
+from train import data, evaluate, files, loop, runs, state
+from train.reproduce import ledger
 
 RATES = (1e-3, 3e-3, 1e-2)
 TOLERANCE = 0.1
@@ -195,19 +196,19 @@ def play(
     if not quality:
         raise FloatingPointError(f"{label(contender)}: finite at none of {RATES}")
     best = max(quality, key=quality.get)
-    runs = [run(best, seed) for seed in seeds]
+    trained = [run(best, seed) for seed in seeds]
     config.optimizer.lr = best
     return Row(
         contender,
         config,
-        statistics.median(results["seconds"] for results, _ in runs),
-        [_tested(contest, folder, results["step"]) for results, folder in runs],
+        statistics.median(results["seconds"] for results, _ in trained),
+        [_tested(contest, folder, results["step"]) for results, folder in trained],
     )
 
 
 def _last_validation(folder: Path) -> tuple[float, float]:
     """Accuracy and, for those that are equal, the loss, more being better."""
-    rows = [r for r in record.read_metrics(folder) if r["split"] == "validation"]
+    rows = [r for r in runs.read_metrics(folder) if r["split"] == "validation"]
     return rows[-1]["accuracy"], -rows[-1]["loss"]
 
 
@@ -219,7 +220,7 @@ def _tested(contest: Contest, folder: Path, step: int) -> list[float]:
     rows = rows if isinstance(rows, list) else []
     times = [r.get("times") for r in rows if isinstance(r, dict) and "accuracy" in r]
     if (found.get("step"), tuple(times)) != (step, contest.lengths):
-        run = evaluate.load_run(folder)
+        run = runs.load_run(folder)
         found = evaluate.at_lengths(run, folder, "test", contest.lengths)
     return [row["accuracy"] for row in found["lengths"]]
 
@@ -260,7 +261,7 @@ def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         f"rates {', '.join(f'{rate:g}' for rate in RATES)} on validation with seed "
         f"{seeds[0]}; state: floats per sequence, caches at full capacity; seconds per "
         "run with compilation on "
-        f"{record.machine()}. Published: of larger models on longer sequences.",
+        f"{ledger.machine()}. Published: of larger models on longer sequences.",
     ]
     return "\n".join(lines)
 

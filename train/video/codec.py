@@ -20,7 +20,8 @@ from layers.frames.images import to_bytes
 from train import data, files, settings
 from train.data import pipeline
 from train.data.video import whole_clips
-from train.evaluate import PROBLEMS, Run, add_trust, load_run, read_config
+from train.evaluate import PROBLEMS, add_trust
+from train.runs import Run, load_run, read_config
 
 FRAMES = 512  # encoded or decoded at once
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from layers.frames.images import from_bytes, to_bytes
 from layers.models.build import build
 from layers.models.video import Video
-from train import checkpoint, data, evaluate, files, settings, signals
+from train import checkpoint, data, evaluate, files, runs, settings, signals
 from train.data.pipeline import Dataset
 from train.data.video import whole_clips
 from train.video import codec, pictures
@@ -255,7 +255,7 @@ def scores(rollout: Rollout) -> dict:
 
 
 def of_run(
-    run: evaluate.Run, options: Mapping, split: str = "test", sample: int | None = None
+    run: runs.Run, options: Mapping, split: str = "test", sample: int | None = None
 ) -> Rollout:
     """Rollouts of a trained run; `options` has "context", "horizon" and "clips", and
     `sample` is the seed of codes that are drawn.
@@ -332,7 +332,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     try:
         workdir = settings.place("--workdir", given.workdir)
-        run = evaluate.load_run(workdir, given.step, given.trust)
+        run = runs.load_run(workdir, given.step, given.trust)
         options = {name: run.config.rollout[name] for name in NUMBERS}
         for name in options:
             if getattr(given, name) is not None:
@@ -352,7 +352,7 @@ def main(argv=None):
     return 0
 
 
-def _check_sample(run: evaluate.Run, sample: int | None) -> None:
+def _check_sample(run: runs.Run, sample: int | None) -> None:
     if sample is not None:
         settings.check_seed("--sample", max(sample, 0))
     if sample is not None and (sample < 0 or not run.config.model.vocab_size):
@@ -362,7 +362,7 @@ def _check_sample(run: evaluate.Run, sample: int | None) -> None:
         )
 
 
-def summary(run: evaluate.Run, rollout: Rollout, split: str) -> dict:
+def summary(run: runs.Run, rollout: Rollout, split: str) -> dict:
     """What rollout.json holds."""
     found = scores(rollout)
     if rollout.truth.ndim != 5:
