@@ -16,6 +16,7 @@ import pytest
 from train import data
 from train.data import pipeline
 from train.data import workers as workers_module
+from train.data.spec import Spec
 
 DIGITS = dict(name="digits", target="label", augment="none", workers=0)
 BACKGROUND = (np.float32(0) - np.float32(4.881)) / 6.014
@@ -39,7 +40,9 @@ def numbered(count):
         "targets": np.arange(count) % 2,
         "mask": np.ones((count, 1), bool),
     }
-    return pipeline.Dataset({}, {"train": pipeline.Rows(arrays)})
+    return pipeline.Dataset(
+        Spec("scalar", 1, 1, "regression"), {"train": pipeline.Rows(arrays)}
+    )
 
 
 def test_digits_have_stratified_fixed_splits():
@@ -78,8 +81,7 @@ def test_digits_by_label():
     assert batch["inputs"].shape == (32, 64) == batch["mask"].shape
     assert batch["inputs"].dtype == np.float32 and batch["mask"].all()
     assert batch["targets"].dtype == np.int32 and batch["targets"].shape == (32,)
-    spec = dict(encoder="scalar", length=64, channels=1, vocab_size=0, outputs=10)
-    assert dataset.spec == spec | {"loss": "classification", "padded": False}
+    assert dataset.spec == Spec("scalar", 64, 10, "classification")
 
 
 @pytest.mark.parametrize("augment", ["none", "affine"])
@@ -91,8 +93,7 @@ def test_digits_by_next_pixel_are_shifted_by_one(augment):
     assert (inputs[:, 0] == 17).all()
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
     assert targets.min() >= 0 and targets.max() <= 16
-    spec = dict(encoder="token", length=64, channels=1, vocab_size=18, outputs=17)
-    assert dataset.spec == spec | dict(loss="token", padded=False, causal=True)
+    assert dataset.spec == Spec("token", 64, 17, "token", vocab_size=18, causal=True)
 
 
 def test_shift_moves_by_at_most_one_pixel():
@@ -285,7 +286,10 @@ def broken(rng):
 
 
 def test_an_error_in_a_worker_is_raised():
-    dataset = pipeline.Dataset({}, {"train": pipeline.Drawn(broken, 0, "train", 8)})
+    dataset = pipeline.Dataset(
+        Spec("scalar", 1, 1, "regression"),
+        {"train": pipeline.Drawn(broken, 0, "train", 8)},
+    )
     with (
         contextlib.closing(dataset.train(4, seed=0, workers=1)) as iterator,
         pytest.raises(ValueError, match=r"data.folder: broken, got 1") as caught,

@@ -63,13 +63,13 @@ def everything(dataset):
 )
 def test_npz_layouts(tmp_path, arrays, spec):
     dataset = load_npz(tmp_path, **arrays)
-    assert dataset.spec["length"] == L and dataset.spec | spec == dataset.spec
-    assert not dataset.spec["padded"]
+    assert dataset.spec.length == L and dataset.spec.but(**spec) == dataset.spec
+    assert not dataset.spec.padded
     batch = next(dataset.train(8, seed=0))
-    token = dataset.spec["encoder"] == "token"
+    token = dataset.spec.encoder == "token"
     assert batch["inputs"].dtype == (np.int32 if token else np.float32)
     assert batch["mask"].shape == (8, L) and batch["mask"].all()
-    regression = dataset.spec["loss"] == "regression"
+    regression = dataset.spec.loss == "regression"
     assert batch["targets"].dtype == (np.float32 if regression else np.int32)
     rows = everything(dataset)
     order = np.lexsort(rows["inputs"].reshape(N, -1).T)
@@ -113,7 +113,7 @@ def test_lengths_reset_and_dt(tmp_path):
     arrays = dict(inputs=INPUTS, targets=targets, reset=reset, dt=dt)
     config = dict(test=0.0, validation=0.0)
     dataset = load_npz(tmp_path, config, lengths=lengths, **arrays)
-    assert dataset.spec["padded"]
+    assert dataset.spec.padded
     rows = everything(dataset)
     np.testing.assert_array_equal(rows["mask"], real)
     np.testing.assert_array_equal(rows["targets"], np.where(real, targets, -1))
@@ -131,22 +131,22 @@ def test_csv_pads_short_rows(tmp_path):
     np.testing.assert_array_equal(rows["inputs"], expected)
     assert rows["mask"].sum(axis=1).tolist() == [3, 2, 1, 3]
     assert rows["targets"].tolist() == [0, 1, 2, 1]
-    assert dataset.spec["outputs"] == 3 and dataset.spec["length"] == 3
+    assert dataset.spec.outputs == 3 and dataset.spec.length == 3
 
 
 def test_csv_without_header_regresses_floats_and_reads_tokens(tmp_path):
     text = "1,2,0.5\r\n3,4,1.0\r\n\r\n"
     config = dict(encoder="token", test=0.0, validation=0.0)
     dataset = load_csv(tmp_path, text, **config)
-    assert (dataset.spec["loss"], dataset.spec["outputs"]) == ("regression", 1)
-    assert (dataset.spec["encoder"], dataset.spec["vocab_size"]) == ("token", 5)
+    assert (dataset.spec.loss, dataset.spec.outputs) == ("regression", 1)
+    assert (dataset.spec.encoder, dataset.spec.vocab_size) == ("token", 5)
     assert everything(dataset)["targets"].tolist() == [0.5, 1.0]
 
 
 def test_whole_targets_can_be_regressed(tmp_path):
     text = "\n".join(f"{i},{i + 1},{i % 3}" for i in range(12))
     dataset = load_csv(tmp_path, text, loss="regression")
-    assert dataset.spec["loss"] == "regression"
+    assert dataset.spec.loss == "regression"
 
 
 BAD_NPZ = {
@@ -345,7 +345,7 @@ def test_one_example_may_be_a_split_and_a_class_may_be_held_out_alone(tmp_path):
     arrays = dict(inputs=INPUTS[:3], targets=np.array([0, 1, 2]))
     split = np.array(["train", "validation", "test"])
     dataset = load_npz(tmp_path, split=split, **arrays)
-    assert dataset.spec["outputs"] == 3
+    assert dataset.spec.outputs == 3
     stream = dataset.train(1, seed=0)
     assert [next(stream)["targets"].tolist() for _ in range(3)] == [[0]] * 3
     (batch,) = dataset.evaluation("test", 2)

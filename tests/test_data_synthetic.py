@@ -9,7 +9,7 @@ from test_configs import check_fit, flag_values
 
 from configs import synthetic as configs
 from layers import LAYERS
-from train import data, evaluate, loop, losses
+from train import data, evaluate, loop, losses, resolve
 from train.data import synthetic
 from train.reproduce import __main__ as reproduce
 from train.reproduce import contest
@@ -196,8 +196,8 @@ def test_a_split_may_be_left_out():
 
 def test_only_what_is_drawn_can_be_longer():
     config = dict(name="induction", length=9)
-    assert data.stretched(config, 4).spec["length"] == 36
-    assert data.stretched(dict(name="copying"), 2).spec["length"] == 2_048
+    assert data.stretched(config, 4).spec.length == 36
+    assert data.stretched(dict(name="copying"), 2).spec.length == 2_048
     with pytest.raises(ValueError, match=r"'digits' has one length only; .* copying"):
         data.stretched(dict(name="digits"), 2)
 
@@ -211,14 +211,14 @@ def test_synthetic_config_fits(arg):
     config.data.update(train=40, validation=2, test=2)
     found = data.load(config.data)
     check_fit(config, found)
-    assert config.model.length in (found.spec["length"], 8 * found.spec["length"])
+    assert config.model.length in (found.spec.length, 8 * found.spec.length)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_fits_the_small_scale(layer):
     """As the README's commands say, at the width of the config."""
     config = configs.get_config(f"mqar,layer={layer}")
-    config = loop.resolve(config, data.load(config.data).spec)
+    config = resolve.complete(config, data.load(config.data).spec)
     assert contest.parameters(config) > 0
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from train import data
 from train.data import images, video
+from train.data.spec import Spec
 
 RNG = np.random.default_rng(0)
 N, T = 20, 6
@@ -15,8 +16,7 @@ CODES = RNG.integers(7, size=(N, T, 4, 5))
 CODES.flat[0] = 6
 ACTIONS = RNG.integers(3, size=(N, T))
 ACTIONS[:, 1] = 2
-PIXELS = dict(encoder="video", vocab_size=0, actions=0, loss="frames", padded=False)
-PIXELS["causal"] = True
+PIXELS = Spec("video", 4, 1, "frames", causal=True)
 SMALL = dict(name="moving_digits", length=5, side=20, digit_side=8)
 
 
@@ -52,7 +52,7 @@ def load_frames(place, **config):
 def test_a_batch_of_moving_digits():
     dataset = moving()
     size = dict(size=(20, 20), channels=1, outputs=1, length=4)
-    assert dataset.spec == PIXELS | size
+    assert dataset.spec == PIXELS.but(**size)
     stream = dataset.train(3, seed=0)
     batch = next(stream)
     assert batch["inputs"].shape == batch["targets"].shape == (3, 4, 20, 20, 1)
@@ -170,7 +170,7 @@ def test_mnist_moves_too(tmp_path):
 def test_clips_may_be_long_and_are_stretched():
     assert moving(length=1300).sources["test"][3]["frames"].shape[0] == 1300
     config = SMALL | dict(train=5, validation=0, test=0)
-    assert data.stretched(config, 3).spec["length"] == 14
+    assert data.stretched(config, 3).spec.length == 14
     with pytest.raises(ValueError, match="a number of frames"):
         data.stretched(dict(name="clips", path="x.npz"), 3)
 
@@ -197,12 +197,12 @@ def test_npz_of_frames(tmp_path):
     split = np.array(["train"] * 15 + ["test"] * 5)
     dataset = load_npz(tmp_path, frames=FRAMES, split=split)
     size = dict(size=(4, 5), channels=3, outputs=3, length=T - 1)
-    assert dataset.spec == PIXELS | size
+    assert dataset.spec == PIXELS.but(**size)
     (batch,) = dataset.evaluation("test", 5)
     np.testing.assert_array_equal(batch["inputs"], FRAMES[15:, :-1])
     np.testing.assert_array_equal(batch["targets"], FRAMES[15:, 1:])
     grey = load_npz(tmp_path, frames=FRAMES[..., 0])
-    assert grey.spec["channels"] == 1
+    assert grey.spec.channels == 1
     assert set(grey.sources) == {"train", "validation", "test"}
     assert next(grey.train(2, seed=0))["inputs"].shape == (2, T - 1, 4, 5, 1)
 
@@ -211,11 +211,11 @@ def test_npz_of_codes(tmp_path):
     config = dict(codec="runs/codec", validation=0.0, test=0.0)
     dataset = load_npz(tmp_path, config, codes=CODES)
     expected = dict(vocab_size=7, outputs=7, loss="codes", codec="runs/codec")
-    assert dataset.spec | expected == dataset.spec and dataset.spec["channels"] == 1
+    assert dataset.spec.but(**expected) == dataset.spec and dataset.spec.channels == 1
     (batch,) = dataset.evaluation("train", N)
     np.testing.assert_array_equal(batch["targets"], CODES[:, 1:])
     assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
-    assert load_npz(tmp_path, dict(vocab_size=9), codes=CODES).spec["outputs"] == 9
+    assert load_npz(tmp_path, dict(vocab_size=9), codes=CODES).spec.outputs == 9
 
 
 def test_actions_lead_from_a_frame_to_the_next(tmp_path):
@@ -224,7 +224,7 @@ def test_actions_lead_from_a_frame_to_the_next(tmp_path):
     frames = np.broadcast_to(number[:, :, None, None], (N, T, 2, 2)).astype(np.uint8)
     arrays = dict(frames=frames, actions=np.where(number == 0, -1, number))
     dataset = load_npz(tmp_path, dict(length=4), **arrays)
-    assert dataset.spec["actions"] == T and dataset.spec["length"] == 3
+    assert dataset.spec.actions == T and dataset.spec.length == 3
     stream, starts = dataset.train(4, seed=0), set()
     for _ in range(20):
         batch = next(stream)
@@ -329,7 +329,7 @@ def test_folders_of_frames(tmp_path):
     write_videos(tmp_path, (12, 4))
     (tmp_path / "video1" / "notes.txt").write_text("")
     dataset = load_frames(tmp_path, length=4)
-    assert dataset.spec == PIXELS | dict(size=(4, 5), channels=3, outputs=3, length=3)
+    assert dataset.spec == PIXELS.but(size=(4, 5), channels=3, outputs=3, length=3)
     (batch,) = dataset.evaluation("train", 2)
     colours = [[0, 1, 2], [10, 11, 12]]
     assert (batch["inputs"] == np.array(colours)[..., None, None, None]).all()
@@ -345,7 +345,7 @@ def test_folders_of_frames(tmp_path):
 def test_frames_are_scaled_and_grey(tmp_path):
     write_videos(tmp_path, (3,), size=(8, 6), suffix="JPG")
     dataset = load_frames(tmp_path, size=(4, 2), channels=1)
-    assert (dataset.spec["size"], dataset.spec["channels"]) == ((4, 2), 1)
+    assert (dataset.spec.size, dataset.spec.channels) == ((4, 2), 1)
     (batch,) = dataset.evaluation("train", 1)
     assert batch["inputs"].shape == (1, 2, 4, 2, 1)
     assert abs(batch["targets"][0, :, 0, 0, 0] - np.array([1.0, 2.0])).max() <= 1

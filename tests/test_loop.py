@@ -21,14 +21,17 @@ from train import (
     loop,
     losses,
     metrics,
+    optimizers,
+    parts,
     runs,
     sharding,
     state,
     step,
 )
+from train.data.spec import Spec
 
 MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
-LOSS = losses.make({"loss": "classification"})
+LOSS = losses.make("classification")
 
 
 class Pool(nn.Module):
@@ -245,7 +248,7 @@ def test_a_lost_best_step_does_not_hide_the_last(finished, monkeypatch, capsys):
     monkeypatch.setattr(endings, "measure", lambda *_: perfect)
     monkeypatch.setattr(endings, "compare", lambda *_: "it is bidirectional")
     monkeypatch.setattr(runs, "write_results", lambda *_: None)
-    dataset = SimpleNamespace(spec={"loss": "classification"})
+    dataset = SimpleNamespace(spec=Spec("scalar", 1, 2, "classification"))
     parts = SimpleNamespace(dataset=dataset, mesh=MESH, model=None)
     best = {"step": 7, "scores": perfect}
     progress = SimpleNamespace(step=12, best=best, state=begin(batch_of())[0]())
@@ -258,7 +261,7 @@ def test_a_lost_best_step_does_not_hide_the_last(finished, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    make = loop.optimizers.make
+    make = optimizers.make
 
     def poisoned(config, params):
         tx, groups, schedule = make(config, params)
@@ -268,7 +271,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
         late = optax.conditionally_transform(poison, lambda n: n == 6)
         return optax.chain(tx, late), groups, schedule
 
-    monkeypatch.setattr(loop.optimizers, "make", poisoned)
+    monkeypatch.setattr(optimizers, "make", poisoned)
     with pytest.raises(FloatingPointError) as caught:
         loop.run(tiny_run.config(), tmp_path)
     # The update of step 7 breaks the weights; the loss of step 8 shows it.
@@ -348,14 +351,14 @@ def test_a_trace_ends_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     progress = SimpleNamespace(step=10, state=0)
-    with pytest.raises(KeyError), loop.profiler(tmp_path, progress, 99) as between:
+    with pytest.raises(KeyError), metrics.profiler(tmp_path, progress, 99) as between:
         for progress.step in range(10, 20):
             calls.append(progress.step)
             between()
             if progress.step == 13:
                 raise KeyError
     assert calls == [10, 11, "start", 12, 13, "stop"]
-    with loop.profiler(tmp_path, progress, 99) as between:
+    with metrics.profiler(tmp_path, progress, 99) as between:
         for progress.step in range(13, 25):
             between()
             calls.append(progress.step)
@@ -455,7 +458,7 @@ def test_a_recipe_s_warmup_fits_a_short_trial(tmp_path, capsys):
 def test_warmup(warmup, steps, saved, used):
     config = tiny_run.config(steps=steps)
     config.optimizer.warmup = warmup
-    loop.optimizers.settle_warmup(config, saved)
+    optimizers.settle_warmup(config, saved)
     assert config.optimizer.warmup == used
 
 
@@ -475,7 +478,7 @@ def test_compiling_is_said(tmp_path, monkeypatch, capsys):
     def table(*_):
         raise KeyError
 
-    monkeypatch.setattr(loop, "print_table", table)
+    monkeypatch.setattr(parts, "print_table", table)
     with pytest.raises(KeyError):
         loop.run(tiny_run.config(), tmp_path)
     said = (
@@ -542,7 +545,7 @@ def test_a_run_ends_in_x64(tmp_path, layer, target):
         saved, _ = checkpoint.restore_params(tmp_path)
         if target == "next":
             run = generate.load_run(tmp_path)
-            prompt = np.full((2, 1), run.dataset.spec["start"])
+            prompt = np.full((2, 1), run.dataset.spec.start)
             key = jax.random.key(0)
             made = generate.generate(run.model, run.variables, prompt, 5, key)
             assert made.dtype == np.int32

@@ -21,7 +21,8 @@ import pytest
 
 from configs import common, pixels
 from layers.models.build import GELUS, NORMS
-from train import evaluate, loop, report, runs
+from train import evaluate, loop, runs
+from train.report import pages
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"
 STEPS = 12
@@ -64,7 +65,7 @@ def test_goes_on_as_its_commit_did(workdir, capsys):
 
 @pytest.mark.slow
 def test_has_a_report(workdir):
-    page = Path(report.write(workdir)).read_text()
+    page = Path(pages.write(workdir)).read_text()
     assert "0.1000" in page
 
 

@@ -13,10 +13,11 @@ import pytest
 from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
-from train import loop, main, report, runs, sharding, state
+from train import loop, main, runs, sharding, state
 from train.checkpoint import CheckpointError
+from train.data.spec import Spec
 from train.draw import figures
-from train.report import answers, pages, probe
+from train.report import answers, inside, pages, probe
 from train.report.__main__ import main as command
 
 VOID = {"meta", "br"}
@@ -144,7 +145,7 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
 
 @pytest.mark.slow
 def test_the_command_of_a_report_starts_the_same_run(digits, tmp_path, monkeypatch):
-    page = read(report.write(digits, tmp_path / "page.html"))
+    page = read(pages.write(digits, tmp_path / "page.html"))
     code = re.search(r"from train import loop.*\n.*\)", page.text["reproduce"])[0]
     monkeypatch.chdir(tmp_path)
     exec(code)
@@ -154,7 +155,7 @@ def test_the_command_of_a_report_starts_the_same_run(digits, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_report_of_tokens_without_eigenvalues(tokens):
-    page = read(report.write(tokens, step=2))
+    page = read(pages.write(tokens, step=2))
     assert page.sections() == [name for name in EVERY if name != "spectra"]
     assert "Accuracy by position" in page.text["answers"]
     assert len(re.findall("target  ", page.text["answers"])) == 3
@@ -162,7 +163,7 @@ def test_a_report_of_tokens_without_eigenvalues(tokens):
 
 @pytest.mark.slow
 def test_a_report_of_a_regression(regression):
-    page = read(report.write(regression))
+    page = read(pages.write(regression))
     assert page.sections() == [name for name in EVERY if name != "spectra"]
     assert "test error" in page.text["verdict"]
     assert "Predictions over targets" in page.text["answers"]
@@ -175,15 +176,15 @@ def test_an_unfinished_run_has_a_report_too(digits, tokens, tmp_path):
     (path / "results.json").unlink()
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "spl')
-    page = read(report.write(path))
+    page = read(pages.write(path))
     assert "not finished: 2 of 2 steps" in page.text["verdict"]
     shutil.rmtree(path / "checkpoints")
     (path / "metrics.jsonl").write_text("")
     (path / "versions.json").unlink()
-    page = read(report.compare([path, digits], tmp_path / "compare.html"))
+    page = read(pages.compare([path, digits], tmp_path / "compare.html"))
     assert "0 of 2" in page.text["scores"]
     with pytest.raises(RuntimeError, match="there is no checkpoint in"):
-        report.write(path)
+        pages.write(path)
 
 
 def test_several_runs_beside_one_another(digits, tokens, regression, tmp_path, capsys):
@@ -208,7 +209,7 @@ def test_several_runs_beside_one_another(digits, tokens, regression, tmp_path, c
         (["--workdir", "nowhere"], "workdir must be that of a run, got nowhere"),
         (["--workdir", "{run}", "--step", "7"], "no checkpoint of step 7"),
         (["--workdir", "{run}", "--out", "no/where"], "exists, got no/where"),
-        (["--compare", "{run}"], "--compare must name two paths or more, got 1"),
+        (["--compare", "{run}"], "--compare must name two runs or more, got 1"),
         (["--compare", "{run}", "{run}"], "--compare must name a run once"),
         (["--compare", "{run}", "x", "--step", "2"], "--step goes with --workdir"),
         ([], "one of the arguments --workdir --compare is required"),
@@ -242,7 +243,7 @@ def test_unreadable_files_are_named(digits, tmp_path, name, text, message):
 
 def test_a_run_ends_well_without_its_report(tmp_path, monkeypatch, capsys):
     main._write_report(tmp_path / "nowhere")
-    monkeypatch.setattr(report, "write", lambda workdir, **_: workdir / "report.html")
+    monkeypatch.setattr(pages, "write", lambda workdir, **_: workdir / "report.html")
     main._write_report(tmp_path)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("report: not written (ValueError: ")
@@ -266,7 +267,7 @@ def test_a_report_says_that_a_beginning_is_lost(tokens, monkeypatch):
         raise CheckpointError("there is no checkpoint in elsewhere")
 
     monkeypatch.setattr(probe, "initial_variables", lost)
-    stages, remark = pages._stages(runs.load_run(tokens))
+    stages, remark = inside._stages(runs.load_run(tokens))
     assert list(stages) == ["trained"] and "no checkpoint in elsewhere" in remark
 
 
@@ -348,7 +349,11 @@ def shown(loss, inputs, outputs, targets, **spec):
     mask = np.ones(inputs.shape[:2], bool) if mask is None else mask
     confidence = None if loss == "regression" else np.linspace(0.5, 0.9, n)
     found = answers.Answers("test", n + 3, inputs, targets, mask, outputs, confidence)
-    return answers.section(found, {"loss": loss, "outputs": 4, **spec}, step=1)
+    return answers.section(
+        found,
+        Spec(**dict(encoder="scalar", length=1, outputs=4, loss=loss) | spec),
+        step=1,
+    )
 
 
 def test_answers_are_shown_as_pictures_lines_or_text():

@@ -66,7 +66,7 @@ def test_straight_through_gradient_is_the_formula():
     with jax.enable_x64(True):
         model = MODEL.clone(beta=0.7, dtype=jnp.float64)
         given = precision.cast(variables(), precision.get("float64"))
-        loss_fn = losses.make({"loss": "autoencoder"})
+        loss_fn = losses.make("autoencoder")
         batch = {"inputs": CLIPS, "mask": np.ones((2, 3), bool)}
 
         @jax.jit
@@ -188,7 +188,7 @@ def test_masked_frames_move_no_code_and_answer_zero():
 
 
 def test_loss_and_perplexity_of_a_known_assignment():
-    loss_fn = jax.jit(losses.make({"loss": "autoencoder"}))
+    loss_fn = jax.jit(losses.make("autoencoder"))
     frames = np.full((2, 2, 4, 4, 1), 255, np.uint8)  # x = 1
     usage = np.zeros((2, 2, 6), np.float32)
     usage[0, 0, :2], usage[0, 1, 2:4], usage[1, 0, 4] = 0.5, 0.5, 1
@@ -273,7 +273,7 @@ def test_the_dataset_clips_reads_what_the_codec_writes(workdir, tmp_path, capsys
     expected = run.model.apply(run.variables, clips, method="encode")
     np.testing.assert_array_equal(codes[split == "test"], expected)
     read = data.load(dict(name="clips", path=str(out), vocab_size=7))
-    assert read.spec["outputs"] == 7 and read.num_examples("train") == 20
+    assert read.spec.outputs == 7 and read.num_examples("train") == 20
     batch = next(iter(read.evaluation("test", 3)))
     np.testing.assert_array_equal(batch["targets"], expected[:, 1:])
 

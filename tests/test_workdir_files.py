@@ -236,7 +236,7 @@ def test_a_broken_config_is_said_on_resuming(tmp_path, train):
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": "x"}', NESTED])
 def test_broken_results_do_not_keep_a_run_from_going_on(tmp_path, content, capsys):
     run = harmed(tmp_path, "results.json", content)
-    assert loop.finished_before(runs.read_config(run), run) is None
+    assert runs.finished(run, runs.read_config(run)) is None
     said = capsys.readouterr().out
     assert str(run / "results.json") in said and said.count("\n") == 1
     assert "the run goes on from its last checkpoint" in said

@@ -22,12 +22,14 @@ what they fetch from their published addresses, and how much time and memory it 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -104,16 +106,33 @@ def scores(run: runs.Run, split: str) -> dict[str, float]:
     """Loss and metrics of a run on one split of its dataset. `ValueError` for a split
     that the dataset does not have, or that it draws without end."""
     spec, mesh = run.dataset.spec, sharding.make_mesh(run.config)
-    loss = losses.make(spec)
-    eval_step = step.make_eval_step(run.model, loss, spec.get("padded", True))
+    loss = losses.make(spec.loss)
+    eval_step = step.make_eval_step(run.model, loss, spec.padded)
     count = run.dataset.num_examples(split)
     if count > MOST:
         raise ValueError(
             f"split {split} has {count:,} examples; --examples N scores the first N"
         )
-    size = sharding.evaluation_batch_size(run.config, mesh, count)
-    batches = signals.stoppable(run.dataset.evaluation(split, size))
-    return step.evaluate(eval_step, run.variables, batches, mesh)
+    return on_split(eval_step, run.variables, run.dataset, split, run.config, mesh)
+
+
+def on_split(
+    eval_step: Callable,
+    variables: dict,
+    dataset: data.Dataset,
+    split: str,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Means of what `eval_step` sums over `split`.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    count = dataset.num_examples(split)
+    size = sharding.evaluation_batch_size(config, mesh, count)
+    batches = signals.stoppable(dataset.evaluation(split, size))
+    return step.evaluate(eval_step, variables, batches, mesh)
 
 
 def at_lengths(
@@ -149,7 +168,7 @@ def at_lengths(
         size = (options.eval_batch_size or options.batch_size) // n
         options.eval_batch_size = max(1, size)
         stretched = run._replace(config=config, dataset=dataset)
-        length = {"times": n, "length": dataset.spec["length"]}
+        length = {"times": n, "length": dataset.spec.length}
         rows.append(length | scores(stretched, split))
     found = {"step": run.step, "split": split, "lengths": rows}
     if jax.process_index() == 0:

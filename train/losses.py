@@ -31,8 +31,8 @@ SCORES = {
 }
 
 
-def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
-    """The loss that `spec["loss"]` names.
+def make(loss: str, label_smoothing: float = 0.0) -> LossFn:
+    """The loss of this name.
 
     - "classification": -log softmax(outputs)[targets], outputs [B, K], targets int
       [B]; a row whose mask is all False has no weight. Metric: accuracy.
@@ -55,7 +55,7 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
       that it has at all.
 
     Args:
-        spec: of the dataset; only "loss" is read.
+        loss: a key of LOSSES, such as the spec of a dataset names.
         label_smoothing: share e of the probability that goes to all K classes alike:
             the loss becomes (1 - e) * loss + e * mean_k(-log softmax(outputs)[k]).
 
@@ -72,7 +72,6 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
         "codes": _codes,
         "autoencoder": _autoencoder,
     }
-    loss = spec["loss"]
     if loss not in losses:
         raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
     if not 0 <= label_smoothing < 1:

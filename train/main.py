@@ -107,12 +107,12 @@ def check_arguments(argv: list[str]) -> None:
 def _write_report(workdir: Path) -> None:
     """The run's page; what keeps it from being written never fails the run."""
     try:
-        from train import report
+        from train.report import pages
 
         with stop_signals() as stop:
             stop.ends_after("part of the report")
             # Its layer is that of the command line, which has been trained here.
-            print(f"report: {report.write(workdir, trust=True)}", flush=True)
+            print(f"report: {pages.write(workdir, trust=True)}", flush=True)
     except Stopped:
         raise
     except Exception as error:

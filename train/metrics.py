@@ -27,9 +27,10 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from configs.common import GROUP_NAMES
-from train import checkpoint, files
+from train import files
 from train.files import write_atomically
 from train.losses import SCORES
+from train.state import named_leaves
 
 FILE = "metrics.jsonl"
 BOARD = "tensorboard"
@@ -254,7 +255,7 @@ def print_table(
         compiled: the train step.
         seconds: that compiling it took.
     """
-    named = checkpoint.named_leaves(params)
+    named = named_leaves(params)
     sizes = {path: math.prod(leaf.shape) for path, leaf in named}
     factors = dict(config.groups)
     counts = [
@@ -306,3 +307,33 @@ def print_results(results: Mapping) -> None:
     else:
         print(f"parallel vs recurrent: no recurrent mode ({difference})")
     print(f"checkpoint: {results['checkpoint']}", flush=True)
+
+
+PROFILED = 2, 6  # first and last step of the trace, counted from the start
+
+
+@contextlib.contextmanager
+def profiler(folder: Path, progress, steps: int):
+    """Yields what is to be called before every step: it traces the steps PROFILED.
+
+    A run with fewer steps is traced to its end, which may also be an error.
+    """
+    first = progress.step
+    begin = first + min(PROFILED[0], steps - first) - 1
+
+    def end():
+        try:
+            jax.block_until_ready(progress.state)
+        finally:
+            jax.profiler.stop_trace()
+
+    with contextlib.ExitStack() as running:
+
+        def between_steps():
+            if progress.step == begin:
+                jax.profiler.start_trace(folder)
+                running.callback(end)
+            elif progress.step == first + PROFILED[1]:
+                running.close()
+
+        yield between_steps

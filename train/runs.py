@@ -410,6 +410,25 @@ def _check_rollout(path: Path, found) -> None:
         )
 
 
+def finished(workdir: Path, config: ConfigDict) -> dict | None:
+    """The results of a run that is finished, printed; None where there is more to do.
+
+    Raises:
+        ValueError: a workdir of another config.
+    """
+    check_workdir(workdir, config)
+    try:
+        found = read_results(workdir)
+    except ValueError as problem:  # they are made again at the end
+        print(f"{problem}: the run goes on from its last checkpoint", flush=True)
+        return None
+    if found is None or found["step"] < config.train.steps:
+        return None
+    print(f"this run was finished before, at step {found['step']}")
+    metrics.print_results(found)
+    return found
+
+
 def read_metrics(workdir: str | Path) -> list[dict]:
     """The lines of metrics.jsonl; a kill may have cut the last one off.
 

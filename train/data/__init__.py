@@ -64,13 +64,13 @@ def load(config: Mapping) -> Dataset:
     dataset = DATASETS[name](**arguments)
     if not config.get("reconstruct"):
         return dataset
-    if dataset.spec["loss"] != "frames":
+    if dataset.spec.loss != "frames":
         raise ValueError(
             f"data.reconstruct is for frames of pixels, which the dataset {name!r} "
             "does not have here; it may be False"
         )
-    changed = {"loss": "autoencoder", "causal": False}
-    return dataclasses.replace(dataset, spec=dataset.spec | changed)
+    spec = dataset.spec.but(loss="autoencoder", causal=False)
+    return dataclasses.replace(dataset, spec=spec)
 
 
 def stretched(config: Mapping, times: int) -> Dataset:

@@ -25,6 +25,7 @@ import numpy as np
 
 from train import settings
 from train.data import cast, pipeline
+from train.data.spec import Spec
 
 KEYS = ("inputs", "targets", "mask", "lengths", "reset", "dt", "split")
 ENCODERS = ("scalar", "token")
@@ -74,15 +75,15 @@ def load(
     else:
         labels = targets if loss == "classification" else None
         indices = drawn_split(source, len(inputs), validation, test, seed, labels)
-    spec = {
-        "encoder": "token" if vocab_size else "scalar",
-        "length": inputs.shape[1],
-        "channels": inputs.shape[2] if inputs.ndim == 3 else 1,
-        "vocab_size": vocab_size,
-        "outputs": outputs,
-        "loss": loss,
-        "padded": not mask.all(),
-    }
+    spec = Spec(
+        encoder="token" if vocab_size else "scalar",
+        length=inputs.shape[1],
+        channels=inputs.shape[2] if inputs.ndim == 3 else 1,
+        vocab_size=vocab_size,
+        outputs=outputs,
+        loss=loss,
+        padded=not mask.all(),
+    )
     return pipeline.Dataset(spec, pipeline.split_rows(arrays, indices))
 
 

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 
 from train.data import pipeline
+from train.data.spec import Spec
 
 SIDE = 8
 LENGTH = SIDE * SIDE
@@ -57,14 +58,13 @@ def load(
     indices = pipeline.split_indices(len(labels), 0.1, 0.2, seed=0, labels=labels)
     sources = pipeline.split_rows({"image": images, "label": labels}, indices)
     augmentations = {"none": None, "shift": _shift, "affine": _affine}
-    spec = {"length": LENGTH, "channels": 1, "padded": False}
     if target == "label":
-        spec |= {"encoder": "scalar", "vocab_size": 0}
-        spec |= {"outputs": CLASSES, "loss": "classification"}
+        spec = Spec("scalar", LENGTH, CLASSES, "classification")
         finish = _label_example
     else:
-        spec |= {"encoder": "token", "vocab_size": LEVELS + 1}
-        spec |= {"outputs": LEVELS, "loss": "token", "causal": True}
+        spec = Spec(
+            "token", LENGTH, LEVELS, "token", vocab_size=LEVELS + 1, causal=True
+        )
         finish = _next_example
     dataset = pipeline.Dataset(spec, sources, augmentations[augment], finish)
     return pipeline.laid_out(dataset, layout, (SIDE, SIDE))

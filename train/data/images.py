@@ -13,6 +13,7 @@ import numpy as np
 from train import settings
 from train.data import original, pipeline
 from train.data.original import Original
+from train.data.spec import Spec
 
 CLASSES = 10
 VALIDATION, SEED = 0.1, 42
@@ -145,15 +146,15 @@ def _dataset(splits, shape: tuple[int, int], finish, layout: str) -> pipeline.Da
     sources = pipeline.split_rows({"image": images, "label": labels}, parts)
     test_images, test_labels = splits["test"]
     sources["test"] = pipeline.Rows({"image": test_images, "label": test_labels})
-    spec = {
-        "encoder": "scalar",
-        "length": shape[0],
-        "channels": shape[1],
-        "vocab_size": 0,
-        "outputs": CLASSES,
-        "loss": "classification",
-        "padded": False,
-    }
+    spec = Spec(
+        encoder="scalar",
+        length=shape[0],
+        channels=shape[1],
+        vocab_size=0,
+        outputs=CLASSES,
+        loss="classification",
+        padded=False,
+    )
     dataset = pipeline.Dataset(spec, sources, finish=finish)
     return pipeline.laid_out(dataset, layout, images.shape[1:3])
 

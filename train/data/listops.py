@@ -19,6 +19,7 @@ import numpy as np
 from train import settings
 from train.data import expressions, pipeline, prepared
 from train.data.expressions import EOS, PAD, TOKENS, Rules
+from train.data.spec import Spec
 
 # To be raised with any change of what given settings make.
 VERSION = 1
@@ -76,16 +77,16 @@ def load(
         splits = [split for split, size in sizes.items() if size]
     home = settings.place("data.folder", folder) / name
     prepared.prepare(home, {"version": VERSION, **made_from}, write, "ListOps")
-    spec = {
-        "encoder": "token",
-        "length": max_length,
-        "channels": 1,
-        "vocab_size": expressions.VOCAB_SIZE,
-        "outputs": expressions.DIGITS,
-        "loss": "classification",
-        "padded": True,
-        "symbols": (*expressions.SPECIALS, *expressions.SYMBOLS),
-    }
+    spec = Spec(
+        encoder="token",
+        length=max_length,
+        channels=1,
+        vocab_size=expressions.VOCAB_SIZE,
+        outputs=expressions.DIGITS,
+        loss="classification",
+        padded=True,
+        symbols=(*expressions.SPECIALS, *expressions.SYMBOLS),
+    )
     sources = {split: prepared.Records(_file(home, split), _parse) for split in splits}
     return pipeline.Dataset(
         spec, sources, finish=functools.partial(_finish, length=max_length)

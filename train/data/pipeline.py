@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from train import settings
+from train.data.spec import Spec
 from train.data.workers import Workers
 
 SPLITS = ("train", "validation", "test")
@@ -173,11 +174,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def laid_out(dataset: "Dataset", layout: str, size: tuple[int, int]) -> "Dataset":
     """A dataset whose examples are h w pixels, row by row, in one of `LAYOUTS`: as they
-    are, or "image": inputs [h, w, C], encoder "image" and "size" (h, w) in the spec."""
+    are, or "image": inputs [h, w, C], encoder "image" and size (h, w) in the spec."""
     if layout == "sequence":
         return dataset
-    spec = dataset.spec | {"encoder": "image", "size": size}
-    shape = (*size, spec["channels"])
+    spec = dataset.spec.but(encoder="image", size=size)
+    shape = (*size, spec.channels)
     finish = functools.partial(_as_image, finish=dataset.finish, shape=shape)
     return dataclasses.replace(dataset, spec=spec, finish=finish)
 
@@ -192,15 +193,13 @@ class Dataset:
     """Splits of examples and what a model has to know about them.
 
     Attributes:
-        spec: {"encoder", "length", "channels", "vocab_size", "outputs", "loss"}, which
-            fill in what the model's config leaves open; "padded": whether examples have
-            masked tokens; "causal": whether later inputs hold the targets.
+        spec: what they are, which fills in what the model's config leaves open.
         sources: split name -> random-access examples.
         augment: (example, numpy Generator) -> example, on training examples only.
         finish: example -> {"inputs", "targets", "mask", ...}, on every example.
     """
 
-    spec: dict
+    spec: Spec
     sources: Mapping[str, Sequence[Example]]
     augment: Callable[[Example, np.random.Generator], Example] | None = None
     finish: Callable[[Example], Example] | None = None
@@ -270,10 +269,10 @@ class Dataset:
     def _example_bytes(self) -> int:
         """About how much an example has, before one is made."""
         spec = self.spec
-        size = spec["size"] if spec.get("encoder") == "video" else ()
-        places = math.prod((spec.get("length", 1), *size))
-        item = 1 if spec.get("loss") in ("frames", "autoencoder") else 4
-        return places * spec.get("channels", 1) * item
+        size = spec.size if spec.encoder == "video" else ()
+        places = math.prod((spec.length, *size))
+        item = 1 if spec.loss in ("frames", "autoencoder") else 4
+        return places * spec.channels * item
 
     def _source(self, split: str) -> Sequence[Example]:
         if split not in self.sources:

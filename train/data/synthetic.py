@@ -9,6 +9,7 @@ import functools
 import numpy as np
 
 from train.data import pipeline
+from train.data.spec import Spec
 
 IGNORED = -1  # as in train.losses, which would bring JAX into every worker process
 TRAIN = 100_000_000  # more than a run reads: no example comes twice
@@ -250,16 +251,16 @@ def _passkey(rng, room, digits):
 def _dataset(draw, length, vocab_size, sizes, seed, **more) -> pipeline.Dataset:
     example = functools.partial(_example, draw=draw)
     draws = dict.fromkeys(pipeline.SPLITS, example)
-    spec = {
-        "encoder": "token",
-        "length": length,
-        "channels": 1,
-        "vocab_size": vocab_size,
-        "outputs": vocab_size,
-        "loss": "token",
-        "padded": False,
+    spec = Spec(
+        encoder="token",
+        length=length,
+        channels=1,
+        vocab_size=vocab_size,
+        outputs=vocab_size,
+        loss="token",
+        padded=False,
         **more,
-    }
+    )
     return pipeline.Dataset(spec, pipeline.drawn_splits(draws, sizes, seed))
 
 

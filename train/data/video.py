@@ -17,6 +17,7 @@ from train import settings
 from train.data import digits as small_digits
 from train.data import images, pipeline
 from train.data.arrays import File, drawn_split, given_split, read_npz
+from train.data.spec import Spec
 
 GLYPHS = ("digits", "mnist")
 GLYPH_IMAGES = {"digits": 1_797, "mnist": 60_000}
@@ -194,7 +195,7 @@ def clips(
                 )
     else:
         shown, spec = _read_codes(source, raw["codes"], vocab_size)
-        spec |= {"codec": codec} if codec else {}
+        spec = spec.but(codec=codec)
     arrays = {"frames": shown}
     count, frames = shown.shape[:2]
     length = length or frames
@@ -203,10 +204,11 @@ def clips(
             f"data.length must lie between 2 and {frames}, the frames of a clip in "
             f"{source.path}, or be 0, got {length}"
         )
-    spec["length"] = length - 1
+    spec = spec.but(length=length - 1)
     if "actions" in raw:
         led = _read_actions(source, raw["actions"], (count, frames), actions)
-        arrays["actions"], spec["actions"] = led
+        arrays["actions"] = led[0]
+        spec = spec.but(actions=led[1])
     elif actions:
         raise source.error(
             "actions",
@@ -247,8 +249,7 @@ def _read_codes(source: File, codes: np.ndarray, vocab_size: int):
     _check_extent(source, "codes", codes.shape)
     codes, vocab_size = source.whole("codes", codes, 0, vocab_size)
     spec = _pixels(codes.shape[2:], 1)
-    spec |= {"vocab_size": vocab_size, "outputs": vocab_size, "loss": "codes"}
-    return codes, spec
+    return codes, spec.but(vocab_size=vocab_size, outputs=vocab_size, loss="codes")
 
 
 def _check_extent(source: File, key: str, shape: tuple[int, ...]) -> None:
@@ -460,17 +461,17 @@ def whole_clips(batch) -> tuple[np.ndarray, np.ndarray | None]:
     return clips, given.get("actions")
 
 
-def _pixels(size: tuple[int, int], channels: int, length: int = 0) -> dict:
+def _pixels(size: tuple[int, int], channels: int, length: int = 0) -> Spec:
     """The spec of clips of `length` frames."""
-    return {
-        "encoder": "video",
-        "size": tuple(size),
-        "channels": channels,
-        "length": length - 1,
-        "vocab_size": 0,
-        "outputs": channels,
-        "actions": 0,
-        "loss": "frames",
-        "padded": False,
-        "causal": True,
-    }
+    return Spec(
+        encoder="video",
+        size=tuple(size),
+        channels=channels,
+        length=length - 1,
+        vocab_size=0,
+        outputs=channels,
+        actions=0,
+        loss="frames",
+        padded=False,
+        causal=True,
+    )

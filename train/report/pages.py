@@ -5,11 +5,8 @@ import shlex
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
-from layers.models.model import Model
-from layers.models.video import Video
 from train import checkpoint, files, runs, settings, signals
 from train.draw import figures
 from train.draw.markup import (
@@ -18,12 +15,10 @@ from train.draw.markup import (
     figure,
     page,
     paragraph,
-    picture,
     table,
 )
-from train.report import answers, probe
+from train.endings import ENDINGS
 from train.runs import UNKNOWN, Workdir
-from train.video import pictures, rollout
 
 
 def write(
@@ -49,7 +44,7 @@ def write(
     sections = [
         ("verdict", "Verdict", _verdict(told, run)),
         ("curves", "Curves", _curves({told.name: told})),
-        *_inside(told, run),
+        *ENDINGS[run.dataset.spec.loss].sections(told, run),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]
@@ -59,22 +54,6 @@ def write(
     title = f"{told.layer} on {told.config.data.name}"
     files.write_atomically(out, page(title, subtitle, sections))
     return out
-
-
-def _inside(told, run) -> list[tuple[str, str, str]]:
-    """What is to be seen of a model, which depends on its kind."""
-    if isinstance(run.model, Video):
-        return [("rollouts", "Rollouts", _rollouts(told, run))]
-    if not isinstance(run.model, Model):
-        return []
-    stages, remark = _stages(run)
-    blocks = probe.blocks(run.model, stages, told.config.model.length)
-    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
-    return [
-        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
-        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
-        ("answers", "Answers", found),
-    ]
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
@@ -129,16 +108,6 @@ def _labelled(runs: list[Workdir]) -> dict[str, Workdir]:
     if len({*labels}) < len(labels):
         raise ValueError(f"--compare must name a run once, got {', '.join(labels)}")
     return dict(zip(labels, runs, strict=True))
-
-
-def _stages(run) -> tuple[dict, str]:
-    """The variables before and after training, and a remark where some are missing."""
-    trained = {"trained": run.variables}
-    try:
-        return {"initial": probe.initial_variables(run)} | trained, ""
-    except (ValueError, checkpoint.CheckpointError) as error:
-        remark = f"What this run began with cannot be shown: {error}."
-        return trained, paragraph(remark, "soft")
 
 
 def _verdict(told, run) -> str:
@@ -208,98 +177,6 @@ def _curves(runs: dict[str, Workdir]) -> str:
     caption = "Training values are means over the steps between two logs, with the "
     caption += "dropout and augmentation of the run; validation has neither."
     return figure(figures.curves(rows, panels), caption)
-
-
-def _rollouts(told, run) -> str:
-    options = {**told.config.rollout, "clips": rollout.SHOWN}
-    split = runs.last_split(run.dataset)
-    found = rollout.of_run(run, options, split)
-    seen, ahead = found.context.shape[1], found.truth.shape[1]
-    said = f"Checkpoint of step {run.step:,}, {split} split. The model saw {seen} "
-    said += f"frames and then its own answers for {ahead}."
-    parts = [paragraph(said)]
-    if found.truth.ndim == 5:
-        parts += [picture(sheet, caption) for sheet, caption in _pictures(found)]
-    if scored := (told.results or {}).get("rollout"):
-        parts.append(_by_horizon(scored))
-    return "".join(parts)
-
-
-def _pictures(found):
-    yield (
-        pictures.contact_sheet(*found.frames()),
-        "Frames of the context and of what follows: truth above, prediction below.",
-    )
-    yield (
-        pictures.gif(*(frames[0] for frames in found.frames())),
-        "The first clip: truth on the left; on the right the context, then the model.",
-    )
-
-
-def _by_horizon(scored) -> str:
-    """Scores at some horizons, of all clips that were tested at the end of the run."""
-    columns, rows = rollout.by_horizon(scored)
-    said = f"Means over {scored['clips']} clips of the {scored['split']} split, "
-    said += f"against {scored.get('against', 'the true frames')}."
-    return table(("frames ahead", *columns), rows) + paragraph(said, "soft")
-
-
-def _filters(told, run, blocks) -> str:
-    block, L = blocks[0], told.config.model.length
-    lines = min(len(block.features), figures.LINES)
-    caption = (
-        f"Checkpoint of step {run.step:,}. Left: what a block's mixer alone answers "
-    )
-    caption += (
-        f"to a unit impulse, in {lines} of the features, each after an impulse in "
-    )
-    caption += "itself; its answer to silence is subtracted, and lag 0, where a skip "
-    caption += (
-        "connection would dwarf the rest, is left out. Right: root mean square of "
-    )
-    caption += f"the whole output over impulses in {len(block.features)} features."
-    if len(block.lags) < L:
-        caption += f" The first {len(block.lags):,} of {L:,} tokens."
-    return figure(figures.filters(blocks), caption + _not_all(blocks))
-
-
-def _spectra(told, blocks) -> str:
-    blocks = [block for block in blocks if block.has_spectrum()]
-    if not blocks:
-        return ""
-    L = told.config.model.length
-    caption = "a: the eigenvalues of one token's step, those that a layer stores, and "
-    caption += "the unit circle. log a: where a continuous system is sampled, its "
-    caption += (
-        "eigenvalues times the step size; above the dotted line, half a cycle per "
-    )
-    caption += (
-        "token, a frequency cannot be told from a lower one. Timescale: the tokens "
-    )
-    caption += (
-        "in which a mode decays by a factor e, 1 / -Re log a; dotted: the sequence "
-    )
-    caption += f"length, {L:,}."
-    header, rows = ["timescale, tokens"], []
-    for stage in blocks[0].responses:
-        header += [f"{stage}: 5 %", "median", "95 %", f"above {L:,}"]
-    for block in blocks:
-        cells = []
-        for response in block.responses.values():
-            times = figures.timescales(response.log_a)
-            cells += [
-                f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-                for x in np.percentile(times, (5, 50, 95))
-            ]
-            cells.append(f"{np.mean(times > L):.0%}")
-        rows.append((block.title, *cells, np.count_nonzero(response.log_a.real >= 0)))
-    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks))
-    return drawn + table((*header, "do not decay"), rows)
-
-
-def _not_all(blocks) -> str:
-    most = figures.BLOCKS
-    return f" {most} of {len(blocks)} blocks are drawn." if len(blocks) > most else ""
 
 
 def _reproduce(told) -> str:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import synthetic
 from layers.models.build import build
-from train import data, evaluate, files, loop, runs, state
+from train import data, evaluate, files, loop, resolve, runs, state
 from train.reproduce import ledger
 
 RATES = (1e-3, 3e-3, 1e-2)
@@ -152,7 +152,7 @@ def config_of(contest: Contest, contender: Contender) -> ConfigDict:
     """The resolved config of one row."""
     config = contest.make(f"{contest.argument},layer={contender.layer}")
     config.model.layer_args.update(contender.layer_args)
-    config = loop.resolve(config, data.load(config.data).spec)
+    config = resolve.complete(config, data.load(config.data).spec)
     equalise(config, contest.parameters)
     return config
 
