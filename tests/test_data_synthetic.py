@@ -12,7 +12,7 @@ from layers import LAYERS
 from train import data, evaluate, loop, losses, resolve
 from train.data import synthetic
 from train.reproduce import __main__ as reproduce
-from train.reproduce import contest
+from train.reproduce import contest, ledger
 
 SMALL = {
     "mqar": dict(length=24, vocab_size=20, pairs=5),
@@ -357,7 +357,7 @@ def test_validation_chooses_the_rate_and_the_test_does_not(tmp_path, monkeypatch
         )
         return {"step": 2, "seconds": 7}
 
-    monkeypatch.setattr(contest, "trained", run)
+    monkeypatch.setattr(ledger, "trained", run)
     found = small_contest("gru")
     row = contest.play(found, found.contenders[0], (4, 5, 6), tmp_path)
     assert trained[:2] == [(1e-3, 4), (3e-3, 4)]

@@ -15,7 +15,7 @@ from layers import FRAME_LAYERS, Sequence, build
 from layers.models.video import PIECE
 from train import data, loop, losses, metrics, resolve
 from train.report import pages
-from train.reproduce import contest
+from train.reproduce import ledger
 from train.reproduce import video as video_contest
 from train.video import rollout
 
@@ -452,7 +452,7 @@ def test_others_train_for_as_long_as_the_first(tmp_path, monkeypatch):
             return rolled([8.0] * 30)
         return rolled([8.0] * 3 + [10.0] * 27 if int(seed) else [10.0] * 30)
 
-    monkeypatch.setattr(contest, "trained", trained)
+    monkeypatch.setattr(ledger, "trained", trained)
     monkeypatch.setattr(video_contest, "rolled", rolled_out)
     text = video_contest.table("moving_digits", (), (0, 1), tmp_path)
     own = video.get_config().train.steps

@@ -45,7 +45,7 @@ def run_one(task, layer, seed, workdir) -> dict:
     """One finished run of a row."""
     config = config_of(task, layer)
     config.seed = seed
-    return contest.trained(config, workdir / f"{task}-{layer}-{seed}")
+    return ledger.trained(config, workdir / f"{task}-{layer}-{seed}")
 
 
 def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> str:

@@ -6,9 +6,7 @@ step is best on validation, trained with the first seed. The test selects nothin
 """
 
 import bisect
-import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +17,12 @@ from ml_collections import ConfigDict
 
 from configs import synthetic
 from layers.models.build import build
-from train import data, evaluate, files, loop, resolve, runs, state
+from train import data, evaluate, files, resolve, runs, state
 from train.reproduce import ledger
 
 RATES = (1e-3, 3e-3, 1e-2)
 TOLERANCE = 0.1
 FEATURES = range(4, 1025, 4)  # of the contenders; heads divide them
-SECONDS = "seconds.json"
 
 
 class Contender(NamedTuple):
@@ -92,19 +89,6 @@ CONTESTS = {
         ),
     ),
 }
-
-
-def trained(config: ConfigDict, workdir: Path) -> dict:
-    """One finished run: its results, and the seconds it took, compilation included."""
-    begun = time.monotonic()
-    results = loop.run(config, workdir)
-    if "stopped" in results:  # by SIGTERM or Ctrl-C; the next start goes on from here
-        raise SystemExit(0)
-    kept = workdir / SECONDS
-    if not kept.exists():
-        seconds = time.monotonic() - begun
-        files.write_atomically(kept, json.dumps(seconds))
-    return results | {"seconds": files.read_json(kept, float)}
 
 
 def parameters(config: ConfigDict) -> int:
@@ -185,7 +169,7 @@ def play(
     def run(rate, seed):
         config.optimizer.lr, config.seed = rate, seed
         folder = workdir / f"{contest.argument}-{label(contender)}-{rate}-{seed}"
-        return trained(config, folder), folder
+        return ledger.trained(config, folder), folder
 
     quality = {}
     for rate in RATES:
@@ -196,13 +180,13 @@ def play(
     if not quality:
         raise FloatingPointError(f"{label(contender)}: finite at none of {RATES}")
     best = max(quality, key=quality.get)
-    trained = [run(best, seed) for seed in seeds]
+    best_runs = [run(best, seed) for seed in seeds]
     config.optimizer.lr = best
     return Row(
         contender,
         config,
-        statistics.median(results["seconds"] for results, _ in trained),
-        [_tested(contest, folder, results["step"]) for results, folder in trained],
+        statistics.median(results["seconds"] for results, _ in best_runs),
+        [_tested(contest, folder, results["step"]) for results, folder in best_runs],
     )
 
 

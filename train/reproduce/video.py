@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs import video
 from train import files, runs
-from train.reproduce import contest, ledger
+from train.reproduce import ledger
 from train.video import rollout
 
 LAYERS = ("conv_s5", "conv_lstm")
@@ -58,12 +58,12 @@ def play(layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> dict:
         steps = 0
         if seconds is not None:
             trial = workdir / f"moving_digits-{layer}-trial"
-            contest.trained(config_of(layer, seeds[0], TRIAL), trial)
+            ledger.trained(config_of(layer, seeds[0], TRIAL), trial)
             steps = max(TRIAL, round(seconds * steps_per_second(trial)))
         found[layer] = []
         for seed in seeds:
             folder = workdir / f"moving_digits-{layer}-{seed}"
-            results = contest.trained(config_of(layer, seed, steps), folder)
+            results = ledger.trained(config_of(layer, seed, steps), folder)
             found[layer].append((results, folder))
         if seconds is None:
             seconds = statistics.median(
