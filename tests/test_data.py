@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from train import data
-from train.data import pipeline
+from train.data import pipeline, sources
 from train.data import workers as workers_module
 from train.data.spec import Spec
 
@@ -41,13 +41,13 @@ def numbered(count):
         "mask": np.ones((count, 1), bool),
     }
     return pipeline.Dataset(
-        Spec("scalar", 1, 1, "regression"), {"train": pipeline.Rows(arrays)}
+        Spec("scalar", 1, 1, "regression"), {"train": sources.Rows(arrays)}
     )
 
 
 def test_digits_have_stratified_fixed_splits():
     dataset = data.load(DIGITS)
-    sizes = {split: dataset.num_examples(split) for split in pipeline.SPLITS}
+    sizes = {split: dataset.num_examples(split) for split in sources.SPLITS}
     assert sizes == {"train": 1293, "validation": 144, "test": 360}
     for split, size in sizes.items():
         (batch,) = dataset.evaluation(split, size)
@@ -60,7 +60,7 @@ def test_digit_splits_share_no_example():
 
     dataset = data.load(DIGITS)
     rows = collections.Counter()
-    for split in pipeline.SPLITS:
+    for split in sources.SPLITS:
         (batch,) = dataset.evaluation(split, dataset.num_examples(split))
         rows.update(row.tobytes() for row in batch["inputs"])
     pixels = (load_digits().data.astype(np.float32) - np.float32(4.881)) / 6.014
@@ -288,7 +288,7 @@ def broken(rng):
 def test_an_error_in_a_worker_is_raised():
     dataset = pipeline.Dataset(
         Spec("scalar", 1, 1, "regression"),
-        {"train": pipeline.Drawn(broken, 0, "train", 8)},
+        {"train": sources.Drawn(broken, 0, "train", 8)},
     )
     with (
         contextlib.closing(dataset.train(4, seed=0, workers=1)) as iterator,

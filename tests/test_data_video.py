@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from train import data
-from train.data import images, video
+from train.data import images, moving_digits
 from train.data.spec import Spec
 
 RNG = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_digits_move_straight_and_flip_at_the_walls():
     length, step = 200, 0.15
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        path = np.array(list(video._path(rng, length, step)))
+        path = np.array(list(moving_digits._path(rng, length, step)))
         assert path.min() >= 0 and path.max() <= 1
         assert (path == 0).any() and (path == 1).any()
         moved = np.diff(path, axis=0)
@@ -104,7 +104,10 @@ def test_digits_move_straight_and_flip_at_the_walls():
 
 def test_a_start_is_uniform_and_so_is_a_heading():
     paths = np.array(
-        [list(video._path(np.random.default_rng(i), 2, 1e-6)) for i in range(4000)]
+        [
+            list(moving_digits._path(np.random.default_rng(i), 2, 1e-6))
+            for i in range(4000)
+        ]
     )
     x, (dx, dy) = paths[:, 0].T.ravel(), (paths[:, 1] - paths[:, 0]).T
     for values, edges in ((x, (0, 1)), (np.arctan2(dy, dx), (-np.pi, np.pi))):
@@ -116,18 +119,18 @@ def test_a_start_is_uniform_and_so_is_a_heading():
 def test_a_frame_is_the_brightest_of_its_digits():
     glyphs = RNG.integers(256, size=(4, 3, 3), dtype=np.uint8)
     for seed in range(30):
-        clip = video._moving(np.random.default_rng(seed), glyphs, 8, 6, 2, 0.15)
+        clip = moving_digits._moving(np.random.default_rng(seed), glyphs, 8, 6, 2, 0.15)
         rng, digits = np.random.default_rng(seed), np.zeros((2, 8, 6, 6, 1))
         for digit in digits:
             glyph = glyphs[rng.integers(4), ..., None]
-            for t, place in enumerate(video._path(rng, 8, 0.15)):
+            for t, place in enumerate(moving_digits._path(rng, 8, 0.15)):
                 left, top = (int(3 * p) for p in place)
                 digit[t, top : top + 3, left : left + 3] = glyph
         np.testing.assert_array_equal(clip["frames"], digits.max(axis=0))
 
 
 def test_digits_of_a_split_are_not_those_of_another():
-    parts = video._glyphs("digits", "", False, 12)
+    parts = moving_digits._glyphs("digits", "", False, 12)
     seen = {split: {g.tobytes() for g in glyphs} for split, glyphs in parts.items()}
     assert not seen["train"] & (seen["validation"] | seen["test"])
     assert {k: v.shape for k, v in parts.items()} == {
@@ -141,12 +144,12 @@ def test_digits_of_a_split_are_not_those_of_another():
 def test_scaling_keeps_the_picture_where_it_is():
     small = np.zeros((1, 8, 8))
     small[0, 2:4, 4:6] = 255
-    large = video._scaled(small, 28)[0].astype(float)
+    large = moving_digits._scaled(small, 28)[0].astype(float)
     places = np.mgrid[:28, :28]
     centre = (places * large).sum(axis=(1, 2)) / large.sum()
     # The middle of the square, (3, 5) of 8, is (10.5, 17.5) of 28, half a pixel less.
     np.testing.assert_allclose(centre, [10.0, 17.0], atol=0.05)
-    np.testing.assert_array_equal(video._scaled(small, 8), small)
+    np.testing.assert_array_equal(moving_digits._scaled(small, 8), small)
 
 
 def test_mnist_moves_too(tmp_path):
@@ -182,7 +185,7 @@ def test_clips_may_be_long_and_are_stretched():
         (dict(side=7), r"side must be 8 or more \(data.digit_side\), got 7"),
         (dict(digits=0), "digits must be 1 or more"),
         (dict(step=0.0), r"step must lie in \(0, 1\], got 0"),
-        (dict(source="letters"), "source must be one of digits, mnist"),
+        (dict(source="letters"), "source must be one of 'digits', 'mnist'"),
         (dict(train=0), "train must be 1 or more"),
         (dict(seed=-1), "seed must be 0 or more"),
     ],

@@ -410,10 +410,13 @@ def test_an_image_is_the_sequence_of_its_pixels(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(name="digits", layout="grid"), "data.layout must be one of sequence, im"),
+        (
+            dict(name="digits", layout="grid"),
+            "data.layout must be one of 'sequence', 'im",
+        ),
         (dict(name="digits", layout="image", target="next"), "for the target next"),
         (dict(name="mnist", layout="image", permutation="random"), "with a permut"),
-        (dict(name="cifar", layout="grid"), "data.layout must be one of sequence"),
+        (dict(name="cifar", layout="grid"), "data.layout must be one of 'sequence'"),
     ],
 )
 def test_a_layout_that_cannot_be_is_named(settings, message):

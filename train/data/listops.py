@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from train import settings
-from train.data import expressions, pipeline, prepared
+from train.data import checks, expressions, pipeline, prepared
 from train.data.expressions import EOS, PAD, TOKENS, Rules
+from train.data.sources import SPLITS, Example
 from train.data.spec import Spec
 
 # To be raised with any change of what given settings make.
@@ -64,10 +65,10 @@ def load(
     """
     rules = Rules(min_length, max_length, max_depth, max_args)
     if path:
-        pipeline.at_least("max_length", max_length, 2)
+        checks.at_least("max_length", max_length, 2)
         made_from, write = _from_lra(settings.place("data.path", path), max_length)
         name = f"lra-{made_from['source']}-{max_length}"
-        splits = pipeline.SPLITS
+        splits = SPLITS
     else:
         sizes = {"train": train, "validation": validation, "test": test}
         _check(sizes, rules, seed)
@@ -101,11 +102,11 @@ def _record(value: int, tokens: bytes) -> bytes:
     return bytes([value]) + tokens
 
 
-def _parse(record: bytes) -> pipeline.Example:
+def _parse(record: bytes) -> Example:
     return {"target": np.int32(record[0]), "tokens": np.frombuffer(record[1:], "u1")}
 
 
-def _finish(example: pipeline.Example, length: int) -> pipeline.Example:
+def _finish(example: Example, length: int) -> Example:
     tokens = example["tokens"]
     inputs = np.full(length, PAD, np.int32)
     inputs[: len(tokens)] = tokens
