@@ -1,0 +1,12 @@
+"""`python -m train.reproduce.baseline`, under the name that it had before 0.2."""
+
+import sys
+
+from train.reproduce.baseline import main
+
+if __name__ == "__main__":
+    print(
+        "python -m train.baseline is now python -m train.reproduce.baseline",
+        file=sys.stderr,
+    )
+    sys.exit(main())
