@@ -1,6 +1,8 @@
 """The commands a user types, at smoke sizes."""
 
 import json
+import runpy
+import subprocess
 import sys
 import time
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from configs import pixels
 from kernels.bench import __main__ as kernels_bench
@@ -168,3 +171,28 @@ def test_a_slow_form_is_timed_once():
 def test_every_peer_has_its_case():
     timed = {(case.op, case.name) for case in kernels_bench.CASES}
     assert {(peer.op, peer.case) for peer in kernels_bench.peers.PEERS} <= timed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("layers.rounding", "layers.laws.rounding"),
+        ("train.rollout", "train.video.rollout"),
+        ("train.tokenize", "train.video.codec"),
+    ],
+)
+def test_old_commands_answer_with_the_new_ones(old, new, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [old, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(old, run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 0 and f"usage: python -m {new}" in said.out
+    assert said.err == f"python -m {old} is now python -m {new}\n"
+
+
+@pytest.mark.slow
+def test_the_old_command_of_the_baseline():
+    command = [sys.executable, "-m", "train.baseline", "--config=configs/pixels.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tiny_run.ROOT)
+    assert done.returncode == 0 and "logistic regression: test" in done.stdout
+    assert "is now python -m train.reproduce.baseline" in done.stderr

@@ -2,6 +2,7 @@
 
 import sys
 
+from train import main as command_line
 from train.reproduce.baseline import main
 
 if __name__ == "__main__":
@@ -9,4 +10,4 @@ if __name__ == "__main__":
         "python -m train.baseline is now python -m train.reproduce.baseline",
         file=sys.stderr,
     )
-    sys.exit(main())
+    command_line.command(main)
