@@ -27,7 +27,7 @@ test: $(INSTALLED)
 check: test
 	$(BIN)/python -m pytest -n 2 -m slow
 
-# Trains what the README reports, three seeds each, and rewrites its table.
+# Trains what docs/results.md reports, three seeds each, and rewrites its table.
 reproduce: $(INSTALLED)
 	$(BIN)/python -m train.reproduce
 

@@ -115,17 +115,15 @@ def test_reproduce_rewrites_the_table_and_does_not_train_twice(
 ):
     task = reproduce.Task(small, "digits", ("s4d",))
     monkeypatch.setitem(reproduce.TASKS, "digits", task)
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        "before\n<!-- digits:begin -->\nold\n<!-- digits:end -->\nafter\n"
-    )
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- digits:begin -->\nold\n<!-- digits:end -->\nafter\n")
     command = ["--seeds", "0,1", "--workdir", str(tmp_path / "runs")]
-    assert reproduce.main([*command, "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    assert reproduce.main([*command, "--page", str(page)]) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "| `s4d` |" in text and "logistic regression" in text and "old" not in text
-    assert reproduce.main([*command, "--readme", str(readme)]) == 0
-    assert readme.read_text() == text
+    assert reproduce.main([*command, "--page", str(page)]) == 0
+    assert page.read_text() == text
     assert "finished before" in capsys.readouterr().out
 
 

@@ -372,12 +372,12 @@ def test_validation_chooses_the_rate_and_the_test_does_not(tmp_path, monkeypatch
 def test_reproduce_writes_the_table_of_a_contest_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(contest.CONTESTS, "induction", small_contest("gru", "mamba"))
     monkeypatch.setattr(contest, "RATES", (1e-3, 1e-2))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- induction:begin -->\n<!-- induction:end -->\nafter\n")
+    page = tmp_path / "results.md"
+    page.write_text("<!-- induction:begin -->\n<!-- induction:end -->\nafter\n")
     command = ["--task", "induction", "--seeds", "0", "--layers", "gru"]
-    command += ["--workdir", str(tmp_path / "runs"), "--readme", str(readme)]
+    command += ["--workdir", str(tmp_path / "runs"), "--page", str(page)]
     assert reproduce.main(command) == 0
-    text = readme.read_text()
+    text = page.read_text()
     row = next(line for line in text.splitlines() if line.startswith("| `gru` |"))
     features, parameters, state = (int(cell) for cell in row.split("|")[2:5])
     assert state == features and abs(parameters / 213 - 1) < 0.1
@@ -386,7 +386,7 @@ def test_reproduce_writes_the_table_of_a_contest_once(tmp_path, monkeypatch, cap
     assert folders == ["induction-gru-0.001-0", "induction-gru-0.01-0"]
     capsys.readouterr()
     assert reproduce.main(command) == 0
-    assert readme.read_text() == text
+    assert page.read_text() == text
     assert capsys.readouterr().out.count("finished before") == 3
     with pytest.raises(SystemExit, match="2"):
         reproduce.main([*command, "--layers", "s5"])
