@@ -14,7 +14,8 @@ Score: paper, test accuracy: selective_copying: S4 18.3, Mamba 99.8; induction a
     100, recurrent layers the more the larger their state
     (https://arxiv.org/abs/2312.04927, https://arxiv.org/abs/2402.18668). small: the
     tables in docs/results.md, `python -m train.reproduce --task induction`; guessing
-    gets 0.07 of induction and copying, 0.25 of mqar (one of its values), 0.1 of passkey.
+    gets 0.07 of induction and copying, 0.25 of mqar (one of its values), 0.1 of
+    passkey.
 
     python -m train.main --config configs/synthetic.py:induction,layer=mamba
     python -m train.main --config configs/synthetic.py:induction --lengths 1,2,4,8
