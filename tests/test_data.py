@@ -281,6 +281,20 @@ def test_a_dead_worker_is_an_error(taken):
     assert re.match(said + "by SIGKILL; ", str(caught.value))
 
 
+def test_what_still_gives_to_a_worker_ends_before_its_connection(monkeypatch):
+    """Else it would write to a handle that is closed, or by then another's."""
+    give, given = workers_module._give, []
+
+    def late(connection, job):
+        time.sleep(0.3)
+        give(connection, job)
+        given.append(connection.closed)
+
+    monkeypatch.setattr(workers_module, "_give", late)
+    workers_module.Workers(range(10), 0, 2).close()
+    assert given == [False, False]
+
+
 def broken(rng):
     raise ValueError(f"data.folder: broken, got {rng.integers(1, 2)}")
 
