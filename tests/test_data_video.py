@@ -248,12 +248,12 @@ BAD_NPZ = {
     "floats": (
         dict(frames=FRAMES / 255),
         {},
-        r"frames is float64 \(20, 6, 4, 5, 3\); it may be uint8 \[n, T, h, w, C\]",
+        r"frames is float64 \(20, 6, 4, 5, 3\); it must be uint8 \[n, T, h, w, C\]",
     ),
     "rank": (
         dict(frames=FRAMES[:, 0, ..., 0]),
         {},
-        r"frames has shape \(20, 4, 5\); it may be uint8 \[n, T, h, w, C\]",
+        r"frames has shape \(20, 4, 5\); it must be uint8 \[n, T, h, w, C\]",
     ),
     "channels first": (
         dict(frames=FRAMES.transpose(0, 1, 4, 2, 3)),
@@ -263,33 +263,33 @@ BAD_NPZ = {
     "one frame": (
         dict(frames=FRAMES[:, :1]),
         {},
-        r"frames has shape \(20, 1, 4, 5, 3\); T may be 2 or more",
+        r"frames has shape \(20, 1, 4, 5, 3\); T must be 2 or more",
     ),
-    "float codes": (dict(codes=CODES + 0.5), {}, r"codes is float64 .*; it may be int"),
+    "float codes": (dict(codes=CODES + 0.5), {}, r"codes is float64 .*; it must be"),
     "codes": (
         dict(codes=CODES),
         dict(vocab_size=5),
-        r"codes is [56] at .*; it may lie between 0 and 4",
+        r"codes is [56] at .*; it must lie between 0 and 4",
     ),
     "actions": (
         dict(frames=FRAMES, actions=ACTIONS[:, 1:]),
         {},
-        r"actions is int64 \(20, 5\); it may be integers \[n, T\] = \(20, 6\)",
+        r"actions is int64 \(20, 5\); it must be integers \[n, T\] = \(20, 6\)",
     ),
     "large codes": (
         dict(codes=CODES.astype(np.int64) + 2**40),
         {},
-        r"codes is 10995116277\d+ at \[0, 0, 0, 0\]; it may lie between 0 and 21474836",
+        r"codes is 10995116277\d+ at \[0, 0, 0, 0\]; it must lie between 0 and 2147483",
     ),
     "large actions": (
         dict(frames=FRAMES, actions=ACTIONS.astype(np.int64) + 2**32),
         {},
-        r"actions is 429496729\d at \[0, 0\]; it may lie between 0 and 21474836",
+        r"actions is 429496729\d at \[0, 0\]; it must lie between 0 and 21474836",
     ),
     "number of actions": (
         dict(frames=FRAMES, actions=ACTIONS),
         dict(actions=2),
-        r"actions is 2 at .*; it may lie between 0 and 1",
+        r"actions is 2 at .*; it must lie between 0 and 1",
     ),
     "no actions": (
         dict(frames=FRAMES),
@@ -318,8 +318,8 @@ def test_every_fault_of_an_npz_is_named(tmp_path, arrays, config, fault):
     [
         (dict(length=7), "length must lie between 2 and 6, .* or be 0, got 7"),
         (dict(length=1), "length must lie between 2 and 6"),
-        (dict(codec="runs/x"), "codec is about codes, .* it may be '', got 'runs/x'"),
-        (dict(vocab_size=4), "vocab_size is about codes, .* it may be 0, got 4"),
+        (dict(codec="runs/x"), "codec is about codes, .* it must be '', got 'runs/x'"),
+        (dict(vocab_size=4), "vocab_size is about codes, .* it must be 0, got 4"),
     ],
     ids=str,
 )
@@ -391,7 +391,7 @@ def test_every_fault_of_a_folder_is_named(tmp_path):
     Image.new("RGB", (3, 3)).save(second / "0.png")
     fails(r"video1/0\.png: has 3 x 3 pixels, .* has 4 x 5; data\.size")
     Image.new("I;16", (5, 4)).save(second / "0.png")
-    fails(r"video1/0\.png: has pixels of mode I;16; they may have 8 bits")
+    fails(r"video1/0\.png: has pixels of mode I;16; they must have 8 bits")
     (second / "0.png").write_bytes((first / "0.png").read_bytes()[:40])
     fails(r"video1/0\.png: not a readable image")
     Image.new("RGB", (5, 4)).save(second / "0.png")

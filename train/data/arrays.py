@@ -88,11 +88,11 @@ def _inputs(source: File, inputs, encoder: str, vocab_size: int):
     """Inputs as float32 or int32, and the vocabulary's size (0 for numbers)."""
     if inputs.ndim not in (2, 3):
         raise source.error(
-            "inputs", f"has shape {inputs.shape}; it may be [n, L] or [n, L, C]"
+            "inputs", f"has shape {inputs.shape}; it must be [n, L] or [n, L, C]"
         )
     if 0 in inputs.shape:
         raise source.error(
-            "inputs", f"has shape {inputs.shape}; every axis may be 1 or longer"
+            "inputs", f"has shape {inputs.shape}; every axis must be 1 or longer"
         )
     if not encoder:
         whole = inputs.dtype.kind in "iu" and inputs.ndim == 2
@@ -100,7 +100,7 @@ def _inputs(source: File, inputs, encoder: str, vocab_size: int):
     if encoder == "scalar":
         return cast.real(f"{source.path}: inputs", inputs), 0
     if inputs.ndim != 2:
-        raise source.error("inputs", f"has shape {inputs.shape}; tokens may be [n, L]")
+        raise source.error("inputs", f"has shape {inputs.shape}; tokens must be [n, L]")
     return source.whole("inputs", inputs, 0, vocab_size)
 
 
@@ -113,12 +113,12 @@ def _mask(source: File, raw, shape: tuple[int, int]) -> np.ndarray:
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
             raise source.error(
                 "lengths",
-                f"is {lengths.dtype} {lengths.shape}; it may be integers [n]",
+                f"is {lengths.dtype} {lengths.shape}; it must be integers [n]",
             )
         if lengths.min() < 1 or lengths.max() > length:
             raise source.error(
                 "lengths",
-                f"lies in [{lengths.min()}, {lengths.max()}]; it may lie in "
+                f"lies in [{lengths.min()}, {lengths.max()}]; it must lie in "
                 f"[1, {length}]",
             )
         mask = np.arange(length) < lengths[:, None]
@@ -135,7 +135,9 @@ def _mask(source: File, raw, shape: tuple[int, int]) -> np.ndarray:
 def _targets(source: File, targets, mask, loss: str, outputs: int):
     """Targets as int32 or float32, the number of outputs and the loss."""
     if targets.dtype.kind not in "biuf":
-        raise source.error("targets", f"is of dtype {targets.dtype}; it may be numbers")
+        raise source.error(
+            "targets", f"is of dtype {targets.dtype}; it must be numbers"
+        )
     per_token = targets.shape[1:2] == mask.shape[1:]
     if not loss:
         kinds = {True: "token" if per_token else "classification", False: "regression"}
@@ -144,7 +146,7 @@ def _targets(source: File, targets, mask, loss: str, outputs: int):
         if targets.ndim > (3 if per_token else 2) or 0 in targets.shape:
             raise source.error(
                 "targets",
-                f"has shape {targets.shape}; a regression's may be [n], [n, K], "
+                f"has shape {targets.shape}; a regression's must be [n], [n, K], "
                 "[n, L] or [n, L, K]",
             )
         single = targets.ndim == (2 if per_token else 1)
@@ -156,7 +158,7 @@ def _targets(source: File, targets, mask, loss: str, outputs: int):
         return *source.whole("targets", targets, 0, outputs), loss
     raise source.error(
         "targets",
-        f"is {targets.dtype} {targets.shape}; it may be [n] for the loss "
+        f"is {targets.dtype} {targets.shape}; it must be [n] for the loss "
         "classification, [n, L] for token, and floats for regression",
     )
 
@@ -169,7 +171,7 @@ def _optional(source: File, raw, mask) -> dict[str, np.ndarray]:
         dt = raw["dt"]
         if dt.shape != mask.shape:
             raise source.error(
-                "dt", f"has shape {dt.shape}; it may be [n, L] = {mask.shape}"
+                "dt", f"has shape {dt.shape}; it must be [n, L] = {mask.shape}"
             )
         dt = cast.real(f"{source.path}: dt", dt, cast.LEAST, mask)
         arrays["dt"] = np.where(mask, dt, np.float32(1))

@@ -94,7 +94,7 @@ def _divided(place: Path, validation, test, seed) -> dict[str, list[Path]]:
     """split -> folders of videos."""
     found = _folders(place)
     if not found:
-        raise ValueError(f"{place}: has no folder; it may have one per video")
+        raise ValueError(f"{place}: has no folder; it must have one per video")
     names = [one.name for one in found]
     if "train" in names:
         other = [name for name in names if name not in SPLITS]
@@ -107,7 +107,7 @@ def _divided(place: Path, validation, test, seed) -> dict[str, list[Path]]:
         empty = [name for name, videos in parts.items() if not videos]
         if empty:
             raise ValueError(
-                f"{place / empty[0]}: has no folder; it may have one per video"
+                f"{place / empty[0]}: has no folder; it must have one per video"
             )
         return parts
     try:
@@ -160,7 +160,7 @@ def _read(path: str, channels: int, size=None, scaled: bool = False) -> np.ndarr
     except Exception as error:  # OSError, SyntaxError, DecompressionBombError, ...
         raise ValueError(f"{path}: not a readable image ({error})") from error
     if deep:
-        raise ValueError(f"{path}: has pixels of mode {mode}; they may have 8 bits")
+        raise ValueError(f"{path}: has pixels of mode {mode}; they must have 8 bits")
     if scaled:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     frame = np.asarray(image, np.uint8).reshape(image.height, image.width, channels)

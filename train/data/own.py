@@ -108,7 +108,7 @@ def _read_csv(source: File) -> dict[str, np.ndarray]:
         if None in rows[-1]:
             raise source.error(
                 f"row {line}, column {rows[-1].index(None) + 1}",
-                "is empty inside the sequence; it may be a number",
+                "is empty inside the sequence; it must be a number",
             )
         if not rows[-1]:
             raise source.error(
@@ -132,8 +132,8 @@ def _labels(source: File, targets: np.ndarray, places: list[str]) -> np.ndarray:
     if len(large):
         raise source.error(
             places[large[0]],
-            f"is {targets[large[0]]:.0f}; a whole number as target may be at most "
-            f"{cast.MOST}, and one that is to be regressed may have a decimal point",
+            f"is {targets[large[0]]:.0f}; a whole number as target must be at most "
+            f"{cast.MOST}, and one that is to be regressed must have a decimal point",
         )
     return targets.astype(np.int64)
 
@@ -166,13 +166,13 @@ def _number(source: File, line: int, column: int, cell: str) -> float | None:
     try:
         number = float(cell)
     except ValueError:
-        raise source.error(where, f"is {cell[:40]!r}; it may be a number") from None
+        raise source.error(where, f"is {cell[:40]!r}; it must be a number") from None
     if not math.isfinite(number):
-        raise source.error(where, f"is {cell.strip()[:40]}; it may be a finite number")
+        raise source.error(where, f"is {cell.strip()[:40]}; it must be a finite number")
     if abs(number) > cast.LARGEST:
         raise source.error(
             where,
-            f"is {cell.strip()[:40]}; it may be a number of float32, up to "
+            f"is {cell.strip()[:40]}; it must be a number of float32, up to "
             f"{cast.LARGEST:.3g}",
         )
     return number
@@ -189,7 +189,7 @@ def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:
             "split",
             f"is {split.dtype} {split.shape}"
             + (f" with {unknown[0]!r}" if unknown else "")
-            + f"; it may be [n] of {', '.join(sources.SPLITS)}",
+            + f"; it must be [n] of {', '.join(sources.SPLITS)}",
         )
     indices = {name: np.flatnonzero(split == name) for name in sources.SPLITS}
     if not len(indices["train"]):
@@ -215,6 +215,6 @@ def flags(source: File, key: str, array, shape) -> np.ndarray:
     if not known or not np.isin(array, (0, 1)).all():
         raise source.error(
             key,
-            f"is {array.dtype} {array.shape}; it may be bool [n, L] = {shape}",
+            f"is {array.dtype} {array.shape}; it must be bool [n, L] = {shape}",
         )
     return array.astype(bool)

@@ -59,14 +59,16 @@ def clips(
     raw = read_npz(source, KEYS, required=())
     if ("frames" in raw) == ("codes" in raw):
         fault = "and codes are both there" if "frames" in raw else "is missing"
-        raise source.error("frames", f"{fault}; the file may have one of frames, codes")
+        raise source.error(
+            "frames", f"{fault}; the file must have one of frames, codes"
+        )
     if "frames" in raw:
         shown, spec = _read_pixels(source, raw["frames"])
         for name, value in (("codec", codec), ("vocab_size", vocab_size)):
             if value:
                 raise ValueError(
-                    f"data.{name} is about codes, but {source.path} has frames; it may "
-                    f"be {type(value)()!r}, got {value!r}"
+                    f"data.{name} is about codes, but {source.path} has frames; it "
+                    f"must be {type(value)()!r}, got {value!r}"
                 )
     else:
         shown, spec = _read_codes(source, raw["codes"], vocab_size)
@@ -87,8 +89,8 @@ def clips(
     elif actions:
         raise source.error(
             "actions",
-            f"is missing, but data.actions is {actions}; it may be 0, or the file may "
-            "have integers [n, T]",
+            f"is missing, but data.actions is {actions}; it must be 0, or the file "
+            "must have integers [n, T]",
         )
     if "split" in raw:
         indices = given_split(source, raw["split"])
@@ -103,7 +105,7 @@ def clips(
 
 def _read_pixels(source: File, shown: np.ndarray):
     """Frames [n, T, h, w, C] and their spec."""
-    may = "it may be uint8 [n, T, h, w, C] with 1 or 3 channels C, or [n, T, h, w]"
+    may = "it must be uint8 [n, T, h, w, C] with 1 or 3 channels C, or [n, T, h, w]"
     if shown.dtype != np.uint8:
         raise source.error("frames", f"is {shown.dtype} {shown.shape}; {may}")
     shape = shown.shape
@@ -119,7 +121,7 @@ def _read_codes(source: File, codes: np.ndarray, vocab_size: int):
     """Codes [n, T, h, w] and their spec."""
     if codes.ndim != 4 or codes.dtype.kind not in "iu":
         raise source.error(
-            "codes", f"is {codes.dtype} {codes.shape}; it may be integers [n, T, h, w]"
+            "codes", f"is {codes.dtype} {codes.shape}; it must be integers [n, T, h, w]"
         )
     _check_extent(source, "codes", codes.shape)
     codes, vocab_size = source.whole("codes", codes, 0, vocab_size)
@@ -131,7 +133,7 @@ def _check_extent(source: File, key: str, shape: tuple[int, ...]) -> None:
     if 0 in shape or shape[1] < 2:
         raise source.error(
             key,
-            f"has shape {shape}; T may be 2 or more, a frame to see and one to "
+            f"has shape {shape}; T must be 2 or more, a frame to see and one to "
             "predict, and every other axis 1 or longer",
         )
 
@@ -140,9 +142,9 @@ def _read_actions(source: File, actions, shape: tuple[int, int], number: int):
     if actions.shape != shape or actions.dtype.kind not in "iu":
         raise source.error(
             "actions",
-            f"is {actions.dtype} {actions.shape}; it may be integers [n, T] = {shape}",
+            f"is {actions.dtype} {actions.shape}; it must be integers [n, T] = {shape}",
         )
-    # The first one is not read, so that it may be anything, such as -1.
+    # The first one is not read, so that it must be anything, such as -1.
     read, number = source.whole("actions", actions[:, 1:], 0, number)
     return np.concatenate([np.zeros_like(read[:, :1]), read], axis=1), number
 
