@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import cases, certificate, check, compat, conformance, dispatch
-from kernels.cases import DTYPES, OPERATIONS, Case
+from kernels import compat, dispatch
+from kernels.check import __main__ as check
+from kernels.check import cases, certificate, comparison, conformance
+from kernels.check.cases import DTYPES, OPERATIONS, Case
 from kernels.linear_scan import xla
 from train import certificate as reader
 
@@ -47,7 +49,7 @@ def test_every_variant_can_be_called(name):
     chosen = cases.covering(list(operation.product((7, 1), DTYPES)), strength=1)
     for *values, dtype in chosen:
         case = Case(*values)
-        inputs = cases.rounded(operation.inputs(case), dtype)
+        inputs = comparison.rounded(operation.inputs(case), dtype)
         assert ("initial_state" in inputs) == case.state
         assert ("reset" in inputs) == case.reset
         values = jax.eval_shape(
@@ -56,7 +58,7 @@ def test_every_variant_can_be_called(name):
             ),
             inputs,
         )
-        assert cases.named_outputs(values)
+        assert comparison.named_outputs(values)
     assert {variant for variant, *_ in chosen} == {*operation.variants}
 
 
@@ -399,7 +401,7 @@ def test_the_hash_is_of_the_operation_and_what_it_imports(tmp_path, monkeypatch)
     assert changed("cauchy/xla.py") == {"cauchy"}
     assert changed("cauchy/new.py") == {"cauchy"}
     assert "linear_scan" in changed("linear_scan/triton.py")
-    assert changed("bench.py") == changed("check.py") == set()
+    assert changed("bench.py") == changed("check/cases.py") == set()
     monkeypatch.undo()
     assert certificate.source_hash("cauchy") == certificate.source_hash("cauchy")
 
@@ -545,8 +547,8 @@ def test_a_backend_that_the_operation_lacks(inject, capsys):
 def test_the_definition_is_float64_on_the_cpu():
     operation = OPERATIONS["short_conv"]
     case = Case("bias", 3, True, True, False)
-    inputs = cases.rounded(operation.inputs(case), "bfloat16")
-    values, gradients = cases.expected(operation.call, inputs, reverse=False)
+    inputs = comparison.rounded(operation.inputs(case), "bfloat16")
+    values, gradients = comparison.expected(operation.call, inputs, reverse=False)
     assert values[0].dtype == gradients["w"].dtype == np.float64
     assert {*gradients} == {"u", "w", "bias", "initial_state"}
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.cases import OPERATIONS, Case
+from kernels.check.cases import OPERATIONS, Case
 
 SEQUENCES = {  # what has a row per token
     "linear_scan": ("a", "x"),

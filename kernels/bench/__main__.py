@@ -36,10 +36,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kernels import certificate, dispatch
+from kernels import dispatch
 from kernels.bench import peers, plot, timing
 from kernels.bench.cases import CASES, Case
-from kernels.cases import OPERATIONS
+from kernels.check import certificate
+from kernels.check.cases import OPERATIONS
 
 LENGTHS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
 KINDS = ("forward", "forward+backward")

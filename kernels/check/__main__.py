@@ -34,9 +34,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kernels import certificate, compat
-from kernels.cases import DTYPES, OPERATIONS
-from kernels.conformance import Row, Worst, run
+from kernels import compat
+from kernels.check import certificate
+from kernels.check.cases import DTYPES, OPERATIONS
+from kernels.check.conformance import Row, Worst, run
 
 SHOWN = 5  # failures of one row
 
@@ -119,7 +120,7 @@ def failures(rows: Iterable[Row]) -> list[str]:
 
 
 def contents(rows: Sequence[Row], coverage: str) -> dict:
-    """What the certificate says; see `kernels/certificate.py`."""
+    """What the certificate says; see `certificate`."""
     folders = {row.op: OPERATIONS[row.op].folder for row in rows}
     return {
         "coverage": coverage,
