@@ -20,7 +20,7 @@ import pytest
 import kernels
 from kernels import compat, dispatch
 from kernels.check import __main__ as check
-from kernels.check import cases, certificate, comparison, conformance
+from kernels.check import cases, certificate, comparison, conformance, machine_code
 from kernels.check.cases import DTYPES, OPERATIONS, Case
 from kernels.linear_scan import xla
 from train import certificate as reader
@@ -397,7 +397,7 @@ def test_the_hash_is_of_the_operation_and_what_it_imports(tmp_path, monkeypatch)
 
     everything = {*hashes()}
     assert changed("dispatch.py") == everything
-    assert changed("compat.py") == everything
+    assert changed("compat.py") == changed("interpreter.py") == everything
     assert changed("cauchy/xla.py") == {"cauchy"}
     assert changed("cauchy/new.py") == {"cauchy"}
     assert "linear_scan" in changed("linear_scan/triton.py")
@@ -473,7 +473,7 @@ def test_what_does_not_compile_is_named(triton, monkeypatch):
     def fail(call, capability):
         raise RuntimeError(f"ptxas: no sm_{capability}")
 
-    monkeypatch.setattr(compat, "compiled", fail)
+    monkeypatch.setattr(machine_code, "compiled", fail)
     operation = OPERATIONS["linear_scan"]
     (row,) = conformance.compiled(operation, ["float32"], "quick")
     assert row.how == "compiled sm_90" and row.verdict == "failed"
@@ -484,7 +484,7 @@ def test_what_does_not_compile_is_named(triton, monkeypatch):
 
 def test_what_no_gpu_has_room_for_is_caught(triton, monkeypatch):
     figures = {"registers": 32, "spilled_bytes": 0, "shared_bytes": 232449}
-    monkeypatch.setattr(compat, "compiled", lambda call, capability: figures)
+    monkeypatch.setattr(machine_code, "compiled", lambda call, capability: figures)
     operation = OPERATIONS["linear_scan"]
     (row,) = conformance.compiled(operation, ["float32"], "quick")
     assert "_forward: 232449 B of shared memory, there are 232448" in row.failures[0]

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import compat
-from kernels.check import cases, comparison
+from kernels.check import cases, comparison, machine_code
 from kernels.check.cases import DTYPES, OPERATIONS, Case, Operation
 from kernels.tolerance import error, limit
 
@@ -331,7 +331,7 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
 def _compile(row, case, call, capability):
     name = call.kernel.__name__
     try:
-        figures = compat.compiled(call, capability)
+        figures = machine_code.compiled(call, capability)
     except Exception as problem:
         row.failures.append(f"{case}: {name}: {_one_line(problem)}")
         return
