@@ -1,4 +1,7 @@
-"""Argument checks shared by the operations; every message names the argument."""
+"""Argument checks shared by the operations, and the dtype that arguments ask for.
+
+Every message names the argument.
+"""
 
 import operator
 
@@ -35,6 +38,16 @@ def arrays_or_none(op: str, **arguments) -> None:
     """Each must be None or an array; where it may be empty its shape says."""
     given = {name: array for name, array in arguments.items() if array is not None}
     arrays(op, allow_empty=True, **given)
+
+
+def state_dtype(*arrays) -> jnp.dtype:
+    """In which states and sums are kept: the dtype of all floating arrays together,
+    float32 or wider; None is left out.
+
+    So one argument of float64 makes the whole call float64, an initial state too.
+    """
+    given = (x.dtype for x in arrays if x is not None)
+    return jnp.result_type(jnp.float32, *given)
 
 
 def _kind(argument) -> str:
