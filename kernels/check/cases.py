@@ -15,7 +15,10 @@ import jax
 import numpy as np
 
 from kernels import (
+    block_sizes,
+    butterfly_conv,
     cauchy,
+    chunked_scan,
     contracted_scan,
     fft_conv,
     linear_scan,
@@ -24,8 +27,6 @@ from kernels import (
     vandermonde,
     vandermonde_transpose,
 )
-from kernels.chunked_scan import chunked_scan
-from kernels.fft_conv import block_sizes, butterfly_conv
 
 DTYPES = ("float32", "bfloat16", "float64")
 LONGEST_DECAY = 1000
