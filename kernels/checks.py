@@ -55,6 +55,7 @@ def _kind(argument) -> str:
 
 
 def complex(op: str, **arrays) -> None:
+    """Each must be complex."""
     for name, array in arrays.items():
         if not jnp.iscomplexobj(array):
             raise ValueError(f"{op}: {name} must be complex, got {array.dtype.name}")
@@ -74,6 +75,7 @@ def floating(op: str, real: bool = False, **arrays) -> None:
 
 
 def shape(op: str, name: str, array, expected: tuple[int, ...], letters: str) -> None:
+    """An array that is not None must be of this shape, which `letters` names."""
     if array is not None and array.shape != expected:
         raise ValueError(
             f"{op}: {name} must be {letters} = {expected}, got {array.shape}"
@@ -87,6 +89,7 @@ def sequence(op: str, name: str, array, letters: str, ndim: int | None = None) -
 
 
 def reset(op: str, array: jax.Array | None, like: jax.Array) -> None:
+    """None, or bool [B, L] as the first axes of `like`."""
     if array is None:
         return
     shape(op, "reset", array, like.shape[:2], "[B, L]")

@@ -43,6 +43,7 @@ SHOWN = 5  # failures of one row
 
 
 def table(rows: Iterable[Row]) -> Table:
+    """A line per row, grouped by operation."""
     shown = Table(title="largest error over largest value, and its limit")
     for name in ("operation", "backend", "how", "dtype", "cases", "values", "gradients",
                  "kernels", "verdict"):  # fmt: skip
@@ -110,6 +111,7 @@ def reasons(rows: Iterable[Row]) -> list[str]:
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
+    """A line per failure, the first SHOWN of each row."""
     lines = []
     for row in rows:
         start = f"FAILED: {row.op}, backend {row.backend}, {row.dtype} ({row.how}): "
@@ -134,6 +136,7 @@ def contents(rows: Sequence[Row], coverage: str) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see above. The exit code is 1 where something failed."""
     options = _parse(argv)
     console = Console()
     if not console.is_terminal:

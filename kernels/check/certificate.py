@@ -40,6 +40,7 @@ def default_path() -> Path:
 
 
 def device() -> dict[str, str]:
+    """Kind, platform and driver of the first device."""
     first = jax.devices()[0]
     driver = first.client.platform_version.replace("\n", ", ")
     if first.platform == "gpu" and DRIVER.exists():

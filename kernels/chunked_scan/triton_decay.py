@@ -72,6 +72,7 @@ def walk(k, v, g, state, segment, reverse):
 
 
 def outputs(q, k, v, g, states, segment):
+    """o [B, L, H, V] of all chunks, from the state before each."""
     batch, length, heads, width = v.shape
     chunks = states.shape[2]
     tile = min(64, fitting(width))
@@ -88,6 +89,8 @@ def outputs(q, k, v, g, states, segment):
 
 
 def gradients(q, k, v, d_out, g, states, d_states, segment):
+    """Those of q, k, v and g, from the states before every chunk and the gradients
+    of those behind."""
     batch, length, heads, width = v.shape
     chunks, dtype = states.shape[2], states.dtype
     groups, modes = k.shape[2:]
@@ -117,18 +120,22 @@ def gradients(q, k, v, d_out, g, states, d_states, segment):
 
 
 def fitting(size):
+    """The size of a tile that holds `size` entries: a power of two, 16 or more."""
     return max(16, triton.next_power_of_2(size))
 
 
 def chunk(k):
+    """Steps of a chunk, by the dtype of the products."""
     return CHUNK if k.dtype == jnp.bfloat16 else CHUNK // 2
 
 
 def either(array, other):
+    """An array for a pointer that is not read where the array is None."""
     return other if array is None else array
 
 
 def constants(k, v, segment):
+    """What all kernels are compiled for."""
     return {
         "K": k.shape[-1],
         "V": v.shape[-1],
