@@ -52,6 +52,20 @@ ROOMS = {
     "kernels.vandermonde": {"kernels.__init__"},
     "kernels.check": {"kernels.bench", "layers.laws", "train"},
     "kernels.bench": {"train.bench"},
+    "layers.models": {"layers.__init__", "layers.laws", "train"},
+    "layers.frames": {"layers.__init__", "layers.models", "train"},
+    "layers.laws": {"layers.__init__", "layers.rounding"},
+    "train.data": {"train"},
+    "train.draw": {"train.endings", "train.report", "train.video"},
+    "train.report": {"train.endings", "train.main"},
+    "train.video": {
+        "train.endings",
+        "train.rollout",
+        "train.tokenize",
+        "train.reproduce",
+    },
+    "train.reproduce": {"train.baseline"},
+    "train.bench": set(),
 }
 TEXT = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".ipynb", ".cfg", ".json", ""}
 

@@ -13,11 +13,11 @@ import pytest
 from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
-from train import loop, main, runs, sharding, state
+from train import loop, main, probe, runs, sharding, state
 from train.checkpoint import CheckpointError
 from train.data.spec import Spec
 from train.draw import figures
-from train.report import answers, inside, pages, probe
+from train.report import answers, inside, pages
 from train.report.__main__ import main as command
 
 VOID = {"meta", "br"}

@@ -3,10 +3,10 @@
 import numpy as np
 
 from layers.models.model import Model
-from train import checkpoint
+from train import checkpoint, probe
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
-from train.report import answers, probe
+from train.report import answers
 from train.runs import Run, Workdir
 
 
