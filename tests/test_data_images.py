@@ -123,7 +123,7 @@ def test_permutations_order_the_pixels_of_all_images_alike(tmp_path):
         assert sorted(order) == list(range(784))
         moved = everything(load_mnist(tmp_path, permutation=name), "test")["inputs"]
         np.testing.assert_array_equal(moved, plain[:, order])
-    with pytest.raises(ValueError, match=r"data\.permutation .*random, got 'rows'"):
+    with pytest.raises(ValueError, match=r"data\.permutation .*'random', got 'rows'"):
         load_mnist(tmp_path, permutation="rows")
 
 
@@ -157,7 +157,7 @@ def test_gray_cifar_is_what_pillow_makes_of_it(tmp_path):
         for pixels in made["test_batch.bin"][0]
     ]
     np.testing.assert_allclose(gray * 255, expected, atol=1e-3)
-    with pytest.raises(ValueError, match=r"data\.color .*rgb, gray, got 'blue'"):
+    with pytest.raises(ValueError, match=r"data\.color .*'rgb', 'gray', got 'blue'"):
         load_cifar(tmp_path, color="blue")
 
 
