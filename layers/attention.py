@@ -15,6 +15,7 @@ from layers.checks import (
     checked,
     no_initial_state,
 )
+from layers.facts import Examples, L, Placement
 from layers.inside import expose
 from layers.parameters import at_least_float32, linear
 from ssm import rotary
@@ -128,6 +129,16 @@ class Attention(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = Examples(
+        {
+            "": dict(heads=3, context=2 * L),
+            "window": dict(heads=1, window=4),
+            "bidirectional": dict(
+                heads=3, kv_heads=1, context=2 * L, bidirectional=True
+            ),
+        }
+    )
 
     features: int
     heads: int = 4

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, at_least_one, checked
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, dense
 from layers.short_conv import ShortConv
@@ -44,6 +45,8 @@ class DeltaNet(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = Examples({"": dict(heads=2)})
 
     features: int
     heads: int = 4

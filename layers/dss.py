@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels import fft_conv, vandermonde
 from layers.checks import also_empty, checked, no_initial_state
 from layers.diagonal import diagonal_modes
+from layers.facts import S4_BLOCK, Examples, L
 from layers.parameters import (
     at_least_complex64,
     at_least_float32,
@@ -47,6 +48,15 @@ class DSS(nn.Module):
         bidirectional: adds a second filter over the future; then there is no state.
         dtype: of the output; parameters, filters and states are float32 or better.
     """
+
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = Examples(
+        {
+            "": dict(length=L, state_size=8),
+            "exp": dict(length=L, state_size=8, variant="exp"),
+            "bidirectional": dict(length=L, state_size=8, bidirectional=True),
+        }
+    )
 
     features: int
     length: int

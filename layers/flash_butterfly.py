@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from kernels.fft_conv import block_sizes, butterfly_conv, dft_factors
 from layers.checks import also_empty, checked, refuse_dt, within_length
+from layers.facts import Examples, L, Placement
 from layers.inside import expose
 from layers.long_conv import LongConv
 from layers.parameters import logical
@@ -30,6 +31,8 @@ class FlashButterfly(LongConv):
     """
 
     REFUSES = ("dt", "reset", "state")
+    PLACEMENT = Placement("glu", 0.0, norm_epsilon=1e-5)
+    EXAMPLES = Examples({"": dict(length=2 * L)})
 
     order: int = 0
     per_feature: bool = False

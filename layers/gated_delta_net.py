@@ -10,6 +10,7 @@ from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, checked
 from layers.delta_net import DeltaState, short_convolutions, write_strength, zero_state
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear, logical
 from ssm import sequence as seq
@@ -35,6 +36,9 @@ class GatedDeltaNet(nn.Module):
         dt_min, dt_max: range of the initial softplus(dt_bias), log-uniform.
         dtype: of activations; gates and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = Examples({"": dict(heads=2)})
 
     features: int
     heads: int = 4

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, at_least_one, checked
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, dense, linear
 from ssm import sequence as seq
@@ -30,6 +31,9 @@ class GLA(nn.Module):
         normaliser: brings the initial decay near 1.
         dtype: of activations; decays and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = Examples({"": dict(heads=3, rank=2)})
 
     features: int
     heads: int = 4

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from layers.checks import also_empty, at_least_one, checked, refuse_dt
 from layers.convolutions import long_conv, past_inputs
+from layers.facts import Examples, Placement
 from layers.inside import expose
 from layers.parameters import at_least_float32, dense, logical, uniform
 from layers.s4d import S4D
@@ -70,6 +71,13 @@ class H3(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 4.0, norm_epsilon=1e-5)
+    EXAMPLES = Examples(
+        {
+            "": dict(state_size=4, taps=5),
+            "heads": dict(state_size=4, taps=5, head_size=2),
+        }
+    )
 
     features: int
     state_size: int = 64

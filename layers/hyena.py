@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from layers.checks import also_empty, at_least_one, checked, refuse_dt, within_length
 from layers.convolutions import long_conv
 from layers.diagonal import computed_once
+from layers.facts import Examples, L, Placement
 from layers.inside import expose
 from layers.parameters import at_least_float32, dense, logical, uniform
 from layers.short_conv import ShortConv
@@ -54,6 +55,8 @@ class Hyena(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 4.0, norm_epsilon=1e-5)
+    EXAMPLES = Examples({"": dict(length=2 * L, order=3, hidden=8)})
 
     features: int
     length: int

@@ -9,6 +9,7 @@ import numpy as np
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, at_least_zero, checked
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear
 from ssm import sequence as seq
@@ -42,6 +43,9 @@ class Lightning(nn.Module):
         slope_scale: of all s; published models lower it from layer to layer.
         dtype: of activations; decays and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 2.0)
+    EXAMPLES = Examples({"": dict(heads=3)})
 
     features: int
     heads: int = 4

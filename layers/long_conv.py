@@ -18,6 +18,7 @@ from layers.checks import (
 )
 from layers.convolutions import long_conv, past_inputs
 from layers.diagonal import computed_once
+from layers.facts import S4_BLOCK, Examples, L
 from layers.inside import expose
 from layers.parameters import logical
 from ssm import implicit_filters
@@ -48,6 +49,20 @@ class LongConv(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = Examples(
+        {
+            "": dict(length=2 * L),
+            "smooth": dict(
+                length=L + 4,
+                start="double_exp",
+                squash=0.01,
+                smooth=3,
+                smooth_domain="frequency",
+            ),
+            "bidirectional": dict(length=2 * L, bidirectional=True),
+        }
+    )
 
     features: int
     length: int

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.checks import also_empty, checked
+from layers.facts import Examples
 from layers.parameters import at_least_complex64, at_least_float32, logical
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
@@ -24,6 +25,8 @@ class LRU(nn.Module):
         max_phase: initial phases are uniform in [0, max_phase].
         dtype: of the output; parameters and states are float32 or better.
     """
+
+    EXAMPLES = Examples({"": dict(state_size=8)})
 
     features: int
     state_size: int = 64

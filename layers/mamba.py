@@ -11,6 +11,7 @@ import numpy as np
 
 from kernels import selective_scan
 from layers.checks import also_empty, at_least_one, at_least_zero, checked
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, dense, linear, logical
 from layers.short_conv import ShortConv
@@ -49,6 +50,9 @@ class Mamba(nn.Module):
         dt_min, dt_max: range of the initial Delta (log-uniform); dt_floor: its least.
         dtype: of activations; Delta, A and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 0.0, norm_epsilon=1e-5)
+    EXAMPLES = Examples({"": dict(state_size=4)})
 
     features: int
     state_size: int = 16

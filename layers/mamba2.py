@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers.checks import also_empty, at_least_one, checked
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear, logical
 from layers.short_conv import ShortConv
@@ -49,6 +50,9 @@ class Mamba2(nn.Module):
         dtype: of activations, the projection to d among them; Delta, A and states are
             float32 or better.
     """
+
+    PLACEMENT = Placement("none", 0.0, norm_epsilon=1e-5)
+    EXAMPLES = Examples({"": dict(state_size=4, head_size=3, groups=2)})
 
     features: int
     state_size: int = 64

@@ -10,6 +10,7 @@ import numpy as np
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, checked
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear
 from ssm import rotary
@@ -34,6 +35,9 @@ class Retention(nn.Module):
         base: of the rotary frequencies.
         dtype: of activations; decays and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 2.0)
+    EXAMPLES = Examples({"": dict(heads=3)})
 
     features: int
     heads: int = 4

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels import linear_scan
 from layers.checks import also_empty, at_least_one, at_least_zero, checked
+from layers.facts import Examples, Placement
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, dense, logical
 from layers.short_conv import ShortConv
@@ -59,6 +60,9 @@ class RGLRU(nn.Module):
         a_min, a_max: range of the initial a at r = 1/8, uniform in a^2.
         dtype: of activations; gates and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 3.0)
+    EXAMPLES = Examples({"": dict(width=8, heads=2)})
 
     features: int
     width: int = 0

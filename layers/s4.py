@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels import fft_conv, segments
 from layers.checks import also_empty, checked, no_initial_state
 from layers.diagonal import computed_once
+from layers.facts import S4_BLOCK, Examples, L
 from layers.parameters import (
     at_least_complex64,
     at_least_float32,
@@ -51,6 +52,16 @@ class S4(nn.Module):
         bidirectional: adds a second filter over the future; then there is no state.
         dtype: of the output; parameters, filters and states are float32 or better.
     """
+
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = Examples(
+        {
+            "": dict(length=L, state_size=8),
+            "legt": dict(length=L - 4, state_size=8, measure="legt", rank=2),
+            "tied": dict(length=2 * L, state_size=8, copies=2, step_scale=2.0),
+            "bidirectional": dict(length=2 * L, state_size=8, bidirectional=True),
+        }
+    )
 
     features: int
     length: int

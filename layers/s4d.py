@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels import fft_conv
 from layers.checks import also_empty, checked, no_initial_state
 from layers.diagonal import diagonal_modes
+from layers.facts import S4_BLOCK, Examples
 from layers.parameters import (
     at_least_complex64,
     at_least_float32,
@@ -40,6 +41,16 @@ class S4D(nn.Module):
         bidirectional: adds a second filter over the future; then there is no state.
         dtype: of the output; parameters, filters and states are float32 or better.
     """
+
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = Examples(
+        {
+            "": dict(state_size=8),
+            "bilinear": dict(state_size=8, discretization="bilinear"),
+            "tied": dict(state_size=8, spectrum="legs", copies=2),
+            "bidirectional": dict(state_size=8, bidirectional=True),
+        }
+    )
 
     features: int
     state_size: int = 64

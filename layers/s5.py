@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.checks import also_empty, checked, no_initial_state
+from layers.facts import Examples
 from layers.parameters import at_least_complex64, at_least_float32, logical
 from ssm import discretize, recurrence, spectra, stability
 from ssm import sequence as seq
@@ -32,6 +33,15 @@ class S5(nn.Module):
         bidirectional: adds the same scan from the end, with its own C; then no state.
         dtype: of the output; parameters and states are float32 or better.
     """
+
+    EXAMPLES = Examples(
+        {
+            "": dict(state_size=8, blocks=2),
+            "dirac": dict(state_size=8, discretization="dirac"),
+            "without conj_sym": dict(state_size=8, conj_sym=False),
+            "bidirectional": dict(state_size=8, bidirectional=True),
+        }
+    )
 
     features: int
     state_size: int = 64

@@ -16,6 +16,7 @@ from layers.checks import (
 )
 from layers.convolutions import long_conv, past_inputs
 from layers.diagonal import computed_once
+from layers.facts import S4_BLOCK, Examples, L
 from layers.inside import expose
 from layers.parameters import logical
 from ssm import implicit_filters
@@ -47,6 +48,14 @@ class SGConv(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = Examples(
+        {
+            "": dict(length=2 * L, knots=4),
+            "learned": dict(length=L + 4, knots=4, layout="sum", decay="learned"),
+            "bidirectional": dict(length=2 * L, knots=4, bidirectional=True),
+        }
+    )
 
     features: int
     length: int

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from configs import common, lra, pixels
 from layers import FRAME_LAYERS, LAYERS, build
-from layers.models.build import PLACEMENTS
+from layers.facts import placement
 from train import data, losses, optimizers
 from train.data import images, original
 
@@ -132,7 +132,7 @@ def test_a_pattern_of_layers_is_one_word():
     mamba, again, attention = build(config.model).stack().pattern
     assert mamba.keywords["mixer"]().state_size == 4
     assert mamba.keywords["mlp"] == again.keywords["mlp"] == 0
-    mlp = round(config.model.features * PLACEMENTS["attention"].mlp)
+    mlp = round(config.model.features * placement(LAYERS["attention"]).mlp)
     assert attention.keywords["mlp"] == mlp > 0
     assert {b.keywords["gate"] for b in (mamba, attention)} == {"none"}
 

@@ -15,6 +15,7 @@ import pytest
 from kernels import linear_scan
 from layers import S5, laws
 from layers.checks import checked
+from layers.facts import L
 from layers.laws import __main__ as command
 from layers.laws import examples
 from layers.parameters import at_least_float32
@@ -42,7 +43,7 @@ def not_applied(name):
     return missing | (RESETS if name == "flash_butterfly" else set())
 
 
-def holds(layer, only=None, length=examples.L):
+def holds(layer, only=None, length=L):
     """The laws that said nothing; fails where one does not hold."""
     findings = laws.examine(layer, length, only=only)
     assert [f for f in findings if not f.passed] == []

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kernels import varying
 from layers.checks import also_empty, at_least_one, checked_frames
+from layers.facts import Placement
 from layers.frames import images
 from layers.parameters import at_least_float32, logical
 from ssm import conv_ssm
@@ -41,6 +42,7 @@ class ConvLSTM(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 0.0)
 
     features: int
     size: tuple[int, int]

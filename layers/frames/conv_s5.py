@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.checks import also_empty, at_least_one, checked_frames
+from layers.facts import Examples, Placement
 from layers.frames import images
 from layers.parameters import (
     at_least_complex64,
@@ -99,6 +100,17 @@ class ConvS5(nn.Module):
             are kept for the backward pass, all others and f are made again.
         dtype: of the output; parameters and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 0.0)
+    EXAMPLES = Examples(
+        {
+            "": dict(state_size=8, blocks=2),
+            "linear": dict(state_size=8, output="linear", chunk=4),
+            "standard": dict(state_size=8, output="standard"),
+            "diag_resnet": dict(state_size=8, output="diag_resnet"),
+            "half_glu": dict(state_size=8, output="half_glu"),
+        }
+    )
 
     features: int
     size: tuple[int, int]

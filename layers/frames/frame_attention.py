@@ -18,6 +18,7 @@ from layers.attention import (
     remember,
 )
 from layers.checks import also_empty, at_least_one, checked_frames
+from layers.facts import Examples, L, Placement
 from layers.parameters import at_least_float32, linear, logical
 from ssm import rotary
 from ssm import sequence as seq
@@ -39,6 +40,8 @@ class FrameAttention(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = Examples({"": dict(heads=3, context=2 * L)})
 
     features: int
     size: tuple[int, int]
@@ -117,6 +120,8 @@ class FullFrameAttention(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = Examples({"": dict(heads=3, context=2 * L)})
 
     features: int
     size: tuple[int, int]

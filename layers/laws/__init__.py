@@ -35,6 +35,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels.tolerance import error, limit
+from layers.facts import L
 from layers.laws.case import (
     B,
     Broken,
@@ -49,7 +50,6 @@ from layers.laws.case import (
     moves,
     worst,
 )
-from layers.laws.examples import L
 from ssm.sequence import Sequence
 
 __all__ = ["LAWS", "Case", "Finding", "examine", "worst"]

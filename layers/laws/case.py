@@ -11,7 +11,7 @@ import numpy as np
 
 from kernels.cases import QUICK_TO_COMPILE
 from kernels.tolerance import error, limit
-from layers.laws.examples import L
+from layers.facts import L
 from ssm.sequence import Sequence
 
 B = 3  # rows of the examined calls

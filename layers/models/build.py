@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import importlib
-from typing import NamedTuple
 
 import flax.linen as nn
 
 from layers.attention import Attention
 from layers.delta_net import DeltaNet
 from layers.dss import DSS
+from layers.facts import placement
 from layers.flash_butterfly import FlashButterfly
 from layers.frames.conv_lstm import ConvLSTM
 from layers.frames.conv_s5 import ConvS5
@@ -71,51 +71,6 @@ FRAME_LAYERS = {
 }
 
 
-class Placement(NamedTuple):
-    """How a mixer is placed in its block, as in its paper and its public code.
-
-    Attributes:
-        gate: behind it, a key of `layers.models.block.GATES`.
-        mlp: hidden width of a gated MLP per feature; 0 for none.
-        gelu: the form in the gate, a key of `layers.models.block.GELUS`.
-        norm_epsilon: of the block's norms; 0 for the norm's own value.
-    """
-
-    gate: str
-    mlp: float
-    gelu: str = "tanh"
-    norm_epsilon: float = 0.0
-
-
-# Every MLP is gated here, where RetNet, H3 and Hyena have plain ones.
-S4_BLOCK = Placement("glu", 0.0, "erf", 1e-5)
-PLACEMENTS = {
-    "s4": S4_BLOCK,
-    "s4d": S4_BLOCK,
-    "dss": S4_BLOCK,
-    "long_conv": S4_BLOCK,
-    "sg_conv": S4_BLOCK,
-    "flash_butterfly": Placement("glu", 0.0, norm_epsilon=1e-5),
-    "mamba": Placement("none", 0.0, norm_epsilon=1e-5),
-    "mamba2": Placement("none", 0.0, norm_epsilon=1e-5),
-    "rg_lru": Placement("none", 3.0),
-    "retention": Placement("none", 2.0),
-    "lightning": Placement("none", 2.0),
-    "gla": Placement("none", 8 / 3),
-    "delta_net": Placement("none", 8 / 3),
-    "gated_delta_net": Placement("none", 8 / 3),
-    "h3": Placement("none", 4.0, norm_epsilon=1e-5),
-    "hyena": Placement("none", 4.0, norm_epsilon=1e-5),
-    "attention": Placement("none", 8 / 3),
-    "conv_s5": Placement("none", 0.0),
-    "conv_lstm": Placement("none", 0.0),
-    "frame_attention": Placement("none", 8 / 3),
-    "full_frame_attention": Placement("none", 8 / 3),
-}
-# Of what is not there, a user's layer too.
-DEFAULT_PLACEMENT = Placement("glu", 0.0)
-
-
 def get(name):
     """The layer class called `name`: a key of `LAYERS` or `FRAME_LAYERS`, or the dotted
     path of the user's own ("package.module.Class"). `ValueError` lists the names."""
@@ -147,9 +102,9 @@ def build(config) -> Model | Video | VQ:
 
     `layer` is a name or a sequence of names, the pattern that `depth` blocks repeat;
     `layer_args` holds fields of the layer (for a pattern: of each, by name). Gate "",
-    mlp -1, gelu "" and norm_epsilon -1 are those of the layer's family, see
-    `PLACEMENTS`; norm_epsilon 0 is the norm's own. Raises `ValueError` naming the key,
-    what it was and what it must be.
+    mlp -1, gelu "" and norm_epsilon -1 are those of the layer's family, its
+    `PLACEMENT` (see `layers.facts`); norm_epsilon 0 is the norm's own. Raises
+    `ValueError` naming the key, what it was and what it must be.
 
     `grid`, a key of `layers.models.grid.SCHEMES`, goes with the encoder "grid" and
     makes every layer a `Grid`; `patch` is the encoder's.
@@ -231,8 +186,8 @@ def _pattern(config):
 
 def _block(name, args, config, dtype):
     """A factory of the block around one layer of the pattern."""
-    placement = PLACEMENTS.get(name, DEFAULT_PLACEMENT)
-    mlp = placement.mlp if config["mlp"] < 0 else config["mlp"]
+    place = placement(get(name))
+    mlp = place.mlp if config["mlp"] < 0 else config["mlp"]
     epsilon = config["norm_epsilon"]
     return functools.partial(
         Block,
@@ -240,12 +195,12 @@ def _block(name, args, config, dtype):
         features=config["features"],
         norm=config["norm"],
         prenorm=config["prenorm"],
-        gate=config["gate"] or placement.gate,
-        gelu=config["gelu"] or placement.gelu,
+        gate=config["gate"] or place.gate,
+        gelu=config["gelu"] or place.gelu,
         mlp=round(mlp * config["features"]),
         dropout=config["dropout"],
         tie_dropout=config["tie_dropout"],
-        norm_epsilon=placement.norm_epsilon if epsilon < 0 else epsilon,
+        norm_epsilon=place.norm_epsilon if epsilon < 0 else epsilon,
         dtype=dtype,
     )
 

@@ -1,0 +1,72 @@
+"""What a mixer's file says of itself, and what keeps it short enough to read."""
+
+import flax.linen as nn
+import pytest
+
+from configs import common
+from layers import FRAME_LAYERS, LAYERS, Mamba, build, facts
+from layers.laws import examples
+
+ALL = LAYERS | FRAME_LAYERS
+
+
+class Own(nn.Module):
+    """A user's layer."""
+
+    PLACEMENT = facts.Placement("none", 2.0, "erf", 1e-3)
+    EXAMPLES = {"": {}, "wide": {"width": 3}}  # noqa: RUF012 (a user may)
+
+    features: int
+    width: int = 1
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        return x, state
+
+
+class Plain(nn.Module):
+    features: int
+
+
+class OwnMamba(Mamba):
+    pass
+
+
+def block(layer, **model):
+    config = common.base().model
+    config.update(encoder="token", vocab_size=3, outputs=2, length=4, features=4)
+    with config.ignore_type():
+        config.update(layer=layer, layer_args={}, **model)
+    return build(config).stack().pattern[0].keywords
+
+
+def test_a_users_layer_places_itself():
+    kept = block(f"{__name__}.Own")
+    assert (kept["gate"], kept["mlp"], kept["gelu"]) == ("none", 8, "erf")
+    assert kept["norm_epsilon"] == 1e-3
+    asked = block(f"{__name__}.Own", gate="glu", mlp=1.0, gelu="tanh", norm_epsilon=0.0)
+    assert (asked["gate"], asked["mlp"], asked["gelu"]) == ("glu", 4, "tanh")
+    assert asked["norm_epsilon"] == 0.0
+
+
+@pytest.mark.parametrize("cls", [Plain, OwnMamba])
+def test_what_is_not_said_on_the_class_itself_is_the_default(cls):
+    """A run of a user's subclass keeps the block that it began with."""
+    assert facts.placement(cls) == facts.DEFAULT_PLACEMENT
+    assert facts.placement(Mamba) != facts.DEFAULT_PLACEMENT
+    assert facts.examples(cls) == {"": {}}
+
+
+def test_a_users_examples_are_examined():
+    made = {case: make() for case, make in examples.cases("my.Own", Own).items()}
+    assert made == {
+        "my.Own": Own(facts.FEATURES),
+        "my.Own wide": Own(facts.FEATURES, 3),
+    }
+    (name,) = examples.cases("my.Plain", Plain)
+    assert name == "my.Plain"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_layer_has_a_plain_example(name):
+    assert next(iter(examples.cases(name, ALL[name]))) == name
