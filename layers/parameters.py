@@ -6,17 +6,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 
-def logical(init, *axes):
+class Alike(nn.LogicallyPartitioned):
+    """The box of a parameter that learns like those of another name.
+
+    Attributes:
+        like: that name. A pattern of `config.groups` that would match the parameter
+            under it matches: "log_dt" or "A_re" are sensitive (a lower rate, no
+            decay), "bias" does not decay, "kernel" is ordinary.
+    """
+
+    like: str = struct.field(default="", pytree_node=False)
+
+
+def logical(init, *axes, like=""):
     """`init` whose parameter carries the logical axis names `axes` (for sharding) and
     is float32 unless it is asked for in another dtype: JAX's own initialisers would
-    follow `jax_enable_x64` to float64."""
+    follow `jax_enable_x64` to float64. `like`: see `Alike`, "" where the parameter's
+    own name says how it learns."""
 
     def in_float32(key, shape, dtype=jnp.float32):
         return init(key, shape, dtype=dtype)
 
-    return nn.with_logical_partitioning(in_float32, axes)
+    def alike(key, shape, dtype=jnp.float32):
+        return Alike(in_float32(key, shape, dtype), axes, like=like)
+
+    return alike if like else nn.with_logical_partitioning(in_float32, axes)
 
 
 def constant(value):

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from configs import common, lra, pixels
 from layers import FRAME_LAYERS, LAYERS, build
 from layers.facts import placement
+from layers.parameters import Alike
 from train import data, losses, optimizers
 from train.data import images, original
 
@@ -137,8 +138,8 @@ def test_a_pattern_of_layers_is_one_word():
     assert {b.keywords["gate"] for b in (mamba, attention)} == {"none"}
 
 
-# Which group every parameter of every layer belongs to: a new parameter has to be
-# thought of here before it can be trained.
+# Which group every parameter of every layer belongs to, by its name or by the one that
+# its layer declares it to learn like: a new parameter has to be thought of, there.
 SENSITIVE = {"A_re", "A_im", "B", "log_dt", "Lambda_re", "Lambda_im", "log_step"}
 SENSITIVE |= {"nu_log", "theta_log", "gamma_log", "P"}
 UNDECAYED = {"bias", "recurrent_bias", "scale", "D", "A_log", "dt_bias", "Lambda"}
@@ -157,12 +158,23 @@ def test_every_parameter_is_in_the_group_meant_for_it(layer, norm):
     model = build(config.model)
     tokens = np.zeros((1, 4), np.int32)
     init = functools.partial(model.init, {"params": jax.random.key(0)}, tokens)
-    _, groups, _ = optimizers.make(config, jax.eval_shape(init)["params"])
+    params = jax.eval_shape(init)["params"]
+    _, groups, _ = optimizers.make(config, params)
+    boxes = jax.tree.leaves_with_path(
+        params, is_leaf=lambda leaf: isinstance(leaf, Alike)
+    )
+    declared = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): box.like
+        for path, box in boxes
+        if isinstance(box, Alike)
+    }
     for paths, names in zip(
         groups.values(), (SENSITIVE, TAPS, UNDECAYED, ORDINARY), strict=True
     ):
         found = {
-            "filter network" if re.search(r"/filter(_\d+)?/", p) else p.split("/")[-1]
+            "filter network"
+            if re.search(r"/filter(_\d+)?/", p)
+            else declared.get(p, p.split("/")[-1])
             for p in paths
         }
         assert found <= names
