@@ -1,4 +1,5 @@
-"""S4: diagonal plus low rank systems, bilinear (https://arxiv.org/abs/2111.00396)."""
+"""S4: diagonal plus low rank systems, bilinear (https://arxiv.org/abs/2111.00396,
+https://arxiv.org/abs/2206.12037)."""
 
 import functools
 

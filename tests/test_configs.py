@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import importlib.util
 import re
@@ -15,6 +14,7 @@ from ml_collections import config_flags
 from configs import common, lra, pixels
 from layers import FRAME_LAYERS, LAYERS, build
 from layers.facts import placement
+from layers.models import table
 from layers.parameters import Alike
 from train import data, losses, optimizers
 from train.data import images, original
@@ -105,18 +105,12 @@ def check_fit(config, dataset):
     assert sum(map(len, groups.values())) == len(jax.tree.leaves(params))
 
 
-FROM_MODEL = {"features", "length", "context", "size", "dtype"}
-
-
 def test_layer_args_are_the_fields_of_the_layers():
     layers = LAYERS | FRAME_LAYERS
     assert set(common.LAYER_ARGS) == set(layers)
     for name, arguments in common.LAYER_ARGS.items():
-        fields = {
-            field.name: field.default
-            for field in dataclasses.fields(layers[name])
-            if field.name not in FROM_MODEL | {"parent", "name"}  # Flax's own
-        }
+        fields = table.fields(layers[name])
+        assert not {"features", "dtype", "parent", "name"} & set(fields)
         assert dict(arguments) == fields, name
     config = flag_values("own:path=x", "--config.model.layer_args.spectrum=inv")
     assert config.model.layer_args.spectrum == "inv"

@@ -1,12 +1,18 @@
 """What a mixer's file says of itself, and what keeps it short enough to read."""
 
+import ast
+import re
+from pathlib import Path
+
 import flax.linen as nn
 import pytest
 
 from configs import common
 from layers import FRAME_LAYERS, LAYERS, Mamba, build, facts
 from layers.laws import examples
+from layers.models import table
 
+ROOT = Path(__file__).parents[1]
 ALL = LAYERS | FRAME_LAYERS
 
 
@@ -70,3 +76,21 @@ def test_a_users_examples_are_examined():
 @pytest.mark.parametrize("name", ALL)
 def test_every_layer_has_a_plain_example(name):
     assert next(iter(examples.cases(name, ALL[name]))) == name
+
+
+def test_the_table_has_every_layer(capsys):
+    assert table.main([]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(ALL)
+    for name, row in zip(ALL, rows, strict=True):
+        cell, what, papers, path, _ = (c.strip() for c in row.split("|")[1:-1])
+        assert cell == f"`{name}`" and what
+        assert re.fullmatch(r"\[.+\]\(https://\S+\)", papers.split(", ")[0]), name
+        assert (ROOT / path.strip("`")).is_file()
+    assert "refuses" in head and rows[-1].endswith("| `dt` |")
+
+
+def test_the_fields_are_printed_as_the_config_has_them(capsys):
+    table.main(["--fields"])
+    printed = ast.parse(f"{{{capsys.readouterr().out}}}", mode="eval")
+    assert eval(compile(printed, "printed", "eval")) == common.LAYER_ARGS
