@@ -13,9 +13,11 @@ from layers.checks import (
     at_least_one,
     at_least_zero,
     checked,
-    no_initial_state,
+    divides,
+    recurrent,
+    refuse_dt,
 )
-from layers.facts import Examples, L, Placement
+from layers.facts import L, Placement, examples
 from layers.inside import expose
 from layers.parameters import at_least_float32, linear
 from ssm import rotary
@@ -130,14 +132,10 @@ class Attention(nn.Module):
 
     REFUSES = ("dt",)
     PLACEMENT = Placement("none", 8 / 3)
-    EXAMPLES = Examples(
-        {
-            "": dict(heads=3, context=2 * L),
-            "window": dict(heads=1, window=4),
-            "bidirectional": dict(
-                heads=3, kv_heads=1, context=2 * L, bidirectional=True
-            ),
-        }
+    EXAMPLES = examples(
+        dict(heads=3, context=2 * L),
+        window=dict(heads=1, window=4),
+        bidirectional=dict(heads=3, kv_heads=1, context=2 * L, bidirectional=True),
     )
 
     features: int
@@ -161,8 +159,7 @@ class Attention(nn.Module):
         del train
         sequence = checked(self, x, state, sequence)
         reach, G, K = self._sizes()
-        if sequence.dt is not None:
-            raise ValueError("dt: attention has no notion of elapsed time; pass None")
+        refuse_dt(self, sequence)
         if not self.window and x.shape[1] > self.context:
             raise ValueError(
                 f"context: a call of {x.shape[1]} tokens needs at least as many, got "
@@ -184,8 +181,7 @@ class Attention(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size):
         """An empty cache."""
-        if self.bidirectional:
-            raise no_initial_state("Attention")
+        recurrent(self)
         reach, G, K = self._sizes()
         return empty_cache((batch_size, reach - 1, G, K), at_least_float32(self.dtype))
 
@@ -195,12 +191,9 @@ class Attention(nn.Module):
         at_least_one(self, "heads", "context")
         at_least_zero(self, "kv_heads", "window")
         G = self.kv_heads or self.heads
-        if self.features % self.heads:
-            raise ValueError(
-                f"heads: must divide features={self.features}, got {self.heads}"
-            )
-        if self.heads % G:
-            raise ValueError(f"kv_heads: must divide heads={self.heads}, got {G}")
+        divides(self, "heads", "features", self.features)
+        if self.kv_heads:
+            divides(self, "kv_heads", "heads", self.heads)
         if self.window and self.bidirectional:
             raise ValueError(
                 f"window: must be 0 with bidirectional=True, where every token sees "

@@ -74,6 +74,57 @@ def at_least_zero(layer, *names):
             )
 
 
+def positive(layer, *names):
+    """The same for fields that must be above 0."""
+    for name in names:
+        if getattr(layer, name) <= 0:
+            raise ValueError(f"{name}: must be positive, got {getattr(layer, name)}")
+
+
+def even(layer, *names):
+    """The same for fields that count two by two."""
+    for name in names:
+        value = getattr(layer, name)
+        if value < 2 or value % 2:
+            raise ValueError(f"{name}: must be even and at least 2, got {value}")
+
+
+def one_of(layer, **valid):
+    """The same for fields that name a thing: field = its names."""
+    for name, names in valid.items():
+        value = getattr(layer, name)
+        if value not in names:
+            raise ValueError(f"{name}: must be one of {sorted(names)}, got {value!r}")
+
+
+def divides(layer, name, what, whole):
+    """The same for a field that must divide `whole`, which `what` names."""
+    value = getattr(layer, name)
+    if value < 1 or whole < value or whole % value:
+        raise ValueError(f"{name}: must divide {what} = {whole:g}, got {value}")
+
+
+def interval(layer, *names):
+    """The same for fields of two numbers, the ends of an interval of [0, inf]."""
+    for name in names:
+        ends = getattr(layer, name)
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
+            raise ValueError(
+                f"{name}: must be two numbers, 0 <= least <= largest, got {ends}"
+            )
+
+
+def copies(layer):
+    """How many independent systems the features of `layer` share, from its field
+    `copies`, 0 for one each."""
+    count = layer.copies or layer.features
+    if count < 0 or layer.features % count:
+        raise ValueError(
+            f"copies: must divide features = {layer.features}, got {layer.copies}"
+        )
+    return count
+
+
 def check_state(state, expected):
     """Raises a `ValueError` naming `state` unless it is None or has the structure and
     shapes of `expected`, what `init_state` returns for this batch."""
@@ -87,20 +138,24 @@ def check_state(state, expected):
         )
 
 
-def no_initial_state(layer):
-    """The error of `init_state` on a bidirectional layer."""
-    return ValueError(
-        f"bidirectional: {layer} has no recurrent mode with bidirectional=True; "
-        "init_state needs bidirectional=False"
-    )
+def recurrent(layer):
+    """Raises a `ValueError` naming `bidirectional` where that leaves no state."""
+    if layer.bidirectional:
+        raise ValueError(
+            f"bidirectional: must be False for init_state, got True: "
+            f"{type(layer).__name__} then has no recurrent mode"
+        )
 
 
-def refuse_dt(layer, sequence):
-    """Raises a `ValueError` naming dt, for which the taps of a filter have no place."""
+TAPS = "its filters have taps at regular steps"
+BOTH_WAYS = "with bidirectional=True it convolves, at regular steps"
+
+
+def refuse_dt(layer, sequence, why="it has no notion of elapsed time"):
+    """Raises a `ValueError` naming dt where there is one."""
     if sequence.dt is not None:
         raise ValueError(
-            f"dt: the filters of {type(layer).__name__} have taps at regular steps; "
-            "pass None"
+            f"dt: must be None for {type(layer).__name__}, got an array: {why}"
         )
 
 

@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from layers.checks import recurrent
+from layers.parameters import at_least_complex64
 from ssm import recurrence
 from ssm import sequence as seq
 
@@ -35,7 +37,15 @@ def prepare(module, variables, token):
     return {**variables, **constants}
 
 
-def diagonal_modes(module, system, convolve, D, u, state, sequence):
+def zero_state(layer, batch_size):
+    """The state of H systems of n = state_size / 2 modes before the first token, zeros
+    [B, H, n] complex. `ValueError` for a bidirectional layer, which has none."""
+    recurrent(layer)
+    shape = batch_size, layer.features, layer.state_size // 2
+    return jnp.zeros(shape, at_least_complex64(layer.dtype))
+
+
+def modes(module, system, convolve, D, u, state, sequence):
     """y [B, L, H] and the state of a `ssm.recurrence.Diagonal` bank with feed-through D
     in the mode that the call allows: a convolution without state, reset or dt, one step
     where L = 1, chunks otherwise.

@@ -41,15 +41,22 @@ class Placement(NamedTuple):
 DEFAULT_PLACEMENT = Placement("glu", 0.0)
 S4_BLOCK = Placement("glu", 0.0, "erf", 1e-5)
 
-# A plain dict does as well, but a class attribute is better not changed.
-Examples = MappingProxyType
+
+def examples(plain: Mapping, /, **variants: Mapping) -> Mapping[str, Mapping]:
+    """EXAMPLES: the fields of the plain one, and of its variants by their names. (A
+    dict does as well, but what all instances share is better not changed.)"""
+    return MappingProxyType({"": plain, **variants})
 
 
-def placement(cls: type[nn.Module]) -> Placement:
+# The REFUSES of what convolves where it reads both directions, and only there.
+DT_BOTH_WAYS = property(lambda layer: ("dt",) if layer.bidirectional else ())
+
+
+def placement_of(cls: type[nn.Module]) -> Placement:
     """Of the class of a mixer."""
     return vars(cls).get("PLACEMENT", DEFAULT_PLACEMENT)
 
 
-def examples(cls: type[nn.Module]) -> Mapping[str, Mapping]:
+def examples_of(cls: type[nn.Module]) -> Mapping[str, Mapping]:
     """Variant -> fields of the class of a mixer."""
     return vars(cls).get("EXAMPLES", {"": {}})

@@ -5,11 +5,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from kernels.fft_conv import block_sizes, butterfly_conv, dft_factors
-from layers.checks import also_empty, checked, refuse_dt, within_length
-from layers.facts import Examples, L, Placement
+from layers.checks import also_empty
+from layers.convolutions import checked
+from layers.facts import L, Placement, examples
 from layers.inside import expose
 from layers.long_conv import LongConv
-from layers.parameters import logical
+from layers.parameters import logical, skip
 from ssm import sequence as seq
 
 
@@ -32,7 +33,7 @@ class FlashButterfly(LongConv):
 
     REFUSES = ("dt", "reset", "state")
     PLACEMENT = Placement("glu", 0.0, norm_epsilon=1e-5)
-    EXAMPLES = Examples({"": dict(length=2 * L)})
+    EXAMPLES = examples(dict(length=2 * L))
 
     order: int = 0
     per_feature: bool = False
@@ -52,14 +53,12 @@ class FlashButterfly(LongConv):
                 "future; pass None"
             )
         sequence = checked(self, x, None, sequence)
-        refuse_dt(self, sequence)
         if sequence.reset is not None:
             raise ValueError(
                 "reset: FlashButterfly mixes all tokens of a row, as a learned "
                 "transform is no convolution; pass None and one document a row"
             )
-        within_length(self, x)
-        k, D = self._filters(train), self._skip()
+        k, D = self._filters(train), skip(self)
         u, _, restore = seq.compact(x.astype(self.dtype), sequence)
         u = expose(self, "values", u)
         L = x.shape[1]

@@ -3,8 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from layers.checks import at_least_one
-from layers.parameters import linear
+from layers.checks import at_least_one, divides
+from layers.parameters import linear, logical
 
 
 def sizes(layer):
@@ -14,10 +14,7 @@ def sizes(layer):
     found = []
     for name in ("expand_k", "expand_v"):
         width = layer.features * getattr(layer, name)
-        if width < layer.heads or width % layer.heads:
-            raise ValueError(
-                f"heads: must divide features x {name} = {width:g}, got {layer.heads}"
-            )
+        divides(layer, "heads", f"features x {name}", width)
         found.append(int(width) // layer.heads)
     return found
 
@@ -30,6 +27,18 @@ def split(x, heads):
 def project(x, heads, size, name, dtype):
     """A projection without bias to [..., heads, size]."""
     return split(linear(heads * size, name, dtype)(x), heads)
+
+
+def block_diagonal(layer, x, name):
+    """W x + b in which every head of x [B, L, E] is projected by itself: parameters
+    `name`_kernel [heads, E / heads, E / heads] and `name`_bias [E]."""
+    blocks = split(x, layer.heads)
+    size = blocks.shape[-1]
+    normal = logical(nn.initializers.normal(size**-0.5), "heads", None, None)
+    W = layer.param(f"{name}_kernel", normal, (layer.heads, size, size))
+    zero = logical(nn.initializers.zeros_init(), "mlp")
+    b = layer.param(f"{name}_bias", zero, x.shape[-1:])
+    return jnp.einsum("blhi,hij->blhj", blocks, W).reshape(x.shape) + b
 
 
 def l2_normalise(x, epsilon=1e-6):

@@ -9,7 +9,7 @@ import numpy as np
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, at_least_zero, checked
-from layers.facts import Examples, Placement
+from layers.facts import Placement, examples
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear
 from ssm import sequence as seq
@@ -45,7 +45,7 @@ class Lightning(nn.Module):
     """
 
     PLACEMENT = Placement("none", 2.0)
-    EXAMPLES = Examples({"": dict(heads=3)})
+    EXAMPLES = examples(dict(heads=3))
 
     features: int
     heads: int = 4
@@ -76,9 +76,8 @@ class Lightning(nn.Module):
             log_decay = elapsed[..., None] * log_decay
         record(self, sequence, gate=gate)
         o, S = chunked_scan(q, k, v, log_decay, None, state, sequence.reset)
-        y = heads.gated_output(
-            expose(self, "mixed", o), gate, self.features, self.dtype
-        )
+        o = expose(self, "mixed", o)
+        y = heads.gated_output(o, gate, self.features, self.dtype)
         return restore(y).astype(self.dtype), S
 
     @nn.nowrap

@@ -1,5 +1,6 @@
 """Parameters of layers: their initialisers, dtypes, sharding, and projections."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+
+from ssm import spectra
 
 
 class Alike(nn.LogicallyPartitioned):
@@ -65,6 +68,33 @@ def uniform(key, shape, dtype=jnp.float32, *, bound):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def rates(key, shape, dtype=jnp.float32):
+    """Initialiser of the log of rates that are uniform in [1, 16] (Mamba-2)."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def softplus_dt(layer, floor=1e-4):
+    """Initialiser of a bias whose softplus is log-uniform in the range of the fields
+    dt_min and dt_max of `layer`, and not below `floor`."""
+    dt_min, dt_max = layer.dt_min, layer.dt_max
+    return functools.partial(
+        spectra.softplus_dt, dt_min=dt_min, dt_max=dt_max, floor=floor
+    )
+
+
+def log_dt(layer, name="log_dt", axis="embed", size=None):
+    """The parameter log dt [`size`, or H], initially log-uniform in the range of the
+    fields dt_min and dt_max of `layer`."""
+    start = functools.partial(spectra.log_dt, dt_min=layer.dt_min, dt_max=layer.dt_max)
+    return layer.param(name, logical(start, axis), (size or layer.features,))
+
+
+def skip(layer):
+    """The parameter D [H], the weight of the input in the output, initially normal."""
+    normal = nn.initializers.normal(1.0)
+    return layer.param("D", logical(normal, "embed"), (layer.features,))
+
+
 def dense(
     features,
     name,
@@ -93,6 +123,11 @@ def at_least_float32(dtype):
     """The dtype of gates, states and SSM parameters where activations are `dtype`:
     float32 or better."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def zeros(layer, *shapes):
+    """Zeros of these shapes, a state before the first token: float32 or better."""
+    return [jnp.zeros(shape, at_least_float32(layer.dtype)) for shape in shapes]
 
 
 def at_least_complex64(dtype):

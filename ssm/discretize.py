@@ -76,7 +76,7 @@ def get(name):
     """The diagonal rule called `name`; a `ValueError` lists the valid names."""
     if name not in DISCRETIZATIONS:
         raise ValueError(
-            f"discretization: unknown {name!r}; may be {sorted(DISCRETIZATIONS)}"
+            f"discretization: must be one of {sorted(DISCRETIZATIONS)}, got {name!r}"
         )
     return DISCRETIZATIONS[name]
 

@@ -198,7 +198,7 @@ def resolve(measure):
     name = ALIASES.get(measure, measure)
     if name not in MEASURES:
         raise ValueError(
-            f"measure: unknown {measure!r}; may be {sorted({*MEASURES, *ALIASES})}"
+            f"measure: must be one of {sorted({*MEASURES, *ALIASES})}, got {measure!r}"
         )
     return name
 
@@ -289,8 +289,8 @@ def nplr(measure, N, rank=1):
     name = resolve(measure)
     if name not in LOW_RANK:
         raise ValueError(
-            f"measure: {measure!r} has no normal plus low-rank form: "
-            f"{WITHOUT_LOW_RANK[name]}; may be {sorted(LOW_RANK)}"
+            f"measure: must be one of {sorted(LOW_RANK)}, got {measure!r}, which has "
+            f"no normal plus low-rank form: {WITHOUT_LOW_RANK[name]}"
         )
     _check_size(N, even=True)
     P = LOW_RANK[name](N)

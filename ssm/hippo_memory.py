@@ -140,7 +140,8 @@ def basis(measure, N, t, *, alpha=None, beta=None, theta=None):
     name = hippo.resolve(measure)
     if name not in EXPANSIONS:
         raise ValueError(
-            f"measure: {measure!r} has no closed basis; may be {sorted(EXPANSIONS)}"
+            f"measure: must be one of {sorted(EXPANSIONS)}, got {measure!r}, which has "
+            "no closed basis"
         )
     own = hippo.own_arguments(name, alpha=alpha, beta=beta, theta=theta)
     t = _times(t)
@@ -159,10 +160,10 @@ def reconstruct(measure, x, t, *, alpha=None, beta=None):
     """
     name = hippo.resolve(measure)
     if name in FORGETFUL:
-        may = sorted(set(EXPANSIONS) - set(FORGETFUL))
+        others = sorted(set(EXPANSIONS) - set(FORGETFUL))
         raise ValueError(
-            f"measure: {measure!r} has no reconstruction: {FORGETFUL[name]}; "
-            f"may be {may}"
+            f"measure: must be one of {others}, got {measure!r}, which has no "
+            f"reconstruction: {FORGETFUL[name]}"
         )
     own = hippo.own_arguments(name, alpha=alpha, beta=beta)
     x = np.asarray(x, np.float64)
@@ -200,7 +201,7 @@ def legs_memory(u, N, discretization="bilinear", last=False):
     u = np.asarray(u, np.float64)
     if discretization not in STEPS:
         raise ValueError(
-            f"discretization: unknown {discretization!r}; may be {sorted(STEPS)}"
+            f"discretization: must be one of {sorted(STEPS)}, got {discretization!r}"
         )
     if u.ndim == 0 or u.shape[-1] == 0:
         raise ValueError(f"u: needs at least one token [..., L], got shape {u.shape}")

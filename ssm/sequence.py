@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -93,6 +95,18 @@ def elapsed(sequence):
         return dt
     dt = jnp.ones(sequence.mask.shape, jnp.float32) if dt is None else dt
     return jnp.where(sequence.mask, dt, 0.0)
+
+
+def stretched(x, sequence):
+    """x [B, L, ...] times the time since the previous token, 0 on masked ones: what a
+    step or a rate per token, of the nominal length, is in that time."""
+    times = elapsed(sequence)
+    return x if times is None else x * _over(times, x)
+
+
+def _over(flags, x):
+    """`flags` [B, ...] as an array that broadcasts against x [B, ..., ...]."""
+    return jnp.expand_dims(flags, tuple(range(flags.ndim, x.ndim)))
 
 
 def zero_masked(x, sequence):
@@ -208,3 +222,38 @@ def begun(before, sequence, shape):
         if sequence.mask is not None:
             after = after & ~jnp.any(sequence.reset & ~sequence.mask, axis=1)
     return started, after
+
+
+def loop(step, state, inputs, sequence, weights, output=lambda state: state):
+    """A recurrence token by token, for what no scan makes parallel.
+
+    A masked token leaves the state as it was, a reset makes it 0 before the token.
+
+    Args:
+        step: (state, input [B, ...]) -> the next state.
+        state: tree of [B, ...].
+        inputs: [B, L, ...].
+        sequence: of x [B, L, ...].
+        weights: tree of the arrays that `step` reads besides.
+        output: what of a state is kept of every token.
+
+    Returns:
+        The outputs [B, L, ...], 0 on masked tokens, and the last state.
+    """
+
+    def body(state, token):
+        u, exists, reset = token
+        if reset is not None:
+            state = jax.tree.map(lambda s: jnp.where(_over(reset, s), 0, s), state)
+        new = step(state, u)
+        if exists is not None:
+            new = jax.tree.map(
+                lambda n, s: jnp.where(_over(exists, n), n, s), new, state
+            )
+        return new, output(new)
+
+    tokens = (inputs, sequence.mask, sequence.reset)
+    state = varying.like(state, tokens, weights)
+    tokens = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tokens)
+    state, y = jax.lax.scan(body, state, tokens)
+    return zero_masked(jnp.swapaxes(y, 0, 1), sequence), state

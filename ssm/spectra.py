@@ -56,7 +56,7 @@ def s4d(name, n):
     Source: https://arxiv.org/abs/2206.11893. `ValueError` for an unknown name.
     """
     if name not in SPECTRA:
-        raise ValueError(f"spectrum: unknown {name!r}; may be {sorted(SPECTRA)}")
+        raise ValueError(f"spectrum: must be one of {sorted(SPECTRA)}, got {name!r}")
     return SPECTRA[name](n)
 
 
@@ -87,7 +87,7 @@ def lru_nu(key, P, r_min=0.0, r_max=1.0, dtype=jnp.float32):
     [r_min^2, r_max^2]. Source: https://arxiv.org/abs/2303.06349."""
     if not 0 <= r_min < r_max <= 1:
         raise ValueError(
-            f"r_min, r_max: need 0 <= r_min < r_max <= 1, got {r_min}, {r_max}"
+            f"r_min, r_max: must satisfy 0 <= r_min < r_max <= 1, got {r_min}, {r_max}"
         )
     square = jax.random.uniform(key, (P,), dtype, TINY, 1 - TINY)
     return jnp.log(-0.5 * jnp.log(square * (r_max**2 - r_min**2) + r_min**2))
@@ -111,7 +111,7 @@ def log_dt(key, shape, dt_min=1e-3, dt_max=1e-1, dtype=jnp.float32):
     dt_min near 1 / (longest scale) and dt_max near 1 / (shortest)."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(
-            f"dt_min, dt_max: need 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
+            f"dt_min, dt_max: must satisfy 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
         )
     return jax.random.uniform(key, shape, dtype, np.log(dt_min), np.log(dt_max))
 
@@ -129,7 +129,7 @@ def griffin_ring(key, shape, dtype=jnp.float32, *, a_min=0.9, a_max=0.999):
     Source: https://arxiv.org/abs/2402.19427."""
     if not 0 < a_min < a_max < 1:
         raise ValueError(
-            f"a_min, a_max: need 0 < a_min < a_max < 1, got {a_min}, {a_max}"
+            f"a_min, a_max: must satisfy 0 < a_min < a_max < 1, got {a_min}, {a_max}"
         )
     square = jax.random.uniform(key, shape, dtype, a_min**2, a_max**2)
     rate = -0.5 * jnp.log(square)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOOR = 1e-4  # the smallest decay rate that an inverse transform represents
+STEEPEST = 1000.0  # the largest derivative of `root`
 
 
 class Positive(NamedTuple):
@@ -28,7 +29,7 @@ POSITIVE = {
 def positive(name):
     """The transform called `name`; a `ValueError` lists the valid names."""
     if name not in POSITIVE:
-        raise ValueError(f"transform: unknown {name!r}; may be {sorted(POSITIVE)}")
+        raise ValueError(f"transform: must be one of {sorted(POSITIVE)}, got {name!r}")
     return POSITIVE[name]
 
 
@@ -52,6 +53,18 @@ def ring(nu_log, theta_log):
     """LRU: log lam = -exp(nu_log) + i exp(theta_log), so |lam| < 1. Shape kept.
     Source: https://arxiv.org/abs/2303.06349."""
     return jax.lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log))
+
+
+@jax.custom_jvp
+def root(x):
+    """sqrt(x), x >= 0, with a derivative that stays finite at 0: at most STEEPEST."""
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals, tangents):
+    square_root = jnp.sqrt(primals[0])
+    return square_root, tangents[0] / jnp.maximum(2 * square_root, 1 / STEEPEST)
 
 
 def to_pair(z):

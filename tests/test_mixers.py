@@ -20,7 +20,7 @@ class Own(nn.Module):
     """A user's layer."""
 
     PLACEMENT = facts.Placement("none", 2.0, "erf", 1e-3)
-    EXAMPLES = {"": {}, "wide": {"width": 3}}  # noqa: RUF012 (a user may)
+    EXAMPLES = facts.examples({}, wide={"width": 3})
 
     features: int
     width: int = 1
@@ -58,9 +58,9 @@ def test_a_users_layer_places_itself():
 @pytest.mark.parametrize("cls", [Plain, OwnMamba])
 def test_what_is_not_said_on_the_class_itself_is_the_default(cls):
     """A run of a user's subclass keeps the block that it began with."""
-    assert facts.placement(cls) == facts.DEFAULT_PLACEMENT
-    assert facts.placement(Mamba) != facts.DEFAULT_PLACEMENT
-    assert facts.examples(cls) == {"": {}}
+    assert facts.placement_of(cls) == facts.DEFAULT_PLACEMENT
+    assert facts.placement_of(Mamba) != facts.DEFAULT_PLACEMENT
+    assert facts.examples_of(cls) == {"": {}}
 
 
 def test_a_users_examples_are_examined():
@@ -93,4 +93,20 @@ def test_the_table_has_every_layer(capsys):
 def test_the_fields_are_printed_as_the_config_has_them(capsys):
     table.main(["--fields"])
     printed = ast.parse(f"{{{capsys.readouterr().out}}}", mode="eval")
-    assert eval(compile(printed, "printed", "eval")) == common.LAYER_ARGS
+    fields = eval(compile(printed, "printed", "eval"))
+    assert {k: v for k, v in fields.items() if v} == {
+        k: v for k, v in common.LAYER_ARGS.items() if v
+    }
+
+
+LONG = {"S4", "DSS", "S5", "Attention", "ConvS5", "FrameAttention"}
+
+
+def test_a_mixer_is_read_in_one_sitting():
+    """At most 115 lines a file, and those of LONG no exception that is not needed."""
+    lengths = {}
+    for cls in ALL.values():
+        path = ROOT / f"{cls.__module__.replace('.', '/')}.py"
+        lengths.setdefault(path, (cls.__name__, len(path.read_text().splitlines())))
+    long = {name for name, length in lengths.values() if length > 115}
+    assert long == LONG, sorted(lengths.values())

@@ -17,8 +17,8 @@ from layers.attention import (
     joined,
     remember,
 )
-from layers.checks import also_empty, at_least_one, checked_frames
-from layers.facts import Examples, L, Placement
+from layers.checks import also_empty, at_least_one, checked_frames, divides, refuse_dt
+from layers.facts import L, Placement, examples
 from layers.parameters import at_least_float32, linear, logical
 from ssm import rotary
 from ssm import sequence as seq
@@ -41,7 +41,7 @@ class FrameAttention(nn.Module):
 
     REFUSES = ("dt",)
     PLACEMENT = Placement("none", 8 / 3)
-    EXAMPLES = Examples({"": dict(heads=3, context=2 * L)})
+    EXAMPLES = examples(dict(heads=3, context=2 * L))
 
     features: int
     size: tuple[int, int]
@@ -121,7 +121,7 @@ class FullFrameAttention(nn.Module):
 
     REFUSES = ("dt",)
     PLACEMENT = Placement("none", 8 / 3)
-    EXAMPLES = Examples({"": dict(heads=3, context=2 * L)})
+    EXAMPLES = examples(dict(heads=3, context=2 * L))
 
     features: int
     size: tuple[int, int]
@@ -169,12 +169,8 @@ class FullFrameAttention(nn.Module):
     @nn.nowrap
     def _check(self, x, sequence):
         at_least_one(self, "heads", "context")
-        if self.features % self.heads:
-            raise ValueError(
-                f"heads: must divide features={self.features}, got {self.heads}"
-            )
-        if sequence.dt is not None:
-            raise ValueError("dt: attention has no notion of elapsed time; pass None")
+        divides(self, "heads", "features", self.features)
+        refuse_dt(self, sequence)
         if x.shape[1] > self.context:
             raise ValueError(
                 f"context: a call of {x.shape[1]} frames needs at least as many, got "

@@ -18,7 +18,7 @@ def cases(name: str, cls: type[nn.Module]) -> dict[str, Callable[[], nn.Module]]
         given["size"] = facts.SIZE
     return {
         f"{name} {variant}".rstrip(): functools.partial(cls, **given, **fields)
-        for variant, fields in facts.examples(cls).items()
+        for variant, fields in facts.examples_of(cls).items()
     }
 
 

@@ -74,7 +74,7 @@ def main(argv=None):
     names = options.layers.split(",")
     unknown = sorted(set(names) - set(LAYERS))
     if unknown:
-        parser.error(f"--layers: unknown {unknown}; may be {sorted(LAYERS)}")
+        parser.error(f"--layers: must be among {sorted(LAYERS)}, got {unknown}")
     numbers = options.lengths.split(",")
     if not all(n.isdecimal() and int(n) for n in numbers):
         parser.error(

@@ -9,7 +9,7 @@ import flax.linen as nn
 from layers.attention import Attention
 from layers.delta_net import DeltaNet
 from layers.dss import DSS
-from layers.facts import placement
+from layers.facts import placement_of
 from layers.flash_butterfly import FlashButterfly
 from layers.frames.conv_lstm import ConvLSTM
 from layers.frames.conv_s5 import ConvS5
@@ -25,6 +25,7 @@ from layers.lru import LRU
 from layers.lstm import LSTM
 from layers.mamba import Mamba
 from layers.mamba2 import Mamba2
+from layers.min_gru import MinGRU
 from layers.models import grid, precision
 from layers.models.block import GATES, GELUS, NORMS, Block
 from layers.models.model import ENCODERS, HEADS, Model
@@ -60,6 +61,7 @@ LAYERS = {
     "attention": Attention,
     "lstm": LSTM,
     "gru": GRU,
+    "min_gru": MinGRU,
 }
 
 # Layers over frames [B, L, h, w, U], with a field `size`.
@@ -79,8 +81,8 @@ def get(name):
         return known[name]
     module, _, attribute = name.rpartition(".")
     unknown = ValueError(
-        f"layer: unknown {name!r}; may be {sorted(known)} or the dotted path of a "
-        "Flax module"
+        f"layer: must be one of {sorted(known)} or the dotted path of a Flax module, "
+        f"got {name!r}"
     )
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -186,8 +188,8 @@ def _pattern(config):
 
 def _block(name, args, config, dtype):
     """A factory of the block around one layer of the pattern."""
-    place = placement(get(name))
-    mlp = place.mlp if config["mlp"] < 0 else config["mlp"]
+    placement = placement_of(get(name))
+    mlp = placement.mlp if config["mlp"] < 0 else config["mlp"]
     epsilon = config["norm_epsilon"]
     return functools.partial(
         Block,
@@ -195,12 +197,12 @@ def _block(name, args, config, dtype):
         features=config["features"],
         norm=config["norm"],
         prenorm=config["prenorm"],
-        gate=config["gate"] or place.gate,
-        gelu=config["gelu"] or place.gelu,
+        gate=config["gate"] or placement.gate,
+        gelu=config["gelu"] or placement.gelu,
         mlp=round(mlp * config["features"]),
         dropout=config["dropout"],
         tie_dropout=config["tie_dropout"],
-        norm_epsilon=place.norm_epsilon if epsilon < 0 else epsilon,
+        norm_epsilon=placement.norm_epsilon if epsilon < 0 else epsilon,
         dtype=dtype,
     )
 
@@ -253,8 +255,8 @@ def _fields(cls, name, given, own):
     unknown = sorted(set(given) - fields)
     if unknown:
         raise ValueError(
-            f"layer_args: {name} has no {unknown}; may be {sorted(fields - own)}. A "
-            "config takes layer and arguments together: "
+            f"layer_args: must be among {sorted(fields - own)} for {name}, got "
+            f"{unknown}. A config takes layer and arguments together: "
             f"configs/FILE.py:...,layer={name}"
         )
     return fields
@@ -308,4 +310,4 @@ def _check_grid(config):
 
 def _one_of(key, value, valid):
     if value not in valid:
-        raise ValueError(f"{key}: unknown {value!r}; may be {sorted(valid)}")
+        raise ValueError(f"{key}: must be one of {sorted(valid)}, got {value!r}")

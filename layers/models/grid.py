@@ -29,7 +29,7 @@ SCHEMES = {
 def get(scheme):
     """The `Scheme` of this name; `ValueError` lists the names."""
     if scheme not in SCHEMES:
-        raise ValueError(f"scheme: unknown {scheme!r}; may be {sorted(SCHEMES)}")
+        raise ValueError(f"scheme: must be one of {sorted(SCHEMES)}, got {scheme!r}")
     return SCHEMES[scheme]
 
 

@@ -31,7 +31,7 @@ def get(name):
     """The policy called `name`; a `ValueError` lists the valid names, and refuses one
     that JAX would quietly narrow."""
     if name not in POLICIES:
-        raise ValueError(f"dtype: unknown {name!r}; may be {sorted(POLICIES)}")
+        raise ValueError(f"dtype: must be one of {sorted(POLICIES)}, got {name!r}")
     policy = POLICIES[name]
     if jax.dtypes.canonicalize_dtype(policy.compute) != policy.compute:
         raise ValueError(f"dtype: {name!r} needs jax.enable_x64(True) around the call")
