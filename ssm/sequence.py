@@ -10,6 +10,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class Sequence:
     compacted: bool = False
 
 
-def check(x, sequence, name="x"):
+def check(x: Any, sequence: Sequence | None, name: str = "x") -> Sequence:
     """Raises a `ValueError` naming the argument unless x is [B, L >= 1, ...] and every
     field of `sequence` is [B, L] of the right kind. Returns a Sequence, empty for None.
     """
@@ -80,7 +81,7 @@ def check(x, sequence, name="x"):
     return sequence
 
 
-def elapsed(sequence):
+def elapsed(sequence: Sequence) -> jax.Array | None:
     """Time since the previous token with 0 on masked ones [B, L], float32 or better, or
     None if regular.
 
@@ -97,7 +98,7 @@ def elapsed(sequence):
     return jnp.where(sequence.mask, dt, 0.0)
 
 
-def stretched(x, sequence):
+def stretched(x: jax.Array, sequence: Sequence) -> jax.Array:
     """x [B, L, ...] times the time since the previous token, 0 on masked ones: what a
     step or a rate per token, of the nominal length, is in that time."""
     times = elapsed(sequence)
@@ -109,7 +110,7 @@ def _over(flags, x):
     return jnp.expand_dims(flags, tuple(range(flags.ndim, x.ndim)))
 
 
-def zero_masked(x, sequence):
+def zero_masked(x: jax.Array, sequence: Sequence) -> jax.Array:
     """x [B, L, ...] with masked tokens set to exactly 0 (also where they were NaN)."""
     if sequence.mask is None:
         return x
@@ -117,12 +118,14 @@ def zero_masked(x, sequence):
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def lengths(mask):
+def lengths(mask: jax.Array) -> jax.Array:
     """Number of existing tokens per row, [B] int32."""
     return jnp.sum(mask, axis=1, dtype=jnp.int32)
 
 
-def compact(x, sequence):
+def compact(
+    x: jax.Array, sequence: Sequence
+) -> tuple[jax.Array, Sequence, Callable[[jax.Array], jax.Array]]:
     """Moves existing tokens to the front, in order, so that only right padding is left.
 
     Returns x [B, L, ...] with masked tokens zeroed, the matching Sequence (resets of
@@ -175,7 +178,7 @@ def _compact_reset(sequence, gather, count):
     return moved > previous
 
 
-def align_right(x, mask):
+def align_right(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Rolls every row of a right-padded x [B, L, ...] so that its padding comes first:
     the last existing token then stands at L - 1. Padding must already be zero."""
     shift = mask.shape[1] - lengths(mask)
@@ -183,7 +186,7 @@ def align_right(x, mask):
     return _gather_along_length(index)(x)
 
 
-def window(before, x, sequence):
+def window(before: jax.Array, x: jax.Array, sequence: Sequence) -> jax.Array:
     """The last W values that exist, [B, W, ...]: what a finite response keeps.
 
     before [B, W, ...] are the values before x [B, L, ...], in order of time; values
@@ -207,7 +210,9 @@ def window(before, x, sequence):
     return zero_masked(last, current)
 
 
-def begun(before, sequence, shape):
+def begun(
+    before: jax.Array, sequence: Sequence, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
     """Whether something came before each token, [B, L] bool, and before the next call,
     [B] bool: False at the first token of a sequence and after a reset.
 
@@ -224,7 +229,14 @@ def begun(before, sequence, shape):
     return started, after
 
 
-def loop(step, state, inputs, sequence, weights, output=lambda state: state):
+def loop(
+    step: Callable,
+    state: Any,
+    inputs: Any,
+    sequence: Sequence,
+    weights: Any,
+    output: Callable = lambda state: state,
+) -> tuple[jax.Array, Any]:
     """A recurrence token by token, for what no scan makes parallel.
 
     A masked token leaves the state as it was, a reset makes it 0 before the token.
