@@ -3,6 +3,7 @@
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from kernels import fft_conv
@@ -13,7 +14,12 @@ from ssm import implicit_filters
 from ssm import sequence as seq
 
 
-def checked(layer, x, state, sequence):
+def checked(
+    layer: nn.Module,
+    x: jax.Array,
+    state: jax.Array | None,
+    sequence: seq.Sequence | None,
+) -> seq.Sequence:
     """`layers.checks.checked` for a layer whose filters have `length` taps: no dt, and
     no call that is longer."""
     sequence = checks.checked(layer, x, state, sequence)
@@ -22,7 +28,13 @@ def checked(layer, x, state, sequence):
     return sequence
 
 
-def long_conv(u, k, state, sequence, skip=None):
+def long_conv(
+    u: jax.Array,
+    k: jax.Array,
+    state: jax.Array | None,
+    sequence: seq.Sequence,
+    skip: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """y = k * u + skip u, and the last K-1 inputs that exist, the state [B, K-1, H].
 
     u [B, L, H] with right padding only, k [H, K], skip [H]; state None: no past.
@@ -33,7 +45,9 @@ def long_conv(u, k, state, sequence, skip=None):
     return y, seq.window(state, u, sequence)
 
 
-def both_ways(u, k, sequence, skip):
+def both_ways(
+    u: jax.Array, k: jax.Array, sequence: seq.Sequence, skip: jax.Array
+) -> jax.Array:
     """y = k[0] * u + skip u, and k[1] over the future: sum_j k[1, j] u[t+1+j].
 
     u [B, L, H] with right padding only, k two filters [H, K], skip [H].
@@ -42,7 +56,14 @@ def both_ways(u, k, sequence, skip):
     return y
 
 
-def filtered(layer, x, k, skip, state, sequence):
+def filtered(
+    layer: nn.Module,
+    x: jax.Array,
+    k: jax.Array,
+    skip: jax.Array,
+    state: jax.Array | None,
+    sequence: seq.Sequence,
+) -> tuple[jax.Array, jax.Array | None]:
     """What a layer that is nothing but its filters k [1 or 2, H, length] answers to
     x [B, L, H]: y, and the state of `long_conv` (None if bidirectional)."""
     u, sequence, restore = seq.compact(x.astype(layer.dtype), sequence)
@@ -54,7 +75,7 @@ def filtered(layer, x, k, skip, state, sequence):
     return restore(expose(layer, "mixed", y)), state
 
 
-def zero_state(layer, batch_size):
+def zero_state(layer: nn.Module, batch_size: int) -> jax.Array:
     """The state of `filtered` before the first token, zeros [B, length-1, H].
     `ValueError` for a bidirectional layer, which has none."""
     checks.recurrent(layer)
@@ -62,7 +83,7 @@ def zero_state(layer, batch_size):
     return past_inputs(batch_size, layer.length, layer.features, layer.dtype)
 
 
-def implicit_filter(layer, filters):
+def implicit_filter(layer: nn.Module, filters: int) -> jax.Array:
     """Taps [filters, length] as functions of the lag: a network of sines under a window
     of fields of `layer` (Hyena, https://arxiv.org/abs/2302.10866). `ValueError` for a
     field out of range."""
@@ -86,6 +107,8 @@ def implicit_filter(layer, filters):
     return k * implicit_filters.exponential_window(layer.length, filters, *fade)
 
 
-def past_inputs(batch_size, taps, features, dtype):
+def past_inputs(
+    batch_size: int, taps: int, features: int, dtype: jnp.dtype
+) -> jax.Array:
     """The state of `long_conv` before the first token, zeros [B, K-1, H]."""
     return jnp.zeros((batch_size, taps - 1, features), at_least_float32(dtype))

@@ -61,6 +61,6 @@ class DeltaNet(nn.Module):
         return restore(y).astype(self.dtype), DeltaState(*tails, S)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> DeltaState:
         """Zeros."""
         return zero_state(self, batch_size)

@@ -24,7 +24,7 @@ class DeltaState(NamedTuple):
     S: jax.Array  # [B, heads, K, V]
 
 
-def write_strength(layer, x, sequence):
+def write_strength(layer: nn.Module, x: jax.Array, sequence: seq.Sequence) -> jax.Array:
     """beta [B, L, heads] in (0, 1), 0 on masked tokens."""
     project = dense(
         layer.heads, "beta", at_least_float32(layer.dtype), ("embed", "heads"), None
@@ -34,7 +34,9 @@ def write_strength(layer, x, sequence):
     return seq.zero_masked(beta, sequence)
 
 
-def short_convolutions(layer, x, state, sequence):
+def short_convolutions(
+    layer: nn.Module, x: jax.Array, state: DeltaState | None, sequence: seq.Sequence
+) -> tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]:
     """q and k [B, L, heads, K] of length 1, q / sqrt(K), v [B, L, heads, V], and what
     the convolutions keep."""
     K, V = heads.sizes(layer)
@@ -58,7 +60,7 @@ def short_convolutions(layer, x, state, sequence):
     return q * K**-0.5, k, v, tails
 
 
-def zero_state(layer, batch_size):
+def zero_state(layer: nn.Module, batch_size: int) -> DeltaState:
     """The `DeltaState` before the first token."""
     K, V = heads.sizes(layer)
     at_least_one(layer, "conv_width")

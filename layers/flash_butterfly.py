@@ -1,6 +1,8 @@
 """FlashButterfly, a long convolution whose transform is learned
 (https://arxiv.org/abs/2302.06646)."""
 
+from typing import NoReturn
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -73,7 +75,7 @@ class FlashButterfly(LongConv):
         return restore(expose(self, "mixed", y[:, :L])), None
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> NoReturn:
         """A `ValueError`."""
         raise ValueError(
             "init_state: FlashButterfly has no recurrent mode, its learned transform "

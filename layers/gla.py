@@ -1,6 +1,7 @@
 """GLA, gated linear attention (https://arxiv.org/abs/2312.06635)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from kernels import chunked_scan
@@ -72,7 +73,7 @@ class GLA(nn.Module):
         return restore(y).astype(self.dtype), S
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, heads, K, V]."""
         return jnp.zeros(
             (batch_size, self.heads, *heads.sizes(self)), at_least_float32(self.dtype)

@@ -66,6 +66,6 @@ class GRU(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H]."""
         return jnp.zeros((batch_size, self.features), at_least_float32(self.dtype))

@@ -81,7 +81,7 @@ class H3(nn.Module):
         return restore(y), H3State(tail, h)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> H3State:
         """Zeros."""
         P = self._head_size()
         tail = past_inputs(batch_size, self.taps, self.features, self.dtype)

@@ -100,7 +100,7 @@ class Hyena(nn.Module):
         return restore(y), HyenaState(tail, jnp.stack(windows, 1))
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> HyenaState:
         """Zeros."""
         self._check()
         H = self.features

@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,7 +16,7 @@ from layers.parameters import at_least_float32, linear
 from ssm import sequence as seq
 
 
-def slopes(count):
+def slopes(count: int) -> np.ndarray:
     """ALiBi's 2^(-8 (h + 1) / count), h < count; where count is no power of 2, those of
     the power below, then every second one of the power above."""
     whole = 2 ** math.floor(math.log2(count))
@@ -81,7 +82,7 @@ class Lightning(nn.Module):
         return restore(y).astype(self.dtype), S
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, heads, K, V]."""
         return jnp.zeros(
             (batch_size, self.heads, *heads.sizes(self)), at_least_float32(self.dtype)

@@ -5,6 +5,7 @@ import functools
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from layers import checks, convolutions, parameters
@@ -76,7 +77,7 @@ class LongConv(nn.Module):
         return convolutions.filtered(self, x, k, D, state, sequence)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, length-1, H]."""
         return convolutions.zero_state(self, batch_size)
 

@@ -1,6 +1,7 @@
 """LRU, the linear recurrent unit (https://arxiv.org/abs/2303.06349)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,11 +55,11 @@ class LRU(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, P] complex."""
         return jnp.zeros((batch_size, self.state_size), at_least_complex64(self.dtype))
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log lam [P] complex, per token. By `layer.apply(variables,
         method="eigenvalues")`."""
         return self._parameters()[0]

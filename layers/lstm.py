@@ -72,7 +72,7 @@ class LSTM(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> LSTMState:
         """Zeros."""
         shape = batch_size, self.features
         return LSTMState(

@@ -101,7 +101,7 @@ class Mamba(nn.Module):
         return selective_scan(u, Delta, A, B, C, h, reset, skip=D)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> MambaState:
         """Zeros."""
         E, N, _ = self._sizes()
         tail = batch_size, self.conv_width - 1, E

@@ -95,7 +95,7 @@ class Mamba2(nn.Module):
         return restore(y).astype(self.dtype), Mamba2State(tail, S)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> Mamba2State:
         """Zeros."""
         E, heads, P, GN = self._sizes()
         tail = batch_size, self.conv_width - 1, E + 2 * GN

@@ -1,6 +1,7 @@
 """minGRU, a GRU whose gates do not see the state (https://arxiv.org/abs/2410.01201)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from kernels import linear_scan
@@ -53,6 +54,6 @@ class MinGRU(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H]."""
         return zeros(self, (batch_size, self.features))[0]

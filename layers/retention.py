@@ -70,7 +70,7 @@ class Retention(nn.Module):
         return restore(y).astype(self.dtype), self._to_last(S, turn, positions)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, heads, K, V]."""
         shape = batch_size, self.heads, *self._sizes()
         return jnp.zeros(shape, at_least_float32(self.dtype))

@@ -87,7 +87,7 @@ class RGLRU(nn.Module):
         return restore(y).astype(self.dtype), RGLRUState(tail, last, begun)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> RGLRUState:
         """Zeros, and nothing begun."""
         E = self._width()
         tail = batch_size, self.conv_width - 1, E

@@ -88,11 +88,11 @@ class S4(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H, n] complex."""
         return diagonal.zero_state(self, batch_size)
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [H, n] complex per token, a the eigenvalues of the recurrence without
         its low-rank term. By `layer.apply(variables, method="eigenvalues")`."""
         system, _, _ = self._parameters()

@@ -83,11 +83,11 @@ class S4D(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H, n] complex."""
         return diagonal.zero_state(self, batch_size)
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [H, n] complex per token, a the eigenvalues of the recurrence; one of
         each conjugate pair. By `layer.apply(variables, method="eigenvalues")`."""
         lam, dt, *_ = self._parameters()

@@ -88,13 +88,13 @@ class S5(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, P] complex."""
         checks.recurrent(self)
         stored = self.state_size // (1 + self.conj_sym)
         return jnp.zeros((batch_size, stored), at_least_complex64(self.dtype))
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [P] complex per token, a the eigenvalues of the recurrence; one of
         each pair if conj_sym. By `layer.apply(variables, method="eigenvalues")`."""
         lam, dt, *_ = self._parameters()

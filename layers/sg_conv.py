@@ -66,7 +66,7 @@ class SGConv(nn.Module):
         return convolutions.filtered(self, x, k, D, state, sequence)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, length-1, H]."""
         return convolutions.zero_state(self, batch_size)
 

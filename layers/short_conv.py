@@ -50,7 +50,7 @@ class ShortConv(nn.Module):
         return y, seq.window(state, u, sequence)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, W-1, H]."""
         tail = batch_size, self.width - 1, self.features
         return jnp.zeros(tail, at_least_float32(self.dtype))

@@ -110,3 +110,35 @@ def test_a_mixer_is_read_in_one_sitting():
         lengths.setdefault(path, (cls.__name__, len(path.read_text().splitlines())))
     long = {name for name, length in lengths.values() if length > 115}
     assert long == LONG, sorted(lengths.values())
+
+
+def public_functions(path):
+    """Functions that users of a module or of its classes may call. What Flax calls is
+    left out: the signature of `__call__` is the contract, told in `layers/__init__.py`.
+    """
+    bodies = [("", ast.parse(path.read_text()).body)]
+    while bodies:
+        prefix, body = bodies.pop()
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                bodies.append((f"{prefix}{node.name}.", node.body))
+            elif isinstance(node, ast.FunctionDef) and node.name[0] != "_":
+                yield prefix + node.name, node
+
+
+@pytest.mark.parametrize("ring", ["ssm", "layers"])
+def test_public_functions_say_what_they_take_and_give(ring):
+    found = 0
+    for path in (ROOT / ring).rglob("*.py"):
+        for name, function in public_functions(path):
+            given = function.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            arguments += [a for a in (given.vararg, given.kwarg) if a is not None]
+            bare = [
+                a.arg for a in arguments if a.annotation is None and a.arg != "self"
+            ]
+            assert not bare, f"{path}: {name} takes {bare}"
+            if name.split(".")[-1] != "setup":
+                assert function.returns is not None, f"{path}: {name}"
+            found += 1
+    assert found > 100

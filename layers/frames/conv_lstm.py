@@ -75,7 +75,7 @@ class ConvLSTM(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> ConvLSTMState:
         """Zeros."""
         shape = (batch_size, *self.size, self.features)
         return ConvLSTMState(

@@ -23,7 +23,7 @@ from ssm import conv_ssm, discretize, spectra, stability
 from ssm import sequence as seq
 
 
-def linear(y, u, layer):
+def linear(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """y + D * u, the linear system itself."""
     D = images.conv(
         layer.features,
@@ -35,23 +35,23 @@ def linear(y, u, layer):
     return y + D(u)
 
 
-def standard(y, u, layer):
+def standard(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """gelu(norm(y + D * u)), the norm over groups of channels of a frame."""
     norm = images.group_norm(layer.features, "norm", layer.dtype)
     return nn.gelu(norm(linear(y, u, layer)))
 
 
-def resnet(y, u, layer):
+def resnet(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """gelu(y + W2 * gelu(norm(W1 * gelu(norm(y))))), convolutions 3 x 3."""
     return nn.gelu(images.Residual(layer.features, layer.dtype, name="residual")(y))
 
 
-def diag_resnet(y, u, layer):
+def diag_resnet(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """`resnet` of y + D u, D a vector."""
     return resnet(y + skip(layer) * u, u, layer)
 
 
-def half_glu(y, u, layer):
+def half_glu(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """g * sigmoid(W g), g = gelu(norm(y)), the norm over the channels of a pixel."""
     g = nn.gelu(nn.LayerNorm(dtype=layer.dtype, name="norm")(y))
     return g * nn.sigmoid(dense(layer.features, "gate", layer.dtype)(g))
@@ -168,12 +168,12 @@ class ConvS5(nn.Module):
         return lambda y, u: module.apply({"params": params}, y, u)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, h, w, P] complex."""
         shape = (batch_size, *self.size, self.state_size // 2)
         return jnp.zeros(shape, at_least_complex64(self.dtype))
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [P] complex per frame, one of each conjugate pair. By
         `layer.apply(variables, method="eigenvalues")`."""
         lam, dt, *_ = self._parameters()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from layers import heads
 from layers.attention import (
     Attention,
+    KVCache,
     attend,
     attend_isolated,
     empty_cache,
@@ -86,7 +87,7 @@ class FrameAttention(nn.Module):
         return seq.zero_masked(y, sequence).astype(self.dtype), new
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> KVCache:
         """Empty caches, one per pixel."""
         places = self.size[0] * self.size[1]
         empty = self._time()().init_state(batch_size * places)
@@ -159,7 +160,7 @@ class FullFrameAttention(nn.Module):
         return restore(y.reshape(shape)).astype(self.dtype), new
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> KVCache:
         """An empty cache."""
         size = self.features // self.heads
         places = self.size[0] * self.size[1]
@@ -206,7 +207,7 @@ class FullFrameAttention(nn.Module):
         return rotary.rotate(x, positions, 10_000.0, size, below)
 
 
-def place(module, places):
+def place(module: nn.Module, places: int) -> jax.Array:
     """The learned positions p [places, U] of `module`."""
     init = logical(nn.initializers.normal(0.02), None, "embed")
     return module.param("place", init, (places, module.features))

@@ -21,16 +21,16 @@ class Examined(NamedTuple):
     seconds: float
 
     @property
-    def holds(self):
+    def holds(self) -> bool:
         return all(finding.passed for finding in self.findings)
 
 
-def cases_of(name):
+def cases_of(name: str) -> dict:
     """The examined instances of one layer, a name of LAYERS or the user's own class."""
     return cases(name, get(name))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m layers.laws",
         description=laws.__doc__,

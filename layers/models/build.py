@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+from collections.abc import Mapping
 
 import flax.linen as nn
 
@@ -73,7 +74,7 @@ FRAME_LAYERS = {
 }
 
 
-def get(name):
+def get(name: str) -> type[nn.Module]:
     """The layer class called `name`: a key of `LAYERS` or `FRAME_LAYERS`, or the dotted
     path of the user's own ("package.module.Class"). `ValueError` lists the names."""
     known = LAYERS | FRAME_LAYERS
@@ -99,7 +100,7 @@ def get(name):
     return found
 
 
-def build(config) -> Model | Video | VQ:
+def build(config: Mapping) -> Model | Video | VQ:
     """A `Model` from a mapping such as `configs.common.base().model`.
 
     `layer` is a name or a sequence of names, the pattern that `depth` blocks repeat;
@@ -162,7 +163,7 @@ def build(config) -> Model | Video | VQ:
     )
 
 
-def foreign(config) -> list[str]:
+def foreign(config: Mapping) -> list[str]:
     """The layers of a model's config that are not of this project: `build` imports what
     they name, so that a config from elsewhere is to be asked first."""
     names = config["layer"]

@@ -1,6 +1,6 @@
 """Which dtype is used where."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ POLICIES = {
 }
 
 
-def get(name):
+def get(name: str) -> Policy:
     """The policy called `name`; a `ValueError` lists the valid names, and refuses one
     that JAX would quietly narrow."""
     if name not in POLICIES:
@@ -38,7 +38,7 @@ def get(name):
     return policy
 
 
-def cast(variables, policy):
+def cast(variables: Any, policy: Policy) -> Any:
     """Real numbers of `variables` in the policy's parameter dtype."""
     return jax.tree.map(
         lambda x: (
