@@ -28,6 +28,7 @@ from layers.lru import LRU
 from layers.lstm import LSTM
 from layers.mamba import Mamba
 from layers.mamba2 import Mamba2
+from layers.min_gru import MinGRU
 from layers.models.build import FRAME_LAYERS, LAYERS, build, get
 from layers.models.grid import Grid
 from layers.models.model import Model
@@ -69,6 +70,7 @@ __all__ = [
     "LongConv",
     "Mamba",
     "Mamba2",
+    "MinGRU",
     "Model",
     "Retention",
     "SGConv",

@@ -13,12 +13,16 @@ from layers.checks import (
     at_least_one,
     at_least_zero,
     checked,
-    no_initial_state,
+    divides,
+    recurrent,
+    refuse_dt,
 )
+from layers.facts import L, Placement, examples
 from layers.inside import expose
 from layers.parameters import at_least_float32, linear
 from ssm import rotary
 from ssm import sequence as seq
+from ssm.sequence import Sequence
 
 
 class KVCache(NamedTuple):
@@ -29,20 +33,20 @@ class KVCache(NamedTuple):
     count: jax.Array  # [B] int32, how many of them exist
 
 
-def empty_cache(shape, dtype):
+def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype) -> KVCache:
     """A `KVCache` of `shape` [B, R-1, ...] in which no token is."""
     return KVCache(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[0], jnp.int32)
     )
 
 
-def filled(cache):
+def filled(cache: KVCache) -> jax.Array:
     """Which slots hold a token, [B, R-1] bool."""
     slots = jnp.arange(cache.key.shape[1])
     return slots >= cache.key.shape[1] - cache.count[:, None]
 
 
-def remember(cache, k, v, sequence):
+def remember(cache: KVCache, k: jax.Array, v: jax.Array, sequence: Sequence) -> KVCache:
     """The cache after keys and values [B, L, ...] with right padding only."""
     seen = jnp.ones(k.shape[:2], bool)
     return KVCache(
@@ -52,7 +56,9 @@ def remember(cache, k, v, sequence):
     )
 
 
-def joined(cache, k, v, sequence, reach):
+def joined(
+    cache: KVCache, k: jax.Array, v: jax.Array, sequence: Sequence, reach: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Keys, values and segments [B, R - 1 + L, ...] of the last R - 1 slots of a cache
     and a call, R = `reach`, and the segments [B, L] of the call alone. The cache is of
     segment 0, an empty slot of none."""
@@ -68,7 +74,13 @@ def joined(cache, k, v, sequence, reach):
     return key, value, jnp.concatenate([before, segment], axis=1), segment
 
 
-def attend(q, k, v, visible=None, is_causal=False):
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array | None = None,
+    is_causal: bool = False,
+) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over the keys that a query sees, [B, L, heads, K].
 
     q [B, L, heads, K], k and v [B, S, G, K] where G divides heads; visible bool,
@@ -89,7 +101,9 @@ def attend(q, k, v, visible=None, is_causal=False):
     return jnp.einsum("bgits,bsgk->btgik", p, v).reshape(q.shape)
 
 
-def attend_isolated(q, k, v, visible):
+def attend_isolated(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+) -> jax.Array:
     """`attend`, where what is not finite reaches the queries that see it and no other:
     a weight of 0 alone would let NaN through, in the products and in their gradients.
     """
@@ -128,6 +142,12 @@ class Attention(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = examples(
+        dict(heads=3, context=2 * L),
+        window=dict(heads=1, window=4),
+        bidirectional=dict(heads=3, kv_heads=1, context=2 * L, bidirectional=True),
+    )
 
     features: int
     heads: int = 4
@@ -150,8 +170,7 @@ class Attention(nn.Module):
         del train
         sequence = checked(self, x, state, sequence)
         reach, G, K = self._sizes()
-        if sequence.dt is not None:
-            raise ValueError("dt: attention has no notion of elapsed time; pass None")
+        refuse_dt(self, sequence)
         if not self.window and x.shape[1] > self.context:
             raise ValueError(
                 f"context: a call of {x.shape[1]} tokens needs at least as many, got "
@@ -171,10 +190,9 @@ class Attention(nn.Module):
         return restore(y).astype(self.dtype), cache
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> KVCache:
         """An empty cache."""
-        if self.bidirectional:
-            raise no_initial_state("Attention")
+        recurrent(self)
         reach, G, K = self._sizes()
         return empty_cache((batch_size, reach - 1, G, K), at_least_float32(self.dtype))
 
@@ -184,12 +202,9 @@ class Attention(nn.Module):
         at_least_one(self, "heads", "context")
         at_least_zero(self, "kv_heads", "window")
         G = self.kv_heads or self.heads
-        if self.features % self.heads:
-            raise ValueError(
-                f"heads: must divide features={self.features}, got {self.heads}"
-            )
-        if self.heads % G:
-            raise ValueError(f"kv_heads: must divide heads={self.heads}, got {G}")
+        divides(self, "heads", "features", self.features)
+        if self.kv_heads:
+            divides(self, "kv_heads", "heads", self.heads)
         if self.window and self.bidirectional:
             raise ValueError(
                 f"window: must be 0 with bidirectional=True, where every token sees "

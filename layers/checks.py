@@ -1,14 +1,17 @@
 """What layers check of their fields and arguments before they compute."""
 
 import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ssm import sequence as seq
 
 
-def also_empty(call):
+def also_empty(call: Callable) -> Callable:
     """The call of a mixer, which now also answers a batch of no rows [0, L, ...], with
     outputs and a state of no rows. A reshape cannot tell the heads of no rows apart, so
     a row of zeros is computed in their place and dropped."""
@@ -29,13 +32,17 @@ def also_empty(call):
     return answer
 
 
-def checked(layer, x, state, sequence):
+def checked(
+    layer: nn.Module, x: jax.Array, state: Any, sequence: seq.Sequence | None
+) -> seq.Sequence:
     """What every mixer checks first: x [B, L, layer.features], a sequence that fits it
     and a state of the kind that `layer.init_state` gives. Returns the Sequence."""
     return _begin(layer, x, (layer.features,), state, sequence)
 
 
-def checked_frames(layer, x, state, sequence):
+def checked_frames(
+    layer: nn.Module, x: jax.Array, state: Any, sequence: seq.Sequence | None
+) -> seq.Sequence:
     """The same for a layer over frames, x [B, L, h, w, layer.features] with (h, w) its
     `size`."""
     if len(layer.size) != 2 or min(layer.size) < 1:
@@ -58,14 +65,14 @@ def _begin(layer, x, token, state, sequence):
     return sequence
 
 
-def at_least_one(layer, *names):
+def at_least_one(layer: nn.Module, *names: str) -> None:
     """Raises a `ValueError` naming the first of these fields that is below 1."""
     for name in names:
         if getattr(layer, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(layer, name)}")
 
 
-def at_least_zero(layer, *names):
+def at_least_zero(layer: nn.Module, *names: str) -> None:
     """The same for fields whose 0 has a meaning of its own."""
     for name in names:
         if getattr(layer, name) < 0:
@@ -74,7 +81,58 @@ def at_least_zero(layer, *names):
             )
 
 
-def check_state(state, expected):
+def positive(layer: nn.Module, *names: str) -> None:
+    """The same for fields that must be above 0."""
+    for name in names:
+        if getattr(layer, name) <= 0:
+            raise ValueError(f"{name}: must be positive, got {getattr(layer, name)}")
+
+
+def even(layer: nn.Module, *names: str) -> None:
+    """The same for fields that count two by two."""
+    for name in names:
+        value = getattr(layer, name)
+        if value < 2 or value % 2:
+            raise ValueError(f"{name}: must be even and at least 2, got {value}")
+
+
+def one_of(layer: nn.Module, **valid: Collection[str]) -> None:
+    """The same for fields that name a thing: field = its names."""
+    for name, names in valid.items():
+        value = getattr(layer, name)
+        if value not in names:
+            raise ValueError(f"{name}: must be one of {sorted(names)}, got {value!r}")
+
+
+def divides(layer: nn.Module, name: str, what: str, whole: float) -> None:
+    """The same for a field that must divide `whole`, which `what` names."""
+    value = getattr(layer, name)
+    if value < 1 or whole < value or whole % value:
+        raise ValueError(f"{name}: must divide {what} = {whole:g}, got {value}")
+
+
+def interval(layer: nn.Module, *names: str) -> None:
+    """The same for fields of two numbers, the ends of an interval of [0, inf]."""
+    for name in names:
+        ends = getattr(layer, name)
+        if len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
+            raise ValueError(
+                f"{name}: must be two numbers, 0 <= least <= largest, got {ends}"
+            )
+
+
+def copies(layer: nn.Module) -> int:
+    """How many independent systems the features of `layer` share, from its field
+    `copies`, 0 for one each."""
+    count = layer.copies or layer.features
+    if count < 0 or layer.features % count:
+        raise ValueError(
+            f"copies: must divide features = {layer.features}, got {layer.copies}"
+        )
+    return count
+
+
+def check_state(state: Any, expected: Any) -> None:
     """Raises a `ValueError` naming `state` unless it is None or has the structure and
     shapes of `expected`, what `init_state` returns for this batch."""
     if state is None:
@@ -87,24 +145,32 @@ def check_state(state, expected):
         )
 
 
-def no_initial_state(layer):
-    """The error of `init_state` on a bidirectional layer."""
-    return ValueError(
-        f"bidirectional: {layer} has no recurrent mode with bidirectional=True; "
-        "init_state needs bidirectional=False"
-    )
-
-
-def refuse_dt(layer, sequence):
-    """Raises a `ValueError` naming dt, for which the taps of a filter have no place."""
-    if sequence.dt is not None:
+def recurrent(layer: nn.Module) -> None:
+    """Raises a `ValueError` naming `bidirectional` where that leaves no state."""
+    if layer.bidirectional:
         raise ValueError(
-            f"dt: the filters of {type(layer).__name__} have taps at regular steps; "
-            "pass None"
+            f"bidirectional: must be False for init_state, got True: "
+            f"{type(layer).__name__} then has no recurrent mode"
         )
 
 
-def within_length(layer, x):
+TAPS = "its filters have taps at regular steps"
+BOTH_WAYS = "with bidirectional=True it convolves, at regular steps"
+
+
+def refuse_dt(
+    layer: nn.Module,
+    sequence: seq.Sequence,
+    why: str = "it has no notion of elapsed time",
+) -> None:
+    """Raises a `ValueError` naming dt where there is one."""
+    if sequence.dt is not None:
+        raise ValueError(
+            f"dt: must be None for {type(layer).__name__}, got an array: {why}"
+        )
+
+
+def within_length(layer: nn.Module, x: jax.Array) -> None:
     """Raises a `ValueError` naming `length` where a call has more tokens."""
     at_least_one(layer, "length")
     if x.shape[1] > layer.length:

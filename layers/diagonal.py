@@ -1,14 +1,21 @@
 """The modes of a bank of diagonal systems, and what decoding computes once."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from layers.checks import recurrent
+from layers.parameters import at_least_complex64
 from ssm import recurrence
 from ssm import sequence as seq
 
 CONSTANTS = "constants"  # the collection of what `prepare` computes
 
 
-def computed_once(module, name, make):
+def computed_once(module: nn.Module, name: str, make: Callable[[], Any]) -> Any:
     """`make()`, or what `prepare` has kept of it: values that depend on parameters
     alone and would otherwise be computed anew for every token."""
     if module.has_variable(CONSTANTS, name):
@@ -19,7 +26,7 @@ def computed_once(module, name, make):
     return value
 
 
-def prepare(module, variables, token):
+def prepare(module: nn.Module, variables: Mapping, token: Any) -> dict:
     """Variables for decoding: what a step needs of the parameters, computed once.
 
     The result replaces `variables` in calls of one token with a state; any change of
@@ -35,7 +42,23 @@ def prepare(module, variables, token):
     return {**variables, **constants}
 
 
-def diagonal_modes(module, system, convolve, D, u, state, sequence):
+def zero_state(layer: nn.Module, batch_size: int) -> jax.Array:
+    """The state of H systems of n = state_size / 2 modes before the first token, zeros
+    [B, H, n] complex. `ValueError` for a bidirectional layer, which has none."""
+    recurrent(layer)
+    shape = batch_size, layer.features, layer.state_size // 2
+    return jnp.zeros(shape, at_least_complex64(layer.dtype))
+
+
+def modes(
+    module: nn.Module,
+    system: recurrence.Diagonal,
+    convolve: Callable[..., tuple[jax.Array, jax.Array]],
+    D: jax.Array,
+    u: jax.Array,
+    state: jax.Array | None,
+    sequence: seq.Sequence,
+) -> tuple[jax.Array, jax.Array]:
     """y [B, L, H] and the state of a `ssm.recurrence.Diagonal` bank with feed-through D
     in the mode that the call allows: a convolution without state, reset or dt, one step
     where L = 1, chunks otherwise.

@@ -1,6 +1,5 @@
 """DSS: diagonal state spaces, exp and softmax (https://arxiv.org/abs/2203.14343)."""
 
-import functools
 import math
 
 import flax.linen as nn
@@ -8,15 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from kernels import fft_conv, vandermonde
-from layers.checks import also_empty, checked, no_initial_state
-from layers.diagonal import diagonal_modes
-from layers.parameters import (
-    at_least_complex64,
-    at_least_float32,
-    complex_normal,
-    constant,
-    logical,
-)
+from layers import checks, convolutions, diagonal, parameters
+from layers.facts import DT_BOTH_WAYS, S4_BLOCK, L, examples
+from layers.parameters import complex_normal, constant, logical
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
 from ssm.discretize import expm1_ratio
@@ -48,6 +41,14 @@ class DSS(nn.Module):
         dtype: of the output; parameters, filters and states are float32 or better.
     """
 
+    REFUSES = DT_BOTH_WAYS
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = examples(
+        dict(length=L, state_size=8),
+        exp=dict(length=L, state_size=8, variant="exp"),
+        bidirectional=dict(length=L, state_size=8, bidirectional=True),
+    )
+
     features: int
     length: int
     state_size: int = 64
@@ -58,23 +59,21 @@ class DSS(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @property
-    def REFUSES(self):
-        """Elapsed times where it convolves in both directions."""
-        return ("dt",) if self.bidirectional else ()
-
-    @also_empty
+    @checks.also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = checked(self, x, state, sequence)
+        sequence = checks.checked(self, x, state, sequence)
         lam, dt, C, D = self._parameters()
-        u = x.astype(at_least_float32(self.dtype))
+        u = x.astype(parameters.at_least_float32(self.dtype))
         if self.bidirectional:
-            y, state = self._both_directions(lam, dt, C, D, u, sequence), None
+            checks.refuse_dt(self, sequence, checks.BOTH_WAYS)
+            u, sequence, restore = seq.compact(u, sequence)
+            K = [self._filter(lam, dt, c, u.shape[1]) for c in C]
+            y = restore(convolutions.both_ways(u, K, sequence, D))
         else:
             system = self._system(lam, dt, C[0])
 
@@ -83,18 +82,15 @@ class DSS(nn.Module):
                 y, _ = fft_conv(u, K, skip=D)
                 return y, recurrence.final_state(system, u, mask)
 
-            y, state = diagonal_modes(self, system, convolve, D, u, state, sequence)
+            y, state = diagonal.modes(self, system, convolve, D, u, state, sequence)
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H, n] complex."""
-        if self.bidirectional:
-            raise no_initial_state("DSS")
-        shape = batch_size, self.features, self.state_size // 2
-        return jnp.zeros(shape, at_least_complex64(self.dtype))
+        return diagonal.zero_state(self, batch_size)
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [H, n] complex per token, a the eigenvalues of the recurrence. By
         `layer.apply(variables, method="eigenvalues")`."""
         lam, dt, _, _ = self._parameters()
@@ -102,8 +98,12 @@ class DSS(nn.Module):
 
     @nn.compact
     def _parameters(self):
+        """lam [1, n], dt [H, 1], C [1 or 2, H, n] and D [H]."""
         H, n = self.features, self.state_size // 2
-        self._check()
+        checks.even(self, "state_size")
+        checks.one_of(self, variant=VARIANTS)
+        checks.at_least_one(self, "length")
+        checks.positive(self, "step_scale")
         lam = spectra.s4d("legs", n)
         real = (
             stability.inverse("exp", -lam.real) if self.variant == "exp" else lam.real
@@ -116,34 +116,10 @@ class DSS(nn.Module):
             logical(complex_normal(), None, *names, None),
             (1 + self.bidirectional, H, n, 2),
         )
-        log_dt = self.param(
-            "log_dt",
-            logical(
-                functools.partial(
-                    spectra.log_dt, dt_min=self.dt_min, dt_max=self.dt_max
-                ),
-                "embed",
-            ),
-            (H,),
-        )
-        D = self.param("D", logical(nn.initializers.normal(1.0), "embed"), (H,))
+        dt = self.step_scale * jnp.exp(parameters.log_dt(self))[:, None]
+        D = parameters.skip(self)
         lam = jax.lax.complex(-jnp.exp(A_re) if self.variant == "exp" else A_re, A_im)
-        dt = self.step_scale * jnp.exp(log_dt)[:, None]
         return lam, dt, stability.from_pair(C), D
-
-    def _check(self):
-        if self.state_size < 2 or self.state_size % 2:
-            raise ValueError(
-                f"state_size: must be even and at least 2, got {self.state_size}"
-            )
-        if self.variant not in VARIANTS:
-            raise ValueError(
-                f"variant: unknown {self.variant!r}; may be {list(VARIANTS)}"
-            )
-        if self.length < 1:
-            raise ValueError(f"length: must be at least 1, got {self.length}")
-        if self.step_scale <= 0:
-            raise ValueError(f"step_scale: must be positive, got {self.step_scale}")
 
     def _weights(self, lam, dt, C):
         """Of the decaying exponentials z = a or, where Re a > 0, -a: C / lam
@@ -179,16 +155,6 @@ class DSS(nn.Module):
         # gradients may bring it here; the barrier keeps the two apart.
         backward = jax.lax.optimization_barrier(backward[:, ::-1])
         return (forward + backward)[:, :L]
-
-    def _both_directions(self, lam, dt, C, D, u, sequence):
-        if sequence.dt is not None:
-            raise ValueError(
-                "dt: a bidirectional DSS convolves and needs regular steps; pass None"
-            )
-        u, compacted, restore = seq.compact(u, sequence)
-        past, future = (self._filter(lam, dt, c, u.shape[1]) for c in C)
-        y, _ = fft_conv(u, past, k_reverse=future, skip=D, reset=compacted.reset)
-        return restore(y)
 
 
 def _reciprocal(x):

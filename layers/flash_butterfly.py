@@ -1,14 +1,18 @@
 """FlashButterfly, a long convolution whose transform is learned
 (https://arxiv.org/abs/2302.06646)."""
 
+from typing import NoReturn
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from kernels import block_sizes, butterfly_conv, dft_factors
-from layers.checks import also_empty, checked, refuse_dt, within_length
+from layers.checks import also_empty
+from layers.convolutions import checked
+from layers.facts import L, Placement, examples
 from layers.inside import expose
 from layers.long_conv import LongConv
-from layers.parameters import logical
+from layers.parameters import logical, skip
 from ssm import sequence as seq
 
 
@@ -30,6 +34,8 @@ class FlashButterfly(LongConv):
     """
 
     REFUSES = ("dt", "reset", "state")
+    PLACEMENT = Placement("glu", 0.0, norm_epsilon=1e-5)
+    EXAMPLES = examples(dict(length=2 * L))
 
     order: int = 0
     per_feature: bool = False
@@ -49,14 +55,12 @@ class FlashButterfly(LongConv):
                 "future; pass None"
             )
         sequence = checked(self, x, None, sequence)
-        refuse_dt(self, sequence)
         if sequence.reset is not None:
             raise ValueError(
                 "reset: FlashButterfly mixes all tokens of a row, as a learned "
                 "transform is no convolution; pass None and one document a row"
             )
-        within_length(self, x)
-        k, D = self._filters(train), self._skip()
+        k, D = self._filters(train), skip(self)
         u, _, restore = seq.compact(x.astype(self.dtype), sequence)
         u = expose(self, "values", u)
         L = x.shape[1]
@@ -71,7 +75,7 @@ class FlashButterfly(LongConv):
         return restore(expose(self, "mixed", y[:, :L])), None
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> NoReturn:
         """A `ValueError`."""
         raise ValueError(
             "init_state: FlashButterfly has no recurrent mode, its learned transform "

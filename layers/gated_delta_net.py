@@ -1,19 +1,16 @@
 """Gated DeltaNet: the delta rule that also forgets (https://arxiv.org/abs/2412.06464)."""
 
-import functools
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, checked
-from layers.delta_net import DeltaState, short_convolutions, write_strength, zero_state
+from layers.delta_rule import DeltaState, short_convolutions, write_strength, zero_state
+from layers.facts import Placement, examples
 from layers.inside import expose, record
-from layers.parameters import at_least_float32, linear, logical
+from layers.parameters import at_least_float32, linear, logical, rates, softplus_dt
 from ssm import sequence as seq
-from ssm import spectra
 
 
 class GatedDeltaNet(nn.Module):
@@ -35,6 +32,9 @@ class GatedDeltaNet(nn.Module):
         dt_min, dt_max: range of the initial softplus(dt_bias), log-uniform.
         dtype: of activations; gates and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = examples(dict(heads=2))
 
     features: int
     heads: int = 4
@@ -65,27 +65,18 @@ class GatedDeltaNet(nn.Module):
         return restore(y).astype(self.dtype), DeltaState(*tails, S)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> DeltaState:
         """Zeros."""
         return zero_state(self, batch_size)
 
     def _log_decay(self, x, sequence):
         """g [B, L, heads], 0 on masked tokens."""
-        start = functools.partial(
-            spectra.softplus_dt, dt_min=self.dt_min, dt_max=self.dt_max
-        )
-
-        def rates(key, shape, dtype=jnp.float32):
-            return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
-
-        bias = self.param("dt_bias", logical(start, "heads"), (self.heads,))
+        bias = self.param("dt_bias", logical(softplus_dt(self), "heads"), (self.heads,))
         A_log = self.param("A_log", logical(rates, "heads"), (self.heads,))
         dt = linear(self.heads, "dt", at_least_float32(self.dtype), ("embed", "heads"))(
             x
         )
-        dt = nn.softplus(dt + bias)
-        elapsed = seq.elapsed(sequence)
-        dt = dt if elapsed is None else dt * elapsed[..., None]
+        dt = seq.stretched(nn.softplus(dt + bias), sequence)
         g = -jnp.exp(A_log) * dt
         record(self, sequence, dt=dt, log_decay=g)
         return g

@@ -1,11 +1,13 @@
 """GLA, gated linear attention (https://arxiv.org/abs/2312.06635)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, at_least_one, checked
+from layers.facts import Placement, examples
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, dense, linear
 from ssm import sequence as seq
@@ -30,6 +32,9 @@ class GLA(nn.Module):
         normaliser: brings the initial decay near 1.
         dtype: of activations; decays and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = examples(dict(heads=3, rank=2))
 
     features: int
     heads: int = 4
@@ -60,17 +65,15 @@ class GLA(nn.Module):
             low
         )
         g = heads.split(nn.log_sigmoid(g) / self.normaliser, self.heads)
-        elapsed = seq.elapsed(sequence)
-        g = g if elapsed is None else g * elapsed[..., None, None]
+        g = seq.stretched(g, sequence)
         record(self, sequence, log_decay=g)
         o, S = chunked_scan(q, k, v, g, None, state, sequence.reset)
-        y = heads.gated_output(
-            expose(self, "mixed", o), gate, self.features, self.dtype
-        )
+        o = expose(self, "mixed", o)
+        y = heads.gated_output(o, gate, self.features, self.dtype)
         return restore(y).astype(self.dtype), S
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, heads, K, V]."""
         return jnp.zeros(
             (batch_size, self.heads, *heads.sizes(self)), at_least_float32(self.dtype)

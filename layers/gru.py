@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels import varying
-from layers.checks import also_empty, checked
+from layers.checks import also_empty, checked, refuse_dt
 from layers.parameters import at_least_float32, dense, logical
 from ssm import sequence as seq
 
@@ -44,8 +43,7 @@ class GRU(nn.Module):
         dt."""
         del train
         sequence = checked(self, x, state, sequence)
-        if sequence.dt is not None:
-            raise ValueError("dt: a GRU has no notion of elapsed time; pass None")
+        refuse_dt(self, sequence)
         state = self.init_state(x.shape[0]) if state is None else state
         H = self.features
         U = self.param(
@@ -59,25 +57,15 @@ class GRU(nn.Module):
         u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
         gates = dense(3 * H, "input", at_least_float32(self.dtype))(u)
 
-        def step(h, token):
-            gate, exists, reset = token
-            if reset is not None:
-                h = jnp.where(reset[:, None], 0.0, h)
+        def step(h, gate):
             (r, z, c), (hr, hz, hc) = jnp.split(gate, 3, -1), jnp.split(h @ U, 3, -1)
             r, z = nn.sigmoid(r + hr), nn.sigmoid(z + hz)
-            new = (1 - z) * jnp.tanh(c + r * (hc + bias)) + z * h
-            h = new if exists is None else jnp.where(exists[:, None], new, h)
-            return h, h
+            return (1 - z) * jnp.tanh(c + r * (hc + bias)) + z * h
 
-        tokens = (gates, sequence.mask, sequence.reset)
-        state = varying.like(state, tokens, (U, bias))
-        state, y = jax.lax.scan(
-            step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tokens)
-        )
-        y = seq.zero_masked(jnp.swapaxes(y, 0, 1), sequence)
+        y, state = seq.loop(step, state, gates, sequence, (U, bias))
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H]."""
         return jnp.zeros((batch_size, self.features), at_least_float32(self.dtype))

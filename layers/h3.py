@@ -1,17 +1,18 @@
 """H3, hungry hungry hippos (https://arxiv.org/abs/2212.14052)."""
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.checks import also_empty, at_least_one, checked, refuse_dt
-from layers.convolutions import long_conv, past_inputs
+from layers.checks import TAPS, also_empty, at_least_one, checked, divides, refuse_dt
+from layers.convolutions import past_inputs
+from layers.facts import Placement, examples
 from layers.inside import expose
-from layers.parameters import at_least_float32, dense, logical, uniform
+from layers.parameters import at_least_float32, dense
 from layers.s4d import S4D
+from layers.short_conv import Shift
 from ssm import sequence as seq
 
 
@@ -20,30 +21,6 @@ class H3State(NamedTuple):
 
     shift: jax.Array  # [B, d-1, H] the last keys
     ssm: jax.Array  # [B, P^2, H / P, n] complex
-
-
-class Shift(nn.Module):
-    """The system whose state is its last d inputs, a filter of d taps with a skip:
-
-        y[t] = sum_{j < d} kernel[j] u[t-j] + D u[t]
-
-    Attributes:
-        features: H.
-        taps: d.
-    """
-
-    features: int
-    taps: int
-
-    @nn.compact
-    def __call__(self, u, state, sequence):
-        """u [B, L, H] with right padding only -> y and the last inputs [B, d-1, H]."""
-        shape = self.features, self.taps
-        start = functools.partial(uniform, bound=self.taps**-0.5)
-        kernel = self.param("kernel", logical(start, "embed", None), shape)
-        normal = nn.initializers.normal(1.0)
-        D = self.param("D", logical(normal, "embed"), (self.features,))
-        return long_conv(u, kernel, state, sequence, D)
 
 
 class H3(nn.Module):
@@ -70,6 +47,10 @@ class H3(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 4.0, norm_epsilon=1e-5)
+    EXAMPLES = examples(
+        dict(state_size=4, taps=5), heads=dict(state_size=4, taps=5, head_size=2)
+    )
 
     features: int
     state_size: int = 64
@@ -88,7 +69,7 @@ class H3(nn.Module):
         del train
         P = self._head_size()
         sequence = checked(self, x, state, sequence)
-        refuse_dt(self, sequence)
+        refuse_dt(self, sequence, TAPS)
         tail, h = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
         q, k, v = jnp.split(dense(3 * self.features, "in", self.dtype)(x), 3, -1)
@@ -100,7 +81,7 @@ class H3(nn.Module):
         return restore(y), H3State(tail, h)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> H3State:
         """Zeros."""
         P = self._head_size()
         tail = past_inputs(batch_size, self.taps, self.features, self.dtype)
@@ -110,10 +91,7 @@ class H3(nn.Module):
     @nn.nowrap
     def _head_size(self):
         at_least_one(self, "taps", "head_size")
-        if self.features % self.head_size:
-            raise ValueError(
-                f"head_size: must divide features={self.features}, got {self.head_size}"
-            )
+        divides(self, "head_size", "features", self.features)
         return self.head_size
 
     def _attend(self, q, s, v, h, sequence, P):
@@ -124,14 +102,10 @@ class H3(nn.Module):
         outer = jnp.einsum("blhi,blhj->bijlh", s, v).reshape(B * P * P, L, H // P)
         every = jax.tree.map(lambda field: jnp.repeat(field, P * P, 0), sequence)
         h = None if h is None else h.reshape(-1, *h.shape[2:])
+        dts = dict(dt_min=self.dt_min, dt_max=self.dt_max)
+        dtype = at_least_float32(self.dtype)
         s4d = S4D(
-            H // P,
-            self.state_size,
-            self.spectrum,
-            dt_min=self.dt_min,
-            dt_max=self.dt_max,
-            dtype=at_least_float32(self.dtype),
-            name="ssm",
+            H // P, self.state_size, self.spectrum, **dts, dtype=dtype, name="ssm"
         )
         y, h = s4d(outer, h, every)
         y = y.reshape(B, P, P, L, H // P)

@@ -1,19 +1,18 @@
 """Hyena, long convolutions between gates (https://arxiv.org/abs/2302.10866)."""
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.checks import also_empty, at_least_one, checked, refuse_dt, within_length
-from layers.convolutions import long_conv
+from layers.checks import also_empty, at_least_one
+from layers.convolutions import checked, implicit_filter, long_conv
 from layers.diagonal import computed_once
+from layers.facts import L, Placement, examples
 from layers.inside import expose
-from layers.parameters import at_least_float32, dense, logical, uniform
+from layers.parameters import dense, logical, zeros
 from layers.short_conv import ShortConv
-from ssm import implicit_filters
 from ssm import sequence as seq
 
 
@@ -40,10 +39,9 @@ class Hyena(nn.Module):
     than the last inputs of each convolution.
 
     Attributes:
-        features: H.
+        features: H; conv_width: W.
         length: of the longest call; the number of taps, over which positions run.
         order: O, at least 2; O - 1 long convolutions.
-        conv_width: W.
         hidden: width of the network; inner: its hidden layers after the first.
         bands: sines and cosines among the positions.
         frequency: the initial w, one per hidden unit.
@@ -54,6 +52,8 @@ class Hyena(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 4.0, norm_epsilon=1e-5)
+    EXAMPLES = examples(dict(length=2 * L, order=3, hidden=8))
 
     features: int
     length: int
@@ -77,8 +77,6 @@ class Hyena(nn.Module):
         del train
         self._check()
         sequence = checked(self, x, state, sequence)
-        refuse_dt(self, sequence)
-        within_length(self, x)
         H, order = self.features, self.order
         tail, past = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
@@ -87,7 +85,11 @@ class Hyena(nn.Module):
         p, tail = conv(p, tail, sequence)
         *gates, v = jnp.split(p, order + 1, -1)
         v = expose(self, "values", v)
-        k, D = self._filters()
+        normal = logical(nn.initializers.normal(1.0), None, "embed")
+        D = self.param("D", normal, (order - 1, H))
+        k = computed_once(self, "taps", lambda: implicit_filter(self, H * (order - 1)))
+        # Feature by feature, so that every convolution has slow and fast windows.
+        k = k.reshape(H, order - 1, self.length).swapaxes(0, 1)
         windows = []
         for i in reversed(range(order - 1)):
             before = None if past is None else past[:, i]
@@ -98,56 +100,16 @@ class Hyena(nn.Module):
         return restore(y), HyenaState(tail, jnp.stack(windows, 1))
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> HyenaState:
         """Zeros."""
         self._check()
-        H, dtype = self.features, at_least_float32(self.dtype)
+        H = self.features
         tail = batch_size, self.conv_width - 1, (self.order + 1) * H
         past = batch_size, self.order - 1, self.length - 1, H
-        return HyenaState(jnp.zeros(tail, dtype), jnp.zeros(past, dtype))
-
-    def _filters(self):
-        """Taps [order-1, H, length] and D [order-1, H]."""
-        H, convolutions = self.features, self.order - 1
-        normal = nn.initializers.normal(1.0)
-        D = self.param("D", logical(normal, None, "embed"), (convolutions, H))
-        k = computed_once(self, "taps", lambda: self._implicit(H * convolutions))
-        # Feature by feature, so that every convolution has slow and fast windows.
-        return k.reshape(H, convolutions, self.length).swapaxes(0, 1), D
-
-    def _implicit(self, filters):
-        """Taps [filters, length]."""
-        dtype = at_least_float32(self.dtype)
-        kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        ones = nn.initializers.constant(self.frequency)
-        w = self.param("frequency", logical(ones, "mlp"), (self.hidden,))
-        h = implicit_filters.positions(self.length, self.bands, dtype)
-        for i in range(1 + self.inner):
-            bias = functools.partial(uniform, bound=h.shape[-1] ** -0.5)
-            layer = dense(
-                self.hidden, f"filter_{i}", dtype, (None, "mlp"), bias, kernel
-            )
-            h = jnp.sin(w * layer(h))
-        k = dense(filters, "filter", dtype, ("mlp", "embed"), None, kernel)(h).T
-        return k * implicit_filters.exponential_window(
-            self.length,
-            filters,
-            self.fast,
-            self.slow,
-            self.target,
-            self.shift,
-            dtype,
-        )
+        return HyenaState(*zeros(self, tail, past))
 
     @nn.nowrap
     def _check(self):
-        at_least_one(self, "length", "conv_width", "hidden", "bands")
+        at_least_one(self, "length", "conv_width")
         if self.order < 2:
             raise ValueError(f"order: must be at least 2, got {self.order}")
-        if self.inner < 0:
-            raise ValueError(f"inner: must be at least 0, got {self.inner}")
-        for name in ("fast", "slow"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-        if not 0 < self.target < 1:
-            raise ValueError(f"target: must be between 0 and 1, got {self.target}")

@@ -1,6 +1,9 @@
 """What goes on inside a layer, shown where a collection is asked for: the arrays that
 its mixing acts on, and for the flight recorder a few scalars."""
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +16,7 @@ RECORD = "record"  # the collection of the flight recorder
 SATURATED = 0.01  # a gate below this, or above 1 - this, hardly passes a gradient
 
 
-def expose(module, name, value):
+def expose(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """`value`, made visible to `materialize`: "values" is what the mixing acts on,
     "mixed" its direct result."""
     module.sow(EXPOSED, name, value)
@@ -22,7 +25,7 @@ def expose(module, name, value):
     return value
 
 
-def record(module, sequence, **quantities):
+def record(module: nn.Module, sequence: seq.Sequence, **quantities: Any) -> None:
     """Keeps scalars of what goes on inside, where the collection is asked for.
 
     dt: the range of the steps of existing tokens; log_decay [B, L, ...]: the range of

@@ -3,18 +3,20 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, at_least_zero, checked
+from layers.facts import Placement, examples
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear
 from ssm import sequence as seq
 
 
-def slopes(count):
+def slopes(count: int) -> np.ndarray:
     """ALiBi's 2^(-8 (h + 1) / count), h < count; where count is no power of 2, those of
     the power below, then every second one of the power above."""
     whole = 2 ** math.floor(math.log2(count))
@@ -42,6 +44,9 @@ class Lightning(nn.Module):
         slope_scale: of all s; published models lower it from layer to layer.
         dtype: of activations; decays and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 2.0)
+    EXAMPLES = examples(dict(heads=3))
 
     features: int
     heads: int = 4
@@ -72,13 +77,12 @@ class Lightning(nn.Module):
             log_decay = elapsed[..., None] * log_decay
         record(self, sequence, gate=gate)
         o, S = chunked_scan(q, k, v, log_decay, None, state, sequence.reset)
-        y = heads.gated_output(
-            expose(self, "mixed", o), gate, self.features, self.dtype
-        )
+        o = expose(self, "mixed", o)
+        y = heads.gated_output(o, gate, self.features, self.dtype)
         return restore(y).astype(self.dtype), S
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, heads, K, V]."""
         return jnp.zeros(
             (batch_size, self.heads, *heads.sizes(self)), at_least_float32(self.dtype)

@@ -5,23 +5,14 @@ import functools
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from kernels import fft_conv
-from layers.checks import (
-    also_empty,
-    at_least_one,
-    checked,
-    no_initial_state,
-    refuse_dt,
-    within_length,
-)
-from layers.convolutions import long_conv, past_inputs
+from layers import checks, convolutions, parameters
 from layers.diagonal import computed_once
-from layers.inside import expose
+from layers.facts import S4_BLOCK, L, examples
 from layers.parameters import logical
 from ssm import implicit_filters
-from ssm import sequence as seq
 
 
 class LongConv(nn.Module):
@@ -48,6 +39,18 @@ class LongConv(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = examples(
+        dict(length=2 * L),
+        smooth=dict(
+            length=L + 4,
+            start="double_exp",
+            squash=0.01,
+            smooth=3,
+            smooth_domain="frequency",
+        ),
+        bidirectional=dict(length=2 * L, bidirectional=True),
+    )
 
     features: int
     length: int
@@ -60,7 +63,7 @@ class LongConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    @also_empty
+    @checks.also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H] and the last inputs [B, length-1, H] (None if
         bidirectional).
@@ -69,25 +72,14 @@ class LongConv(nn.Module):
         wrong shape, a call longer than `length`, a dt, or a state given to a
         bidirectional layer.
         """
-        sequence = checked(self, x, state, sequence)
-        refuse_dt(self, sequence)
-        within_length(self, x)
-        k, D = self._filters(train), self._skip()
-        u, sequence, restore = seq.compact(x.astype(self.dtype), sequence)
-        u = expose(self, "values", u)
-        if self.bidirectional:
-            y, _ = fft_conv(u, k[0], None, sequence.reset, k_reverse=k[1], skip=D)
-        else:
-            y, state = long_conv(u, k[0], state, sequence, D)
-        return restore(expose(self, "mixed", y)), state
+        sequence = convolutions.checked(self, x, state, sequence)
+        k, D = self._filters(train), parameters.skip(self)
+        return convolutions.filtered(self, x, k, D, state, sequence)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, length-1, H]."""
-        if self.bidirectional:
-            raise no_initial_state("LongConv")
-        at_least_one(self, "length")
-        return past_inputs(batch_size, self.length, self.features, self.dtype)
+        return convolutions.zero_state(self, batch_size)
 
     def _filters(self, train):
         """Taps [1 or 2, H, length], of the past and the future."""
@@ -103,18 +95,9 @@ class LongConv(nn.Module):
             k = implicit_filters.SMOOTHERS[self.smooth_domain](k, self.smooth)
         return implicit_filters.squash(k, self.squash) if self.squash else k
 
-    def _skip(self):
-        normal = nn.initializers.normal(1.0)
-        return self.param("D", logical(normal, "embed"), (self.features,))
-
     def _check(self):
-        for name, valid in (
-            ("start", implicit_filters.SCALES),
-            ("smooth_domain", implicit_filters.SMOOTHERS),
-        ):
-            value = getattr(self, name)
-            if value not in valid:
-                raise ValueError(f"{name}: unknown {value!r}; may be {sorted(valid)}")
+        checks.one_of(self, start=implicit_filters.SCALES)
+        checks.one_of(self, smooth_domain=implicit_filters.SMOOTHERS)
         if self.smooth < 0 or (self.smooth and self.smooth % 2 == 0):
             raise ValueError(f"smooth: must be odd, or 0 for none, got {self.smooth}")
         if not 0 <= self.filter_dropout < 1:

@@ -1,11 +1,13 @@
 """LRU, the linear recurrent unit (https://arxiv.org/abs/2303.06349)."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.checks import also_empty, checked
-from layers.parameters import at_least_complex64, at_least_float32, logical
+from layers.checks import also_empty, at_least_one, checked
+from layers.facts import examples
+from layers.parameters import at_least_complex64, at_least_float32, logical, skip
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -24,6 +26,8 @@ class LRU(nn.Module):
         max_phase: initial phases are uniform in [0, max_phase].
         dtype: of the output; parameters and states are float32 or better.
     """
+
+    EXAMPLES = examples(dict(state_size=8))
 
     features: int
     state_size: int = 64
@@ -51,11 +55,11 @@ class LRU(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, P] complex."""
         return jnp.zeros((batch_size, self.state_size), at_least_complex64(self.dtype))
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log lam [P] complex, per token. By `layer.apply(variables,
         method="eigenvalues")`."""
         return self._parameters()[0]
@@ -63,46 +67,25 @@ class LRU(nn.Module):
     @nn.compact
     def _parameters(self):
         H, P = self.features, self.state_size
-        if P < 1:
-            raise ValueError(f"state_size: must be at least 1, got {P}")
-        nu_log = self.param(
-            "nu_log",
-            logical(
-                lambda key, shape, dtype: spectra.lru_nu(
-                    key, *shape, self.r_min, self.r_max, dtype
-                ),
-                "state",
-            ),
-            (P,),
-        )
-        theta_log = self.param(
-            "theta_log",
-            logical(
-                lambda key, shape, dtype: spectra.lru_theta(
-                    key, *shape, self.max_phase, dtype
-                ),
-                "state",
-            ),
-            (P,),
-        )
-        gamma_log = self.param(
-            "gamma_log",
-            logical(
-                lambda key, shape, dtype: spectra.lru_gamma(nu_log).astype(dtype),
-                "state",
-            ),
-            (P,),
-        )
+        at_least_one(self, "state_size")
+
+        def nu(key, shape, dtype):
+            return spectra.lru_nu(key, *shape, self.r_min, self.r_max, dtype)
+
+        def theta(key, shape, dtype):
+            return spectra.lru_theta(key, *shape, self.max_phase, dtype)
+
+        def gamma(key, shape, dtype):
+            return spectra.lru_gamma(nu_log).astype(dtype)
+
+        nu_log = self.param("nu_log", logical(nu, "state"), (P,))
+        theta_log = self.param("theta_log", logical(theta, "state"), (P,))
+        gamma_log = self.param("gamma_log", logical(gamma, "state"), (P,))
         normal = nn.initializers.normal
         B = self.param(
             "B", logical(normal((2 * H) ** -0.5), "state", "embed", None), (P, H, 2)
         )
         C = self.param("C", logical(normal(P**-0.5), "embed", "state", None), (H, P, 2))
-        D = self.param("D", logical(normal(1.0), "embed"), (H,))
-        return (
-            stability.ring(nu_log, theta_log),
-            jnp.exp(gamma_log),
-            stability.from_pair(B),
-            stability.from_pair(C),
-            D,
-        )
+        B, C = stability.from_pair(B), stability.from_pair(C)
+        log_lam = stability.ring(nu_log, theta_log)
+        return log_lam, jnp.exp(gamma_log), B, C, skip(self)

@@ -7,8 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels import varying
-from layers.checks import also_empty, checked
+from layers.checks import also_empty, checked, refuse_dt
 from layers.parameters import at_least_float32, dense, logical
 from ssm import sequence as seq
 
@@ -53,8 +52,7 @@ class LSTM(nn.Module):
         dt."""
         del train
         sequence = checked(self, x, state, sequence)
-        if sequence.dt is not None:
-            raise ValueError("dt: an LSTM has no notion of elapsed time; pass None")
+        refuse_dt(self, sequence)
         state = self.init_state(x.shape[0]) if state is None else state
         H, dtype = self.features, at_least_float32(self.dtype)
         U = self.param(
@@ -65,29 +63,16 @@ class LSTM(nn.Module):
         project = dense(4 * H, "input", dtype, bias_init=_open_forget_gate)
         gates = project(seq.zero_masked(x.astype(dtype), sequence))
 
-        def step(state, token):
-            gate, exists, reset = token
-            if reset is not None:
-                state = jax.tree.map(lambda s: jnp.where(reset[:, None], 0, s), state)
+        def step(state, gate):
             i, f, g, o = jnp.split(gate + state.h @ U, 4, -1)
             c = nn.sigmoid(f) * state.c + nn.sigmoid(i) * jnp.tanh(g)
-            new = LSTMState(nn.sigmoid(o) * jnp.tanh(c), c)
-            if exists is not None:
-                new = jax.tree.map(
-                    lambda n, s: jnp.where(exists[:, None], n, s), new, state
-                )
-            return new, new.h
+            return LSTMState(nn.sigmoid(o) * jnp.tanh(c), c)
 
-        tokens = (gates, sequence.mask, sequence.reset)
-        state = varying.like(state, tokens, U)
-        state, y = jax.lax.scan(
-            step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tokens)
-        )
-        y = seq.zero_masked(jnp.swapaxes(y, 0, 1), sequence)
+        y, state = seq.loop(step, state, gates, sequence, U, lambda state: state.h)
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> LSTMState:
         """Zeros."""
         shape = batch_size, self.features
         return LSTMState(

@@ -1,7 +1,5 @@
 """Mamba, the selective state-space model S6 (https://arxiv.org/abs/2312.00752)."""
 
-import functools
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels import selective_scan
+from layers import parameters
 from layers.checks import also_empty, at_least_one, at_least_zero, checked
+from layers.facts import Placement, examples
 from layers.inside import expose, record
-from layers.parameters import at_least_float32, dense, linear, logical
+from layers.parameters import constant, dense, linear, logical
 from layers.short_conv import ShortConv
 from ssm import sequence as seq
-from ssm import spectra
 
 # What the backward pass gets of `Mamba._mix`: the output and states of the scan.
 KEPT = jax.checkpoint_policies.save_only_these_names("selective_scan")
@@ -41,14 +40,15 @@ class Mamba(nn.Module):
     A = -exp(A_log) starts at -1, ..., -N. Elapsed time multiplies Delta.
 
     Attributes:
-        features: H.
-        state_size: N of every inner feature.
-        expand: E = expand H.
-        conv_width: W.
+        features: H; state_size: N of every inner feature.
+        expand: E = expand H; conv_width: W.
         rank: R; 0 for H / 16, rounded up.
         dt_min, dt_max: range of the initial Delta (log-uniform); dt_floor: its least.
         dtype: of activations; Delta, A and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 0.0, norm_epsilon=1e-5)
+    EXAMPLES = examples(dict(state_size=4))
 
     features: int
     state_size: int = 16
@@ -82,65 +82,34 @@ class Mamba(nn.Module):
         u = seq.zero_masked(nn.silu(u), sequence)
         select = linear(R + 2 * N, "select", self.dtype, ("mlp", None))(u)
         low, B, C = jnp.split(select, [R, R + N], -1)
-        Delta = self._step(low, sequence)
-        A, D = self._A_and_D()
+        start = parameters.softplus_dt(self, self.dt_floor)
+        kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        dtype = parameters.at_least_float32(self.dtype)
+        step = dense(E, "dt", dtype, (None, "mlp"), start, kernel)
+        Delta = seq.stretched(nn.softplus(step(low)), sequence)
+        spread = constant(np.log(np.arange(1, N + 1)))
+        A = -jnp.exp(self.param("A_log", logical(spread, "mlp", "state"), (E, N)))
+        D = self.param("D", logical(nn.initializers.ones, "mlp"), (E,))
         record(self, sequence, dt=Delta, log_decay=Delta * A.max(-1))
         u = expose(self, "values", u)
         y, h = self._scan(u, Delta, A, B, C, h, sequence.reset, D)
         y = expose(self, "mixed", y) * nn.silu(z)
-        y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(y)
-        return y, tail, h
+        return linear(self.features, "out", self.dtype, ("mlp", "embed"))(y), tail, h
 
     @nn.nowrap
     def _scan(self, u, Delta, A, B, C, h, reset, D):
         return selective_scan(u, Delta, A, B, C, h, reset, skip=D)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> MambaState:
         """Zeros."""
         E, N, _ = self._sizes()
-        return MambaState(
-            jnp.zeros(
-                (batch_size, self.conv_width - 1, E), at_least_float32(self.dtype)
-            ),
-            jnp.zeros((batch_size, E, N), at_least_float32(self.dtype)),
-        )
+        tail = batch_size, self.conv_width - 1, E
+        return MambaState(*parameters.zeros(self, tail, (batch_size, E, N)))
 
     @nn.nowrap
     def _sizes(self):
         at_least_one(self, "state_size", "expand", "conv_width")
         at_least_zero(self, "rank")
-        R = self.rank or math.ceil(self.features / 16)
+        R = self.rank or -(-self.features // 16)
         return self.expand * self.features, self.state_size, R
-
-    def _step(self, low, sequence):
-        """Delta [B, L, E], 0 on masked tokens."""
-        E = self._sizes()[0]
-        project = dense(
-            E,
-            "dt",
-            at_least_float32(self.dtype),
-            (None, "mlp"),
-            bias_init=functools.partial(
-                spectra.softplus_dt,
-                dt_min=self.dt_min,
-                dt_max=self.dt_max,
-                floor=self.dt_floor,
-            ),
-            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        )
-        elapsed = seq.elapsed(sequence)
-        Delta = nn.softplus(project(low))
-        return Delta if elapsed is None else Delta * elapsed[..., None]
-
-    def _A_and_D(self):
-        E, N, _ = self._sizes()
-
-        def spread(key, shape, dtype=jnp.float32):
-            del key
-            log_n = np.log(np.arange(1, N + 1))
-            return jnp.asarray(np.broadcast_to(log_n, shape), dtype)
-
-        A_log = self.param("A_log", logical(spread, "mlp", "state"), (E, N))
-        D = self.param("D", logical(nn.initializers.ones, "mlp"), (E,))
-        return -jnp.exp(A_log), D

@@ -1,6 +1,5 @@
 """Mamba-2, state-space duality (https://arxiv.org/abs/2405.21060)."""
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels import chunked_scan
-from layers.checks import also_empty, at_least_one, checked
+from layers.checks import also_empty, at_least_one, checked, divides, interval
+from layers.facts import Placement, examples
 from layers.inside import expose, record
-from layers.parameters import at_least_float32, linear, logical
+from layers.parameters import linear, logical, rates, softplus_dt, zeros
 from layers.short_conv import ShortConv
 from ssm import sequence as seq
-from ssm import spectra
 
 
 class Mamba2State(NamedTuple):
@@ -32,23 +31,21 @@ class Mamba2(nn.Module):
         S[t]          = exp(Delta[t] A) S[t-1] + B[t] (Delta[t] u[t])^T    [N, P]
         y[t]          = W_out RMSNorm((S[t]^T C[t] + D u[t]) silu(z[t]))
 
-    A = -exp(A_log) is one number per head, initially -1 to -16. B and C are shared by
-    the heads of a group, and the norm is taken within one. Elapsed time multiplies
-    Delta.
+    A = -exp(A_log) is one number per head, initially -1 to -16. The heads of a group
+    share B, C and the norm. Elapsed time multiplies Delta.
 
     Attributes:
-        features: H.
-        state_size: N.
-        head_size: P, which divides E; 0 for the largest up to 64 that does, with heads
-            for whole groups.
+        features: H; state_size: N.
+        head_size: P, which divides E; 0 for the largest to 64 that fits the groups.
         groups: G, which divides the number of heads, E / P.
-        expand: E = expand H.
-        conv_width: W.
+        expand: E = expand H; conv_width: W.
         dt_min, dt_max: range of the initial Delta (log-uniform); dt_floor: its least.
         dt_limit: Delta is clipped to this range, in every mode.
-        dtype: of activations, the projection to d among them; Delta, A and states are
-            float32 or better.
+        dtype: of activations and d; Delta, A and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 0.0, norm_epsilon=1e-5)
+    EXAMPLES = examples(dict(state_size=4, head_size=3, groups=2))
 
     features: int
     state_size: int = 64
@@ -72,14 +69,18 @@ class Mamba2(nn.Module):
         tail, S = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)
         E, heads, _, GN = self._sizes()
-        z, u, d = jnp.split(
-            linear(2 * E + 2 * GN + heads, "in", self.dtype)(x), [E, 2 * E + 2 * GN], -1
-        )
+        ends = [E, 2 * E + 2 * GN]
+        z, u, d = jnp.split(linear(ends[1] + heads, "in", self.dtype)(x), ends, -1)
         conv = ShortConv(E + 2 * GN, self.conv_width, dtype=self.dtype, name="conv")
         u, tail = conv(u, tail, sequence)
         u, B, C = jnp.split(nn.silu(u), [E, E + GN], -1)
-        Delta, A, D = self._step(d, sequence)
-        log_decay = Delta * A
+        start = logical(softplus_dt(self, self.dt_floor), "heads")
+        bias = self.param("dt_bias", start, (heads,))
+        A_log = self.param("A_log", logical(rates, "heads"), (heads,))
+        D = self.param("D", logical(nn.initializers.ones, "heads"), (heads,))
+        Delta = jnp.clip(nn.softplus(d.astype(bias.dtype) + bias), *self.dt_limit)
+        Delta = seq.stretched(Delta, sequence)
+        log_decay = Delta * -jnp.exp(A_log)
         record(self, sequence, dt=Delta, log_decay=log_decay)
         per_head, per_group = (*x.shape[:2], heads, -1), (*x.shape[:2], self.groups, -1)
         u = expose(self, "values", u.reshape(per_head))
@@ -94,54 +95,21 @@ class Mamba2(nn.Module):
         return restore(y).astype(self.dtype), Mamba2State(tail, S)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> Mamba2State:
         """Zeros."""
         E, heads, P, GN = self._sizes()
         tail = batch_size, self.conv_width - 1, E + 2 * GN
-        S = batch_size, heads, self.state_size, P
-        return Mamba2State(
-            *(jnp.zeros(s, at_least_float32(self.dtype)) for s in (tail, S))
-        )
+        return Mamba2State(*zeros(self, tail, (batch_size, heads, self.state_size, P)))
 
     @nn.nowrap
     def _sizes(self):
         """E, the number of heads, P, G N."""
         at_least_one(self, "state_size", "groups", "expand", "conv_width")
-        if len(self.dt_limit) != 2 or not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
-            raise ValueError(
-                f"dt_limit: must be two numbers, 0 <= least <= largest, got "
-                f"{self.dt_limit}"
-            )
+        interval(self, "dt_limit")
         E = self.expand * self.features
         whole = [p for p in range(1, 65) if E % p == 0 and E // p % self.groups == 0]
         P = self.head_size or max(whole, default=1)
-        if P < 1 or E % P:
-            raise ValueError(
-                f"head_size: must divide expand x features = {E}, got {self.head_size}"
-            )
-        if E // P % self.groups:
-            raise ValueError(
-                f"groups: must divide the number of heads {E // P}, got {self.groups}"
-            )
+        if self.head_size:
+            divides(self, "head_size", "expand x features", E)
+        divides(self, "groups", "the number of heads", E // P)
         return E, E // P, P, self.groups * self.state_size
-
-    def _step(self, d, sequence):
-        """Delta [B, L, heads], 0 on masked tokens, A and D [heads]."""
-        heads = d.shape[-1]
-        start = functools.partial(
-            spectra.softplus_dt,
-            dt_min=self.dt_min,
-            dt_max=self.dt_max,
-            floor=self.dt_floor,
-        )
-
-        def rates(key, shape, dtype=jnp.float32):
-            return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
-
-        bias = self.param("dt_bias", logical(start, "heads"), (heads,))
-        A_log = self.param("A_log", logical(rates, "heads"), (heads,))
-        D = self.param("D", logical(nn.initializers.ones, "heads"), (heads,))
-        Delta = jnp.clip(nn.softplus(d.astype(bias.dtype) + bias), *self.dt_limit)
-        elapsed = seq.elapsed(sequence)
-        Delta = Delta if elapsed is None else Delta * elapsed[..., None]
-        return Delta, -jnp.exp(A_log), D

@@ -10,6 +10,7 @@ import numpy as np
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, checked
+from layers.facts import Placement, examples
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear
 from ssm import rotary
@@ -34,6 +35,9 @@ class Retention(nn.Module):
         base: of the rotary frequencies.
         dtype: of activations; decays and states are float32 or better.
     """
+
+    PLACEMENT = Placement("none", 2.0)
+    EXAMPLES = examples(dict(heads=3))
 
     features: int
     heads: int = 4
@@ -61,17 +65,15 @@ class Retention(nn.Module):
         q, k = turn(q, positions), turn(k, positions)
         v = expose(self, "values", v)
         o, S = chunked_scan(q, k, v, log_decay, None, state, sequence.reset)
-        y = heads.gated_output(
-            expose(self, "mixed", o), gate, self.features, self.dtype
-        )
+        o = expose(self, "mixed", o)
+        y = heads.gated_output(o, gate, self.features, self.dtype)
         return restore(y).astype(self.dtype), self._to_last(S, turn, positions)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, heads, K, V]."""
-        return jnp.zeros(
-            (batch_size, self.heads, *self._sizes()), at_least_float32(self.dtype)
-        )
+        shape = batch_size, self.heads, *self._sizes()
+        return jnp.zeros(shape, at_least_float32(self.dtype))
 
     @nn.nowrap
     def _sizes(self):
@@ -87,10 +89,9 @@ class Retention(nn.Module):
     def _log_decay(self, x, sequence):
         """log gamma [B, L, heads], times the elapsed time."""
         gamma = np.log1p(-(2.0 ** (-5 - np.arange(self.heads))))
-        elapsed = seq.elapsed(sequence)
-        # Of a mask alone it is float32, which would round gamma in float64.
+        # Of a mask alone the times are float32, which would round gamma in float64.
         ones = jnp.ones(x.shape[:2], at_least_float32(self.dtype))
-        elapsed = ones if elapsed is None else ones * elapsed
+        elapsed = seq.stretched(ones, sequence)
         return elapsed[..., None] * jnp.asarray(gamma, elapsed.dtype)
 
     @nn.nowrap

@@ -8,27 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from kernels import linear_scan
-from layers.checks import also_empty, at_least_one, at_least_zero, checked
+from layers import heads
+from layers.checks import also_empty, at_least_one, at_least_zero, checked, divides
+from layers.facts import Placement, examples
 from layers.inside import expose, record
-from layers.parameters import at_least_float32, dense, logical
+from layers.parameters import at_least_float32, dense, logical, zeros
 from layers.short_conv import ShortConv
 from ssm import sequence as seq
-from ssm import spectra
+from ssm import spectra, stability
 
 C = 8.0  # the exponent that the paper writes as c
-STEEPEST = 1000.0  # bound of the derivative of the square root below
-
-
-@jax.custom_jvp
-def _root(x):
-    """sqrt(x), with a derivative that stays finite at 0."""
-    return jnp.sqrt(x)
-
-
-@_root.defjvp
-def _root_jvp(primals, tangents):
-    root = jnp.sqrt(primals[0])
-    return root, tangents[0] / jnp.maximum(2 * root, 1 / STEEPEST)
 
 
 class RGLRUState(NamedTuple):
@@ -60,6 +49,9 @@ class RGLRU(nn.Module):
         dtype: of activations; gates and states are float32 or better.
     """
 
+    PLACEMENT = Placement("none", 3.0)
+    EXAMPLES = examples(dict(width=8, heads=2))
+
     features: int
     width: int = 0
     heads: int = 1
@@ -81,70 +73,42 @@ class RGLRU(nn.Module):
         gate = nn.gelu(dense(E, "gate", self.dtype)(x))
         u = dense(E, "in", self.dtype)(x)
         narrow = nn.initializers.normal(0.1 * self.conv_width**-0.5)
-        conv = ShortConv(
-            E, self.conv_width, kernel_init=narrow, dtype=self.dtype, name="conv"
-        )
+        conv = ShortConv(E, self.conv_width, True, narrow, self.dtype, name="conv")
         u, tail = conv(u, state.conv, sequence)
         u = seq.zero_masked(u.astype(at_least_float32(self.dtype)), sequence)
         log_a, i = self._gates(u, sequence)
         started, begun = seq.begun(state.begun, sequence, x.shape[:2])
-        scale = _root(-jnp.expm1(2 * log_a))
+        scale = stability.root(-jnp.expm1(2 * log_a))
         scale = jnp.where(started[..., None], scale, 1.0)
-        h, last = linear_scan(
-            jnp.exp(log_a),
-            scale * i * expose(self, "values", u),
-            state.h,
-            sequence.reset,
-        )
-        h = expose(self, "mixed", h)
-        y = dense(self.features, "out", self.dtype, ("mlp", "embed"))(h * gate)
+        u = scale * i * expose(self, "values", u)
+        h, last = linear_scan(jnp.exp(log_a), u, state.h, sequence.reset)
+        h = expose(self, "mixed", h) * gate
+        y = dense(self.features, "out", self.dtype, ("mlp", "embed"))(h)
         return restore(y).astype(self.dtype), RGLRUState(tail, last, begun)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> RGLRUState:
         """Zeros, and nothing begun."""
-        E, dtype = self._width(), at_least_float32(self.dtype)
-        return RGLRUState(
-            jnp.zeros((batch_size, self.conv_width - 1, E), dtype),
-            jnp.zeros((batch_size, E), dtype),
-            jnp.zeros((batch_size,), bool),
-        )
+        E = self._width()
+        tail = batch_size, self.conv_width - 1, E
+        begun = jnp.zeros((batch_size,), bool)
+        return RGLRUState(*zeros(self, tail, (batch_size, E)), begun)
 
     @nn.nowrap
     def _width(self):
         at_least_one(self, "heads", "conv_width")
         at_least_zero(self, "width")
         E = self.width or self.features
-        if E % self.heads:
-            raise ValueError(f"heads: must divide the width {E}, got {self.heads}")
+        divides(self, "heads", "the width", E)
         return E
 
     def _gates(self, u, sequence):
         """log a, 0 on masked tokens, and the input gate i, both [B, L, E]."""
-        E = u.shape[-1]
-        blocks = u.reshape(*u.shape[:2], self.heads, -1)
-        size = blocks.shape[-1]
-
-        def gate(name):
-            normal = nn.initializers.normal(size**-0.5)
-            W = self.param(
-                f"{name}_kernel",
-                logical(normal, "heads", None, None),
-                (self.heads, size, size),
-            )
-            b = self.param(
-                f"{name}_bias", logical(nn.initializers.zeros_init(), "mlp"), (E,)
-            )
-            mixed = jnp.einsum("blhi,hij->blhj", blocks, W).reshape(u.shape)
-            return nn.sigmoid(mixed + b)
-
         ring = functools.partial(
             spectra.griffin_ring, a_min=self.a_min, a_max=self.a_max
         )
-        Lambda = self.param("Lambda", logical(ring, "mlp"), (E,))
-        r, i = gate("r"), gate("i")
-        log_a = -C * r * nn.softplus(Lambda)
-        elapsed = seq.elapsed(sequence)
-        log_a = log_a if elapsed is None else log_a * elapsed[..., None]
+        Lambda = self.param("Lambda", logical(ring, "mlp"), u.shape[-1:])
+        r, i = (nn.sigmoid(heads.block_diagonal(self, u, name)) for name in "ri")
+        log_a = seq.stretched(-C * r * nn.softplus(Lambda), sequence)
         record(self, sequence, log_decay=log_a, gate=r)
         return log_a, i

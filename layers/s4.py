@@ -1,23 +1,15 @@
-"""S4: diagonal plus low rank systems, bilinear (https://arxiv.org/abs/2111.00396)."""
-
-import functools
+"""S4: diagonal plus low rank systems, bilinear (https://arxiv.org/abs/2111.00396,
+https://arxiv.org/abs/2206.12037)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kernels import fft_conv, segments
-from layers.checks import also_empty, checked, no_initial_state
-from layers.diagonal import computed_once
-from layers.parameters import (
-    at_least_complex64,
-    at_least_float32,
-    complex_normal,
-    constant,
-    constant_pair,
-    logical,
-)
-from ssm import discretize, dplr, filters, hippo, spectra, stability
+from layers import checks, diagonal, parameters
+from layers.facts import DT_BOTH_WAYS, S4_BLOCK, L, examples
+from layers.parameters import complex_normal, constant, constant_pair, logical
+from ssm import discretize, dplr, filters, hippo, stability
 from ssm import sequence as seq
 
 
@@ -52,6 +44,15 @@ class S4(nn.Module):
         dtype: of the output; parameters, filters and states are float32 or better.
     """
 
+    REFUSES = DT_BOTH_WAYS
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = examples(
+        dict(length=L, state_size=8),
+        legt=dict(length=L - 4, state_size=8, measure="legt", rank=2),
+        tied=dict(length=2 * L, state_size=8, copies=2, step_scale=2.0),
+        bidirectional=dict(length=2 * L, state_size=8, bidirectional=True),
+    )
+
     features: int
     length: int
     state_size: int = 64
@@ -65,46 +66,33 @@ class S4(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @property
-    def REFUSES(self):
-        """Elapsed times where it convolves in both directions."""
-        return ("dt",) if self.bidirectional else ()
-
-    @also_empty
+    @checks.also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
 
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = checked(self, x, state, sequence)
+        sequence = checks.checked(self, x, state, sequence)
         system, C_tilde, D = self._parameters()
-        u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
+        x = x.astype(parameters.at_least_float32(self.dtype))
+        u = seq.zero_masked(x, sequence)
         if self.bidirectional:
-            if sequence.dt is not None:
-                raise ValueError(
-                    "dt: a bidirectional S4 convolves and needs regular steps; pass "
-                    "None"
-                )
-            y, state = self._convolution(system, C_tilde, D, u, None, sequence)
+            checks.refuse_dt(self, sequence, checks.BOTH_WAYS)
+        if sequence.dt is not None:
+            y, state = self._varying(system, C_tilde, D, u, state, sequence)
+        elif u.shape[1] == 1 and state is not None:
+            y, state = self._step(system, C_tilde, D, u, state, sequence)
         else:
-            if sequence.dt is not None:
-                y, state = self._varying(system, C_tilde, D, u, state, sequence)
-            elif u.shape[1] == 1 and state is not None:
-                y, state = self._step(system, C_tilde, D, u, state, sequence)
-            else:
-                y, state = self._convolution(system, C_tilde, D, u, state, sequence)
+            y, state = self._convolution(system, C_tilde, D, u, state, sequence)
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H, n] complex."""
-        if self.bidirectional:
-            raise no_initial_state("S4")
-        shape = batch_size, self.features, self.state_size // 2
-        return jnp.zeros(shape, at_least_complex64(self.dtype))
+        return diagonal.zero_state(self, batch_size)
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [H, n] complex per token, a the eigenvalues of the recurrence without
         its low-rank term. By `layer.apply(variables, method="eigenvalues")`."""
         system, _, _ = self._parameters()
@@ -114,7 +102,10 @@ class S4(nn.Module):
     def _parameters(self):
         """The system at the trained rate, C~ [1 or 2, H, n] and D."""
         H, n = self.features, self.state_size // 2
-        copies = self._check()
+        checks.even(self, "state_size")
+        checks.at_least_one(self, "length")
+        checks.positive(self, "step_scale")
+        copies = checks.copies(self)
         lam, P, B, _ = hippo.nplr(self.measure, self.state_size, self.rank)
         rate = stability.inverse(self.transform, -lam.real)
         names, shape = (None, "state"), (copies, n)
@@ -126,21 +117,12 @@ class S4(nn.Module):
             (self.rank, copies, n, 2),
         )
         B = self.param("B", logical(constant_pair(B), *names, None), (copies, n, 2))
-        log_dt = self.param(
-            "log_dt",
-            logical(
-                functools.partial(
-                    spectra.log_dt, dt_min=self.dt_min, dt_max=self.dt_max
-                ),
-                "embed",
-            ),
-            (H,),
-        )
+        dt = jnp.exp(parameters.log_dt(self))[:, None]
         f = stability.positive(self.transform).forward
         lam = jax.lax.complex(-f(A_re), A_im)
         P, B = stability.from_pair(P), stability.from_pair(B)
         lam, P, B = (jnp.repeat(z, H // copies, -2) for z in (lam, P, B))
-        system = dplr.DPLR(lam, P, B, jnp.exp(log_dt)[:, None])
+        system = dplr.DPLR(lam, P, B, dt)
 
         def initial_c_tilde(key, shape, dtype=jnp.float32):
             C = stability.from_pair(complex_normal()(key, shape, dtype))
@@ -151,23 +133,7 @@ class S4(nn.Module):
             logical(initial_c_tilde, None, "embed", "state", None),
             (1 + self.bidirectional, H, n, 2),
         )
-        D = self.param("D", logical(nn.initializers.normal(1.0), "embed"), (H,))
-        return system, stability.from_pair(C_tilde), D
-
-    def _check(self):
-        """The number of copies; a `ValueError` for fields out of range."""
-        H, copies = self.features, self.copies or self.features
-        if self.state_size < 2 or self.state_size % 2:
-            raise ValueError(
-                f"state_size: must be even and at least 2, got {self.state_size}"
-            )
-        if self.length < 1:
-            raise ValueError(f"length: must be at least 1, got {self.length}")
-        if copies < 0 or H % copies:
-            raise ValueError(f"copies: must divide features={H}, got {copies}")
-        if self.step_scale <= 0:
-            raise ValueError(f"step_scale: must be positive, got {self.step_scale}")
-        return copies
+        return system, stability.from_pair(C_tilde), parameters.skip(self)
 
     def _scaled(self, system):
         return system._replace(dt=self.step_scale * system.dt)
@@ -212,7 +178,7 @@ class S4(nn.Module):
             C = dplr.untruncated(system, C_tilde[0], self.length)
             return scaled, dplr.prepare(scaled), C
 
-        scaled, prepared, C = computed_once(self, "step", constants)
+        scaled, prepared, C = diagonal.computed_once(self, "step", constants)
         if sequence.reset is not None:
             state = jnp.where(sequence.reset[:, :1, None], 0, state)
         new = dplr.step(scaled, prepared, u[:, 0], state)

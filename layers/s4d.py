@@ -6,16 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels import fft_conv
-from layers.checks import also_empty, checked, no_initial_state
-from layers.diagonal import diagonal_modes
-from layers.parameters import (
-    at_least_complex64,
-    at_least_float32,
-    complex_normal,
-    constant,
-    logical,
-)
+from layers import checks, convolutions, diagonal, parameters
+from layers.facts import DT_BOTH_WAYS, S4_BLOCK, examples
+from layers.parameters import complex_normal, constant, logical
 from ssm import discretize, filters, recurrence, spectra, stability
 from ssm import sequence as seq
 
@@ -41,6 +34,15 @@ class S4D(nn.Module):
         dtype: of the output; parameters, filters and states are float32 or better.
     """
 
+    REFUSES = DT_BOTH_WAYS
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = examples(
+        dict(state_size=8),
+        bilinear=dict(state_size=8, discretization="bilinear"),
+        tied=dict(state_size=8, spectrum="legs", copies=2),
+        bidirectional=dict(state_size=8, bidirectional=True),
+    )
+
     features: int
     state_size: int = 64
     spectrum: str = "lin"
@@ -53,109 +55,61 @@ class S4D(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @property
-    def REFUSES(self):
-        """Elapsed times where it convolves in both directions."""
-        return ("dt",) if self.bidirectional else ()
-
-    @also_empty
+    @checks.also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, H, n] complex (None if bidirectional).
-
-        `ValueError` for a wrong shape, or a state given to a bidirectional layer.
-        """
+        `ValueError` for a wrong shape, or a state given to a bidirectional layer."""
         del train
-        sequence = checked(self, x, state, sequence)
+        sequence = checks.checked(self, x, state, sequence)
         lam, dt, B, C, D = self._parameters()
-        u = x.astype(at_least_float32(self.dtype))
+        u = x.astype(parameters.at_least_float32(self.dtype))
+        rule = functools.partial(discretize.get(self.discretization), lam, dt)
+        log_a, gain = rule()
         if self.bidirectional:
-            y, state = self._both_directions(lam, dt, B, C, D, u, sequence), None
+            checks.refuse_dt(self, sequence, checks.BOTH_WAYS)
+            u, sequence, restore = seq.compact(u, sequence)
+            K = [filters.diagonal(log_a, gain * B, 2.0 * c, u.shape[1]) for c in C]
+            y = restore(convolutions.both_ways(u, K, sequence, D))
+        elif sequence.dt is not None and self.discretization != "zoh":
+            u, elapsed = seq.zero_masked(u, sequence), seq.elapsed(sequence)
+            y, state = recurrence.varying(
+                rule, B, 2.0 * C[0], u, state, elapsed, sequence.reset
+            )
+            y = seq.zero_masked(y + D * u, sequence)
         else:
-            rule = functools.partial(discretize.get(self.discretization), lam, dt)
-            log_a, gain = rule()
             system = recurrence.Diagonal(log_a, gain * B, 2.0 * C[0])
-            y, state = self._forward(system, rule, B, D, u, state, sequence)
+            fft = functools.partial(recurrence.convolution, system, skip=D)
+            y, state = diagonal.modes(self, system, fft, D, u, state, sequence)
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H, n] complex."""
-        if self.bidirectional:
-            raise no_initial_state("S4D")
-        shape = batch_size, self.features, self.state_size // 2
-        return jnp.zeros(shape, at_least_complex64(self.dtype))
+        return diagonal.zero_state(self, batch_size)
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [H, n] complex per token, a the eigenvalues of the recurrence; one of
         each conjugate pair. By `layer.apply(variables, method="eigenvalues")`."""
         lam, dt, *_ = self._parameters()
-        log_a, _ = discretize.get(self.discretization)(lam, dt)
-        return log_a
+        return discretize.get(self.discretization)(lam, dt)[0]
 
     @nn.compact
     def _parameters(self):
-        H, n = self.features, self.state_size // 2
-        copies = self.copies or H
-        if n < 1 or self.state_size % 2:
-            raise ValueError(f"state_size: must be even, got {self.state_size}")
-        if copies < 0 or H % copies:
-            raise ValueError(f"copies: must divide features={H}, got {copies}")
-        if self.step_scale <= 0:
-            raise ValueError(f"step_scale: must be positive, got {self.step_scale}")
+        """lam [H, n], dt [H, 1], B [H, n], C [1 or 2, H, n] and D [H]."""
+        H, n, copies = self.features, self.state_size // 2, checks.copies(self)
+        checks.even(self, "state_size")
+        checks.positive(self, "step_scale")
         lam = spectra.s4d(self.spectrum, n)
         rate = stability.inverse(self.transform, -lam.real)
-        A_re = self.param("A_re", logical(constant(rate), None, "state"), (copies, n))
-        A_im = self.param(
-            "A_im", logical(constant(lam.imag), None, "state"), (copies, n)
-        )
-        B = self.param(
-            "B", logical(constant([1.0, 0.0]), None, "state", None), (copies, n, 2)
-        )
-        C = self.param(
-            "C",
-            logical(complex_normal(), None, "embed", "state", None),
-            (1 + self.bidirectional, H, n, 2),
-        )
-        log_dt = self.param(
-            "log_dt",
-            logical(
-                functools.partial(
-                    spectra.log_dt, dt_min=self.dt_min, dt_max=self.dt_max
-                ),
-                "embed",
-            ),
-            (H,),
-        )
-        D = self.param("D", logical(nn.initializers.normal(1.0), "embed"), (H,))
-        f = stability.positive(self.transform).forward
-        lam = jax.lax.complex(-f(A_re), A_im)
-        each = H // copies
-        lam, B = jnp.repeat(lam, each, 0), jnp.repeat(stability.from_pair(B), each, 0)
-        dt = self.step_scale * jnp.exp(log_dt)[:, None]
+        names, shape = (None, "state"), (copies, n)
+        A_re = self.param("A_re", logical(constant(rate), *names), shape)
+        A_im = self.param("A_im", logical(constant(lam.imag), *names), shape)
+        ones = logical(constant([1.0, 0.0]), *names, None)
+        B = self.param("B", ones, (*shape, 2))
+        normal = logical(complex_normal(), None, "embed", "state", None)
+        C = self.param("C", normal, (1 + self.bidirectional, H, n, 2))
+        dt = self.step_scale * jnp.exp(parameters.log_dt(self))[:, None]
+        D = parameters.skip(self)
+        lam = jax.lax.complex(-stability.positive(self.transform).forward(A_re), A_im)
+        lam, B = (jnp.repeat(z, H // copies, 0) for z in (lam, stability.from_pair(B)))
         return lam, dt, B, stability.from_pair(C), D
-
-    def _forward(self, system, rule, B, D, u, state, sequence):
-        if sequence.dt is not None and self.discretization != "zoh":
-            u = seq.zero_masked(u, sequence)
-            y, state = recurrence.varying(
-                rule, B, system.c, u, state, seq.elapsed(sequence), sequence.reset
-            )
-            return seq.zero_masked(y + D * u, sequence), state
-
-        def convolve(u, mask):
-            return recurrence.convolution(system, u, mask, skip=D)
-
-        return diagonal_modes(self, system, convolve, D, u, state, sequence)
-
-    def _both_directions(self, lam, dt, B, C, D, u, sequence):
-        if sequence.dt is not None:
-            raise ValueError(
-                "dt: a bidirectional S4D convolves and needs regular steps; pass None"
-            )
-        log_a, gain = discretize.get(self.discretization)(lam, dt)
-        u, compacted, restore = seq.compact(u, sequence)
-        past, future = (
-            filters.diagonal(log_a, gain * B, 2.0 * c, u.shape[1]) for c in C
-        )
-        y, _ = fft_conv(u, past, k_reverse=future, skip=D, reset=compacted.reset)
-        return restore(y)

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.checks import also_empty, checked, no_initial_state
-from layers.parameters import at_least_complex64, at_least_float32, logical
+from layers import checks, parameters
+from layers.facts import examples
+from layers.parameters import at_least_complex64, constant, logical
 from ssm import discretize, recurrence, spectra, stability
 from ssm import sequence as seq
+
+C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
 
 
 class S5(nn.Module):
@@ -24,7 +27,7 @@ class S5(nn.Module):
         state_size: N, the real state size; P = N / 2 states are stored if conj_sym.
         blocks: J, number of HiPPO blocks.
         discretization: a key of `ssm.discretize.DISCRETIZATIONS`.
-        c_init: "trunc_standard_normal", "lecun_normal" or "complex_normal".
+        c_init: one of `C_INITS`.
         conj_sym: store one of each conjugate pair.
         clip_eigs: keep Re Lambda <= -1e-4, for unbounded rollouts.
         dt_min, dt_max: range of the initial dt.
@@ -32,6 +35,13 @@ class S5(nn.Module):
         bidirectional: adds the same scan from the end, with its own C; then no state.
         dtype: of the output; parameters and states are float32 or better.
     """
+
+    EXAMPLES = examples(
+        dict(state_size=8, blocks=2),
+        dirac=dict(state_size=8, discretization="dirac"),
+        **{"without conj_sym": dict(state_size=8, conj_sym=False)},
+        bidirectional=dict(state_size=8, bidirectional=True),
+    )
 
     features: int
     state_size: int = 64
@@ -46,16 +56,17 @@ class S5(nn.Module):
     bidirectional: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @also_empty
+    @checks.also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H], state [B, P] complex (None if bidirectional).
 
         `ValueError` for a wrong shape, or a state given to a bidirectional layer.
         """
         del train
-        sequence = checked(self, x, state, sequence)
+        sequence = checks.checked(self, x, state, sequence)
         lam, dt, B, C, D = self._parameters()
-        u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
+        x = x.astype(parameters.at_least_float32(self.dtype))
+        u = seq.zero_masked(x, sequence)
         discretization = discretize.get(self.discretization)
 
         def rule(elapsed):
@@ -77,14 +88,13 @@ class S5(nn.Module):
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, P] complex."""
-        if self.bidirectional:
-            raise no_initial_state("S5")
+        checks.recurrent(self)
         stored = self.state_size // (1 + self.conj_sym)
         return jnp.zeros((batch_size, stored), at_least_complex64(self.dtype))
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [P] complex per token, a the eigenvalues of the recurrence; one of
         each pair if conj_sym. By `layer.apply(variables, method="eigenvalues")`."""
         lam, dt, *_ = self._parameters()
@@ -94,48 +104,31 @@ class S5(nn.Module):
     @nn.compact
     def _parameters(self):
         H, N = self.features, self.state_size
-        if N < 2:
-            raise ValueError(f"state_size: must be even and at least 2, got {N}")
-        if self.step_scale <= 0:
-            raise ValueError(f"step_scale: must be positive, got {self.step_scale}")
+        checks.even(self, "state_size")
+        checks.positive(self, "step_scale")
+        checks.one_of(self, c_init=C_INITS)
         lam, V, V_inv = spectra.s5_blocks(N, self.blocks)
         if not self.conj_sym:
             lam = np.concatenate([lam, lam.conj()])
             V = np.concatenate([V, V.conj()], axis=1)
             V_inv = V.conj().T
         P = len(lam)
-        Lambda_re = self._constant("Lambda_re", lam.real)
-        Lambda_im = self._constant("Lambda_im", lam.imag)
+        Lambda_re = self.param("Lambda_re", logical(constant(lam.real), "state"), (P,))
+        Lambda_im = self.param("Lambda_im", logical(constant(lam.imag), "state"), (P,))
         B = self.param("B", logical(_b_init(V_inv), "state", "embed", None), (P, H, 2))
         C = self.param(
             "C",
             logical(_c_init(self.c_init, V), None, "embed", "state", None),
             (1 + self.bidirectional, H, P, 2),
         )
-        D = self.param("D", logical(nn.initializers.normal(1.0), "embed"), (H,))
-        log_step = self.param(
-            "log_step",
-            logical(
-                functools.partial(
-                    spectra.log_dt, dt_min=self.dt_min, dt_max=self.dt_max
-                ),
-                "state",
-            ),
-            (P,),
-        )
+        D = parameters.skip(self)
+        log_step = parameters.log_dt(self, "log_step", "state", P)
         lam = jax.lax.complex(Lambda_re, Lambda_im)
         if self.clip_eigs:
             lam = stability.clip_real(lam)
         kappa = 2.0 if self.conj_sym else 1.0
         dt = self.step_scale * jnp.exp(log_step)
         return lam, dt, stability.from_pair(B), kappa * stability.from_pair(C), D
-
-    def _constant(self, name, value):
-        def init(key, shape, dtype=jnp.float32):
-            del key
-            return jnp.asarray(value.reshape(shape), dtype)
-
-        return self.param(name, logical(init, "state"), value.shape)
 
 
 def _b_init(V_inv):
@@ -168,9 +161,4 @@ def _c_init(name, V):
         sample = stability.from_pair(draw * (std / 0.87962566103423978))
         return stability.to_pair(sample @ jnp.asarray(V, jnp.complex64)).astype(dtype)
 
-    if name not in ("trunc_standard_normal", "lecun_normal", "complex_normal"):
-        raise ValueError(
-            f"c_init: unknown {name!r}; may be ['complex_normal', 'lecun_normal', "
-            "'trunc_standard_normal']"
-        )
     return init

@@ -5,21 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import fft_conv
-from layers.checks import (
-    also_empty,
-    at_least_one,
-    checked,
-    no_initial_state,
-    refuse_dt,
-    within_length,
-)
-from layers.convolutions import long_conv, past_inputs
+from layers import checks, convolutions, parameters
 from layers.diagonal import computed_once
-from layers.inside import expose
+from layers.facts import S4_BLOCK, L, examples
 from layers.parameters import logical
 from ssm import implicit_filters
-from ssm import sequence as seq
 
 DECAYS = ("fixed", "learned")
 
@@ -47,6 +37,12 @@ class SGConv(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = S4_BLOCK
+    EXAMPLES = examples(
+        dict(length=2 * L, knots=4),
+        learned=dict(length=L + 4, knots=4, layout="sum", decay="learned"),
+        bidirectional=dict(length=2 * L, knots=4, bidirectional=True),
+    )
 
     features: int
     length: int
@@ -59,59 +55,44 @@ class SGConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    @also_empty
+    @checks.also_empty
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H] and the last inputs [B, length-1, H] (None if
-        bidirectional).
-
-        `ValueError` for a wrong shape, a call longer than `length`, a dt, or a state
-        given to a bidirectional layer.
-        """
+        bidirectional). `ValueError` for a wrong shape, a call longer than `length`, a
+        dt, or a state given to a bidirectional layer."""
         del train
-        sequence = checked(self, x, state, sequence)
-        refuse_dt(self, sequence)
-        within_length(self, x)
-        k = self._filters()
-        normal = nn.initializers.normal(1.0)
-        D = self.param("D", logical(normal, "embed"), (self.features,))
-        u, sequence, restore = seq.compact(x.astype(self.dtype), sequence)
-        u = expose(self, "values", u)
-        if self.bidirectional:
-            y, _ = fft_conv(u, k[0], None, sequence.reset, k_reverse=k[1], skip=D)
-        else:
-            y, state = long_conv(u, k[0], state, sequence, D)
-        return restore(expose(self, "mixed", y)), state
+        sequence = convolutions.checked(self, x, state, sequence)
+        k, D = self._filters(), parameters.skip(self)
+        return convolutions.filtered(self, x, k, D, state, sequence)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, length-1, H]."""
-        if self.bidirectional:
-            raise no_initial_state("SGConv")
-        at_least_one(self, "length")
-        return past_inputs(batch_size, self.length, self.features, self.dtype)
+        return convolutions.zero_state(self, batch_size)
 
     def _filters(self):
         """Taps [1 or 2, H, length], of the past and the future."""
-        self._check()
+        checks.at_least_one(self, "knots")
+        checks.one_of(self, layout=implicit_filters.LAYOUTS, decay=DECAYS)
+        if not 0 < self.decay_min <= self.decay_max:
+            raise ValueError(
+                "decay_min, decay_max: must satisfy 0 < decay_min <= decay_max, got "
+                f"{self.decay_min}, {self.decay_max}"
+            )
         S = implicit_filters.scales(self.length, self.knots)
-        w = self.param(
-            "filter",
-            logical(nn.initializers.normal(1.0), None, None, "embed", None),
-            (S, 1 + self.bidirectional, self.features, self.knots),
-        )
+        normal = logical(nn.initializers.normal(1.0), None, None, "embed", None)
+        shape = S, 1 + self.bidirectional, self.features, self.knots
+        w = self.param("filter", normal, shape)
         exponent = self._exponent()
 
-        def whole():
-            return self._whole(w, exponent)
+        def norm():
+            return jnp.linalg.norm(self._whole(w, exponent), axis=-1, keepdims=True)
 
-        Z = self.variable(
-            "buffers",
-            "norm",
-            lambda: jnp.linalg.norm(whole(), axis=-1, keepdims=True),
-        )
-        return computed_once(
-            self, "taps", lambda: whole()[..., : self.length] / Z.value
-        )
+        def taps():
+            return self._whole(w, exponent)[..., : self.length] / Z.value
+
+        Z = self.variable("buffers", "norm", norm)
+        return computed_once(self, "taps", taps)
 
     def _exponent(self):
         """The learned exponent [H] of the decay, or None."""
@@ -131,18 +112,3 @@ class SGConv(nn.Module):
             return implicit_filters.power_decay(k, exponent)
         m = np.linspace(self.decay_min, self.decay_max, self.features)
         return lay_out(w, jnp.asarray(m, w.dtype))
-
-    def _check(self):
-        at_least_one(self, "knots")
-        for name, valid in (
-            ("layout", implicit_filters.LAYOUTS),
-            ("decay", DECAYS),
-        ):
-            value = getattr(self, name)
-            if value not in valid:
-                raise ValueError(f"{name}: unknown {value!r}; may be {sorted(valid)}")
-        if not 0 < self.decay_min <= self.decay_max:
-            raise ValueError(
-                "decay_min, decay_max: need 0 < decay_min <= decay_max, got "
-                f"{self.decay_min}, {self.decay_max}"
-            )

@@ -1,11 +1,14 @@
-"""The short causal convolution in front of gated mixers, a part of them."""
+"""Short causal convolutions, parts of gated mixers."""
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kernels import short_conv
-from layers.parameters import at_least_float32, logical
+from layers.convolutions import long_conv
+from layers.parameters import at_least_float32, logical, skip, uniform
 from ssm import sequence as seq
 
 
@@ -47,7 +50,29 @@ class ShortConv(nn.Module):
         return y, seq.window(state, u, sequence)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, W-1, H]."""
         tail = batch_size, self.width - 1, self.features
         return jnp.zeros(tail, at_least_float32(self.dtype))
+
+
+class Shift(nn.Module):
+    """The system whose state is its last d inputs, a filter of d taps with a skip:
+
+        y[t] = sum_{j < d} kernel[j] u[t-j] + D u[t]
+
+    Attributes:
+        features: H.
+        taps: d.
+    """
+
+    features: int
+    taps: int
+
+    @nn.compact
+    def __call__(self, u, state, sequence):
+        """u [B, L, H] with right padding only -> y and the last inputs [B, d-1, H]."""
+        shape = self.features, self.taps
+        start = functools.partial(uniform, bound=self.taps**-0.5)
+        kernel = self.param("kernel", logical(start, "embed", None), shape)
+        return long_conv(u, kernel, state, sequence, skip(self))

@@ -1,6 +1,7 @@
 """Long sequences piece by piece, with the states between pieces as only residuals."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,15 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels import varying
 
 
-def in_chunks(body, state, u, elapsed, reset, chunk, reverse=False):
+def in_chunks(
+    body: Callable[..., tuple[jax.Array, jax.Array]],
+    state: jax.Array,
+    u: jax.Array,
+    elapsed: jax.Array | None,
+    reset: jax.Array | None,
+    chunk: int,
+    reverse: bool = False,
+) -> tuple[jax.Array, jax.Array]:
     """Runs body(state, u, elapsed, reset) -> (state, y) over pieces of the length axis,
     keeping only the states between pieces for the backward pass."""
     L = u.shape[1]

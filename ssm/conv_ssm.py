@@ -9,6 +9,8 @@ cost, and the scan over time is associative at O(1) per element. With 1 x 1 kern
 and C every pixel is a `recurrence.mixed` of its own.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +20,7 @@ from ssm import recurrence
 CHUNK = 16  # frames whose states [h, w, P] exist at once
 
 
-def convolve(x, kernel, stride=1):
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     """The cross-correlation of x [..., h, w, I] with kernel [k, k, I, O], zero outside:
     [..., h, w, O]; of every axis each `stride`-th pixel."""
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
@@ -89,8 +91,17 @@ _correlate.defvjp(_forward, _backward)
 
 
 def convolved(
-    rule, B, C, u, state=None, elapsed=None, reset=None, *, readout=None, chunk=CHUNK
-):
+    rule: Callable[..., tuple[jax.Array, jax.Array]],
+    B: jax.Array,
+    C: jax.Array,
+    u: jax.Array,
+    state: jax.Array | None = None,
+    elapsed: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    *,
+    readout: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
     """The equations above, parallel in time inside of chunks; a call of one frame is a
     step. Only u and the states between chunks are kept for the backward pass.
 

@@ -16,12 +16,15 @@ Sources: ZOH, bilinear and GBT from S4 (https://arxiv.org/abs/2111.00396) and Hi
 (https://arxiv.org/abs/2404.18508).
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
 
-def expm1_ratio(z):
+def expm1_ratio(z: jax.Array) -> jax.Array:
     """phi(z) = (e^z - 1) / z, accurate and differentiable at z = 0. Any shape."""
     small = jnp.abs(z) < 1e-2
     safe = jnp.where(small, 1.0, z)
@@ -31,7 +34,9 @@ def expm1_ratio(z):
     return jnp.where(small, series, jnp.expm1(safe) / safe)
 
 
-def zoh(lam, dt, elapsed=1.0):
+def zoh(
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Zero-order hold: a = e^{lam dt}, gain = (e^{lam dt} - 1) / lam, exact for an
     input that is constant over the step; dt is multiplied by `elapsed`."""
     step = dt * elapsed
@@ -39,7 +44,9 @@ def zoh(lam, dt, elapsed=1.0):
     return z, step * expm1_ratio(z)
 
 
-def gbt(lam, dt, elapsed=1.0, *, alpha):
+def gbt(
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0, *, alpha: float
+) -> tuple[jax.Array, jax.Array]:
     """Generalised bilinear transform: a = (1 + (1-alpha) z) / (1 - alpha z) and
     gain = dt / (1 - alpha z), z = lam dt. alpha 0 is Euler, 1/2 bilinear, 1 backward
     Euler; dt is multiplied by `elapsed`."""
@@ -50,18 +57,24 @@ def gbt(lam, dt, elapsed=1.0, *, alpha):
     return log_a, step / denominator
 
 
-def bilinear(lam, dt, elapsed=1.0):
+def bilinear(
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Bilinear (Tustin): a = (1 + z/2) / (1 - z/2), gain = dt / (1 - z/2)."""
     return gbt(lam, dt, elapsed, alpha=0.5)
 
 
-def dirac(lam, dt, elapsed=1.0):
+def dirac(
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Events as impulses: a = e^{lam dt elapsed}, gain = 1."""
     z = lam * dt * elapsed
     return z, jnp.ones_like(z)
 
 
-def async_(lam, dt, elapsed=1.0):
+def async_(
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Asynchronous events: the state decays over the true gap, the input is scaled by
     the learned step alone: a = e^{lam dt elapsed}, gain = (e^{lam dt} - 1) / lam."""
     z = lam * dt
@@ -72,16 +85,16 @@ def async_(lam, dt, elapsed=1.0):
 DISCRETIZATIONS = {"zoh": zoh, "bilinear": bilinear, "dirac": dirac, "async": async_}
 
 
-def get(name):
+def get(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The diagonal rule called `name`; a `ValueError` lists the valid names."""
     if name not in DISCRETIZATIONS:
         raise ValueError(
-            f"discretization: unknown {name!r}; may be {sorted(DISCRETIZATIONS)}"
+            f"discretization: must be one of {sorted(DISCRETIZATIONS)}, got {name!r}"
         )
     return DISCRETIZATIONS[name]
 
 
-def dense_zoh(A, B, dt):
+def dense_zoh(A: np.ndarray, B: np.ndarray, dt: float) -> tuple[np.ndarray, np.ndarray]:
     """ZOH of a dense system in NumPy float64: (e^{A dt}, int_0^dt e^{A s} ds B).
 
     One exponential of the augmented matrix [[A, B], [0, 0]] dt, so A may be singular.
@@ -96,7 +109,9 @@ def dense_zoh(A, B, dt):
     return e[: len(A), : len(A)], e[: len(A), len(A) :].reshape(B.shape)
 
 
-def dense_gbt(A, B, dt, alpha=0.5):
+def dense_gbt(
+    A: np.ndarray, B: np.ndarray, dt: float, alpha: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
     """GBT(alpha) of a dense system in NumPy float64.
 
     A_bar = (I - alpha dt A)^{-1} (I + (1 - alpha) dt A),

@@ -50,7 +50,7 @@ def _low_rank(P, weights, x):
     return sum(p * _both(w * x) for p, w in zip(P, weights, strict=True))
 
 
-def prepare(system) -> Step:
+def prepare(system: DPLR) -> Step:
     """The constants of a step, for a dt that may have axes before [H, 1]."""
     lam, P, _, dt = system
     half = 0.5 * dt
@@ -65,7 +65,7 @@ def prepare(system) -> Step:
     return Step(decay, jnp.stack(small_solve(G, rows)))
 
 
-def step(system, prepared, u, state):
+def step(system: DPLR, prepared: Step, u: jax.Array, state: jax.Array) -> jax.Array:
     """One token: u [..., H], state [..., H, n] -> the next state."""
     lam, P, B, dt = system
     half = 0.5 * dt
@@ -74,12 +74,20 @@ def step(system, prepared, u, state):
     return prepared.decay * (right - half * _low_rank(P, prepared.rows, right))
 
 
-def output(C, state):
+def output(C: jax.Array, state: jax.Array) -> jax.Array:
     """y = 2 Re(C . x): C [H, n], state [..., H, n] -> [..., H]."""
     return 2.0 * jnp.sum((C * state).real, -1)
 
 
-def varying(system, C, u, state=None, elapsed=None, reset=None, chunk=32):
+def varying(
+    system: DPLR,
+    C: jax.Array,
+    u: jax.Array,
+    state: jax.Array | None = None,
+    elapsed: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    chunk: int = 32,
+) -> tuple[jax.Array, jax.Array]:
     """Token by token with dt elapsed[t], in memory of one chunk of states.
 
     u [B, L, H], state [B, H, n], elapsed and reset [B, L] -> y [B, L, H], state.
@@ -110,22 +118,22 @@ def varying(system, C, u, state=None, elapsed=None, reset=None, chunk=32):
 # Dense real matrices, for what is done once per call.
 
 
-def to_real(x):
+def to_real(x: jax.Array) -> jax.Array:
     """[..., n] complex -> [..., N] real coordinates of a state."""
     return jnp.concatenate([x.real, x.imag], -1)
 
 
-def from_real(x):
+def from_real(x: jax.Array) -> jax.Array:
     """[..., N] real -> [..., n] complex."""
     return jax.lax.complex(*jnp.split(x, 2, -1))
 
 
-def row(C):
+def row(C: jax.Array) -> jax.Array:
     """The real row c with c . to_real(x) = 2 Re(C . x)."""
     return 2.0 * jnp.concatenate([C.real, -C.imag], -1)
 
 
-def from_row(c):
+def from_row(c: jax.Array) -> jax.Array:
     """The C [..., n] of a real row [..., N]."""
     re, im = jnp.split(0.5 * c, 2, -1)
     return jax.lax.complex(re, -im)
@@ -138,7 +146,7 @@ def _units(lam):
     return jnp.broadcast_to(eye[:, None], (2 * n, *lam.shape))
 
 
-def dense(system):
+def dense(system: DPLR) -> tuple[jax.Array, jax.Array]:
     """A_bar [H, N, N] and B_bar [H, N] in real coordinates."""
     prepared = prepare(system)
     units = _units(system.lam)
@@ -167,7 +175,7 @@ def _inverse(system):
 
 
 @jax.default_matmul_precision("highest")
-def power(A_bar, count):
+def power(A_bar: jax.Array, count: int) -> jax.Array:
     """A_bar^count [H, N, N] by squaring; count is static."""
     result = jnp.broadcast_to(jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype), A_bar.shape)
     while count:
@@ -190,7 +198,7 @@ def _geometric(A_bar, count):
 
 
 @jax.default_matmul_precision("highest")
-def truncated(system, C, length):
+def truncated(system: DPLR, C: jax.Array, length: int) -> jax.Array:
     """C~ = C (I - A_bar^length): C [..., H, n] -> [..., H, n]."""
     A_bar, _ = dense(system)
     c = row(C)
@@ -199,7 +207,7 @@ def truncated(system, C, length):
 
 
 @jax.default_matmul_precision("highest")
-def untruncated(system, C_tilde, length):
+def untruncated(system: DPLR, C_tilde: jax.Array, length: int) -> jax.Array:
     """C from C~ = C (I - A_bar^length): [..., H, n] -> [..., H, n].
 
     By I - A_bar^length = (I - A_bar) S with S = sum_k A_bar^k and
@@ -222,7 +230,7 @@ def _chunk(length):
 
 
 @jax.default_matmul_precision("highest")
-def response(system, C, state, length):
+def response(system: DPLR, C: jax.Array, state: jax.Array, length: int) -> jax.Array:
     """What a state still says: y[l] = 2 Re(C A_bar^(l+1) x), l < length.
 
     state [B, H, n] -> [B, length, H].
@@ -247,7 +255,12 @@ def response(system, C, state, length):
 
 
 @jax.default_matmul_precision("highest")
-def final_state(system, u, state=None, counts=None):
+def final_state(
+    system: DPLR,
+    u: jax.Array,
+    state: jax.Array | None = None,
+    counts: jax.Array | None = None,
+) -> jax.Array:
     """The state after u [B, L, H], in which padding is zero and stands first.
 
     state [B, H, n] entered before the counts [B] tokens that exist (L where None).

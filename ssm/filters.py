@@ -1,11 +1,20 @@
 """Impulse responses of state-space models."""
 
+import jax
 import jax.numpy as jnp
 
 from kernels import dplr_filter, vandermonde
+from ssm.dplr import DPLR
 
 
-def diagonal(log_a, b, c, length, *, backend=None):
+def diagonal(
+    log_a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    length: int,
+    *,
+    backend: str | None = None,
+) -> jax.Array:
     """K[h, l] = Re sum_n c[h, n] b[h, n] a[h, n]^l, the response of a diagonal system.
 
     Args:
@@ -20,7 +29,9 @@ def diagonal(log_a, b, c, length, *, backend=None):
     return vandermonde(c * b, log_a, length, backend=backend)
 
 
-def dplr(system, C_tilde, length, *, backend=None):
+def dplr(
+    system: DPLR, C_tilde: jax.Array, length: int, *, backend: str | None = None
+) -> jax.Array:
     """K[c, h, l] = 2 Re(C A_bar^l B_bar), l < length, of a bilinear `ssm.dplr.DPLR`.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.special
 
 
-def legs(N):
+def legs(N: int) -> tuple[np.ndarray, np.ndarray]:
     """HiPPO-LegS. A_nk = -r_n r_k below the diagonal, -(n+1) on it, 0 above; B_n = r_n.
     Exponential decay of the past: w = e^{-t}. Returns A [N, N], B [N]."""
     n = np.arange(N, dtype=np.float64)
@@ -28,14 +28,14 @@ def legs(N):
     return A, r
 
 
-def legsd(N):
+def legsd(N: int) -> tuple[np.ndarray, np.ndarray]:
     """LegS without its low-rank part: A_legs + B B^T / 2, B_n = r_n / 2; a normal A
     whose kernels tend to those of LegS as N grows."""
     A, B = legs(N)
     return A + 0.5 * np.outer(B, B), 0.5 * B
 
 
-def legt(N):
+def legt(N: int) -> tuple[np.ndarray, np.ndarray]:
     """HiPPO-LegT. A_nk = -r_n r_k / 2 for k <= n, times (-1)^{n-k} for k > n;
     B_n = r_n / 2. A sliding window of 2."""
     n = np.arange(N)
@@ -44,7 +44,7 @@ def legt(N):
     return -0.5 * np.outer(r, r) * sign, 0.5 * r
 
 
-def lmu(N):
+def lmu(N: int) -> tuple[np.ndarray, np.ndarray]:
     """Legendre memory unit. A_nk = (2n+1) (-1)^{n-k+1} for k <= n, -(2n+1) for k > n;
     B_n = (2n+1) (-1)^n. A sliding window of 1: with T = diag((-1)^n / r_n),
     T A T^{-1} = 2 A_legt and T B = 2 B_legt. Source: Voelker et al., NeurIPS 2019."""
@@ -53,12 +53,12 @@ def lmu(N):
     return (2.0 * n + 1)[:, None] * sign, (2.0 * n + 1) * (-1.0) ** n
 
 
-def lagt(N, beta=1.0):
+def lagt(N: int, beta: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """HiPPO-LagT. A = -1/2 on the diagonal, -1 below it; B_n = beta (a scale only)."""
     return 0.5 * np.eye(N) - np.tril(np.ones((N, N))), np.full(N, float(beta))
 
 
-def tlagt(N, beta=1.0):
+def tlagt(N: int, beta: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """LagT with a tilt. A = -(1 + beta)/2 on the diagonal, -1 below it; B_n = beta.
     beta = 1 is the untilted weight e^{-t}."""
     _positive("beta", beta)
@@ -66,7 +66,9 @@ def tlagt(N, beta=1.0):
     return A, np.full(N, float(beta))
 
 
-def glagt(N, alpha=0.0, beta=0.01):
+def glagt(
+    N: int, alpha: float = 0.0, beta: float = 0.01
+) -> tuple[np.ndarray, np.ndarray]:
     """Generalised LagT, -1 < alpha < 1, beta > 0. A = -(1 + beta)/2 on the diagonal,
     -g_k/g_n below it; B_n = c binom(n + alpha, n) / g_n, with
     g_n^2 = Gamma(n+alpha+1) / Gamma(n+1), c = beta^{(1-alpha)/2} Gamma(1-alpha)^{-1/2}.
@@ -76,32 +78,32 @@ def glagt(N, alpha=0.0, beta=0.01):
     return A, c * scipy.special.binom(np.arange(N) + alpha, np.arange(N)) / g
 
 
-def foud(N):
+def foud(N: int) -> tuple[np.ndarray, np.ndarray]:
     """Decaying Fourier modes. A = 2 pi S - I/2, B = g (`_rotation`); normal."""
     S, g = _rotation(N)
     return 2 * np.pi * S - 0.5 * np.eye(N), g
 
 
-def fout(N):
+def fout(N: int) -> tuple[np.ndarray, np.ndarray]:
     """Truncated Fourier, HiPPO-FouT. A = pi S - g g^T, B = g. A sliding window of 2."""
     S, g = _rotation(N)
     return np.pi * S - np.outer(g, g), g
 
 
-def fourier2(N):
+def fourier2(N: int) -> tuple[np.ndarray, np.ndarray]:
     """`fout` twice as fast: A = 2 pi S - 2 g g^T, B = 2 g. A sliding window of 1."""
     A, B = fout(N)
     return 2 * A, 2 * B
 
 
-def fourier_decay(N):
+def fourier_decay(N: int) -> tuple[np.ndarray, np.ndarray]:
     """Fourier modes over windows of 2, each window weighted by a third of the one after
     it: A = pi S - g g^T / 2, B = g / 2."""
     S, g = _rotation(N)
     return np.pi * S - 0.5 * np.outer(g, g), 0.5 * g
 
 
-def chebt(N, theta=1.0):
+def chebt(N: int, theta: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Translated Chebyshev: d/dt of T_n(1 - 2t/theta) in its own basis,
     A_nk = -4n/theta for k < n, n - k odd, half of that for k = 0; B = 1.
     Nilpotent, so kernels grow like t^n: for analysis, never to initialise a layer."""
@@ -113,13 +115,13 @@ def chebt(N, theta=1.0):
     return A, np.ones(N)
 
 
-def random(N, seed=0):
+def random(N: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A ~ N(0, 1) / N, B ~ N(0, 1), for comparison."""
     draw = np.random.default_rng(seed)
     return draw.standard_normal((N, N)) / N, draw.standard_normal(N)
 
 
-def diagonal(N, seed=0):
+def diagonal(N: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A = -diag(exp N(0, 1)), B ~ N(0, 1), for comparison."""
     draw = np.random.default_rng(seed)
     return -np.diag(np.exp(draw.standard_normal(N))), draw.standard_normal(N)
@@ -140,7 +142,7 @@ def _rotation(N):
     return S, g
 
 
-def laguerre_scales(N, alpha, beta):
+def laguerre_scales(N: int, alpha: float, beta: float) -> np.ndarray:
     """g [N] and c of `glagt`."""
     if not -1 < alpha < 1:
         raise ValueError(f"alpha: must be between -1 and 1, got {alpha}")
@@ -193,17 +195,17 @@ ALIASES = {
 }
 
 
-def resolve(measure):
+def resolve(measure: str) -> str:
     """The name in MEASURES that `measure` stands for; `ValueError` if there is none."""
     name = ALIASES.get(measure, measure)
     if name not in MEASURES:
         raise ValueError(
-            f"measure: unknown {measure!r}; may be {sorted({*MEASURES, *ALIASES})}"
+            f"measure: must be one of {sorted({*MEASURES, *ALIASES})}, got {measure!r}"
         )
     return name
 
 
-def own_arguments(measure, **given):
+def own_arguments(measure: str, **given: dict) -> dict:
     """Those of the arguments that are not None; `ValueError` for one that the measure
     does not take."""
     takes = [*inspect.signature(MEASURES[resolve(measure)]).parameters][1:]
@@ -217,7 +219,15 @@ def own_arguments(measure, **given):
     return given
 
 
-def transition(measure, N, *, alpha=None, beta=None, theta=None, seed=None):
+def transition(
+    measure: str,
+    N: int,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    theta: float | None = None,
+    seed: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """A [N, N] and B [N] of a measure, float64.
 
     alpha and beta are those of the Laguerre measures, theta that of `chebt`, seed that
@@ -231,18 +241,18 @@ def transition(measure, N, *, alpha=None, beta=None, theta=None, seed=None):
     return MEASURES[name](N, **own)
 
 
-def legs_low_rank(N):
+def legs_low_rank(N: int) -> np.ndarray:
     """P [N], P_n = sqrt(n + 1/2): A_legs + P P^T is normal, skew minus I/2."""
     return np.sqrt(np.arange(N, dtype=np.float64) + 0.5)
 
 
-def legt_low_rank(N):
+def legt_low_rank(N: int) -> np.ndarray:
     """P [2, N], r_n / sqrt(2) on odd n and on even n: A_legt + sum P P^T is skew."""
     n = np.arange(N)
     return np.stack([n % 2 == 1, n % 2 == 0]) * np.sqrt(n + 0.5)
 
 
-def fourier_low_rank(N):
+def fourier_low_rank(N: int) -> np.ndarray:
     """P [1, N] = g: A_fout + P P^T = pi S."""
     return _rotation(N)[1][None]
 
@@ -269,7 +279,9 @@ WITHOUT_LOW_RANK = {
 }
 
 
-def nplr(measure, N, rank=1):
+def nplr(
+    measure: str, N: int, rank: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The normal plus low-rank form of a measure with its default arguments.
 
     A + sum_r P_r P_r^T = c I + skew = V diag(lam) V*, of which the half with negative
@@ -289,8 +301,8 @@ def nplr(measure, N, rank=1):
     name = resolve(measure)
     if name not in LOW_RANK:
         raise ValueError(
-            f"measure: {measure!r} has no normal plus low-rank form: "
-            f"{WITHOUT_LOW_RANK[name]}; may be {sorted(LOW_RANK)}"
+            f"measure: must be one of {sorted(LOW_RANK)}, got {measure!r}, which has "
+            f"no normal plus low-rank form: {WITHOUT_LOW_RANK[name]}"
         )
     _check_size(N, even=True)
     P = LOW_RANK[name](N)
@@ -304,7 +316,7 @@ def nplr(measure, N, rank=1):
     return lam, P @ V.conj(), V.conj().T @ B, V
 
 
-def normal_eigenpairs(A_normal):
+def normal_eigenpairs(A_normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eigenpairs of a real matrix c I + skew, for an even size N.
 
     Returns lam [N/2] complex128, the half with negative imaginary parts in ascending
@@ -330,7 +342,7 @@ def normal_eigenpairs(A_normal):
     return c + 1j * omega[: N // 2], V[:, : N // 2]
 
 
-def hippo_n(N):
+def hippo_n(N: int) -> tuple[np.ndarray, np.ndarray]:
     """HiPPO-N: eigenpairs of the normal part of LegS, A_legs + P P^T (N even)."""
     A, _ = legs(N)
     P = legs_low_rank(N)

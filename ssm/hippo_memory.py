@@ -31,13 +31,13 @@ import scipy.special
 from ssm import hippo
 
 
-def legendre(N, y):
+def legendre(N: int, y: np.ndarray) -> np.ndarray:
     """r_n P_n(y) [N, T], orthonormal on [-1, 1] under the weight 1/2."""
     r = np.sqrt(2 * np.arange(N) + 1.0)
     return np.polynomial.legendre.legvander(y, N - 1).T * r[:, None]
 
 
-def fourier(N, angle):
+def fourier(N: int, angle: np.ndarray) -> np.ndarray:
     """phi_n(angle) [N, T], N even: the basis of the Fourier measures."""
     if N % 2:
         raise ValueError(f"N: the state size must be even, got {N}")
@@ -130,7 +130,15 @@ FORGETFUL = {
 }
 
 
-def basis(measure, N, t, *, alpha=None, beta=None, theta=None):
+def basis(
+    measure: str,
+    N: int,
+    t: np.ndarray,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    theta: float | None = None,
+) -> np.ndarray:
     """The kernels K_n(t) [N, T] = e^{tA} B at the times t [T] >= 0, in closed form.
 
     0 outside the window of `legt`, `lmu`, `fout` and `fourier2`. See the top of this
@@ -140,7 +148,8 @@ def basis(measure, N, t, *, alpha=None, beta=None, theta=None):
     name = hippo.resolve(measure)
     if name not in EXPANSIONS:
         raise ValueError(
-            f"measure: {measure!r} has no closed basis; may be {sorted(EXPANSIONS)}"
+            f"measure: must be one of {sorted(EXPANSIONS)}, got {measure!r}, which has "
+            "no closed basis"
         )
     own = hippo.own_arguments(name, alpha=alpha, beta=beta, theta=theta)
     t = _times(t)
@@ -149,7 +158,14 @@ def basis(measure, N, t, *, alpha=None, beta=None, theta=None):
     return np.where(t <= window, q * k, 0.0)
 
 
-def reconstruct(measure, x, t, *, alpha=None, beta=None):
+def reconstruct(
+    measure: str,
+    x: np.ndarray,
+    t: np.ndarray,
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+) -> np.ndarray:
     """The past u(now - t) [..., T] from states x [..., N]: sum_n x_n p_n(t).
 
     The best fit under the weight w, at times ago t [T] within the window; the table at
@@ -159,10 +175,10 @@ def reconstruct(measure, x, t, *, alpha=None, beta=None):
     """
     name = hippo.resolve(measure)
     if name in FORGETFUL:
-        may = sorted(set(EXPANSIONS) - set(FORGETFUL))
+        others = sorted(set(EXPANSIONS) - set(FORGETFUL))
         raise ValueError(
-            f"measure: {measure!r} has no reconstruction: {FORGETFUL[name]}; "
-            f"may be {may}"
+            f"measure: must be one of {others}, got {measure!r}, which has no "
+            f"reconstruction: {FORGETFUL[name]}"
         )
     own = hippo.own_arguments(name, alpha=alpha, beta=beta)
     x = np.asarray(x, np.float64)
@@ -180,7 +196,9 @@ def _times(t, window=np.inf):
     return t
 
 
-def legs_memory(u, N, discretization="bilinear", last=False):
+def legs_memory(
+    u: np.ndarray, N: int, discretization: str = "bilinear", last: bool = False
+) -> np.ndarray:
     """The time-varying LegS memory x' = (A x + B u) / t, which remembers all of its
     past on one scale: its window is the time gone by, and there is no step size.
 
@@ -200,7 +218,7 @@ def legs_memory(u, N, discretization="bilinear", last=False):
     u = np.asarray(u, np.float64)
     if discretization not in STEPS:
         raise ValueError(
-            f"discretization: unknown {discretization!r}; may be {sorted(STEPS)}"
+            f"discretization: must be one of {sorted(STEPS)}, got {discretization!r}"
         )
     if u.ndim == 0 or u.shape[-1] == 0:
         raise ValueError(f"u: needs at least one token [..., L], got shape {u.shape}")
@@ -261,7 +279,7 @@ STEPS = {
 }
 
 
-def reconstruct_legs_memory(x, s):
+def reconstruct_legs_memory(x: np.ndarray, s: np.ndarray) -> np.ndarray:
     """The past at the fractions s [T] of the time gone by, 0 its start and 1 now:
     sum_n x_n r_n P_n(2s - 1) [..., T] from states x [..., N] of `legs_memory`; the best
     fit under equal weight. `ValueError` for s outside [0, 1]."""

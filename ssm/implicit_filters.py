@@ -15,7 +15,13 @@ from kernels import pairs
 SCALES = {"random": 0.002, "double_exp": 0.02}
 
 
-def free(key, shape, dtype=jnp.float32, *, start="random"):
+def free(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    start: str = "random",
+) -> jax.Array:
     """Initial taps [..., H, K] of a free filter: normal with a standard deviation of
     `SCALES[start]`; "double_exp" times exp(-(j / K) (H / 2)^(h / H)), so that later
     features forget faster. Source: https://arxiv.org/abs/2302.06646."""
@@ -28,17 +34,17 @@ def free(key, shape, dtype=jnp.float32, *, start="random"):
     return taps * fading
 
 
-def squash(k, threshold):
+def squash(k: jax.Array, threshold: float) -> jax.Array:
     """sign(k) max(|k| - threshold, 0): small taps become 0, and learn nothing there."""
     return jnp.sign(k) * jax.nn.relu(jnp.abs(k) - threshold)
 
 
-def smooth_time(k, width):
+def smooth_time(k: jax.Array, width: int) -> jax.Array:
     """Each tap the mean of the `width` (odd) around it; beyond the ends are zeros."""
     return _weighted(k, np.full(width, 1 / width))
 
 
-def smooth_frequency(k, width):
+def smooth_frequency(k: jax.Array, width: int) -> jax.Array:
     """Each of the K / 2 + 1 bins of the spectrum a sum over the `width` (odd) around
     it, i bins away weighted by exp(-i^2 / 2), not normalised, as published: a window
     over the lags, that amplifies both ends and attenuates the middle."""
@@ -57,12 +63,12 @@ def _weighted(x, weights):
     return sum(float(w) * padded[..., i : i + K] for i, w in enumerate(weights))
 
 
-def scales(length, knots):
+def scales(length: int, knots: int) -> int:
     """The least S with knots 2^(S-1) >= length."""
     return 1 + (-(-length // knots) - 1).bit_length()
 
 
-def upsample(w, factor):
+def upsample(w: jax.Array, factor: int) -> jax.Array:
     """w [..., d] -> [..., d factor], linear between the middles of equal cells and
     constant beyond the first and the last; factor is a power of two."""
     if factor == 1:
@@ -73,7 +79,7 @@ def upsample(w, factor):
     return between.reshape(*w.shape[:-1], -1)[..., factor // 2 : -(factor // 2)]
 
 
-def concatenated(w, multiplier):
+def concatenated(w: jax.Array, multiplier: jax.Array) -> jax.Array:
     """Scales one after the other, of lengths d, d, 2d, 4d, ...:
 
         k = concat_i multiplier^(S-1-i) upsample(w_i, 2^max(0, i-1))
@@ -85,7 +91,7 @@ def concatenated(w, multiplier):
     return jnp.concatenate(_weighed(w, multiplier, factors), -1)
 
 
-def summed(w, multiplier):
+def summed(w: jax.Array, multiplier: jax.Array) -> jax.Array:
     """Scales on top of each other, of lengths d, 2d, 4d, ...:
 
         k = sum_i multiplier^(S-1-i) upsample(w_i, 2^i)
@@ -110,14 +116,14 @@ def _weighed(w, multiplier, factors):
     ]
 
 
-def power_decay(k, exponent):
+def power_decay(k: jax.Array, exponent: jax.Array) -> jax.Array:
     """k[h, j] (j + 1)^-exponent[h]; k [..., H, K], exponent [H]."""
     dtype = jnp.promote_types(k.dtype, jnp.float32)
     log_lag = jnp.log1p(jnp.arange(k.shape[-1], dtype=dtype)).astype(k.dtype)
     return k * jnp.exp(-exponent[:, None] * log_lag)
 
 
-def positions(length, bands, dtype=float):
+def positions(length: int, bands: int, dtype: jnp.dtype = float) -> jax.Array:
     """What an implicit filter knows of lag j, [length, 1 + 2 bands]:
 
         t = j / (length - 1), and Re, Im exp(-2 pi i f j / length)
@@ -131,7 +137,15 @@ def positions(length, bands, dtype=float):
     return jnp.concatenate([t[None], *waves]).T
 
 
-def exponential_window(length, features, fast, slow, target, shift, dtype=float):
+def exponential_window(
+    length: int,
+    features: int,
+    fast: float,
+    slow: float,
+    target: float,
+    shift: float,
+    dtype: jnp.dtype = float,
+) -> jax.Array:
     """exp(-t |delta|) + shift [features, length], t from 0 to 1: without the shift it
     falls to `target` at t = slow in the first feature and at t = fast in the last, with
     delta evenly spaced between. The error is a few roundings in `dtype`, however far

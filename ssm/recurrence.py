@@ -13,6 +13,7 @@ and agree to rounding; `tests/test_recurrence.py` holds them to it.
 features. `varying` discretises per token, for rules whose gaps are not a power of a.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,12 +38,18 @@ class Diagonal(NamedTuple):
     c: jax.Array
 
 
-def hold(log_a, elapsed):
+def hold(log_a: jax.Array, elapsed: jax.Array) -> jax.Array:
     """w(e) = (a^e - 1) / (a - 1), finite as a -> 1. Shapes broadcast."""
     return elapsed * expm1_ratio(elapsed * log_a) / expm1_ratio(log_a)
 
 
-def step(system, u, state, elapsed=None, reset=None):
+def step(
+    system: Diagonal,
+    u: jax.Array,
+    state: jax.Array,
+    elapsed: jax.Array | None = None,
+    reset: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """One token. u [B, H], state [B, H, n], elapsed, reset [B] -> y [B, H], state."""
     log_a, b, c = system
     if elapsed is None:
@@ -51,7 +58,14 @@ def step(system, u, state, elapsed=None, reset=None):
     return advance(jnp.exp(e * log_a), hold(log_a, e) * b, c, u, state, reset)
 
 
-def advance(a, b, c, u, state, reset=None):
+def advance(
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    u: jax.Array,
+    state: jax.Array,
+    reset: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """One token with the decay a itself, O(H n) multiplications and nothing else."""
     if reset is not None:
         state = jnp.where(reset[:, None, None], 0, state)
@@ -59,7 +73,13 @@ def advance(a, b, c, u, state, reset=None):
     return jnp.sum((c * state).real, axis=-1), state
 
 
-def scan(system, u, state=None, elapsed=None, reset=None):
+def scan(
+    system: Diagonal,
+    u: jax.Array,
+    state: jax.Array | None = None,
+    elapsed: jax.Array | None = None,
+    reset: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """All states at once, [B, L, H, n]: the definition, for short calls and reading.
 
     u [B, L, H], state [B, H, n], elapsed and reset [B, L] -> y [B, L, H], state.
@@ -74,13 +94,24 @@ def scan(system, u, state=None, elapsed=None, reset=None):
     return jnp.sum(c * h, axis=-1).real, state
 
 
-def chunked(system, u, state=None, elapsed=None, reset=None):
+def chunked(
+    system: Diagonal,
+    u: jax.Array,
+    state: jax.Array | None = None,
+    elapsed: jax.Array | None = None,
+    reset: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The same in memory O(L H + H n): states live only inside a chunk. Any state,
     reset and elapsed time; shapes as in `scan`."""
     return contracted_scan(*system, u, elapsed, state, reset)
 
 
-def convolution(system, u, mask=None, skip=None):
+def convolution(
+    system: Diagonal,
+    u: jax.Array,
+    mask: jax.Array | None = None,
+    skip: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """y = K * u (+ skip u) by FFT. No state enters, no reset and no gap may lie inside.
 
     Args:
@@ -97,14 +128,25 @@ def convolution(system, u, mask=None, skip=None):
     return y, final_state(system, u.astype(y.dtype), mask)
 
 
-def final_state(system, u, mask=None):
+def final_state(
+    system: Diagonal, u: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     """The state [B, H, n] after u, which no state entered; see `convolution`."""
     aligned = u if mask is None else align_right(u, mask)
     backwards = jnp.flip(aligned, axis=1).swapaxes(1, 2)
     return system.b * vandermonde_transpose(backwards, system.log_a)
 
 
-def varying(rule, B, c, u, state=None, elapsed=None, reset=None, chunk=CHUNK):
+def varying(
+    rule: Callable[..., tuple[jax.Array, jax.Array]],
+    B: jax.Array,
+    c: jax.Array,
+    u: jax.Array,
+    state: jax.Array | None = None,
+    elapsed: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
     """A bank whose discretisation is evaluated at every token's own step.
 
     rule(elapsed [B, T, 1, 1]) -> (log_a, gain), each broadcastable to [B, T, H, n];
@@ -122,17 +164,17 @@ def varying(rule, B, c, u, state=None, elapsed=None, reset=None, chunk=CHUNK):
 
 
 def mixed(
-    rule,
-    B,
-    C,
-    u,
-    state=None,
-    elapsed=None,
-    reset=None,
+    rule: Callable[..., tuple[jax.Array, jax.Array]],
+    B: jax.Array,
+    C: jax.Array,
+    u: jax.Array,
+    state: jax.Array | None = None,
+    elapsed: jax.Array | None = None,
+    reset: jax.Array | None = None,
     *,
-    reverse=False,
-    chunk=MIXED_CHUNK,
-):
+    reverse: bool = False,
+    chunk: int = MIXED_CHUNK,
+) -> tuple[jax.Array, jax.Array]:
     """x[t] = a[t] x[t-1] + gain[t] (B u[t]), y[t] = Re(C x[t]): S5 and the LRU.
 
     Each chunk is one matmul, one scan and one matmul; [B, L, P] never exists, forward
@@ -160,7 +202,18 @@ def mixed(
     return driven(rule, *maps, u, state, elapsed, reset, reverse=reverse, chunk=chunk)
 
 
-def driven(rule, into, out, u, state, elapsed, reset, *, reverse, chunk):
+def driven(
+    rule: Callable[..., tuple[jax.Array, jax.Array]],
+    into: Callable[[jax.Array], jax.Array],
+    out: Callable[[jax.Array, jax.Array], jax.Array],
+    u: jax.Array,
+    state: jax.Array,
+    elapsed: jax.Array | None,
+    reset: jax.Array | None,
+    *,
+    reverse: bool,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
     """`mixed` between any two linear maps, over any places S (pixels, or none).
 
     Args:

@@ -21,7 +21,7 @@ class Time(NamedTuple):
     part: jax.Array  # real, small
 
 
-def summed(steps):
+def summed(steps: jax.Array) -> Time:
     """The `Time` of every token, the sum of the steps [B, L] up to its own.
 
     Differentiable in the steps. The error does not grow with the sum.
@@ -41,7 +41,7 @@ def _split(positions):
     return Time(whole.astype(jnp.int32), positions - whole)
 
 
-def frequencies(size, base=10_000.0):
+def frequencies(size: int, base: float = 10_000.0) -> np.ndarray:
     """base^(-2i / size), i < size / 2: radians per token of every rotated pair."""
     if size % 2:
         raise ValueError(f"size: must be even to rotate pairs, got {size}")
@@ -63,7 +63,13 @@ def _tables(size, base, places):
     return angle - 2 * np.pi * np.rint(angle / (2 * np.pi))
 
 
-def angles(positions, size, base=10_000.0, dtype=jnp.float32, below=FURTHEST):
+def angles(
+    positions: jax.Array | Time,
+    size: int,
+    base: float = 10_000.0,
+    dtype: jnp.dtype = jnp.float32,
+    below: int = FURTHEST,
+) -> jax.Array:
     """position x frequency modulo 2 pi, [..., size / 2]: as exact for a position of
     2^31 as for one of 1, where a product in float32 would be off by 100 radians.
 
@@ -95,7 +101,13 @@ def angles(positions, size, base=10_000.0, dtype=jnp.float32, below=FURTHEST):
     return angle + positions.part[..., None].astype(dtype) * theta
 
 
-def rotate(x, positions, base=10_000.0, size=None, below=FURTHEST):
+def rotate(
+    x: jax.Array,
+    positions: jax.Array | Time,
+    base: float = 10_000.0,
+    size: int | None = None,
+    below: int = FURTHEST,
+) -> jax.Array:
     """Turns the pairs (i, i + size/2) of x [B, L, heads, K] by position x frequency.
 
     Args:

@@ -10,9 +10,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kernels import varying
 
 
 @functools.partial(
@@ -37,7 +40,7 @@ class Sequence:
     compacted: bool = False
 
 
-def check(x, sequence, name="x"):
+def check(x: Any, sequence: Sequence | None, name: str = "x") -> Sequence:
     """Raises a `ValueError` naming the argument unless x is [B, L >= 1, ...] and every
     field of `sequence` is [B, L] of the right kind. Returns a Sequence, empty for None.
     """
@@ -78,7 +81,7 @@ def check(x, sequence, name="x"):
     return sequence
 
 
-def elapsed(sequence):
+def elapsed(sequence: Sequence) -> jax.Array | None:
     """Time since the previous token with 0 on masked ones [B, L], float32 or better, or
     None if regular.
 
@@ -95,7 +98,19 @@ def elapsed(sequence):
     return jnp.where(sequence.mask, dt, 0.0)
 
 
-def zero_masked(x, sequence):
+def stretched(x: jax.Array, sequence: Sequence) -> jax.Array:
+    """x [B, L, ...] times the time since the previous token, 0 on masked ones: what a
+    step or a rate per token, of the nominal length, is in that time."""
+    times = elapsed(sequence)
+    return x if times is None else x * _over(times, x)
+
+
+def _over(flags, x):
+    """`flags` [B, ...] as an array that broadcasts against x [B, ..., ...]."""
+    return jnp.expand_dims(flags, tuple(range(flags.ndim, x.ndim)))
+
+
+def zero_masked(x: jax.Array, sequence: Sequence) -> jax.Array:
     """x [B, L, ...] with masked tokens set to exactly 0 (also where they were NaN)."""
     if sequence.mask is None:
         return x
@@ -103,12 +118,14 @@ def zero_masked(x, sequence):
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def lengths(mask):
+def lengths(mask: jax.Array) -> jax.Array:
     """Number of existing tokens per row, [B] int32."""
     return jnp.sum(mask, axis=1, dtype=jnp.int32)
 
 
-def compact(x, sequence):
+def compact(
+    x: jax.Array, sequence: Sequence
+) -> tuple[jax.Array, Sequence, Callable[[jax.Array], jax.Array]]:
     """Moves existing tokens to the front, in order, so that only right padding is left.
 
     Returns x [B, L, ...] with masked tokens zeroed, the matching Sequence (resets of
@@ -161,7 +178,7 @@ def _compact_reset(sequence, gather, count):
     return moved > previous
 
 
-def align_right(x, mask):
+def align_right(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Rolls every row of a right-padded x [B, L, ...] so that its padding comes first:
     the last existing token then stands at L - 1. Padding must already be zero."""
     shift = mask.shape[1] - lengths(mask)
@@ -169,7 +186,7 @@ def align_right(x, mask):
     return _gather_along_length(index)(x)
 
 
-def window(before, x, sequence):
+def window(before: jax.Array, x: jax.Array, sequence: Sequence) -> jax.Array:
     """The last W values that exist, [B, W, ...]: what a finite response keeps.
 
     before [B, W, ...] are the values before x [B, L, ...], in order of time; values
@@ -193,7 +210,9 @@ def window(before, x, sequence):
     return zero_masked(last, current)
 
 
-def begun(before, sequence, shape):
+def begun(
+    before: jax.Array, sequence: Sequence, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
     """Whether something came before each token, [B, L] bool, and before the next call,
     [B] bool: False at the first token of a sequence and after a reset.
 
@@ -208,3 +227,45 @@ def begun(before, sequence, shape):
         if sequence.mask is not None:
             after = after & ~jnp.any(sequence.reset & ~sequence.mask, axis=1)
     return started, after
+
+
+def loop(
+    step: Callable,
+    state: Any,
+    inputs: Any,
+    sequence: Sequence,
+    weights: Any,
+    output: Callable = lambda state: state,
+) -> tuple[jax.Array, Any]:
+    """A recurrence token by token, for what no scan makes parallel.
+
+    A masked token leaves the state as it was, a reset makes it 0 before the token.
+
+    Args:
+        step: (state, input [B, ...]) -> the next state.
+        state: tree of [B, ...].
+        inputs: [B, L, ...].
+        sequence: of x [B, L, ...].
+        weights: tree of the arrays that `step` reads besides.
+        output: what of a state is kept of every token.
+
+    Returns:
+        The outputs [B, L, ...], 0 on masked tokens, and the last state.
+    """
+
+    def body(state, token):
+        u, exists, reset = token
+        if reset is not None:
+            state = jax.tree.map(lambda s: jnp.where(_over(reset, s), 0, s), state)
+        new = step(state, u)
+        if exists is not None:
+            new = jax.tree.map(
+                lambda n, s: jnp.where(_over(exists, n), n, s), new, state
+            )
+        return new, output(new)
+
+    tokens = (inputs, sequence.mask, sequence.reset)
+    state = varying.like(state, tokens, weights)
+    tokens = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tokens)
+    state, y = jax.lax.scan(body, state, tokens)
+    return zero_masked(jnp.swapaxes(y, 0, 1), sequence), state

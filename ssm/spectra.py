@@ -7,34 +7,34 @@ import numpy as np
 from ssm import hippo
 
 
-def s4d_lin(n):
+def s4d_lin(n: int) -> np.ndarray:
     """S4D-Lin: lam_j = -1/2 - i pi j."""
     return -0.5 - 1j * np.pi * np.arange(n)
 
 
-def s4d_inv(n):
+def s4d_inv(n: int) -> np.ndarray:
     """S4D-Inv, asymptotically LegS: lam_j = -1/2 - i (N/pi) (N/(2j+1) - 1), N = 2n."""
     N = 2 * n
     return -0.5 - 1j * (N / np.pi) * (N / (2 * np.arange(n) + 1) - 1)
 
 
-def s4d_inv2(n):
+def s4d_inv2(n: int) -> np.ndarray:
     """S4D-Inv2: lam_j = -1/2 - i (N/pi) (N/(j+1) - 1), N = 2n."""
     N = 2 * n
     return -0.5 - 1j * (N / np.pi) * (N / (np.arange(n) + 1) - 1)
 
 
-def s4d_quad(n):
+def s4d_quad(n: int) -> np.ndarray:
     """S4D-Quad: lam_j = -1/2 - i (1 + 2j)^2 / pi."""
     return -0.5 - 1j * (1 + 2 * np.arange(n)) ** 2 / np.pi
 
 
-def s4d_legs(n):
+def s4d_legs(n: int) -> np.ndarray:
     """S4D-LegS: the eigenvalues of the normal part of HiPPO-LegS of size N = 2n."""
     return hippo.hippo_n(2 * n)[0]
 
 
-def s4d_real(n):
+def s4d_real(n: int) -> np.ndarray:
     """S4D-Real: lam_j = -(j + 1). An initial value: imaginary parts start at 0 and are
     trained like any other."""
     return -(1.0 + np.arange(n)) + 0j
@@ -50,17 +50,19 @@ SPECTRA = {
 }
 
 
-def s4d(name, n):
+def s4d(name: str, n: int) -> np.ndarray:
     """Initial lam [n] complex128 of a diagonal system with n conjugate pairs.
 
     Source: https://arxiv.org/abs/2206.11893. `ValueError` for an unknown name.
     """
     if name not in SPECTRA:
-        raise ValueError(f"spectrum: unknown {name!r}; may be {sorted(SPECTRA)}")
+        raise ValueError(f"spectrum: must be one of {sorted(SPECTRA)}, got {name!r}")
     return SPECTRA[name](n)
 
 
-def s5_blocks(state_size, blocks):
+def s5_blocks(
+    state_size: int, blocks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """HiPPO-N in J = `blocks` blocks of size state_size / J.
 
     Returns lam [P], V [state_size, P] and its left inverse V* [P, state_size], with
@@ -82,41 +84,63 @@ def s5_blocks(state_size, blocks):
 TINY = 1e-7  # keeps the logarithms below finite at the ends of their intervals
 
 
-def lru_nu(key, P, r_min=0.0, r_max=1.0, dtype=jnp.float32):
+def lru_nu(
+    key: jax.Array,
+    P: int,
+    r_min: float = 0.0,
+    r_max: float = 1.0,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
     """LRU: nu_log [P] with |lam| = exp(-exp(nu_log)) and |lam|^2 uniform in
     [r_min^2, r_max^2]. Source: https://arxiv.org/abs/2303.06349."""
     if not 0 <= r_min < r_max <= 1:
         raise ValueError(
-            f"r_min, r_max: need 0 <= r_min < r_max <= 1, got {r_min}, {r_max}"
+            f"r_min, r_max: must satisfy 0 <= r_min < r_max <= 1, got {r_min}, {r_max}"
         )
     square = jax.random.uniform(key, (P,), dtype, TINY, 1 - TINY)
     return jnp.log(-0.5 * jnp.log(square * (r_max**2 - r_min**2) + r_min**2))
 
 
-def lru_theta(key, P, max_phase=2 * np.pi, dtype=jnp.float32):
+def lru_theta(
+    key: jax.Array, P: int, max_phase: float = 2 * np.pi, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
     """LRU: theta_log [P] with the phase exp(theta_log) uniform in [0, max_phase]."""
     if not 0 < max_phase <= 2 * np.pi:
         raise ValueError(f"max_phase: must be in (0, 2 pi], got {max_phase}")
     return jnp.log(max_phase * jax.random.uniform(key, (P,), dtype, TINY))
 
 
-def lru_gamma(nu_log):
+def lru_gamma(nu_log: jax.Array) -> jax.Array:
     """LRU: gamma_log = log sqrt(1 - |lam|^2), which keeps the variance of the state at
     that of the input."""
     return 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu_log)))
 
 
-def log_dt(key, shape, dt_min=1e-3, dt_max=1e-1, dtype=jnp.float32):
+def log_dt(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dt_min: float = 1e-3,
+    dt_max: float = 1e-1,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
     """log dt, log-uniform in [dt_min, dt_max]: a memory of about 1/dt tokens, so take
     dt_min near 1 / (longest scale) and dt_max near 1 / (shortest)."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(
-            f"dt_min, dt_max: need 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
+            f"dt_min, dt_max: must satisfy 0 < dt_min <= dt_max, got {dt_min}, {dt_max}"
         )
     return jax.random.uniform(key, shape, dtype, np.log(dt_min), np.log(dt_max))
 
 
-def softplus_dt(key, shape, dtype=jnp.float32, *, dt_min=1e-3, dt_max=1e-1, floor=1e-4):
+def softplus_dt(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    dt_min: float = 1e-3,
+    dt_max: float = 1e-1,
+    floor: float = 1e-4,
+) -> jax.Array:
     """b with softplus(b) log-uniform in [dt_min, dt_max] and not below `floor`: the
     bias of a step that depends on the input (Mamba)."""
     dt = jnp.exp(log_dt(key, shape, dt_min, dt_max, dtype))
@@ -124,12 +148,19 @@ def softplus_dt(key, shape, dtype=jnp.float32, *, dt_min=1e-3, dt_max=1e-1, floo
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def griffin_ring(key, shape, dtype=jnp.float32, *, a_min=0.9, a_max=0.999):
+def griffin_ring(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype = jnp.float32,
+    *,
+    a_min: float = 0.9,
+    a_max: float = 0.999,
+) -> jax.Array:
     """Lambda with a^2 uniform in [a_min^2, a_max^2] for a = exp(-softplus(Lambda)).
     Source: https://arxiv.org/abs/2402.19427."""
     if not 0 < a_min < a_max < 1:
         raise ValueError(
-            f"a_min, a_max: need 0 < a_min < a_max < 1, got {a_min}, {a_max}"
+            f"a_min, a_max: must satisfy 0 < a_min < a_max < 1, got {a_min}, {a_max}"
         )
     square = jax.random.uniform(key, shape, dtype, a_min**2, a_max**2)
     rate = -0.5 * jnp.log(square)

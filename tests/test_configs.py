@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import importlib.util
 import re
@@ -14,7 +13,9 @@ from ml_collections import config_flags
 
 from configs import common, lra, pixels
 from layers import FRAME_LAYERS, LAYERS, build
-from layers.models.build import PLACEMENTS
+from layers.facts import placement_of
+from layers.models import table
+from layers.parameters import Alike
 from train import data, losses, optimizers
 from train.data import images, original
 
@@ -104,19 +105,13 @@ def check_fit(config, dataset):
     assert sum(map(len, groups.values())) == len(jax.tree.leaves(params))
 
 
-FROM_MODEL = {"features", "length", "context", "size", "dtype"}
-
-
 def test_layer_args_are_the_fields_of_the_layers():
     layers = LAYERS | FRAME_LAYERS
-    assert set(common.LAYER_ARGS) == set(layers)
-    for name, arguments in common.LAYER_ARGS.items():
-        fields = {
-            field.name: field.default
-            for field in dataclasses.fields(layers[name])
-            if field.name not in FROM_MODEL | {"parent", "name"}  # Flax's own
-        }
-        assert dict(arguments) == fields, name
+    assert set(common.LAYER_ARGS) <= set(layers)
+    for name, cls in layers.items():
+        fields = table.fields(cls)
+        assert not {"features", "dtype", "parent", "name"} & set(fields)
+        assert common.LAYER_ARGS.get(name, {}) == fields, name
     config = flag_values("own:path=x", "--config.model.layer_args.spectrum=inv")
     assert config.model.layer_args.spectrum == "inv"
 
@@ -132,13 +127,13 @@ def test_a_pattern_of_layers_is_one_word():
     mamba, again, attention = build(config.model).stack().pattern
     assert mamba.keywords["mixer"]().state_size == 4
     assert mamba.keywords["mlp"] == again.keywords["mlp"] == 0
-    mlp = round(config.model.features * PLACEMENTS["attention"].mlp)
+    mlp = round(config.model.features * placement_of(LAYERS["attention"]).mlp)
     assert attention.keywords["mlp"] == mlp > 0
     assert {b.keywords["gate"] for b in (mamba, attention)} == {"none"}
 
 
-# Which group every parameter of every layer belongs to: a new parameter has to be
-# thought of here before it can be trained.
+# Which group every parameter of every layer belongs to, by its name or by the one that
+# its layer declares it to learn like: a new parameter has to be thought of, there.
 SENSITIVE = {"A_re", "A_im", "B", "log_dt", "Lambda_re", "Lambda_im", "log_step"}
 SENSITIVE |= {"nu_log", "theta_log", "gamma_log", "P"}
 UNDECAYED = {"bias", "recurrent_bias", "scale", "D", "A_log", "dt_bias", "Lambda"}
@@ -157,12 +152,23 @@ def test_every_parameter_is_in_the_group_meant_for_it(layer, norm):
     model = build(config.model)
     tokens = np.zeros((1, 4), np.int32)
     init = functools.partial(model.init, {"params": jax.random.key(0)}, tokens)
-    _, groups, _ = optimizers.make(config, jax.eval_shape(init)["params"])
+    params = jax.eval_shape(init)["params"]
+    _, groups, _ = optimizers.make(config, params)
+    boxes = jax.tree.leaves_with_path(
+        params, is_leaf=lambda leaf: isinstance(leaf, Alike)
+    )
+    declared = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): box.like
+        for path, box in boxes
+        if isinstance(box, Alike)
+    }
     for paths, names in zip(
         groups.values(), (SENSITIVE, TAPS, UNDECAYED, ORDINARY), strict=True
     ):
         found = {
-            "filter network" if re.search(r"/filter(_\d+)?/", p) else p.split("/")[-1]
+            "filter network"
+            if re.search(r"/filter(_\d+)?/", p)
+            else declared.get(p, p.split("/")[-1])
             for p in paths
         }
         assert found <= names

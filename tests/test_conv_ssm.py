@@ -312,5 +312,5 @@ def test_a_kernel_without_a_tap_is_named():
 
 def test_an_unknown_output_is_named():
     layer = ConvS5(U, SIZE, 8, output="gelu")
-    with pytest.raises(ValueError, match=r"^output: unknown"):
+    with pytest.raises(ValueError, match=r"^output: must be one of .* got"):
         layer.init(jax.random.key(0), jnp.zeros((B, 3, h, w, U)))

@@ -13,9 +13,10 @@ from constants import largest_constant
 from configs import common
 from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, LAYERS, Sequence, build, laws
+from layers.facts import L
 from layers.laws import examples
 
-B, L = 2, examples.L
+B = 2
 # One of each way to compute; the others are variants of them.
 NAMES = [name for name in examples.CASES if " " not in name]
 NAMES += [name for name in examples.CASES if name.startswith("attention ")]

@@ -209,6 +209,16 @@ def lstm(layer, p, x):
     return np.stack(outputs, 1)
 
 
+def min_gru(layer, p, x):
+    z = sigmoid(x @ p["gate"]["kernel"] + p["gate"]["bias"])
+    c = x @ p["candidate"]["kernel"] + p["candidate"]["bias"]
+    h, states = np.zeros((B, H)), []
+    for t in range(L):
+        h = (1 - z[:, t]) * h + z[:, t] * c[:, t]
+        states.append(h)
+    return np.stack(states, 1)
+
+
 TRANSCRIPTIONS = {
     "mamba": (mamba, dict(state_size=4)),
     "mamba2": (mamba2, dict(state_size=3, head_size=4, groups=2, dt_limit=(0.01, 0.5))),
@@ -222,6 +232,7 @@ TRANSCRIPTIONS = {
     "attention, window": (attention, dict(heads=2, window=3)),
     "attention, bidirectional": (attention, dict(heads=2, bidirectional=True)),
     "lstm": (lstm, {}),
+    "min_gru": (min_gru, {}),
 }
 
 
@@ -418,8 +429,8 @@ BAD = {
         ("dt_limit", (0.5,), "dt_limit: must be two numbers, 0 <= least"),
     ],
     "rg_lru": [
-        ("heads", 3, "heads: must divide the width 8, got 3"),
-        ("a_max", 1.0, "a_min, a_max: need"),
+        ("heads", 3, "heads: must divide the width = 8, got 3"),
+        ("a_max", 1.0, "a_min, a_max: must satisfy"),
         ("width", -4, "width: must be 0 or positive, got -4"),
     ],
     "retention": [
@@ -437,8 +448,8 @@ BAD = {
         ("conv_width", 0, "conv_width: must be at least 1, got 0"),
     ],
     "attention": [
-        ("heads", 3, "heads: must divide features=8, got 3"),
-        ("kv_heads", 3, "kv_heads: must divide heads=4, got 3"),
+        ("heads", 3, "heads: must divide features = 8, got 3"),
+        ("kv_heads", 3, "kv_heads: must divide heads = 4, got 3"),
         ("kv_heads", -2, "kv_heads: must be 0 or positive, got -2"),
         ("context", 19, "context: a call of 20 tokens needs at least as many, got 19"),
         ("window", -1, "window: must be 0 or positive, got -1"),

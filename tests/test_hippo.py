@@ -368,7 +368,7 @@ def test_memory_reads_its_whole_past_back():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: hippo.transition("legz", 4), r"measure: unknown 'legz'.*fru.*legs"),
+        (lambda: hippo.transition("legz", 4), r"measure: must .*fru.*legs.*'legz'"),
         (lambda: hippo.transition("legs", 0), r"N: .*at least 1, got 0"),
         (lambda: hippo.transition("fout", 5), r"N: .*even, got 5"),
         (lambda: hippo.transition("legs", 4, beta=1.0), r"beta: 'legs' takes no arg"),
@@ -380,11 +380,11 @@ def test_memory_reads_its_whole_past_back():
         (lambda: hippo.nplr("legs", 8, 4), r"rank: 'legs' needs 1 to 3, got 4"),
         (lambda: hippo.nplr("legs", 8, 0), r"rank: 'legs' needs 1 to 3, got 0"),
         (lambda: hippo.nplr("legs", 7), r"N: .*even, got 7"),
-        (lambda: hippo.nplr("lmu", 8), r"measure: 'lmu' .*similar to 2 legt"),
-        (lambda: hippo.nplr("chebt", 8), r"measure: 'chebt' .*nilpotent.*legs"),
-        (lambda: hippo.nplr("random", 8), r"measure: 'random' has no normal"),
-        (lambda: hippo.nplr("diagonal", 8), r"measure: 'diagonal' has no normal"),
-        (lambda: hippo_memory.basis("random", 4, [0.0]), r"'random' has no closed"),
+        (lambda: hippo.nplr("lmu", 8), r"measure: .* 'lmu', .*similar to 2 legt"),
+        (lambda: hippo.nplr("chebt", 8), r"measure: .*legs.* 'chebt', .*nilpotent"),
+        (lambda: hippo.nplr("random", 8), r"measure: must .* 'random', .* no normal"),
+        (lambda: hippo.nplr("diagonal", 8), r"measure: .* 'diagonal', .* no normal"),
+        (lambda: hippo_memory.basis("random", 4, [0.0]), r"'random', .* no closed"),
         (lambda: hippo_memory.basis("legs", 4, [-1.0]), r"t: .*\[0, inf\], got -1"),
         (lambda: hippo_memory.basis("fru", 5, [0.0]), r"N: .*even, got 5"),
         (lambda: hippo_memory.basis("legs", 4, [0.0], beta=1.0), r"beta: 'legs' takes"),
@@ -392,7 +392,7 @@ def test_memory_reads_its_whole_past_back():
             lambda: hippo_memory.reconstruct("legt", np.ones(4), [0.5, 2.5]),
             r"t: .*\[0, 2.0\], got 0.5 to 2.5",
         ),
-        (lambda: hippo_memory.legs_memory([1.0], 4, "tustin"), r"'tustin'.*bilinear"),
+        (lambda: hippo_memory.legs_memory([1.0], 4, "tustin"), r"bilinear.*'tustin'"),
         (lambda: hippo_memory.legs_memory([], 4), r"u: needs at least one token"),
         (
             lambda: hippo_memory.reconstruct_legs_memory(np.ones(4), [1.5]),
@@ -409,7 +409,8 @@ def test_errors_name_the_argument_and_what_it_may_be(call, message):
     "measure", ["foud", "fourier_decay", "chebt", "random", "diagonal"]
 )
 def test_measures_that_read_nothing_back_say_so(measure):
-    with pytest.raises(ValueError, match=rf"'{measure}' has no reconstr.*may be.*legs"):
+    found = rf"must be one of .*legs.* got '{measure}', which has no reconstr"
+    with pytest.raises(ValueError, match=found):
         hippo_memory.reconstruct(measure, np.ones(4), [0.0])
 
 

@@ -15,6 +15,7 @@ import pytest
 from kernels import linear_scan
 from layers import S5, laws
 from layers.checks import checked
+from layers.facts import L
 from layers.laws import __main__ as command
 from layers.laws import examples
 from layers.parameters import at_least_float32
@@ -26,23 +27,19 @@ RESETS = {"packing", "packing, gradients", "reset on a masked token"}
 RESETS |= {"reset everywhere", "isolation"}
 TIMES = {"elapsed time", "elapsed time, gradients"}
 
-WITHOUT_TIME = {"gru", "lstm", "delta_net", "attention"}
-WITHOUT_TIME |= {"conv_lstm", "frame_attention", "full_frame_attention"}
-WITHOUT_TIME |= {"long_conv", "flash_butterfly", "sg_conv", "hyena", "h3"}
-
 
 def not_applied(name):
     """The laws that say nothing about a case."""
     missing = {"sharding"} if jax.local_device_count() == 1 else set()
     if "bidirectional" in name or name == "flash_butterfly":
         missing |= STATES
-    convolves = "bidirectional" in name and not name.startswith("s5")
-    if convolves or name.split()[0] in WITHOUT_TIME:
+    # What is declared is refused, and nothing else: the law of refusals.
+    if "dt" in getattr(examples.CASES[name](), "REFUSES", ()):
         missing |= TIMES
     return missing | (RESETS if name == "flash_butterfly" else set())
 
 
-def holds(layer, only=None, length=examples.L):
+def holds(layer, only=None, length=L):
     """The laws that said nothing; fails where one does not hold."""
     findings = laws.examine(layer, length, only=only)
     assert [f for f in findings if not f.passed] == []
@@ -489,7 +486,7 @@ def test_the_laws_of_two_devices(names):
 def test_command_names_the_layers(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["--layer", "s6"])
-    assert "unknown 's6'" in capsys.readouterr().err
+    assert "got 's6'" in capsys.readouterr().err
 
 
 def findings_of(layer, only):

@@ -48,7 +48,7 @@ def test_mistakes_on_the_command_line_are_one_line(arguments, message):
 def test_an_unknown_layer_is_one_line_too(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     said = answer("--config", CONFIG, workdir, "--config.model.layer=nope")
-    assert said.startswith("error: layer: unknown 'nope'; may be [")
+    assert said.startswith("error: layer: must be one of [")
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

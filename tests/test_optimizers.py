@@ -7,7 +7,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from configs import common
-from train import optimizers
+from layers import build
+from layers.parameters import logical
+from train import optimizers, state
 
 
 def parameters():
@@ -81,9 +83,8 @@ def test_boxed_parameters_have_the_same_groups():
     config = settings([("a", dict(lr=0.0)), ("b", {})])
     tx, groups, _ = optimizers.make(config, params)
     assert groups == {"a": ["a"], "b": ["b"]}
-    state = nn.meta.unbox(tx.init(params))
     plain = nn.meta.unbox(params)
-    update, _ = tx.update(plain, state, plain)
+    update, _ = tx.update(plain, nn.meta.unbox(tx.init(params)), plain)
     assert (update["a"] == 0).all() and (update["b"] != 0).all()
 
 
@@ -167,12 +168,81 @@ def test_a_least_squares_problem_is_solved():
     target = jnp.array([1.0, -2.0, 0.5])
 
     @jax.jit
-    def step(params, state):
+    def step(params, moments):
         gradients = jax.grad(lambda p: jnp.sum((p["w"] - target) ** 2))(params)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        updates, moments = tx.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments
 
-    state = tx.init(params)
+    moments = tx.init(params)
     for _ in range(300):
-        params, state = step(params, state)
+        params, moments = step(params, moments)
     np.testing.assert_allclose(params["w"], target, atol=1e-2)
+
+
+class Declared(nn.Module):
+    """Parameters of names that no config knows, two of them declared."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        ones = nn.initializers.ones
+        size = (self.features,)
+        step = self.param("my_step", logical(ones, "embed", like="log_dt"), size)
+        gain = self.param("my_gain", logical(ones, "embed", like="bias"), size)
+        mix = self.param("my_mix", logical(ones, "embed"), size)
+        return x * step + gain * mix, state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        return jnp.zeros((batch_size, 1))
+
+
+def declared_groups(groups):
+    """Pattern -> the names of a layer's own parameters, and the shapes of all, in a
+    model whose blocks are scanned and one that is not."""
+    config = settings(groups)
+    model = config.model.copy_and_resolve_references()
+    model.update(encoder="scalar", outputs=2, length=4, features=4, depth=3)
+    with model.ignore_type():
+        model.layer = (f"{__name__}.Declared", f"{__name__}.Declared")
+        model.layer_args = {}
+    batch = {"inputs": jnp.zeros((1, 4))}
+    boxes = state.param_boxes(build(model), batch)
+    tx, groups, _ = optimizers.make(config, boxes)
+    tx.init(state.param_shapes(build(model), batch))  # labels fit without boxes
+    return {
+        pattern: sorted({p.split("/")[-1] for p in paths if "/mixer/" in p})
+        for pattern, paths in groups.items()
+        if any("/mixer/" in p for p in paths)
+    }
+
+
+def test_a_declared_parameter_learns_like_the_one_it_names():
+    assert declared_groups(None) == {
+        common.SSM: ["my_step"],
+        common.SMALL: ["my_gain"],
+        common.ALL: ["my_mix"],
+    }
+
+
+def test_a_pattern_that_names_the_parameter_itself_goes_before():
+    own = (r".*/my_(step|mix)", dict(lr=0.5))
+    assert declared_groups([own, *common.groups()]) == {
+        own[0]: ["my_mix", "my_step"],
+        common.SMALL: ["my_gain"],
+    }
+    assert declared_groups([(".*", {})]) == {".*": ["my_gain", "my_mix", "my_step"]}
+
+
+def test_a_declared_parameter_is_shaped_and_named_like_any_other():
+    x = jnp.zeros((1, 4, 3))
+    variables = Declared(3).init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, nn.unbox(variables)["params"]) == {
+        "my_step": (3,),
+        "my_gain": (3,),
+        "my_mix": (3,),
+    }
+    specs = nn.get_partition_spec(variables)["params"]
+    assert specs["my_step"] == specs["my_mix"]

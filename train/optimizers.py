@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax.core import meta
 
+from layers.parameters import Alike
+
 SCHEDULES = ("cosine", "constant", "inverse_sqrt")
 OPTIONS = ("lr", "wd", "optional")
 
@@ -25,15 +27,17 @@ def make(
 
     `config.groups` lists (pattern, {"lr": factor, "wd": factor, "optional": bool}), the
     factors 1.0 and optional False where left out. A parameter belongs to the first
-    pattern that matches the whole of its path, such as "stack/block_0/mixer/Lambda_re".
-    lr 0 freezes a group. Every parameter must belong to a group, and every group must
-    have a parameter unless it is optional, so that a misspelt name cannot pass unseen;
-    one list serves all layers by marking optional the groups that only some of them
-    have.
+    pattern that matches the whole of its path, such as "stack/block_0/mixer/Lambda_re",
+    or what that path would be under the name that its layer declares it to learn like
+    (`layers.parameters.Alike`). lr 0 freezes a group. Every parameter must belong to a
+    group, and every group must have a parameter unless it is optional, so that a
+    misspelt name cannot pass unseen; one list serves all layers by marking optional the
+    groups that only some of them have.
 
     Args:
         config: the run's, of which "optimizer", "groups" and "train"["steps"] are read.
-        params: tree of parameters, or of their shapes.
+        params: tree of parameters, or of their shapes; in their boxes where layers
+            declare what they learn like.
 
     Returns:
         tx, {pattern: [path, ...]} in the order of `config.groups`, and the schedule of
@@ -177,10 +181,13 @@ def _assign(options, params):
     groups = {pattern: [] for pattern, _ in options}
     unmatched = []
 
-    def assign(path, _):
+    def assign(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        names = [name]
+        if isinstance(leaf, Alike):
+            names += ["/".join([*name.split("/")[:-1], leaf.like])]
         for pattern in groups:
-            if re.fullmatch(pattern, name):
+            if any(re.fullmatch(pattern, name) for name in names):
                 groups[pattern].append(name)
                 return pattern
         unmatched.append(name)

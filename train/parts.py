@@ -94,12 +94,13 @@ def set_up(
     options, spec, seed = config.train, dataset.spec, config.seed
     with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
         sample = sharding.place(next(batches), mesh)
-    shapes = state.param_shapes(model, sample)
+    boxes = state.param_boxes(model, sample)
+    shapes = nn.unbox(boxes)
     if jax.default_backend() == "cpu":
         leaves = jax.tree.leaves(shapes)
         taken = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
         settings.check_memory("model", taken, "its parameters")
-    optimizer, groups, schedule = optimizers.make(config, shapes)
+    optimizer, groups, schedule = optimizers.make(config, boxes)
     create = functools.partial(
         state.create, model, optimizer, sample, seed, mesh, ema=options.ema > 0
     )

@@ -56,10 +56,14 @@ def init_variables(model: nn.Module, batch: Mapping, key: jax.Array) -> dict[str
     Raises:
         ValueError: a collection that TrainState does not know.
     """
+    return meta.unbox(_boxed(model, batch, key))
+
+
+def _boxed(model, batch, key):
     zeros = jax.tree.map(
         lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), batch["inputs"]
     )
-    variables = meta.unbox(model.init({"params": key}, zeros))
+    variables = model.init({"params": key}, zeros)
     unknown = sorted(set(variables) - set(COLLECTIONS))
     if unknown:
         raise ValueError(
@@ -69,11 +73,16 @@ def init_variables(model: nn.Module, batch: Mapping, key: jax.Array) -> dict[str
     return variables
 
 
+def param_boxes(model: nn.Module, batch: Mapping):
+    """The tree of the shapes of the parameters in their boxes, which say what each
+    learns like (`layers.parameters.Alike`); computes nothing."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: _boxed(model, batch, key), key)["params"]
+
+
 def param_shapes(model: nn.Module, batch: Mapping):
     """The tree of the shapes of the parameters; computes nothing."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(lambda key: init_variables(model, batch, key), key)
-    return variables["params"]
+    return meta.unbox(param_boxes(model, batch))
 
 
 def create(

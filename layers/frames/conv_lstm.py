@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels import varying
-from layers.checks import also_empty, at_least_one, checked_frames
+from layers.checks import also_empty, at_least_one, checked_frames, refuse_dt
+from layers.facts import Placement
 from layers.frames import images
 from layers.parameters import at_least_float32, logical
 from ssm import conv_ssm
@@ -41,6 +41,7 @@ class ConvLSTM(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 0.0)
 
     features: int
     size: tuple[int, int]
@@ -55,8 +56,7 @@ class ConvLSTM(nn.Module):
         del train
         sequence = checked_frames(self, x, state, sequence)
         at_least_one(self, "kernel_size")
-        if sequence.dt is not None:
-            raise ValueError("dt: a ConvLSTM has no notion of elapsed time; pass None")
+        refuse_dt(self, sequence)
         state = self.init_state(x.shape[0]) if state is None else state
         U, k, dtype = self.features, self.kernel_size, at_least_float32(self.dtype)
         project = images.conv(4 * U, "input", dtype, k)
@@ -66,34 +66,18 @@ class ConvLSTM(nn.Module):
         open_ = jnp.zeros((4 * U,), dtype).at[U : 2 * U].set(1)
         gates = project(seq.zero_masked(x.astype(dtype), sequence)) + open_
 
-        def step(state, frame):
-            gate, exists, reset = frame
-            if reset is not None:
-                state = jax.tree.map(lambda s: _where(reset, 0, s), state)
+        def step(state, gate):
             i, f, g, o = jnp.split(gate + conv_ssm.convolve(state.h, R), 4, -1)
             c = nn.sigmoid(f) * state.c + nn.sigmoid(i) * jnp.tanh(g)
-            new = ConvLSTMState(nn.sigmoid(o) * jnp.tanh(c), c)
-            if exists is not None:
-                new = jax.tree.map(lambda n, s: _where(exists, n, s), new, state)
-            return new, new.h
+            return ConvLSTMState(nn.sigmoid(o) * jnp.tanh(c), c)
 
-        frames = (gates, sequence.mask, sequence.reset)
-        state = varying.like(state, frames, R)
-        state, y = jax.lax.scan(
-            step, state, jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), frames)
-        )
-        y = seq.zero_masked(jnp.swapaxes(y, 0, 1), sequence)
+        y, state = seq.loop(step, state, gates, sequence, R, lambda state: state.h)
         return y.astype(self.dtype), state
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> ConvLSTMState:
         """Zeros."""
         shape = (batch_size, *self.size, self.features)
         return ConvLSTMState(
             *(jnp.zeros(shape, at_least_float32(self.dtype)) for _ in range(2))
         )
-
-
-def _where(flags, a, b):
-    """`jnp.where` with flags [B] of whole states [B, h, w, U]."""
-    return jnp.where(flags[:, None, None, None], a, b)

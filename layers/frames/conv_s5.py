@@ -1,27 +1,29 @@
 """ConvS5, the diagonal model whose states are images
 (https://arxiv.org/abs/2310.19694)."""
 
-import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.checks import also_empty, at_least_one, checked_frames
+from layers.checks import also_empty, at_least_one, checked_frames, even, one_of
+from layers.facts import Placement, examples
 from layers.frames import images
 from layers.parameters import (
     at_least_complex64,
     at_least_float32,
     constant,
     dense,
+    log_dt,
     logical,
+    skip,
 )
 from ssm import conv_ssm, discretize, spectra, stability
 from ssm import sequence as seq
 
 
-def linear(y, u, layer):
+def linear(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """y + D * u, the linear system itself."""
     D = images.conv(
         layer.features,
@@ -33,24 +35,23 @@ def linear(y, u, layer):
     return y + D(u)
 
 
-def standard(y, u, layer):
+def standard(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """gelu(norm(y + D * u)), the norm over groups of channels of a frame."""
     norm = images.group_norm(layer.features, "norm", layer.dtype)
     return nn.gelu(norm(linear(y, u, layer)))
 
 
-def resnet(y, u, layer):
+def resnet(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """gelu(y + W2 * gelu(norm(W1 * gelu(norm(y))))), convolutions 3 x 3."""
     return nn.gelu(images.Residual(layer.features, layer.dtype, name="residual")(y))
 
 
-def diag_resnet(y, u, layer):
+def diag_resnet(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """`resnet` of y + D u, D a vector."""
-    D = layer.param("D", logical(nn.initializers.normal(1.0), "embed"), y.shape[-1:])
-    return resnet(y + D * u, u, layer)
+    return resnet(y + skip(layer) * u, u, layer)
 
 
-def half_glu(y, u, layer):
+def half_glu(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """g * sigmoid(W g), g = gelu(norm(y)), the norm over the channels of a pixel."""
     g = nn.gelu(nn.LayerNorm(dtype=layer.dtype, name="norm")(y))
     return g * nn.sigmoid(dense(layer.features, "gate", layer.dtype)(g))
@@ -100,6 +101,15 @@ class ConvS5(nn.Module):
         dtype: of the output; parameters and states are float32 or better.
     """
 
+    PLACEMENT = Placement("none", 0.0)
+    EXAMPLES = examples(
+        dict(state_size=8, blocks=2),
+        linear=dict(state_size=8, output="linear", chunk=4),
+        standard=dict(state_size=8, output="standard"),
+        diag_resnet=dict(state_size=8, output="diag_resnet"),
+        half_glu=dict(state_size=8, output="half_glu"),
+    )
+
     features: int
     size: tuple[int, int]
     state_size: int = 64
@@ -124,10 +134,7 @@ class ConvS5(nn.Module):
         del train
         sequence = checked_frames(self, x, state, sequence)
         at_least_one(self, "input_kernel", "output_kernel", "skip_kernel", "chunk")
-        if self.output not in OUTPUTS:
-            raise ValueError(
-                f"output: unknown {self.output!r}; may be {sorted(OUTPUTS)}"
-            )
+        one_of(self, output=OUTPUTS)
         lam, dt, B, C = self._parameters()
         u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
 
@@ -161,12 +168,12 @@ class ConvS5(nn.Module):
         return lambda y, u: module.apply({"params": params}, y, u)
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, h, w, P] complex."""
         shape = (batch_size, *self.size, self.state_size // 2)
         return jnp.zeros(shape, at_least_complex64(self.dtype))
 
-    def eigenvalues(self):
+    def eigenvalues(self) -> jax.Array:
         """log a [P] complex per frame, one of each conjugate pair. By
         `layer.apply(variables, method="eigenvalues")`."""
         lam, dt, *_ = self._parameters()
@@ -175,8 +182,7 @@ class ConvS5(nn.Module):
     @nn.compact
     def _parameters(self):
         U, N = self.features, self.state_size
-        if N < 2:
-            raise ValueError(f"state_size: must be even and at least 2, got {N}")
+        even(self, "state_size")
         lam, V, V_inv = spectra.s5_blocks(N, self.blocks)
         P = len(lam)
         Lambda_re = self.param("Lambda_re", logical(constant(lam.real), "state"), (P,))
@@ -186,10 +192,7 @@ class ConvS5(nn.Module):
         B = self.param("B", logical(_b_init(V_inv), *axes), (k, k, U, P, 2))
         axes = (None, None, "state", "embed", None)
         C = self.param("C", logical(_c_init(V), *axes), (m, m, P, U, 2))
-        log_dt = functools.partial(
-            spectra.log_dt, dt_min=self.dt_min, dt_max=self.dt_max
-        )
-        log_step = self.param("log_step", logical(log_dt, "state"), (P,))
+        log_step = log_dt(self, "log_step", "state", P)
         lam = jax.lax.complex(Lambda_re, Lambda_im)
         if self.clip_eigs:
             lam = stability.clip_real(lam)

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from layers import heads
 from layers.attention import (
     Attention,
+    KVCache,
     attend,
     attend_isolated,
     empty_cache,
     joined,
     remember,
 )
-from layers.checks import also_empty, at_least_one, checked_frames
+from layers.checks import also_empty, at_least_one, checked_frames, divides, refuse_dt
+from layers.facts import L, Placement, examples
 from layers.parameters import at_least_float32, linear, logical
 from ssm import rotary
 from ssm import sequence as seq
@@ -39,6 +41,8 @@ class FrameAttention(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = examples(dict(heads=3, context=2 * L))
 
     features: int
     size: tuple[int, int]
@@ -83,7 +87,7 @@ class FrameAttention(nn.Module):
         return seq.zero_masked(y, sequence).astype(self.dtype), new
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> KVCache:
         """Empty caches, one per pixel."""
         places = self.size[0] * self.size[1]
         empty = self._time()().init_state(batch_size * places)
@@ -117,6 +121,8 @@ class FullFrameAttention(nn.Module):
     """
 
     REFUSES = ("dt",)
+    PLACEMENT = Placement("none", 8 / 3)
+    EXAMPLES = examples(dict(heads=3, context=2 * L))
 
     features: int
     size: tuple[int, int]
@@ -154,7 +160,7 @@ class FullFrameAttention(nn.Module):
         return restore(y.reshape(shape)).astype(self.dtype), new
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> KVCache:
         """An empty cache."""
         size = self.features // self.heads
         places = self.size[0] * self.size[1]
@@ -164,12 +170,8 @@ class FullFrameAttention(nn.Module):
     @nn.nowrap
     def _check(self, x, sequence):
         at_least_one(self, "heads", "context")
-        if self.features % self.heads:
-            raise ValueError(
-                f"heads: must divide features={self.features}, got {self.heads}"
-            )
-        if sequence.dt is not None:
-            raise ValueError("dt: attention has no notion of elapsed time; pass None")
+        divides(self, "heads", "features", self.features)
+        refuse_dt(self, sequence)
         if x.shape[1] > self.context:
             raise ValueError(
                 f"context: a call of {x.shape[1]} frames needs at least as many, got "
@@ -205,7 +207,7 @@ class FullFrameAttention(nn.Module):
         return rotary.rotate(x, positions, 10_000.0, size, below)
 
 
-def place(module, places):
+def place(module: nn.Module, places: int) -> jax.Array:
     """The learned positions p [places, U] of `module`."""
     init = logical(nn.initializers.normal(0.02), None, "embed")
     return module.param("place", init, (places, module.features))

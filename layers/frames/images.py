@@ -3,6 +3,7 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,12 +13,12 @@ from ssm import conv_ssm
 GROUPS = 32  # of a norm over groups of channels, or as many as divide the channels
 
 
-def from_bytes(frames, dtype=jnp.float32):
+def from_bytes(frames: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """uint8 p as p / 127.5 - 1, in [-1, 1]; what is not uint8 stays as it is."""
     return frames.astype(dtype) / 127.5 - 1 if frames.dtype == jnp.uint8 else frames
 
 
-def to_bytes(frames) -> np.ndarray:
+def to_bytes(frames: jax.Array) -> np.ndarray:
     """The nearest uint8 to every value; NaN becomes 128."""
     shown = np.nan_to_num(np.asarray(frames, np.float32))
     return np.rint(np.clip(127.5 * (shown + 1), 0, 255)).astype(np.uint8)
@@ -47,12 +48,19 @@ class Convolution(nn.Module):
         return y
 
 
-def conv(features, name, dtype, kernel_size=3, stride=1, bias=True):
+def conv(
+    features: int,
+    name: str,
+    dtype: jnp.dtype,
+    kernel_size: int = 3,
+    stride: int = 1,
+    bias: bool = True,
+) -> Convolution:
     """A `Convolution` called `name`."""
     return Convolution(features, kernel_size, stride, bias, dtype, name=name)
 
 
-def group_norm(features, name, dtype):
+def group_norm(features: int, name: str, dtype: jnp.dtype) -> nn.GroupNorm:
     """A norm over the pixels and each group of channels of a frame
     (https://arxiv.org/abs/1803.08494)."""
     groups = math.gcd(GROUPS, features)
@@ -78,6 +86,6 @@ class Residual(nn.Module):
         return x.astype(self.dtype) + y
 
 
-def doubled(x):
+def doubled(x: jax.Array) -> jax.Array:
     """Every pixel four times: [..., h, w, C] -> [..., 2 h, 2 w, C]."""
     return jnp.repeat(jnp.repeat(x, 2, axis=-3), 2, axis=-2)

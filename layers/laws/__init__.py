@@ -24,7 +24,7 @@ import math
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels.tolerance import error, limit
+from layers.facts import L
 from layers.laws.case import (
     B,
     Broken,
@@ -49,7 +50,6 @@ from layers.laws.case import (
     moves,
     worst,
 )
-from layers.laws.examples import L
 from ssm.sequence import Sequence
 
 __all__ = ["LAWS", "Case", "Finding", "examine", "worst"]
@@ -67,7 +67,7 @@ class Finding(NamedTuple):
     remarks: tuple[str, ...] = ()
 
     @property
-    def passed(self):
+    def passed(self) -> bool:
         return self.error is None or self.error <= self.limit
 
 
@@ -75,7 +75,7 @@ class Finding(NamedTuple):
 Yields = Iterator[Equal | Remark]
 
 
-def modes(case) -> Yields:
+def modes(case: Case) -> Yields:
     """One call equals pieces equals single tokens: outputs and final state."""
     case.needs("state")
     whole = case(case.x, case.state)
@@ -87,7 +87,7 @@ def modes(case) -> Yields:
     yield Equal("no state and a fresh one", case(case.x), case(case.x, case.initial()))
 
 
-def mode_gradients(case) -> Yields:
+def mode_gradients(case: Case) -> Yields:
     """Without a state and with a fresh one the gradients are the same; those through
     pieces are the law of `lax.scan`."""
     case.needs("state")
@@ -96,7 +96,7 @@ def mode_gradients(case) -> Yields:
     yield Equal("no state", fresh[:2], started[:2], "gradient")
 
 
-def causality(case) -> Yields:
+def causality(case: Case) -> Yields:
     """Later inputs do not change earlier outputs."""
     case.needs("state")
     t = case.length // 2
@@ -140,7 +140,7 @@ def _hidden_is_zero(what, values, mask):
         raise Broken(f"{what} is not 0 at a masked token: row {row}, token {token}")
 
 
-def padding(case) -> Yields:
+def padding(case: Case) -> Yields:
     """Masked tokens, even NaN, change nothing, left, right and inside: outputs and
     final state; their outputs are exactly 0."""
     case.needs("mask")
@@ -152,7 +152,7 @@ def padding(case) -> Yields:
             yield Equal("NaN in masked tokens", found, case(case.x, state))
 
 
-def padding_gradients(case) -> Yields:
+def padding_gradients(case: Case) -> Yields:
     """Gradients ignore masked tokens (in train mode)."""
     case.needs("mask")
     _, expected = case.gradients(case.whole, case.x, case.state)
@@ -175,7 +175,7 @@ def _documents(case):
     return starts, jnp.asarray(reset)
 
 
-def packing(case) -> Yields:
+def packing(case: Case) -> Yields:
     """Documents packed with resets, in every row its own, equal separate calls: outputs
     and final state."""
     case.needs("reset")
@@ -204,7 +204,7 @@ def _along(rows, leaf):
     return jnp.asarray(rows).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
-def packing_gradients(case) -> Yields:
+def packing_gradients(case: Case) -> Yields:
     """No gradient crosses a reset: it is the sum of the gradients of what is before and
     what is behind it, each alone."""
     case.needs("reset", "mask")
@@ -233,7 +233,7 @@ def packing_gradients(case) -> Yields:
     yield Equal("one reset a row", found, expected, "gradient")
 
 
-def masked_reset(case) -> Yields:
+def masked_reset(case: Case) -> Yields:
     """A reset on a masked token applies to the next real one, in this call or later."""
     case.needs("reset", "mask")
     p = case.piece
@@ -258,7 +258,7 @@ def masked_reset(case) -> Yields:
     )
 
 
-def every_reset(case) -> Yields:
+def every_reset(case: Case) -> Yields:
     """With a reset at every token, each token is alone."""
     case.needs("reset")
     reset = jnp.ones((B, case.length), bool)
@@ -267,7 +267,7 @@ def every_reset(case) -> Yields:
     yield Equal("all tokens", Result(together, None), Result(alone, None))
 
 
-def isolation(case) -> Yields:
+def isolation(case: Case) -> Yields:
     """NaN before a reset, in tokens or in the state, does not get behind it."""
     case.needs("reset")
     cuts = np.asarray([2, case.length // 2, case.length - 1])[:, None]
@@ -293,7 +293,7 @@ def _beside(flags, values):
     return flags.reshape(*flags.shape, *[1] * (values.ndim - 2))
 
 
-def rows(case) -> Yields:
+def rows(case: Case) -> Yields:
     """Every row, with a mask, resets, elapsed times and a state of its own, is what it
     is alone."""
     sequence = case.everything()
@@ -304,7 +304,7 @@ def rows(case) -> Yields:
         yield Equal(f"row {row} alone", alone, own(together))
 
 
-def elapsed_time(case) -> Yields:
+def elapsed_time(case: Case) -> Yields:
     """dt = 1 equals no dt, another dt changes every row; with random dt one call equals
     single tokens, masks and resets included."""
     case.needs("dt")
@@ -335,7 +335,7 @@ def elapsed_time(case) -> Yields:
     )
 
 
-def elapsed_gradients(case) -> Yields:
+def elapsed_gradients(case: Case) -> Yields:
     """Gradients with random dt agree between one call and pieces, d/d dt included."""
     case.needs("dt", "state")
 
@@ -354,7 +354,7 @@ def elapsed_gradients(case) -> Yields:
     yield Equal("pieces", found, expected, "gradient")
 
 
-def low_precision(case) -> Yields:
+def low_precision(case: Case) -> Yields:
     """In bfloat16 the output is bfloat16 and near float32; states stay float32."""
     if not hasattr(case.layer, "dtype"):
         raise NotApplicable("no field dtype")
@@ -371,7 +371,7 @@ def low_precision(case) -> Yields:
     yield Equal("bfloat16", found, expected, dtype="bfloat16")
 
 
-def batch_equivariance(case) -> Yields:
+def batch_equivariance(case: Case) -> Yields:
     """Examples do not see each other, be they NaN, and their order does not matter."""
     order = jnp.asarray([2, 0, 1])
     whole = case(case.x, case.state)
@@ -400,7 +400,7 @@ def _copies(tree, count):
     return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * count), tree)
 
 
-def sharding(case) -> Yields:
+def sharding(case: Case) -> Yields:
     """A batch spread over devices gives what one device gives."""
     mesh = _mesh()
     if mesh.size == 1:
@@ -411,7 +411,7 @@ def sharding(case) -> Yields:
     yield Equal(f"{mesh.size} devices", found, expected)
 
 
-def shard_map(case) -> Yields:
+def shard_map(case: Case) -> Yields:
     """In `jax.shard_map` with its default check, the batch spread over the devices that
     there are: values and gradients of a call, values of a single token with a state."""
     mesh = _mesh()
@@ -441,14 +441,14 @@ def shard_map(case) -> Yields:
         yield Equal("a token", step, case(token, case.state))
 
 
-def compiled(case) -> Yields:
+def compiled(case: Case) -> Yields:
     """Compiled or not, and however hard the compiler tries."""
     quickly = case(case.x)
     yield Equal("compiled", jax.jit(case.plain)(case.variables, case.x), quickly)
     yield Equal("not compiled", case.plain(case.variables, case.x), quickly)
 
 
-def vmapped(case) -> Yields:
+def vmapped(case: Case) -> Yields:
     """`jax.vmap` over the rows gives what the batch gives."""
     over_rows = jit(jax.vmap(case.plain, (None, 0, 0)))
     x, state = jax.tree.map(lambda leaf: leaf[:, None], (case.x, case.state))
@@ -456,7 +456,7 @@ def vmapped(case) -> Yields:
     yield Equal("rows", found, case(case.x, case.state))
 
 
-def rematerialised(case) -> Yields:
+def rematerialised(case: Case) -> Yields:
     """`jax.checkpoint` changes neither values nor gradients."""
     remat = jax.checkpoint(case.whole)
     result, found = case.gradients(remat, case.x, case.state)
@@ -465,7 +465,7 @@ def rematerialised(case) -> Yields:
     yield Equal("gradients", found, expected, "gradient")
 
 
-def scan_over_calls(case) -> Yields:
+def scan_over_calls(case: Case) -> Yields:
     """A `jax.lax.scan` over calls, its state donated, equals one call: outputs, final
     state, and gradients through the pieces."""
     case.needs("state")
@@ -482,7 +482,7 @@ def scan_over_calls(case) -> Yields:
     yield Equal("a donated state, again", second, expected)
 
 
-def in_x64(case) -> Yields:
+def in_x64(case: Case) -> Yields:
     """Under `jax.enable_x64` a float32 layer stays one: dtypes of parameters, outputs,
     states and gradients, and values, in a `jax.lax.scan` over calls where there is a
     state."""
@@ -517,7 +517,7 @@ PROBES = 2**8, 2**11  # lengths from which time and memory are extrapolated
 QUADRATIC = 1.5  # least power of the length with which such a cost grows between them
 
 
-def length(case) -> Yields:
+def length(case: Case) -> Yields:
     """A call of 2^16 tokens equals its halves, and the same in float64; a layer of
     quadratic cost is tried on as many as take ten seconds and a GiB."""
     tokens = _affordable(case)
@@ -599,7 +599,7 @@ def _seconds(program, variables, x):
     return time.perf_counter() - start
 
 
-def bad_input(case) -> Yields:
+def bad_input(case: Case) -> Yields:
     """Wrong ranks, L = 0 and fields of a wrong shape are ValueErrors that name them."""
     x, ones = case.x, jnp.ones((B, case.length), bool)
     wrong = {
@@ -628,7 +628,7 @@ def _must_refuse(case, name, x, state, sequence):
         raise Broken(f"{name}: accepted where it must be refused")
 
 
-def declared_refusals(case) -> Yields:
+def declared_refusals(case: Case) -> Yields:
     """What `REFUSES` declares is refused by a ValueError that names it, and nothing
     else is; without a state there is none to ask for, with one it keeps its form."""
     ones = jnp.ones((B, case.length))
@@ -691,7 +691,12 @@ LAWS: dict[str, Callable[[Case], Yields]] = {
 }
 
 
-def examine(layer, length=L, seed=0, only=None):
+def examine(
+    layer: nn.Module,
+    length: int = L,
+    seed: int = 0,
+    only: Collection[str] | None = None,
+) -> list[Finding]:
     """Every law (or those named in `only`) on one layer: a list of `Finding`.
 
     `layer` is a Linen module with a field `features` and the contract of a mixer, over

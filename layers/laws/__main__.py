@@ -9,7 +9,7 @@ import time
 from typing import NamedTuple
 
 from layers import laws
-from layers.laws.examples import CASES, FEATURES
+from layers.laws.examples import CASES, cases
 from layers.models.build import get
 
 WIDTH = 80
@@ -21,18 +21,16 @@ class Examined(NamedTuple):
     seconds: float
 
     @property
-    def holds(self):
+    def holds(self) -> bool:
         return all(finding.passed for finding in self.findings)
 
 
-def cases_of(name):
-    """The examined instances of one layer: those of `CASES`, or the user's own class
-    with its defaults."""
-    known = {k: make for k, make in CASES.items() if k.split()[0] == name}
-    return known or {name: lambda: get(name)(features=FEATURES)}
+def cases_of(name: str) -> dict:
+    """The examined instances of one layer, a name of LAYERS or the user's own class."""
+    return cases(name, get(name))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m layers.laws",
         description=laws.__doc__,

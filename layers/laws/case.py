@@ -11,7 +11,7 @@ import numpy as np
 
 from kernels.check.comparison import QUICK_TO_COMPILE
 from kernels.tolerance import error, limit
-from layers.laws.examples import L
+from layers.facts import L
 from ssm.sequence import Sequence
 
 B = 3  # rows of the examined calls
@@ -62,7 +62,7 @@ class Worst(NamedTuple):
     where: str
 
 
-def refusals(layer) -> frozenset[str]:
+def refusals(layer: nn.Module) -> frozenset[str]:
     """What a layer declares to refuse: its `REFUSES`, and the state where it has a
     field `bidirectional` that is True."""
     declared = getattr(layer, "REFUSES", ())
@@ -76,13 +76,13 @@ def refusals(layer) -> frozenset[str]:
     return frozenset((*declared, *state))
 
 
-def jit(function, **options):
+def jit(function: Callable, **options: Any) -> Callable:
     """`jax.jit` for results that are used once: what counts is the time to compile."""
     quick = QUICK_TO_COMPILE if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=quick, **options)
 
 
-def worst(actual, expected):
+def worst(actual: Any, expected: Any) -> float:
     """The largest leaf error of two trees (see `kernels.tolerance.error`)."""
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     return max((error(a, e) for a, e in pairs), default=0.0)
@@ -123,12 +123,12 @@ def _place(path, leaf, target):
     return f"{name}{kind}, entry {[int(i) for i in index]}" if index else name + kind
 
 
-def at(values, places):
+def at(values: jax.Array, places: jax.Array) -> jax.Array:
     """values [B, L, ...] at places [B, M] of every row: [B, M, ...]."""
     return values[jnp.arange(len(places))[:, None], places]
 
 
-def moves(leaf):
+def moves(leaf: jax.Array) -> bool:
     """Whether a leaf has a gradient: counts and flags have none."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
@@ -156,7 +156,13 @@ class Case:
         self.variables = nn.unbox(jit(layer.init)({"params": init_key}, self.x))
         self.apply = jit(self.plain)
 
-    def plain(self, variables, x, state=None, sequence=None):
+    def plain(
+        self,
+        variables: Any,
+        x: Any,
+        state: Any | None = None,
+        sequence: Any | None = None,
+    ) -> Any:
         """A call that is not compiled."""
         return Result(*self.layer.apply(variables, x, state, sequence))
 
@@ -164,30 +170,30 @@ class Case:
         return self.apply(self.variables, x, state, sequence)
 
     @functools.cached_property
-    def state(self):
+    def state(self) -> Any:
         """A random state; None where the layer declares that it has none."""
         if "state" in self.refuses:
             return None
         return _random_like(self._state_key, self(self.x[:, : self.piece]).state)
 
-    def initial(self):
+    def initial(self) -> Any:
         """The state before the first token; None where there is none."""
         return None if "state" in self.refuses else self.layer.init_state(B)
 
-    def takes(self, *fields):
+    def takes(self, *fields: str) -> bool:
         return self.refuses.isdisjoint(fields)
 
-    def needs(self, *fields):
+    def needs(self, *fields: str) -> None:
         """Ends a law about what the layer declares to refuse."""
         for field in fields:
             if field in self.refuses:
                 raise NotApplicable(f"declared: refuses {field}")
 
-    def dt(self):
+    def dt(self) -> Any:
         """Random elapsed times [B, L]."""
         return jax.random.uniform(self.key, (B, self.length), minval=0.2, maxval=3.0)
 
-    def everything(self):
+    def everything(self) -> Any:
         """All that the layer takes besides tokens, different in every row."""
         draw = np.random.default_rng(1)
         mask = draw.random((B, self.length)) < 0.7
@@ -198,7 +204,9 @@ class Case:
             self.dt() if self.takes("dt") else None,
         )
 
-    def in_pieces(self, sizes, x, state, sequence=None):
+    def in_pieces(
+        self, sizes: Any, x: Any, state: Any, sequence: Any | None = None
+    ) -> Any:
         """The outputs and final state of consecutive calls of the given lengths."""
         outputs, start = [], 0
         for size in sizes:
@@ -209,11 +217,13 @@ class Case:
             start += size
         return Result(jnp.concatenate(outputs, axis=1), state)
 
-    def tokens(self):
+    def tokens(self) -> Any:
         """Every token as a sequence of its own, [B L, 1, ...]."""
         return self(self.x.reshape(-1, 1, *self.x.shape[2:]))
 
-    def gradients(self, call: Callable, x, state, *extra, ends=1.0):
+    def gradients(
+        self, call: Callable, x: Any, state: Any, *extra: Any, ends: Any = 1.0
+    ) -> Any:
         """The result of call(variables, x, state, *extra) and the gradients of a
         contraction of it, the final state weighted by `ends`, with respect to the
         parameters, the input and the initial state."""
@@ -238,16 +248,16 @@ class Case:
 
     # Calls for `gradients`.
 
-    def whole(self, variables, x, state):
+    def whole(self, variables: Any, x: Any, state: Any) -> Any:
         """One call on everything, in train mode."""
         return self.layer.apply(variables, x, state, None, True)
 
-    def padded(self, variables, x, state, mask, places):
+    def padded(self, variables: Any, x: Any, state: Any, mask: Any, places: Any) -> Any:
         """The output at the places [B, M] that exist, in train mode."""
         y, state = self.layer.apply(variables, x, state, Sequence(mask=mask), True)
         return at(y, places), state
 
-    def scanned(self, variables, x, state, dt=None):
+    def scanned(self, variables: Any, x: Any, state: Any, dt: Any | None = None) -> Any:
         """Consecutive calls of a third each in a `jax.lax.scan`."""
 
         def call(state, parts):

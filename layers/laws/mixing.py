@@ -1,5 +1,8 @@
 """The mixing matrix of a layer that is linear in its values."""
 
+from collections.abc import Mapping
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,9 @@ from kernels.tolerance import error, limit
 from layers.inside import EXPOSED, MOVED
 
 
-def materialize(layer, variables, x):
+def materialize(
+    layer: nn.Module, variables: Mapping, x: jax.Array | int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The matrix M with mixed[t] = sum_s M[t, s] values[s], in order of time.
 
     The values are what the layer exposes as such, v of attention or u of Mamba, after

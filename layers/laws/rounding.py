@@ -45,7 +45,7 @@ def _results(layer, policy, variables, x):
     return jax.device_get((y, final, gradients))
 
 
-def measure(name, length):
+def measure(name: str, length: int) -> list[float]:
     """Errors of layer `name` on `length` tokens: float32 output, state and gradients,
     bfloat16 output."""
     cls = LAYERS[name]
@@ -65,7 +65,7 @@ def measure(name, length):
     return [*errors, laws.worst(half[0], double[0])]
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m layers.laws.rounding")
     parser.add_argument("--layers", default=",".join(LAYERS), help="names, by commas")
     parser.add_argument("--lengths", default="64,1024,4096", help="of the sequences")
@@ -74,7 +74,7 @@ def main(argv=None):
     names = options.layers.split(",")
     unknown = sorted(set(names) - set(LAYERS))
     if unknown:
-        parser.error(f"--layers: unknown {unknown}; may be {sorted(LAYERS)}")
+        parser.error(f"--layers: must be among {sorted(LAYERS)}, got {unknown}")
     numbers = options.lengths.split(",")
     if not all(n.isdecimal() and int(n) for n in numbers):
         parser.error(

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ from ssm.sequence import Sequence
 
 
 @jax.custom_jvp
-def gelu_erf(x):
+def gelu_erf(x: jax.Array) -> jax.Array:
     """x Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2, the exact form
     (https://arxiv.org/abs/1606.08415).
 
@@ -43,30 +44,60 @@ def _normal_cdf(x):
 GELUS = {"erf": gelu_erf, "tanh": functools.partial(nn.gelu, approximate=True)}
 
 
-def none(y, features, drop, dtype, gelu):
+def none(
+    y: jax.Array,
+    features: int,
+    drop: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+    gelu: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """drop(y), for mixers that have their own gate (Mamba)."""
     return drop(y)
 
 
-def only_gelu(y, features, drop, dtype, gelu):
+def only_gelu(
+    y: jax.Array,
+    features: int,
+    drop: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+    gelu: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """drop(gelu(y)) (S5)."""
     return drop(gelu(y))
 
 
-def glu(y, features, drop, dtype, gelu):
+def glu(
+    y: jax.Array,
+    features: int,
+    drop: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+    gelu: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """W1 g * sigmoid(W2 g), g = drop(gelu(y)) (S4; S5 calls it full_glu)."""
     out = dense(2 * features, "gate", dtype)(drop(gelu(y)))
     value, gate = jnp.split(out, 2, axis=-1)
     return drop(value * nn.sigmoid(gate))
 
 
-def half_glu1(y, features, drop, dtype, gelu):
+def half_glu1(
+    y: jax.Array,
+    features: int,
+    drop: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+    gelu: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """drop(g * sigmoid(W g)), g = drop(gelu(y)) (S5)."""
     g = drop(gelu(y))
     return drop(g * nn.sigmoid(dense(features, "gate", dtype)(g)))
 
 
-def half_glu2(y, features, drop, dtype, gelu):
+def half_glu2(
+    y: jax.Array,
+    features: int,
+    drop: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+    gelu: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """drop(y * sigmoid(W g)), g = drop(gelu(y)) (S5)."""
     g = drop(gelu(y))
     return drop(y * nn.sigmoid(dense(features, "gate", dtype)(g)))
@@ -201,6 +232,6 @@ class Block(nn.Module):
         )
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> Any:
         """The mixer's initial state."""
         return self.mixer().init_state(batch_size)

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import importlib
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import flax.linen as nn
 
 from layers.attention import Attention
 from layers.delta_net import DeltaNet
 from layers.dss import DSS
+from layers.facts import placement_of
 from layers.flash_butterfly import FlashButterfly
 from layers.frames.conv_lstm import ConvLSTM
 from layers.frames.conv_s5 import ConvS5
@@ -25,6 +26,7 @@ from layers.lru import LRU
 from layers.lstm import LSTM
 from layers.mamba import Mamba
 from layers.mamba2 import Mamba2
+from layers.min_gru import MinGRU
 from layers.models import grid, precision
 from layers.models.block import GATES, GELUS, NORMS, Block
 from layers.models.model import ENCODERS, HEADS, Model
@@ -60,6 +62,7 @@ LAYERS = {
     "attention": Attention,
     "lstm": LSTM,
     "gru": GRU,
+    "min_gru": MinGRU,
 }
 
 # Layers over frames [B, L, h, w, U], with a field `size`.
@@ -71,52 +74,7 @@ FRAME_LAYERS = {
 }
 
 
-class Placement(NamedTuple):
-    """How a mixer is placed in its block, as in its paper and its public code.
-
-    Attributes:
-        gate: behind it, a key of `layers.models.block.GATES`.
-        mlp: hidden width of a gated MLP per feature; 0 for none.
-        gelu: the form in the gate, a key of `layers.models.block.GELUS`.
-        norm_epsilon: of the block's norms; 0 for the norm's own value.
-    """
-
-    gate: str
-    mlp: float
-    gelu: str = "tanh"
-    norm_epsilon: float = 0.0
-
-
-# Every MLP is gated here, where RetNet, H3 and Hyena have plain ones.
-S4_BLOCK = Placement("glu", 0.0, "erf", 1e-5)
-PLACEMENTS = {
-    "s4": S4_BLOCK,
-    "s4d": S4_BLOCK,
-    "dss": S4_BLOCK,
-    "long_conv": S4_BLOCK,
-    "sg_conv": S4_BLOCK,
-    "flash_butterfly": Placement("glu", 0.0, norm_epsilon=1e-5),
-    "mamba": Placement("none", 0.0, norm_epsilon=1e-5),
-    "mamba2": Placement("none", 0.0, norm_epsilon=1e-5),
-    "rg_lru": Placement("none", 3.0),
-    "retention": Placement("none", 2.0),
-    "lightning": Placement("none", 2.0),
-    "gla": Placement("none", 8 / 3),
-    "delta_net": Placement("none", 8 / 3),
-    "gated_delta_net": Placement("none", 8 / 3),
-    "h3": Placement("none", 4.0, norm_epsilon=1e-5),
-    "hyena": Placement("none", 4.0, norm_epsilon=1e-5),
-    "attention": Placement("none", 8 / 3),
-    "conv_s5": Placement("none", 0.0),
-    "conv_lstm": Placement("none", 0.0),
-    "frame_attention": Placement("none", 8 / 3),
-    "full_frame_attention": Placement("none", 8 / 3),
-}
-# Of what is not there, a user's layer too.
-DEFAULT_PLACEMENT = Placement("glu", 0.0)
-
-
-def get(name):
+def get(name: str) -> type[nn.Module]:
     """The layer class called `name`: a key of `LAYERS` or `FRAME_LAYERS`, or the dotted
     path of the user's own ("package.module.Class"). `ValueError` lists the names."""
     known = LAYERS | FRAME_LAYERS
@@ -124,8 +82,8 @@ def get(name):
         return known[name]
     module, _, attribute = name.rpartition(".")
     unknown = ValueError(
-        f"layer: unknown {name!r}; may be {sorted(known)} or the dotted path of a "
-        "Flax module"
+        f"layer: must be one of {sorted(known)} or the dotted path of a Flax module, "
+        f"got {name!r}"
     )
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -142,14 +100,14 @@ def get(name):
     return found
 
 
-def build(config) -> Model | Video | VQ:
+def build(config: Mapping) -> Model | Video | VQ:
     """A `Model` from a mapping such as `configs.common.base().model`.
 
     `layer` is a name or a sequence of names, the pattern that `depth` blocks repeat;
     `layer_args` holds fields of the layer (for a pattern: of each, by name). Gate "",
-    mlp -1, gelu "" and norm_epsilon -1 are those of the layer's family, see
-    `PLACEMENTS`; norm_epsilon 0 is the norm's own. Raises `ValueError` naming the key,
-    what it was and what it must be.
+    mlp -1, gelu "" and norm_epsilon -1 are those of the layer's family, its
+    `PLACEMENT` (see `layers.facts`); norm_epsilon 0 is the norm's own. Raises
+    `ValueError` naming the key, what it was and what it must be.
 
     `grid`, a key of `layers.models.grid.SCHEMES`, goes with the encoder "grid" and
     makes every layer a `Grid`; `patch` is the encoder's.
@@ -205,7 +163,7 @@ def build(config) -> Model | Video | VQ:
     )
 
 
-def foreign(config) -> list[str]:
+def foreign(config: Mapping) -> list[str]:
     """The layers of a model's config that are not of this project: `build` imports what
     they name, so that a config from elsewhere is to be asked first."""
     names = config["layer"]
@@ -231,7 +189,7 @@ def _pattern(config):
 
 def _block(name, args, config, dtype):
     """A factory of the block around one layer of the pattern."""
-    placement = PLACEMENTS.get(name, DEFAULT_PLACEMENT)
+    placement = placement_of(get(name))
     mlp = placement.mlp if config["mlp"] < 0 else config["mlp"]
     epsilon = config["norm_epsilon"]
     return functools.partial(
@@ -298,8 +256,8 @@ def _fields(cls, name, given, own):
     unknown = sorted(set(given) - fields)
     if unknown:
         raise ValueError(
-            f"layer_args: {name} has no {unknown}; may be {sorted(fields - own)}. A "
-            "config takes layer and arguments together: "
+            f"layer_args: must be among {sorted(fields - own)} for {name}, got "
+            f"{unknown}. A config takes layer and arguments together: "
             f"configs/FILE.py:...,layer={name}"
         )
     return fields
@@ -353,4 +311,4 @@ def _check_grid(config):
 
 def _one_of(key, value, valid):
     if value not in valid:
-        raise ValueError(f"{key}: unknown {value!r}; may be {sorted(valid)}")
+        raise ValueError(f"{key}: must be one of {sorted(valid)}, got {value!r}")

@@ -3,13 +3,14 @@ cross scan of VMamba (https://arxiv.org/abs/2401.10166)."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from layers.checks import also_empty
 from ssm import sequence as seq
+from ssm.sequence import Sequence
 
 
 class Scheme(NamedTuple):
@@ -26,20 +27,20 @@ SCHEMES = {
 }
 
 
-def get(scheme):
+def get(scheme: str) -> Scheme:
     """The `Scheme` of this name; `ValueError` lists the names."""
     if scheme not in SCHEMES:
-        raise ValueError(f"scheme: unknown {scheme!r}; may be {sorted(SCHEMES)}")
+        raise ValueError(f"scheme: must be one of {sorted(SCHEMES)}, got {scheme!r}")
     return SCHEMES[scheme]
 
 
-def longest(scheme, size):
+def longest(scheme: str, size: tuple[int, ...]) -> int:
     """Tokens of the longest sequence that a mixer reads on a grid of `size`, such as
     (h, w): what its capacity (`length`, `context`) must hold."""
     return math.prod(size) if get(scheme).whole else max(size)
 
 
-def no_companions(sequence):
+def no_companions(sequence: Sequence | None) -> None:
     """Raises a `ValueError` naming what accompanies the tokens of a sequence: a grid
     has none."""
     for name in ("mask", "reset", "dt"):
@@ -98,7 +99,7 @@ class Grid(nn.Module):
         return x.astype(self.dtype), None
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> NoReturn:
         """`ValueError`: there is no recurrent mode."""
         raise ValueError(
             "init_state: Grid has no recurrent mode, it reads every axis in both "

@@ -1,7 +1,7 @@
 """Encoder, stack and head: a whole model under the contract of a single mixer."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -161,7 +161,7 @@ class Model(nn.Module):
         return self._answer(pooled), {"stack": stack_state, "pool": pool}
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> Any:
         """The state before the first token. `ValueError` without a recurrent mode."""
         documents = 2 * batch_size if self.head == "retrieval" else batch_size
         return self._stateful(self.stack(), documents)

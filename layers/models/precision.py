@@ -1,6 +1,6 @@
 """Which dtype is used where."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,18 @@ POLICIES = {
 }
 
 
-def get(name):
+def get(name: str) -> Policy:
     """The policy called `name`; a `ValueError` lists the valid names, and refuses one
     that JAX would quietly narrow."""
     if name not in POLICIES:
-        raise ValueError(f"dtype: unknown {name!r}; may be {sorted(POLICIES)}")
+        raise ValueError(f"dtype: must be one of {sorted(POLICIES)}, got {name!r}")
     policy = POLICIES[name]
     if jax.dtypes.canonicalize_dtype(policy.compute) != policy.compute:
         raise ValueError(f"dtype: {name!r} needs jax.enable_x64(True) around the call")
     return policy
 
 
-def cast(variables, policy):
+def cast(variables: Any, policy: Policy) -> Any:
     """Real numbers of `variables` in the policy's parameter dtype."""
     return jax.tree.map(
         lambda x: (

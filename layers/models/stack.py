@@ -84,7 +84,7 @@ class Stack(nn.Module):
         return x, new
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> dict:
         """Initial states; `ValueError` if any block has no recurrent mode."""
         repeats, rest = divmod(self.depth, len(self.pattern))
         states = [make().init_state(batch_size) for make in self.pattern]

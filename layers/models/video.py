@@ -1,6 +1,6 @@
 """Next-frame prediction: encoder, stack of mixers over frames, decoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -51,7 +51,9 @@ class Decoder(nn.Module):
         return images.conv(self.outputs, "out", jnp.float32)(x.astype(jnp.float32))
 
 
-def in_pieces(module, x, size):
+def in_pieces(
+    module: Callable[[jax.Array], jax.Array], x: jax.Array, size: int
+) -> jax.Array:
     """module(x) of frames x [B, L, ...], `size` of them at a time and, where that is
     less than L, made again for the gradient; the module sees every frame by itself."""
     B, L = x.shape[:2]
@@ -140,7 +142,7 @@ class Video(nn.Module):
         return seq.zero_masked(y, sequence), {"stack": state}
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> dict:
         """The state before the first frame."""
         return {"stack": self.stack().init_state(batch_size)}
 

@@ -1,7 +1,7 @@
 """A VQ autoencoder of frames, VQ-VAE (https://arxiv.org/abs/1711.00937)."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
@@ -107,7 +107,7 @@ class VQ(nn.Module):
             outputs = jax.tree.map(lambda x: x[:, 0], outputs)
         return outputs, None
 
-    def encode(self, frames):
+    def encode(self, frames: jax.Array) -> jax.Array:
         """uint8 [..., h, w, C] -> int32 codes [..., h', w'].
 
         `ValueError` for frames that are not uint8, with other `channels`, or of a size
@@ -115,7 +115,7 @@ class VQ(nn.Module):
         """
         return self._encode(self._frames(frames))[1]
 
-    def decode(self, codes):
+    def decode(self, codes: jax.Array) -> jax.Array:
         """Integer codes [..., h', w'] -> float32 [..., h, w, C], p / 127.5 - 1."""
         if codes.ndim not in (3, 4) or not jnp.issubdtype(codes.dtype, jnp.integer):
             raise ValueError(
@@ -125,7 +125,7 @@ class VQ(nn.Module):
         return self._decode(jnp.take(self.book.codes.value, codes, axis=0))
 
     @nn.nowrap
-    def init_state(self, batch_size):
+    def init_state(self, batch_size: int) -> NoReturn:
         """Raises a `ValueError`: frames on their own have no state."""
         raise ValueError("VQ: an autoencoder of single frames has no recurrent mode")
 
@@ -188,7 +188,7 @@ class VQ(nn.Module):
             raise ValueError(f"decay: must lie in [0, 1), got {self.decay}")
 
 
-def nearest(z, codes):
+def nearest(z: jax.Array, codes: jax.Array) -> jax.Array:
     """argmin_k |z - codes[k]|^2, the first where several are: z [..., D], codes [K, D]
     -> int32 [...]."""
     # |z|^2 is the same for all; at the default precision of a matmul on accelerators
@@ -199,7 +199,15 @@ def nearest(z, codes):
     )
 
 
-def moved(book, z, chosen, error, decay, restart, key):
+def moved(
+    book: Codebook,
+    z: jax.Array,
+    chosen: jax.Array,
+    error: jax.Array,
+    decay: float,
+    restart: float,
+    key: jax.Array,
+) -> Codebook:
     """The codebook after a batch, by the moving averages of the paper's appendix A.1:
 
         N_k = decay N_k + (1 - decay) n_k           n_k vectors chose k
