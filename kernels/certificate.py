@@ -125,5 +125,5 @@ def _parts(source: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    split = (name.split(".") for name in names if name.startswith("kernels."))
-    return {parts[1] for parts in split}
+    ours = (name for name in names if name.startswith("kernels."))
+    return {name.removeprefix("kernels.").split(".")[0] for name in ours}
