@@ -60,8 +60,11 @@ def main(argv: list[str]) -> int:
     # Here and not above: a mistyped flag is answered before JAX has started.
     import jax
 
+    from kernels import allocator
     from train import certificate, data, evaluate, loop
 
+    if __name__ == "__main__":  # the process of who imports this is theirs
+        allocator.keep_freed_memory()
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if DISTRIBUTED.value or tasks > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
