@@ -1,19 +1,13 @@
 # Every target makes its environment when it is missing or older than what it is made of.
 PYTHON ?= python3
 VENV ?= .venv
-CONFIG ?= configs/pixels.py:digits
+CONFIG ?= pixels:digits
+PART ?= 1/5
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# Large arrays otherwise go back to the system after every operation, and the page faults
-# of the next one cost more than its arithmetic: a training step on a CPU becomes 1.2 to
-# 1.4 times faster. The price is memory that is kept. Read by glibc, ignored elsewhere.
-train reproduce bench: export MALLOC_ARENA_MAX = 1
-train reproduce bench: export MALLOC_MMAP_THRESHOLD_ = 4294967296
-train reproduce bench: export MALLOC_TRIM_THRESHOLD_ = 34359738368
-
-.PHONY: install train test check reproduce bench lint clean
+.PHONY: install train test check part reproduce bench package lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +21,10 @@ test: $(INSTALLED)
 check: test
 	$(BIN)/python -m pytest -n 2 -m slow
 
+# One of N parts of the slow tests, as `make part PART=2/5`; a test stays in its part.
+part: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow --part $(PART)
+
 # Trains what docs/results.md reports, three seeds each, and rewrites its table.
 reproduce: $(INSTALLED)
 	$(BIN)/python -m train.reproduce
@@ -36,12 +34,23 @@ bench: $(INSTALLED)
 	$(BIN)/python -m kernels.bench
 	$(BIN)/python -m train.bench
 
+# The wheel, dist/ssmax-*.whl, installed with its dependencies beside a user's code.
+package:
+	rm -rf dist
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-wheel/bin/python -m pip install --quiet \
+	    "$$(ls dist/ssmax-*.whl)[train,data]"
+	cd dist && ../.venv-wheel/bin/python -m ssmax.layers.laws --layer s5
+	cd dist && ../.venv-wheel/bin/python -m ssmax.train.main --config pixels:digits \
+	    --config.train.steps=20 --workdir run
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml requirements/py311.txt requirements/py312.txt

@@ -300,7 +300,7 @@ def apply(config: ConfigDict, recipe: dict) -> None:
 
 
 def parse_arg(arg: str, **defaults) -> ConfigDict:
-    """Parses what follows the colon in `--config configs/pixels.py:digits,layer=s5`.
+    """Parses what follows the colon in `--config pixels:digits,layer=s5`.
 
     Args:
         arg: words separated by commas: `name=value`, or a value alone, as first word

@@ -12,8 +12,8 @@ Hardware: digits: a laptop's CPU (2 cores). mnist, cifar: one GPU of 16 GB.
 Time and score: digits: test accuracy 0.986 for S4D, separable, seed 0, after 6 minutes
     on a busy CPU; one run, and no paper reports this split. mnist, cifar: not run yet.
 
-    python -m train.main --config configs/images.py:digits,layer=s4d,scheme=cross
-    python -m train.main --config configs/images.py:cifar,layer=mamba
+    python -m train.main --config images:digits,layer=s4d,scheme=cross
+    python -m train.main --config images:cifar,layer=mamba
 """
 
 from configs import common

@@ -14,7 +14,7 @@ Score: paper, test accuracy: S4 59.6, S4D-LegS 60.5 (https://arxiv.org/abs/2206.
     `python -m train.reproduce.baseline` with the same config gives the score of
     counting tokens.
 
-    python -m train.main --config configs/lra.py:listops,layer=s4d,scale=small
+    python -m train.main --config lra:listops,layer=s4d,scale=small
 """
 
 from configs import common

@@ -6,7 +6,7 @@ Trains: whatever the file holds; `train/data/arrays.py` describes its layout (in
 Hardware: a CPU will do for some thousand sequences of some hundred tokens.
 Time and score: as the data have it.
 
-    python -m train.main --config configs/own.py:path=my.npz,layer=s5 --workdir runs/my
+    python -m train.main --config own:path=my.npz,layer=s5 --workdir runs/my
 """
 
 from configs import common

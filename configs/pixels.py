@@ -18,8 +18,8 @@ Time and score: digits: the table in docs/results.md, by `python -m train.reprod
     pmnist: S4 98.70 (there); scifar: S4 91.80, S4D-LegS 89.92
     (https://arxiv.org/abs/2206.11893), S5 90.10 (https://arxiv.org/abs/2208.04933).
 
-    python -m train.main --config configs/pixels.py:digits,layer=s5
-    python -m train.main --config configs/pixels.py:smnist,layer=s4d,scale=small
+    python -m train.main --config pixels:digits,layer=s5
+    python -m train.main --config pixels:smnist,layer=s4d,scale=small
 """
 
 from configs import common

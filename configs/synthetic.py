@@ -17,8 +17,8 @@ Score: paper, test accuracy: selective_copying: S4 18.3, Mamba 99.8; induction a
     gets 0.07 of induction and copying, 0.25 of mqar (one of its values), 0.1 of
     passkey.
 
-    python -m train.main --config configs/synthetic.py:induction,layer=mamba
-    python -m train.main --config configs/synthetic.py:induction --lengths 1,2,4,8
+    python -m train.main --config synthetic:induction,layer=mamba
+    python -m train.main --config synthetic:induction --lengths 1,2,4,8
 """
 
 from configs import common

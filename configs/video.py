@@ -14,9 +14,9 @@ Time and score: small: a quarter of an hour; the table in docs/results.md, by `p
     the 800 frames after 100 of context (https://arxiv.org/abs/2310.19694), the "mean"
     of rollout.json; 300,000 steps.
 
-    python -m train.main --config configs/video.py:moving_digits,scale=small
-    python -m train.main --config configs/video.py:moving_digits,layer=conv_lstm
-    python -m train.main --config configs/video.py:clips,path=my.npz --workdir runs/my
+    python -m train.main --config video:moving_digits,scale=small
+    python -m train.main --config video:moving_digits,layer=conv_lstm
+    python -m train.main --config video:clips,path=my.npz --workdir runs/my
 """
 
 from configs import common

@@ -188,8 +188,9 @@ def _known(function: str, op: str, backend: str) -> None:
 
 
 def _table(op: str) -> dict:
-    # here, because the operations import this module
-    function = getattr(importlib.import_module("kernels"), op)
+    import kernels  # here, because the operations import this module
+
+    function = getattr(kernels, op)
     return importlib.import_module(function.__module__).BACKENDS
 
 

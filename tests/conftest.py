@@ -6,7 +6,9 @@ as users do, and so does the law of `jit`.
 """
 
 import os
+import re
 import signal
+import zlib
 from importlib import metadata
 
 import pytest
@@ -32,3 +34,34 @@ def forget_compiled_programs():
     import jax  # tests may set what it reads when it is imported
 
     jax.clear_caches()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        metavar="K/N",
+        type=_part,
+        help="only part K of N of the tests, 1 to N; a test stays in its part",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", text)
+    k, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= k <= n:
+        raise pytest.UsageError(
+            f"--part must be K/N with K between 1 and N, such as 2/5, got {text}"
+        )
+    return k, n
+
+
+def pytest_collection_modifyitems(config, items):
+    """Cases of one test spread over all parts: a digest of its name says in which a
+    test is, so that those that come or go move no other."""
+    if config.option.part is None:
+        return
+    k, n = config.option.part
+    parts = [zlib.crc32(item.nodeid.encode()) % n + 1 for item in items]
+    left_out = [item for item, part in zip(items, parts, strict=True) if part != k]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item, part in zip(items, parts, strict=True) if part == k]

@@ -1,5 +1,6 @@
 """Diagonal rules against dense float64 discretisation and closed forms."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +92,21 @@ def test_gain_has_a_finite_gradient_at_zero():
 def test_unknown_rule_lists_the_names():
     with pytest.raises(ValueError, match=r"must be one of .*bilinear.*zoh.*'euler'"):
         discretize.get("euler")
+
+
+class TestRules(chex.TestCase):
+    """Every rule gives the same compiled or not, for arrays of JAX and of NumPy."""
+
+    @chex.variants(
+        with_jit=True, without_jit=True, with_device=True, without_device=True
+    )
+    def test_steps_of_every_shape(self):
+        lam, dt = LAM.astype(np.complex64), np.float32([[0.1], [0.0]])
+        for rule in discretize.DISCRETIZATIONS.values():
+            log_a, gain = self.variant(rule)(lam, dt)
+            chex.assert_shape(log_a, (2, len(LAM)))
+            chex.assert_is_broadcastable(jnp.shape(gain), log_a.shape)
+            chex.assert_tree_all_finite((log_a, gain))
+            with jax.enable_x64(True):
+                exact = rule(lam.astype(np.complex128), dt.astype(np.float64))
+            assert_close((np.exp(log_a), gain), (np.exp(exact[0]), exact[1]))

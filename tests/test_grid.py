@@ -3,6 +3,7 @@
 import functools
 from unittest import mock
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -180,8 +181,8 @@ def test_rows_are_independent_and_every_parameter_has_a_gradient(
         return y, pull((jnp.ones_like(rows), jnp.zeros_like(y)))
 
     y, gradients = gradient(params, x)
-    for leaf in jax.tree.leaves(gradients):
-        assert np.isfinite(leaf).all() and np.any(leaf)
+    chex.assert_tree_all_finite(gradients)
+    assert all(map(np.any, jax.tree.leaves(gradients)))
     turned, (of_params, of_x) = gradient(params, x[::-1])
     assert_close(turned, y[::-1])
     assert_close((of_params, of_x[::-1]), gradients, "gradient")

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -26,6 +27,7 @@ def answer(*arguments):
     [
         ([], "--config is missing"),
         (["--config=configs/nope.py:a"], "there is no file 'configs/nope.py'"),
+        (["--config=nope:a"], "or one of images, lra, own, pixels, synthetic, video"),
         (["--config=configs/pixels.py:digits,lyer=s5"], "'lyer=s5' is not valid"),
         (["--config", CONFIG, "--config.train.stpes=3"], "has no 'stpes'; it has acc"),
         (["--config", CONFIG, "--config.trian.steps=3"], "has no 'trian'; it has data"),
@@ -136,6 +138,22 @@ def test_profile(tmp_path):
     process = tiny_run.start(tmp_path, tmp_path / "cache", "--profile")
     tiny_run.finish(process)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("path", ["configs/pixels.py", "pixels"])
+@pytest.mark.parametrize("given", [["--config"], ["-config"], []], ids=str)
+def test_a_name_alone_is_a_config_of_this_project(
+    parsed, path, given, tmp_path, monkeypatch
+):
+    """As its path is from the project's folder, and from any other."""
+    if path == "pixels":
+        monkeypatch.chdir(tmp_path)
+    else:
+        monkeypatch.chdir(tiny_run.ROOT)
+    value = f"{path}:digits,layer=gru"
+    parsed(*([*given, value] if given else [f"--config={value}"]))
+    assert main.CONFIG.value.model.layer == "gru"
+    assert main._workdir(3, several=False) == Path("runs/pixels-digits,layer=gru-3")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-?", "--helpfull"])

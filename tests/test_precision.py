@@ -1,5 +1,6 @@
 """One policy says which dtype is used where; bfloat16 trains every layer."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def test_training_in_bfloat16_stays_finite(layer):
         params, moments, value = step(params, moments)
         losses.append(float(value))
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    chex.assert_tree_all_finite(params)
 
 
 def test_a_policy_is_found_by_name():

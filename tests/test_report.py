@@ -4,6 +4,7 @@ import html.parser
 import re
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,10 +257,10 @@ def test_the_initial_variables_are_those_of_the_run(tokens, capsys):
     mesh = sharding.make_mesh(run.config)
     begun = state.create(run.model, optax.identity(), batch, run.config.seed, mesh)
     found = probe.initial_variables(run)
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, begun.variables())))
+    chex.assert_trees_all_equal(found, begun.variables())
     run.config.train.init_from = str(tokens)
     found = probe.initial_variables(run)
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, run.variables)))
+    chex.assert_trees_all_equal(found, run.variables)
 
 
 def test_a_report_says_that_a_beginning_is_lost(tokens, monkeypatch):

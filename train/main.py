@@ -1,8 +1,10 @@
 """Trains what a config file says.
 
-    python -m train.main --config configs/pixels.py:digits,layer=s5 --config.seed=1
+    python -m train.main --config pixels:digits,layer=s5 --config.seed=1
+    python -m train.main --config my/config.py
 
-The same command again goes on with a run that was stopped.
+A name alone is one of `configs/`. The same command again goes on with a run that was
+stopped.
 """
 
 import contextlib
@@ -18,13 +20,15 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import configs
 from train import runs, settings
 from train.signals import Stopped, check, stop_signals
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "FILE[:ARGUMENT]; --config.KEY=VALUE changes a value",
+    "FILE[:ARGUMENT] or NAME[:ARGUMENT], such as pixels:digits; --config.KEY=VALUE "
+    "changes a value",
     lock_config=True,
 )
 WORKDIR = flags.DEFINE_string(
@@ -56,8 +60,11 @@ def main(argv: list[str]) -> int:
     # Here and not above: a mistyped flag is answered before JAX has started.
     import jax
 
+    from kernels import allocator
     from train import certificate, data, evaluate, loop
 
+    if __name__ == "__main__":  # the process of who imports this is theirs
+        allocator.keep_freed_memory()
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if DISTRIBUTED.value or tasks > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
@@ -97,9 +104,7 @@ def check_arguments(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ValueError(f"unknown arguments {argv[1:]}")
     if CONFIG.value is None:
-        raise ValueError(
-            "--config is missing, such as --config configs/pixels.py:digits"
-        )
+        raise ValueError("--config is missing, such as --config pixels:digits")
     settings.check_types(CONFIG.value)
     settings.place("--workdir", WORKDIR.value or "")
 
@@ -165,6 +170,7 @@ def _print_seeds(found: dict[int, dict]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """The arguments that are no flags, with a clear error for a flag that cannot be."""
+    argv = _with_paths(argv)
     line = "\n".join(argv)
     path = re.search(r"^--?config[=\n](.*)", line, re.M)
     if path:
@@ -196,14 +202,38 @@ def _parse(argv: list[str]) -> list[str]:
         ) from error
 
 
+def _with_paths(argv: list[str]) -> list[str]:
+    """The arguments, with its path where --config names a file of `configs/` alone."""
+    paths = {path.stem: path for path in _own_configs()}
+    found = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        flag = re.match(r"--?config=", argument)
+        if flag or before in ("--config", "-config"):
+            start = flag.end() if flag else 0
+            name, colon, rest = argument[start:].partition(":")
+            argument = f"{argument[:start]}{paths.get(name, name)}{colon}{rest}"
+        found.append(argument)
+    return found
+
+
+def _own_configs() -> list[Path]:
+    files = sorted(Path(configs.__file__).parent.glob("*.py"))
+    return [path for path in files if path.stem not in ("__init__", "common")]
+
+
 def _check_file(file: str) -> None:
     place = settings.place("--config", file)
+    if re.fullmatch(r"\w+", file) and not place.exists():
+        names = ", ".join(path.stem for path in _own_configs())
+        raise ValueError(
+            f"--config must be a Python file's path or one of {names}, got {file!r}"
+        )
     if not file or not place.exists():
         raise ValueError(f"--config: there is no file {file!r}")
     if place.suffix != ".py" or not place.is_file():
         raise ValueError(
             f"--config must be a Python file with get_config, such as "
-            f"configs/pixels.py:digits, got {file!r}"
+            f"my/config.py:argument, got {file!r}"
         )
 
 

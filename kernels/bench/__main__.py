@@ -19,9 +19,8 @@ the table says so; one that takes so long is timed once. The figures go to FILE.
 a picture of the sweep to FILE.png.
 
 On Linux the C library gives large buffers back after every call, and each new one costs
-page faults. Started with MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296
-MALLOC_TRIM_THRESHOLD_=34359738368 it keeps them, which speeds everything up, the plain
-forms most.
+page faults. Here it keeps them (`kernels.allocator`), unless MALLOC_ARENA_MAX or a like
+variable is set, which speeds everything up, the plain forms most.
 """
 
 import argparse
@@ -36,7 +35,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kernels import dispatch
+from kernels import allocator, dispatch
 from kernels.bench import peers, plot, timing
 from kernels.bench.cases import CASES, Case
 from kernels.check import certificate
@@ -345,4 +344,5 @@ def _use(parser, platform: str) -> None:
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     raise SystemExit(main())

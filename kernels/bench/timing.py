@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import allocator
+
 LEAST = 2e-3  # seconds of a sample: shorter functions are called several times
 MEMORY = Path("/proc/meminfo")
 RESIDENT = Path("/proc/self/statm")  # in pages, the second number
@@ -121,5 +123,5 @@ def environment() -> dict:
         "machine": platform.platform(),
         "cores": os.cpu_count(),
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+        "allocator": allocator.setting(),
     }

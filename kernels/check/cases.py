@@ -69,7 +69,7 @@ class Operation:
     @property
     def folder(self) -> str:
         """Of its sources, below kernels/."""
-        return self.call.__module__.split(".")[1]
+        return self.call.__module__.removeprefix("kernels.").split(".")[0]
 
     @property
     def backends(self) -> dict:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import lra, pixels
+from kernels import allocator
 from train import checkpoint, data, files
 from train.reproduce import baseline, contest, ledger
 from train.reproduce import video as video_contest
@@ -121,4 +122,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     sys.exit(main())

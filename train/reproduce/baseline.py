@@ -1,6 +1,6 @@
 """What a linear classifier makes of a config's task: the score that a model must beat.
 
-    python -m train.reproduce.baseline --config configs/lra.py:listops,scale=small
+    python -m train.reproduce.baseline --config lra:listops,scale=small
 
 Multinomial logistic regression on the same splits. It sees of tokens how often each
 occurs and which comes first, of other sequences all values.
