@@ -5,6 +5,7 @@ import itertools
 import jax
 import pytest
 
+from kernels.check.cases import DTYPES, OPERATIONS, Case
 from kernels.check.comparison import check, results, rounded, widened
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LENGTHS",
     "OPTIONS",
     "check",
+    "inputs_of",
     "product",
     "results",
     "rounded",
@@ -27,7 +29,13 @@ OPTIONS = [
     frozenset({"state", "reset"}),
 ]
 LENGTHS = [7, 1, 64, 1000]
-DTYPES = ["float32", "bfloat16", "float64"]
+
+
+def inputs_of(name, variant, length, options=(), **sizes):
+    """Those of an operation in OPERATIONS, with a state and resets if the options
+    say so; `sizes` instead of its own."""
+    case = Case(variant, length, "state" in options, "reset" in options)
+    return OPERATIONS[name].inputs(case, **sizes)
 
 
 def option_id(options):

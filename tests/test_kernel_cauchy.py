@@ -1,10 +1,12 @@
 """cauchy against the naive sums, its gradients, memory and behaviour at theta = pi."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check, product, temporary_bytes
+from kernel_cases import check, inputs_of, product, temporary_bytes
 
 from kernels import cauchy
 from kernels.tolerance import error
@@ -12,28 +14,27 @@ from kernels.tolerance import error
 LENGTHS = [7, 1, 2, 64, 1000]
 
 
-def case(shape=(3, 5), extra=(2,), seed=0):
-    """Numerators and nodes like those of S4: slow decay, up to many turns a step."""
-    rng = np.random.default_rng(seed)
-    dt = 10 ** rng.uniform(-3, -1, (*shape[:-1], 1))
-    z = dt * (-0.5 + 1j * np.arange(1, shape[-1] + 1) ** 2)
-    v = rng.standard_normal((2, *extra, *shape))
-    return {"v": v[0] + 1j * v[1], "z": z}
+def case(length=7, **sizes):
+    return inputs_of("cauchy", "shared nodes", length, **sizes)
 
 
 @product(dtype=["float32", "float64"], length=LENGTHS, backend=["xla", "reference"])
 def test_equals_the_naive_sum(dtype, length, backend):
-    check(cauchy, case(seed=length), dtype, backend, length=length)
+    check(cauchy, case(length), dtype, backend, length=length)
 
 
-@pytest.mark.parametrize("extra", [(), (2, 3)])
-@pytest.mark.parametrize("heads", [(), (2, 2)])
+@pytest.mark.parametrize("extra", [(), (2, 2)])
+@pytest.mark.parametrize("heads", [(), (2, 3)])
 def test_leading_axes(extra, heads):
-    check(cauchy, case((*heads, 5), extra), "float64", "xla", length=9)
+    inputs = case(H=math.prod(heads))
+    sums = inputs["v"][: math.prod(extra)]
+    inputs["v"] = sums.reshape(*extra, *heads, 5)
+    inputs["z"] = inputs["z"].reshape(*heads, 5)
+    check(cauchy, inputs, "float64", "xla", length=9)
 
 
 def test_more_frequencies_than_a_block():
-    check(cauchy, case((2, 4)), "float64", "xla", length=3001)
+    check(cauchy, case(H=2, N=4), "float64", "xla", length=3001)
 
 
 def test_is_the_textbook_sum_away_from_the_singularity():
@@ -61,7 +62,7 @@ def test_the_last_frequency_of_an_even_grid_is_exact():
 
 def test_the_gradient_makes_no_table():
     """The naive sum keeps [H, n, L]; this one blocks of frequencies."""
-    inputs = {k: jnp.asarray(x, jnp.complex64) for k, x in case((16, 32), (4,)).items()}
+    inputs = {k: jnp.asarray(x, jnp.complex64) for k, x in case(H=16, N=32).items()}
 
     def gradient(v, z):
         def loss(v, z):

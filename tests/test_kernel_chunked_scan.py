@@ -11,8 +11,10 @@ from kernel_cases import (
     LENGTHS,
     OPTIONS,
     check,
+    inputs_of,
     product,
     results,
+    rounded,
     temporary_bytes,
     widened,
 )
@@ -21,33 +23,19 @@ from kernels import chunked_scan
 from kernels.chunked_scan import delta, xla
 from kernels.tolerance import assert_close, error
 
-FORMS = ["scalar", "vector delta", "vector", "scalar delta"]
-PLAINER = ["constant", "delta", "sum"]  # decays that are broadcast
+FORMS = [
+    "scalar decay",
+    "delta rule, vector decay",
+    "vector decay",
+    "delta rule, scalar decay",
+]
+# decays that are broadcast
+PLAINER = ["constant decay", "delta rule, no decay", "no decay"]
 
 
 def inputs_for(form, length, options=("state", "reset"), groups=2, heads=4, width=8):
-    """Keys of length 1, for which the delta rule is stable."""
-    rng = np.random.default_rng(length)
-    shape = (2, length, heads)
-    k = rng.standard_normal((2, length, groups, width))
-    inputs = {
-        "q": rng.standard_normal(k.shape),
-        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
-        "v": rng.standard_normal((*shape, 6)),
-    }
-    if "scalar" in form:
-        inputs["log_decay"] = -rng.uniform(0, 0.5, shape)
-    if "vector" in form:
-        inputs["log_decay"] = -rng.uniform(0, 0.5, (*shape, width))
-    if form == "constant":
-        inputs["log_decay"] = -rng.uniform(0, 0.5, heads)
-    if "delta" in form:
-        inputs["beta"] = rng.uniform(0, 1, shape)
-    if "state" in options:
-        inputs["initial_state"] = rng.standard_normal((2, heads, width, 6))
-    if "reset" in options:
-        inputs["reset"] = rng.uniform(size=shape[:2]) < 0.1
-    return inputs
+    sizes = dict(G=groups, H=heads, K=width, V=6)
+    return inputs_of("chunked_scan", form, length, options, **sizes)
 
 
 def arrays(inputs):
@@ -61,7 +49,10 @@ def compare(inputs, dtype, options=(), transition=True):
 
 @product(form=FORMS, dtype=DTYPES, length=LENGTHS)
 def test_equals_definition(form, dtype, length):
-    compare(inputs_for(form, length), dtype)
+    inputs = inputs_for(form, length)
+    if "beta" in inputs:  # at any length as strong as it may be
+        inputs["beta"] = np.random.default_rng(1).uniform(0, 1, inputs["beta"].shape)
+    compare(inputs, dtype)
 
 
 @pytest.mark.parametrize("form", PLAINER)
@@ -81,7 +72,7 @@ def test_options_over_several_chunks(options, form):
     compare(inputs_for(form, 70, options), "float64", options)
 
 
-@product(form=["scalar delta", "vector"], heads=[(1, 3), (4, 4)])
+@product(form=["delta rule, scalar decay", "vector decay"], heads=[(1, 3), (4, 4)])
 def test_groups(form, heads):
     groups, heads = heads
     compare(inputs_for(form, 12, groups=groups, heads=heads), "float64")
@@ -93,7 +84,7 @@ def jitted(inputs, **static):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["scalar", "vector delta"])
+@pytest.mark.parametrize("form", ["scalar decay", "delta rule, vector decay"])
 def test_chunk_size_is_free(form, monkeypatch):
     with jax.enable_x64(True):
         inputs = arrays(inputs_for(form, 20))
@@ -104,7 +95,10 @@ def test_chunk_size_is_free(form, monkeypatch):
             assert_close(jitted(inputs), expected)
 
 
-@product(form=["scalar", "scalar delta", "vector delta"], reverse=[False, True])
+@product(
+    form=["scalar decay", "delta rule, scalar decay", "delta rule, vector decay"],
+    reverse=[False, True],
+)
 def test_calls_compose(form, reverse):
     """Two calls in a row are one, in both directions, and so are their transitions."""
     inputs = arrays(inputs_for(form, 24))
@@ -126,14 +120,16 @@ def test_calls_compose(form, reverse):
     assert_close((jnp.concatenate(parts, 1), state, total), (o, final, transition))
 
 
-@pytest.mark.parametrize("form", ["scalar", "vector", "vector delta"])
+@pytest.mark.parametrize(
+    "form", ["scalar decay", "vector decay", "delta rule, vector decay"]
+)
 def test_transition_is_the_derivative_by_the_initial_state(form):
     with jax.enable_x64(True):
         inputs = arrays(inputs_for(form, 20, {"state"}, groups=1, heads=1))
         inputs["reset"] = jnp.zeros((2, 20), bool).at[1, 5].set(True)
         _, final, transition = jitted(inputs, return_transition=True)
         _, without = jitted({**inputs, "initial_state": 0 * inputs["initial_state"]})
-        if form == "vector delta":
+        if form == "delta rule, vector decay":
             moved = transition @ inputs["initial_state"]
         else:
             extra = inputs["initial_state"].ndim - transition.ndim
@@ -156,7 +152,7 @@ def case(form, length=70, **options):
 
 def test_no_decay_is_causal_linear_attention():
     with jax.enable_x64(True):
-        inputs = case("sum")
+        inputs = case("no decay")
         o, final = jitted(inputs)
         assert_close(o, quadratic(jnp.tril(jnp.ones((70, 70))), **inputs))
         assert_close(final, jnp.einsum("blhk,blhv->bhkv", inputs["k"], inputs["v"]))
@@ -166,7 +162,7 @@ def test_no_decay_is_causal_linear_attention():
 
 def test_constant_decay_is_retention():
     with jax.enable_x64(True):
-        inputs = case("constant")
+        inputs = case("constant decay")
         log_decay = inputs.pop("log_decay")
         lag = jnp.arange(70)[:, None] - jnp.arange(70)
         weights = jnp.tril(jnp.exp(log_decay)[:, None, None] ** lag)
@@ -177,7 +173,7 @@ def test_constant_decay_is_retention():
 def test_scalar_decay_is_the_masked_quadratic_form():
     """SSD: M = L * (C B^T), L[i, j] = a[j+1] ... a[i]."""
     with jax.enable_x64(True):
-        inputs = case("scalar")
+        inputs = case("scalar decay")
         log_decay = inputs.pop("log_decay")
         total = jnp.cumsum(log_decay, 1).swapaxes(1, 2)
         weights = jnp.tril(jnp.exp(total[..., :, None] - total[..., None, :]))
@@ -185,7 +181,7 @@ def test_scalar_decay_is_the_masked_quadratic_form():
         assert_close(o, quadratic(weights, **inputs))
 
 
-@pytest.mark.parametrize("form", ["scalar", "scalar delta"])
+@pytest.mark.parametrize("form", ["scalar decay", "delta rule, scalar decay"])
 def test_one_decay_for_all_channels(form):
     inputs = arrays(inputs_for(form, 20))
     wide = jnp.broadcast_to(inputs["log_decay"][..., None], (2, 20, 4, 8))
@@ -195,7 +191,7 @@ def test_one_decay_for_all_channels(form):
 def test_delta_rule_with_orthonormal_keys_adds_beta_v():
     """Nothing is stored under a key before it comes, as long as there are new ones."""
     with jax.enable_x64(True):
-        inputs = case("scalar delta", length=40, width=40)
+        inputs = case("delta rule, scalar decay", length=40, width=40)
         basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))
         inputs["k"] = jnp.broadcast_to(basis[None, :, None], inputs["k"].shape)
         found = jitted(inputs)
@@ -205,7 +201,7 @@ def test_delta_rule_with_orthonormal_keys_adds_beta_v():
 
 def test_delta_rule_with_one_key_replaces():
     """beta = 1 and always the same key: the state holds the last value only."""
-    inputs = case("delta", length=70)
+    inputs = case("delta rule, no decay", length=70)
     inputs["k"] = jnp.broadcast_to(inputs["k"][:1, :1, :1], inputs["k"].shape)
     inputs["beta"] = jnp.ones_like(inputs["beta"])
     inputs["q"] = inputs["k"]
@@ -223,7 +219,7 @@ def test_inverse_where_powers_of_the_matrix_would_be_huge():
     np.testing.assert_array_equal(u[0, 0], jnp.eye(64) - jnp.eye(64, k=-1))
 
 
-@pytest.mark.parametrize("form", ["scalar", "vector delta"])
+@pytest.mark.parametrize("form", ["scalar decay", "delta rule, vector decay"])
 def test_tokens_that_do_not_exist(form):
     """No decay and no key, or no beta: the state passes."""
     inputs = inputs_for(form, 40)
@@ -243,7 +239,12 @@ def test_tokens_that_do_not_exist(form):
 
 
 @product(
-    form=["scalar", "vector", "scalar delta", "vector delta"],
+    form=[
+        "scalar decay",
+        "vector decay",
+        "delta rule, scalar decay",
+        "delta rule, vector decay",
+    ],
     decay=["mixed", "strong"],
     dtype=["float32", "float64"],
 )
@@ -262,7 +263,10 @@ def test_extreme_decays_are_exact(form, decay, dtype):
     compare(inputs, dtype, transition=False)
 
 
-@product(form=["scalar", "scalar delta", "vector"], decay=[-16, -1, -10, -30])
+@product(
+    form=["scalar decay", "delta rule, scalar decay", "vector decay"],
+    decay=[-16, -1, -10, -30],
+)
 def test_gradient_of_a_strong_decay(form, decay):
     """What it changes is small, of what it keeps: a difference of sums would lose it.
     Over chunks and without a reset, so that nothing else has a gradient as large."""
@@ -273,7 +277,7 @@ def test_gradient_of_a_strong_decay(form, decay):
 
 
 def test_infinite_decay_is_a_reset():
-    inputs = inputs_for("scalar", 20)
+    inputs = inputs_for("scalar decay", 20)
     reset = inputs.pop("reset")
     decay = np.where(reset[..., None], -np.inf, inputs["log_decay"])
     with jax.enable_x64(True):
@@ -287,7 +291,7 @@ def test_infinite_decay_is_a_reset():
 
 def test_mapped_twice():
     """Over batches of batches, with gradients: more axes than any layer has."""
-    inputs = case("scalar delta", length=5)
+    inputs = case("delta rule, scalar decay", length=5)
     stacked = {k: jnp.stack([jnp.stack([x, x / 2])] * 2) for k, x in inputs.items()}
 
     def gradient(x):
@@ -302,19 +306,14 @@ def test_mapped_twice():
 
 def gradient_of(form, length):
     """The gradient function and its inputs, one batch, 4 heads of 64 by 64."""
-    rng = np.random.default_rng(0)
-    inputs = {k: rng.standard_normal((1, length, 4, 64)) for k in "qkv"}
-    axes = 4 if "vector" in form else 3
-    inputs["log_decay"] = -rng.uniform(0, 1, inputs["q"].shape[:axes])
-    if "delta" in form:
-        inputs["beta"] = rng.uniform(0, 1, (1, length, 4))
-        inputs["k"] = inputs["k"] / 8
-    inputs = {k: x.astype(np.float32) for k, x in inputs.items()}
+    sizes = dict(B=1, G=4, H=4, K=64, V=64)
+    inputs = rounded(inputs_of("chunked_scan", form, length, **sizes), "float32")
     return jax.grad(lambda x: jnp.sum(chunked_scan(**x)[0] ** 2)), inputs
 
 
 @pytest.mark.parametrize(
-    "form", ["scalar", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS[1:])]
+    "form",
+    ["scalar decay", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMS[1:])],
 )
 def test_memory_of_the_backward_pass_is_linear_and_without_states(form):
     sizes = [temporary_bytes(*gradient_of(form, length)) for length in (1024, 2048)]
@@ -326,7 +325,7 @@ def test_memory_of_the_backward_pass_is_linear_and_without_states(form):
 def test_program_does_not_grow_with_the_length():
     lines = []
     for length in (256, 4096):
-        function, inputs = gradient_of("scalar", length)
+        function, inputs = gradient_of("scalar decay", length)
         lines.append(jax.jit(function).lower(inputs).as_text().count("\n"))
     assert lines[0] == lines[1]
 
@@ -354,7 +353,7 @@ SHAPE = (2, 5, 4)
     ],
 )
 def test_bad_input(change, message):
-    inputs = arrays(inputs_for("scalar delta", 5))
+    inputs = arrays(inputs_for("delta rule, scalar decay", 5))
     with pytest.raises(ValueError, match=message):
         chunked_scan(**{**inputs, **change})
 
@@ -362,7 +361,7 @@ def test_bad_input(change, message):
 def test_narrow_inputs_give_a_wide_state():
     inputs = {
         name: x if x.dtype == bool else x.astype(jnp.bfloat16)
-        for name, x in arrays(inputs_for("scalar", 7)).items()
+        for name, x in arrays(inputs_for("scalar decay", 7)).items()
     }
     for backend in ("xla", "reference"):
         run = partial(chunked_scan, backend=backend)
@@ -371,7 +370,7 @@ def test_narrow_inputs_give_a_wide_state():
 
 
 def test_one_token_is_one_step():
-    inputs = arrays(inputs_for("scalar delta", 1))
+    inputs = arrays(inputs_for("delta rule, scalar decay", 1))
     del inputs["reset"]
     q, k = (jnp.repeat(inputs[name][:, 0], 2, 1) for name in "qk")
     beta, decay = inputs["beta"][:, 0, :, None], jnp.exp(inputs["log_decay"][:, 0])

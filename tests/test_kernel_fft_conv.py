@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import DTYPES, LENGTHS, OPTIONS, check, product, temporary_bytes
+from kernel_cases import (
+    DTYPES,
+    LENGTHS,
+    OPTIONS,
+    check,
+    inputs_of,
+    product,
+    temporary_bytes,
+)
 
 from kernels import (
     backend_report,
@@ -27,24 +35,12 @@ GATES = ("skip", "pre_gate", "post_gate")
 
 
 def inputs_for(length, options, taps=None, channels=3, batch=2):
-    taps = length if taps is None else taps
-    rng = np.random.default_rng(length + 7 * taps)
-    shape = (batch, length, channels)
-    decay = np.exp(-np.arange(taps) / 20)
-    made = {
-        "u": rng.standard_normal(shape),
-        "k": rng.standard_normal((channels, taps)) * decay,
-        "initial_state": rng.standard_normal((batch, taps - 1, channels)),
-        "reset": rng.uniform(size=shape[:2]) < 0.15,
-        "k_reverse": rng.standard_normal((channels, taps)) * decay,
-        "skip": rng.standard_normal(channels),
-        "pre_gate": rng.standard_normal(shape),
-        "post_gate": rng.standard_normal(shape),
-    }
-    wanted = {"u", "k", *options}
-    if "state" in options and taps > 1:
-        wanted.add("initial_state")
-    return {name: x if name in wanted else None for name, x in made.items()}
+    """Beside u and k what `options` has: "state", "reset", "k_reverse" and GATES."""
+    variant = "two-sided" if "k_reverse" in options else "gated"
+    sizes = dict(K=length if taps is None else taps, H=channels, B=batch)
+    made = inputs_of("fft_conv", variant, length, options, **sizes)
+    left_out = {*GATES} - {*options}
+    return {name: x for name, x in made.items() if name not in left_out}
 
 
 @product(
@@ -117,10 +113,7 @@ def test_two_calls_compose(cut_taps, reverse, reset):
         timed = {"u", "reset", "pre_gate", "post_gate"}
 
         def run(part, state):
-            cut = {
-                k: v[:, part] if k in timed and v is not None else v
-                for k, v in inputs.items()
-            }
+            cut = {k: v[:, part] if k in timed else v for k, v in inputs.items()}
             return compiled(**{**cut, "initial_state": state})
 
         compiled = jax.jit(partial(fft_conv, reverse=reverse))
@@ -140,8 +133,6 @@ def test_two_calls_compose(cut_taps, reverse, reset):
 def test_reset_equals_separate_segments(two_sided):
     with jax.enable_x64(True):
         inputs = inputs_for(70, {"state", *two_sided})
-        if two_sided:
-            inputs["initial_state"] = None
         reset = np.zeros((2, 70), bool)
         reset[:, [0, 13, 14, 40]] = True
         run = jax.jit(fft_conv)
@@ -387,7 +378,7 @@ def butterfly(u, k, k_reverse=None, skip=None, backend=None, **factors):
 def butterfly_inputs(length, sizes, options, taps=None, channels=3):
     """Factors near the DFT's; those with an even place of its own for each channel."""
     inputs = inputs_for(length, options, taps, channels)
-    made = {name: inputs[name] for name in ("u", "k", "k_reverse", "skip")}
+    made = dict(inputs)
     rng = np.random.default_rng(length)
     for i, factor in enumerate(dft_factors(sizes)):
         for name, own in (("u", i % 2 == 0), ("k", i % 2 == 1)):
@@ -417,8 +408,7 @@ def test_butterfly_of_any_order_without_options(sizes, length):
 
 @product(sizes=[(8, 12), (4, 3, 5, 2)], two_sided=[True, False])
 def test_butterfly_begins_as_the_fft_convolution(sizes, two_sided):
-    inputs = inputs_for(37, {"skip"} | ({"k_reverse"} if two_sided else set()))
-    moving = {name: x for name, x in inputs.items() if x is not None}
+    moving = inputs_for(37, {"skip"} | ({"k_reverse"} if two_sided else set()))
     with jax.enable_x64(True):
         factors = dft_factors(sizes, jnp.float64)
 

@@ -13,6 +13,7 @@ from kernel_cases import (
     LENGTHS,
     OPTIONS,
     check,
+    inputs_of,
     product,
     results,
     temporary_bytes,
@@ -23,31 +24,8 @@ from kernels.linear_scan import BACKENDS, gradient, xla
 from kernels.tolerance import assert_close
 
 
-def decay(rng, shape, kind):
-    size = rng.uniform(0.3, 0.999, shape)
-    return size * np.exp(1j * rng.uniform(-3, 3, shape)) if kind == "complex" else size
-
-
-def normal(rng, shape, kind="real"):
-    x = rng.standard_normal(shape)
-    return x + 1j * rng.standard_normal(shape) if kind == "complex" else x
-
-
-def scan_inputs(length, options, kind="real", a_shape=None, trailing=(5,), batch=2):
-    rng = np.random.default_rng(length)
-    shape = (batch, length, *trailing)
-    kind_a, kind_x = (kind, kind) if isinstance(kind, str) else kind
-    kind_h = "complex" if "complex" in (kind_a, kind_x) else "real"
-    a = decay(rng, shape if a_shape is None else a_shape, kind_a)
-    return {
-        # float32 has no number for the product of a thousand strong decays
-        "a": a ** min(1.0, 64 / length),
-        "x": normal(rng, shape, kind_x),
-        "initial_state": normal(rng, (batch, *trailing), kind_h)
-        if "state" in options
-        else None,
-        "reset": rng.uniform(size=shape[:2]) < 0.2 if "reset" in options else None,
-    }
+def scan_inputs(length, options, variant="real", **sizes):
+    return inputs_of("linear_scan", variant, length, options, **sizes)
 
 
 @product(dtype=DTYPES, length=LENGTHS, options=OPTIONS)
@@ -64,14 +42,14 @@ def test_real_scan_equals_definition(dtype, length, options):
 
 
 @product(
-    kind=["complex", ("real", "complex"), ("complex", "real")],
+    variant=["complex", "complex x", "complex a"],
     length=LENGTHS,
     options=OPTIONS,
 )
-def test_complex_scan_equals_definition(kind, length, options):
+def test_complex_scan_equals_definition(variant, length, options):
     check(
         linear_scan,
-        scan_inputs(length, options, kind),
+        scan_inputs(length, options, variant),
         "float32",
         "xla",
         reverse="reverse" in options,
@@ -92,8 +70,13 @@ def test_complex_scan_equals_definition(kind, length, options):
     reverse=[False, True],
 )
 def test_decay_that_broadcasts(kind, shape, reverse):
-    options = {"state", "reset"}
-    inputs = scan_inputs(9, options, kind, shape, trailing=(3, 4))
+    inputs = scan_inputs(9, {"state", "reset"}, kind, D=12)
+    for name, x in inputs.items():
+        if name != "reset":
+            inputs[name] = x.reshape(*x.shape[:-1], 3, 4)
+    # the first along every axis of which there is one
+    whole = inputs["a"] if len(shape) == 4 else inputs["a"][0, 0]
+    inputs["a"] = whole[tuple(slice(size) for size in shape)]
     check(
         linear_scan, inputs, "float64", "xla", reverse=reverse, return_transition=True
     )
@@ -106,7 +89,7 @@ def test_reference_in_low_precision(dtype):
 
 
 def test_scalar_features_and_zero_decay():
-    inputs = scan_inputs(11, {"state"}, trailing=())
+    inputs = {name: x[..., 0] for name, x in scan_inputs(11, {"state"}).items()}
     inputs["a"] = inputs["a"] * (np.arange(11) != 4)
     check(linear_scan, inputs, "float64", "xla", return_transition=True)
     inputs["a"] = np.zeros(())
@@ -115,10 +98,8 @@ def test_scalar_features_and_zero_decay():
 
 def split_equals_whole(op, inputs, sequences, cut, reverse):
     """Two calls in the order of processing equal one, and transitions multiply."""
-    first = {k: v[:, :cut] if k in sequences and v is not None else v
-             for k, v in inputs.items()}  # fmt: skip
-    second = {k: v[:, cut:] if k in sequences and v is not None else v
-              for k, v in inputs.items()}  # fmt: skip
+    first = {k: v[:, :cut] if k in sequences else v for k, v in inputs.items()}
+    second = {k: v[:, cut:] if k in sequences else v for k, v in inputs.items()}
     if reverse:
         first, second = second, first
     run = jax.jit(
@@ -243,30 +224,9 @@ def test_memory_of_the_backward_pass_is_linear():
     assert temporary_bytes(small, constant, shape) < 3 * whole
 
 
-def bank_inputs(length, options, kind="complex", modes=3, channels=4, batch=2):
-    rng = np.random.default_rng(length + 1)
-    shape = (channels, modes)
-    log_a = -rng.uniform(0.01, 0.5, shape)
-    # with dt the phase dt * Im(log_a) is rounded in the input's precision at every step
-    fastest = 0.5 if "dt" in options else 3
-    if kind == "complex":
-        log_a = log_a + 1j * rng.uniform(-fastest, fastest, shape)
-    whole_steps = rng.integers(0, 4, (batch, length)).astype(float)
-    dt = np.where(rng.uniform(size=whole_steps.shape) < 0.5, whole_steps,
-                  rng.uniform(0, 3, whole_steps.shape))  # fmt: skip
-    return {
-        "log_a": log_a,
-        "b": normal(rng, shape, kind),
-        "c": normal(rng, shape, kind),
-        "u": normal(rng, (batch, length, channels)),
-        "dt": dt if "dt" in options else None,
-        "initial_state": normal(rng, (batch, *shape), kind)
-        if "state" in options
-        else None,
-        "reset": rng.uniform(size=(batch, length)) < 0.2
-        if "reset" in options
-        else None,
-    }
+def bank_inputs(length, options, kind="complex"):
+    variant = f"{kind}, dt" if "dt" in options else kind
+    return inputs_of("contracted_scan", variant, length, options)
 
 
 BANK_OPTIONS = [
@@ -326,7 +286,6 @@ def test_whole_steps_repeat_the_input():
     with jax.enable_x64(True):
         inputs = bank_inputs(6, {"state"})
         state = inputs.pop("initial_state")
-        inputs.pop("reset")
         dt = np.array([[1, 3, 0, 2, 1, 4], [2, 0, 0, 1, 5, 1]], float)
         inputs["dt"] = dt
         run = jax.jit(contracted_scan)

@@ -4,29 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import DTYPES, LENGTHS, OPTIONS, check, product, temporary_bytes
+from kernel_cases import (
+    DTYPES,
+    LENGTHS,
+    OPTIONS,
+    check,
+    inputs_of,
+    product,
+    temporary_bytes,
+)
 
 from kernels import contracted_scan, selective_scan
 from kernels.tolerance import assert_close, error
 
 
-def inputs_for(length, options=(), batch=2, channels=3, modes=4):
-    rng = np.random.default_rng(length)
-    shape = (batch, length, channels)
-    made = {
-        "u": rng.standard_normal(shape),
-        "dt": rng.uniform(0.01, 0.5, shape),
-        "A": -rng.uniform(0.1, 2, (channels, modes)),
-        "B": rng.standard_normal((batch, length, modes)),
-        "C": rng.standard_normal((batch, length, modes)),
-        "skip": rng.standard_normal(channels),
-        "initial_state": rng.standard_normal((batch, channels, modes)),
-        "reset": rng.uniform(size=shape[:2]) < 0.15,
-    }
-    wanted = {"u", "dt", "A", "B", "C", "skip", *options}
-    if "state" in options:
-        wanted.add("initial_state")
-    return {name: x if name in wanted else None for name, x in made.items()}
+def inputs_for(length, options=(), **sizes):
+    return inputs_of("selective_scan", "skip", length, options, **{"D": 3} | sizes)
 
 
 @product(dtype=DTYPES, length=LENGTHS, options=OPTIONS)
@@ -47,7 +40,7 @@ def test_lengths_about_a_chunk(length, options):
 def test_calls_compose(reverse):
     """Two calls in a row are one, in both directions, and so are their transitions."""
     inputs = {
-        k: None if x is None else jnp.asarray(x, bool if x.dtype == bool else None)
+        k: jnp.asarray(x, bool if x.dtype == bool else None)
         for k, x in inputs_for(50, {"state", "reset"}).items()
     }
     options = dict(reverse=reverse, return_transition=True)
@@ -118,13 +111,12 @@ def test_gradients_of_the_final_state_alone():
 
 
 def _arrays(inputs):
-    return {k: None if x is None else jnp.asarray(x) for k, x in inputs.items()}
+    return {k: jnp.asarray(x) for k, x in inputs.items()}
 
 
 def test_memory_of_the_backward_pass_is_linear_and_without_modes():
     def bytes_at(length, modes=16):
-        inputs = _arrays(inputs_for(length, batch=1, channels=64, modes=modes))
-        inputs = {k: x for k, x in inputs.items() if x is not None}
+        inputs = _arrays(inputs_for(length, B=1, D=64, N=modes))
 
         def gradient(inputs):
             return jax.grad(lambda p: jnp.sum(selective_scan(**p)[0] ** 2))(inputs)

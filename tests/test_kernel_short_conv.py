@@ -6,25 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import DTYPES, LENGTHS, OPTIONS, check, product
+from kernel_cases import DTYPES, LENGTHS, OPTIONS, check, inputs_of, product
 
 from kernels import short_conv
 from kernels.tolerance import assert_close
 
 
-def inputs_for(length, options, width=4, channels=3, batch=2):
-    rng = np.random.default_rng(length)
-    return {
-        "u": rng.standard_normal((batch, length, channels)),
-        "w": rng.standard_normal((channels, width)),
-        "bias": rng.standard_normal(channels) if "state" in options else None,
-        "initial_state": rng.standard_normal((batch, width - 1, channels))
-        if "state" in options
-        else None,
-        "reset": rng.uniform(size=(batch, length)) < 0.2
-        if "reset" in options
-        else None,
-    }
+def inputs_for(length, options, **sizes):
+    variant = "bias" if "state" in options else "no bias"
+    return inputs_of("short_conv", variant, length, options, **sizes)
 
 
 @product(dtype=DTYPES, length=LENGTHS, options=OPTIONS)
@@ -35,7 +25,7 @@ def test_equals_definition(dtype, length, options):
 
 @pytest.mark.parametrize("width", [1, 2, 9])
 def test_widths(width):
-    inputs = inputs_for(5, {"state", "reset"}, width)
+    inputs = inputs_for(5, {"state", "reset"}, W=width)
     check(short_conv, inputs, "float64", "xla")
     check(short_conv, inputs, "float32", "reference", reverse=True)
 
@@ -53,7 +43,7 @@ def test_lag_zero_is_the_first_tap():
 def test_two_calls_compose(cut, reverse, reset):
     with jax.enable_x64(True):
         inputs = inputs_for(9, {"state"} | ({"reset"} if reset else set()))
-        u, reset, state = inputs["u"], inputs["reset"], inputs["initial_state"]
+        u, reset, state = inputs["u"], inputs.get("reset"), inputs["initial_state"]
 
         def run(part, state):
             cuts = None if reset is None else reset[:, part]

@@ -1,27 +1,17 @@
 """vandermonde and its transpose against the naive sums."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check, product, temporary_bytes
+from kernel_cases import check, inputs_of, product, temporary_bytes
 
-from kernels import vandermonde, vandermonde_transpose
+from kernels import linear_scan, vandermonde, vandermonde_transpose
 from kernels.tolerance import assert_close
 
 LENGTHS = [7, 1, 2, 64, 1000]
-
-
-def nodes(rng, shape, kind):
-    log_z = -rng.uniform(0.001, 0.5, shape)
-    if kind == "complex":
-        return log_z + 1j * rng.uniform(-3.2, 3.2, shape)
-    return log_z
-
-
-def normal(rng, shape, kind="real"):
-    x = rng.standard_normal(shape)
-    return x + 1j * rng.standard_normal(shape) if kind == "complex" else x
 
 
 @product(
@@ -31,8 +21,7 @@ def normal(rng, shape, kind="real"):
     backend=["xla", "reference"],
 )
 def test_filter_equals_naive_sum(kind, dtype, length, backend):
-    rng = np.random.default_rng(length)
-    inputs = {"c": normal(rng, (3, 5), kind), "log_z": nodes(rng, (3, 5), kind)}
+    inputs = inputs_of("vandermonde", kind, length)
     check(vandermonde, inputs, dtype, backend, length=length)
 
 
@@ -43,36 +32,32 @@ def test_filter_equals_naive_sum(kind, dtype, length, backend):
     backend=["xla", "reference"],
 )
 def test_moments_equal_naive_sum(kind, dtype, length, backend):
-    rng = np.random.default_rng(length)
-    inputs = {"u": normal(rng, (2, 3, length)), "log_z": nodes(rng, (3, 5), kind)}
+    inputs = inputs_of("vandermonde_transpose", kind, length)
     check(vandermonde_transpose, inputs, dtype, backend)
 
 
 @pytest.mark.parametrize("op", [vandermonde, vandermonde_transpose])
 def test_bfloat16(op):
-    rng = np.random.default_rng(0)
-    log_z = nodes(rng, (3, 5), "real")
-    if op is vandermonde:
-        inputs, more = {"c": normal(rng, (3, 5))}, {"length": 64}
-    else:
-        inputs, more = {"u": normal(rng, (2, 3, 64))}, {}
-    check(op, {**inputs, "log_z": log_z}, "bfloat16", "xla", **more)
+    more = {"length": 64} if op is vandermonde else {}
+    check(op, inputs_of(op.__name__, "real", 64), "bfloat16", "xla", **more)
 
 
 @product(extra=[(2, 4), (), (2,)], leading=[(2, 3), (), (3,)])
 def test_leading_axes(extra, leading):
-    rng = np.random.default_rng(1)
-    log_z = nodes(rng, (*leading, 5), "complex")
-    c = normal(rng, (*extra, *leading, 5), "complex")
-    check(vandermonde, {"c": c, "log_z": log_z}, "float64", "xla", length=9)
-    u = normal(rng, (*extra, *leading, 9))
+    channels, rows = math.prod(leading), math.prod(extra)
+    made = inputs_of("vandermonde_transpose", "complex", 9, B=rows, H=channels)
+    log_z = made["log_z"].reshape(*leading, 5)
+    u = made["u"].reshape(*extra, *leading, 9)
     check(vandermonde_transpose, {"u": u, "log_z": log_z}, "float64", "xla")
+    c = u[..., :5] + 1j * u[..., 4:]
+    check(vandermonde, {"c": c, "log_z": log_z}, "float64", "xla", length=9)
 
 
-@pytest.mark.parametrize("kinds", [("real", "complex"), ("complex", "real")])
-def test_real_with_complex(kinds):
-    rng = np.random.default_rng(2)
-    inputs = {"c": normal(rng, (3, 5), kinds[0]), "log_z": nodes(rng, (3, 5), kinds[1])}
+def test_real_with_complex():
+    inputs = inputs_of("vandermonde", "real c", 20)
+    check(vandermonde, inputs, "float64", "xla", length=20)
+    inputs = inputs_of("vandermonde", "complex", 20)
+    inputs["log_z"] = inputs["log_z"].real
     check(vandermonde, inputs, "float64", "xla", length=20)
 
 
@@ -81,7 +66,9 @@ def test_phases_are_accurate_at_any_length(length):
     """No decay, frequencies up to Nyquist: the hardest case for l * Im(log_z)."""
     rng = np.random.default_rng(3)
     log_z = (1j * rng.uniform(-3.14, 3.14, (2, 4))).astype(np.complex64)
-    c = normal(rng, (2, 4), "complex").astype(np.complex64)
+    c = (rng.standard_normal((2, 4)) + 1j * rng.standard_normal((2, 4))).astype(
+        np.complex64
+    )
     l = np.arange(length, dtype=np.float64)
     powers = np.exp(l * log_z.astype(np.complex128)[..., None])
     expected = np.sum(c[..., None] * powers, -2).real
@@ -92,23 +79,19 @@ def test_phases_are_accurate_at_any_length(length):
 
 
 def test_transpose_is_the_transpose():
-    rng = np.random.default_rng(4)
     with jax.enable_x64(True):
-        log_z, c = nodes(rng, (3, 5), "complex"), normal(rng, (3, 5), "complex")
-        g = rng.standard_normal((3, 30))
+        c, log_z = inputs_of("vandermonde", "complex", 30).values()
+        g = inputs_of("vandermonde_transpose", "complex", 30)["u"]
         left = np.sum(vandermonde(c, log_z, 30) * g)
         assert_close(left, np.sum(c * vandermonde_transpose(g, log_z)).real)
 
 
 def test_moments_are_the_final_state_of_a_scan():
-    from kernels import linear_scan
-
-    rng = np.random.default_rng(5)
     with jax.enable_x64(True):
-        log_z, u = nodes(rng, (3, 5), "complex"), rng.standard_normal((2, 12, 3))
+        late_first, log_z = inputs_of("vandermonde_transpose", "complex", 12).values()
+        u = np.flip(late_first.swapaxes(1, 2), 1)
         x = np.broadcast_to(u[..., None], (2, 12, 3, 5))
         _, final = linear_scan(np.exp(log_z), x)
-        late_first = np.flip(u, 1).swapaxes(1, 2)
         assert_close(vandermonde_transpose(late_first, log_z), final)
 
 

@@ -28,11 +28,14 @@ from kernels import (
     vandermonde_transpose,
 )
 
+LONGEST_FILTER = 2048  # taps: the definition keeps L x K values for its gradient
 DTYPES = ("float32", "bfloat16", "float64")
 LONGEST_DECAY = 1000
 
 
 class Case(NamedTuple):
+    """One variant of an operation at one length, with these options."""
+
     variant: str
     length: int
     state: bool = False
@@ -49,9 +52,9 @@ class Operation:
     """One public operation.
 
     `make(rng, variant, length, size)` gives all its arrays, with the initial state and
-    the resets where the variant takes them; `static(case)` its other arguments; `small`
-    and `wide` are sizes for computing and for compiling only; beyond `longest` the
-    definition takes too much memory.
+    the resets where the variant takes them; `static(case)` its other arguments;
+    `variants` are those that are checked; `small` and `wide` are sizes for computing
+    and for compiling only; beyond `longest` the definition takes too much memory.
     """
 
     call: Callable
@@ -75,9 +78,10 @@ class Operation:
     def backends(self) -> dict:
         return sys.modules[self.call.__module__].BACKENDS
 
-    def inputs(self, case: Case, wide: bool = False) -> dict:
+    def inputs(self, case: Case, wide: bool = False, **sizes: int) -> dict:
+        """The arrays of a case, in float64, of these sizes instead of its own."""
         rng = np.random.default_rng(case.length)
-        size = self.wide if wide else self.small
+        size = (self.wide if wide else self.small) | sizes
         made = self.make(rng, case.variant, case.length, size)
         left_out = {"initial_state": case.state, "reset": case.reset}
         return {k: x for k, x in made.items() if left_out.get(k, True)}
@@ -119,7 +123,8 @@ def _mild(length):
     return min(1, 30 / length)
 
 
-def _normal(rng, *shape, kind="r"):
+def normal(rng, *shape, kind="r"):
+    """Standard normal numbers; kind "r" is real, "c" complex."""
     x = rng.standard_normal(shape)
     return x + 1j * rng.standard_normal(shape) if kind == "c" else x
 
@@ -144,8 +149,8 @@ def _scan(rng, variant, length, size):
         a = a * np.exp(1j * rng.uniform(-3, 3, a.shape))
     return {
         "a": a,
-        "x": _normal(rng, *shape, kind=kinds[1]),
-        "initial_state": _normal(rng, B, *shape[2:], kind="c" if "c" in kinds else "r"),
+        "x": normal(rng, *shape, kind=kinds[1]),
+        "initial_state": normal(rng, B, *shape[2:], kind="c" if "c" in kinds else "r"),
         "reset": _resets(rng, B, length),
     }
 
@@ -161,44 +166,47 @@ def _bank(rng, variant, length, size):
         )
     made = {
         "log_a": log_a,
-        "b": _normal(rng, H, N, kind=kind),
-        "c": _normal(rng, H, N, kind=kind),
-        "u": _normal(rng, B, length, H),
-        "initial_state": _normal(rng, B, H, N, kind=kind),
+        "b": normal(rng, H, N, kind=kind),
+        "c": normal(rng, H, N, kind=kind),
+        "u": normal(rng, B, length, H),
+        "initial_state": normal(rng, B, H, N, kind=kind),
         "reset": _resets(rng, B, length),
     }
     if timed:
-        made["dt"] = rng.uniform(0, 3, (B, length)) * (rng.uniform(size=length) < 0.8)
+        # as often whole steps, also none
+        dt = rng.uniform(0, 3, (B, length))
+        made["dt"] = np.where(rng.uniform(size=dt.shape) < 0.5, np.floor(dt), dt)
     return made
 
 
 def _selective(rng, variant, length, size):
     B, D, N = size["B"], size["D"], size["N"]
     made = {
-        "u": _normal(rng, B, length, D),
+        "u": normal(rng, B, length, D),
         "dt": rng.uniform(0.01, 0.5, (B, length, D)),
         "A": -rng.uniform(0.1, 2, (D, N)) * _mild(length),
-        "B": _normal(rng, B, length, N),
-        "C": _normal(rng, B, length, N),
-        "initial_state": _normal(rng, B, D, N),
+        "B": normal(rng, B, length, N),
+        "C": normal(rng, B, length, N),
+        "initial_state": normal(rng, B, D, N),
         "reset": _resets(rng, B, length),
     }
     if variant == "skip":
-        made["skip"] = _normal(rng, D)
+        made["skip"] = normal(rng, D)
     return made
 
 
 def _chunked(rng, variant, length, size):
     B, H, G, K, V = (size[name] for name in "BHGKV")
-    k = _normal(rng, B, length, G, K)
+    k = normal(rng, B, length, G, K)
     made = {
-        "q": _normal(rng, B, length, G, K) / np.sqrt(K),
+        "q": normal(rng, B, length, G, K) / np.sqrt(K),
         # the delta rule is stable for beta |k|^2 <= 2
         "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
-        "v": _normal(rng, B, length, H, V),
-        "initial_state": _normal(rng, B, H, K, V),
+        "v": normal(rng, B, length, H, V),
+        "initial_state": normal(rng, B, H, K, V),
         "reset": _resets(rng, B, length),
     }
+    # also "no decay" and "delta rule, no decay"
     decays = {"constant": (H,), "scalar": (B, length, H), "vector": (B, length, H, K)}
     *rule, decay = variant.removesuffix(" decay").split(", ")
     strong = decay.startswith("strong ")
@@ -213,21 +221,21 @@ def _chunked(rng, variant, length, size):
 
 def _convolution(rng, variant, length, size):
     B, H = size["B"], size["H"]
-    # the definition keeps L x K values for its gradient
-    taps = 17 if variant == "short filter" else min(length, size["K"])
+    whole = size.get("K", min(length, LONGEST_FILTER))
+    taps = 17 if variant == "short filter" else whole
     decay = np.exp(-np.arange(taps) / 20)
     made = {
-        "u": _normal(rng, B, length, H),
-        "k": _normal(rng, H, taps) * decay,
-        "initial_state": _normal(rng, B, taps - 1, H),
+        "u": normal(rng, B, length, H),
+        "k": normal(rng, H, taps) * decay,
+        "initial_state": normal(rng, B, taps - 1, H),
         "reset": _resets(rng, B, length),
     }
     if variant in ("gated", "two-sided"):
-        made["skip"] = _normal(rng, H)
-        made["pre_gate"] = _normal(rng, B, length, H)
-        made["post_gate"] = _normal(rng, B, length, H)
+        made["skip"] = normal(rng, H)
+        made["pre_gate"] = normal(rng, B, length, H)
+        made["post_gate"] = normal(rng, B, length, H)
     if variant == "two-sided":
-        made["k_reverse"] = _normal(rng, H, taps) * decay
+        made["k_reverse"] = normal(rng, H, taps) * decay
         del made["initial_state"]
     return made
 
@@ -236,12 +244,12 @@ def _butterfly(rng, variant, length, size):
     B, H = size["B"], size["H"]
     taps = min(length, size["K"])
     made = {
-        "u": _normal(rng, B, length, H),
-        "k": _normal(rng, H, taps) * np.exp(-np.arange(taps) / 20),
-        "skip": _normal(rng, H),
+        "u": normal(rng, B, length, H),
+        "k": normal(rng, H, taps) * np.exp(-np.arange(taps) / 20),
+        "skip": normal(rng, H),
     }
     if variant == "two-sided":
-        made["k_reverse"] = _normal(rng, H, taps)
+        made["k_reverse"] = normal(rng, H, taps)
     heads = (H,) if variant == "factors per channel" else ()
     for name in ("u_factors", "k_factors"):
         made[name] = [_learned(rng, n, heads) for n in block_sizes(length + size["K"])]
@@ -258,17 +266,18 @@ def _learned(rng, n, heads):
 def _short(rng, variant, length, size):
     B, H, W = size["B"], size["H"], size["W"]
     made = {
-        "u": _normal(rng, B, length, H),
-        "w": _normal(rng, H, W),
-        "initial_state": _normal(rng, B, W - 1, H),
+        "u": normal(rng, B, length, H),
+        "w": normal(rng, H, W),
+        "initial_state": normal(rng, B, W - 1, H),
         "reset": _resets(rng, B, length),
     }
     if variant == "bias":
-        made["bias"] = _normal(rng, H)
+        made["bias"] = normal(rng, H)
     return made
 
 
-def _nodes(rng, variant, size):
+def nodes(rng, variant, size):
+    """log_z [H, N], slowly decaying; up to beyond Nyquist where it is complex."""
     log_z = -rng.uniform(0.001, 0.5, (size["H"], size["N"]))
     if variant == "real":
         return log_z
@@ -278,15 +287,15 @@ def _nodes(rng, variant, size):
 def _filter(rng, variant, length, size):
     kind = "r" if variant in ("real", "real c") else "c"
     return {
-        "c": _normal(rng, 2, size["H"], size["N"], kind=kind),
-        "log_z": _nodes(rng, variant, size),
+        "c": normal(rng, 2, size["H"], size["N"], kind=kind),
+        "log_z": nodes(rng, variant, size),
     }
 
 
 def _moments(rng, variant, length, size):
     return {
-        "u": _normal(rng, size["B"], size["H"], length),
-        "log_z": _nodes(rng, variant, size),
+        "u": normal(rng, size["B"], size["H"], length),
+        "log_z": nodes(rng, variant, size),
     }
 
 
@@ -295,7 +304,7 @@ def _cauchy(rng, variant, length, size):
     dt = 10 ** rng.uniform(-3, -1, (H, 1))
     sums = {"one sum": 1, "shared nodes": 4}[variant]
     return {
-        "v": _normal(rng, sums, H, N, kind="c"),
+        "v": normal(rng, sums, H, N, kind="c"),
         "z": dt * (-0.5 + 1j * np.arange(1, N + 1) ** 2),
     }
 
@@ -359,7 +368,7 @@ OPERATIONS = {
             fft_conv,
             _convolution,
             ("gated", "no gates", "two-sided", "short filter"),
-            {"B": 2, "H": 3, "K": 2048},
+            {"B": 2, "H": 3},
             {"B": 2, "H": 256, "K": 4096},
             _direction,
         ),
