@@ -25,7 +25,7 @@ check: test
 part: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow --part $(PART)
 
-# Trains what the README reports, three seeds each, and rewrites its table.
+# Trains what docs/results.md reports, three seeds each, and rewrites its table.
 reproduce: $(INSTALLED)
 	$(BIN)/python -m train.reproduce
 

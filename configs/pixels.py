@@ -11,9 +11,9 @@ Trains: digits: 1,293 images of 8x8 pixels with 17 grey levels from scikit-learn
     published settings of S4 or S5; layers that have none start from S4's.
     scale=small: 4 x 64 and few steps.
 Hardware: digits, scale=small: a laptop's CPU (2 cores). scale=paper: one GPU of 16 GB.
-Time and score: digits: the table in README.md, by `python -m train.reproduce`; no paper
-    reports this split. small: minutes to an hour, no paper reports it. paper, test
-    accuracy: smnist: S4 99.55 in 20 epochs of 17 s on an A100
+Time and score: digits: the table in docs/results.md, by `python -m train.reproduce`;
+    no paper reports this split. small: minutes to an hour, no paper reports it. paper,
+    test accuracy: smnist: S4 99.55 in 20 epochs of 17 s on an A100
     (https://github.com/srush/annotated-s4), 99.63 (https://arxiv.org/abs/2111.00396);
     pmnist: S4 98.70 (there); scifar: S4 91.80, S4D-LegS 89.92
     (https://arxiv.org/abs/2206.11893), S5 90.10 (https://arxiv.org/abs/2208.04933).

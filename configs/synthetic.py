@@ -13,8 +13,9 @@ Score: paper, test accuracy: selective_copying: S4 18.3, Mamba 99.8; induction a
     positions 83.6 at 2 times (https://arxiv.org/abs/2312.00752). mqar: attention
     100, recurrent layers the more the larger their state
     (https://arxiv.org/abs/2312.04927, https://arxiv.org/abs/2402.18668). small: the
-    tables in README.md, `python -m train.reproduce --task induction`; guessing gets
-    0.07 of induction and copying, 0.25 of mqar (one of its values), 0.1 of passkey.
+    tables in docs/results.md, `python -m train.reproduce --task induction`; guessing
+    gets 0.07 of induction and copying, 0.25 of mqar (one of its values), 0.1 of
+    passkey.
 
     python -m train.main --config synthetic:induction,layer=mamba
     python -m train.main --config synthetic:induction --lengths 1,2,4,8

@@ -9,7 +9,7 @@ Trains: moving_digits: digits that fly through a square and bounce off its walls
     scale=small: 20 frames of 32x32 to train on; rollouts of 10 frames of context and 30
     after it. scale=paper: 300 frames of 64x64, 100 of context, 800 after it.
 Hardware: small: a laptop's CPU (2 cores). paper: one GPU of 80 GB.
-Time and score: small: a quarter of an hour; the table in README.md, by `python -m
+Time and score: small: a quarter of an hour; the table in docs/results.md, by `python -m
     train.reproduce --task moving_digits`; no paper reports it. paper: SSIM 0.761 over
     the 800 frames after 100 of context (https://arxiv.org/abs/2310.19694), the "mean"
     of rollout.json; 300,000 steps.

@@ -1,4 +1,7 @@
-"""Argument checks shared by the operations; every message names the argument."""
+"""Argument checks shared by the operations, and the dtype that arguments ask for.
+
+Every message names the argument.
+"""
 
 import operator
 
@@ -37,11 +40,22 @@ def arrays_or_none(op: str, **arguments) -> None:
     arrays(op, allow_empty=True, **given)
 
 
+def state_dtype(*arrays) -> jnp.dtype:
+    """In which states and sums are kept: the dtype of all floating arrays together,
+    float32 or wider; None is left out.
+
+    So one argument of float64 makes the whole call float64, an initial state too.
+    """
+    given = (x.dtype for x in arrays if x is not None)
+    return jnp.result_type(jnp.float32, *given)
+
+
 def _kind(argument) -> str:
     return "None" if argument is None else f"a {type(argument).__name__}"
 
 
 def complex(op: str, **arrays) -> None:
+    """Each must be complex."""
     for name, array in arrays.items():
         if not jnp.iscomplexobj(array):
             raise ValueError(f"{op}: {name} must be complex, got {array.dtype.name}")
@@ -61,6 +75,7 @@ def floating(op: str, real: bool = False, **arrays) -> None:
 
 
 def shape(op: str, name: str, array, expected: tuple[int, ...], letters: str) -> None:
+    """An array that is not None must be of this shape, which `letters` names."""
     if array is not None and array.shape != expected:
         raise ValueError(
             f"{op}: {name} must be {letters} = {expected}, got {array.shape}"
@@ -74,6 +89,7 @@ def sequence(op: str, name: str, array, letters: str, ndim: int | None = None) -
 
 
 def reset(op: str, array: jax.Array | None, like: jax.Array) -> None:
+    """None, or bool [B, L] as the first axes of `like`."""
     if array is None:
         return
     shape(op, "reset", array, like.shape[:2], "[B, L]")

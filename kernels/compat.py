@@ -7,8 +7,8 @@ called.
 A kernel normally runs on JAX's default device. Away from it there is
     Triton       TRITON_INTERPRET=1 in the environment before its first use: the
                  kernels run in Triton's interpreter on the CPU;
-                 `recorded` and `compiled`: they are compiled to machine code for a GPU
-                 that need not be there;
+                 `recorded()`: what is traced inside is only noted, for
+                 `kernels.check.machine_code` to compile it;
     Pallas       on a CPU the kernels run in interpret mode;
     both         `lowering_for(platform)`: what is traced inside is for that platform.
 """
@@ -20,10 +20,6 @@ import importlib.util
 import inspect
 import math
 import os
-import pathlib
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,7 +27,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from kernels import interpreter
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _record: ContextVar[list | None] = ContextVar("record", default=None)
@@ -101,7 +98,7 @@ def jax_triton():
     """
     if not _installed("jax_triton"):
         raise ImportError("not installed: pip install -e '.[gpu]'")
-    _set_fusion()
+    set_fusion()
     module = importlib.import_module("jax_triton")
     if jax.__version_info__ >= (0, 12):
         primitive = module.triton_lib.triton_kernel_call_p
@@ -111,7 +108,7 @@ def jax_triton():
     return module
 
 
-def _set_fusion() -> None:
+def set_fusion() -> None:
     """Says what Triton 3.9 warns that it may one day no longer assume."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -126,6 +123,17 @@ class TritonCall:
     outputs: tuple
     num_warps: int
     constants: dict = field(hash=False)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[TritonCall]]:
+    """Triton kernels traced inside are not run: the list gets their calls."""
+    calls: list[TritonCall] = []
+    token = _record.set(calls)
+    try:
+        yield calls
+    finally:
+        _record.reset(token)
 
 
 def triton_call(kernel, grid, arguments, outputs, *, num_warps=4, **constants):
@@ -154,7 +162,7 @@ def triton_call(kernel, grid, arguments, outputs, *, num_warps=4, **constants):
         record.append(TritonCall(kernel, grid, shapes, outputs, num_warps, constants))
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outputs)
     if interpreted():
-        return _interpret(kernel, grid, arguments, outputs, constants)
+        return interpreter.call(kernel, grid, arguments, outputs, constants)
     module = jax_triton()
     new = module.__version_info__ >= (0, 4)
     options: dict[str, Any] = {"out_type" if new else "out_shape": outputs}
@@ -169,214 +177,6 @@ def triton_call(kernel, grid, arguments, outputs, *, num_warps=4, **constants):
             **options,
             **constants,
         )
-    )
-
-
-_TYPES = {
-    "float16": "fp16",
-    "float32": "fp32",
-    "float64": "fp64",
-    "bfloat16": "bf16",
-    "int32": "i32",
-    "int8": "i8",
-    "bool": "i1",
-}
-
-
-class _Tensor:
-    """A NumPy array as Triton's interpreter wants its tensors."""
-
-    def __init__(self, array):
-        self.array, self.shape = array, array.shape
-        self.dtype = _TYPES[array.dtype.name]
-
-    def data_ptr(self):
-        return self.array.ctypes.data
-
-    def untyped_storage(self):
-        return self
-
-    def cpu(self):
-        return self
-
-    def new_empty(self, *_, **__):
-        return _Tensor(self.array)
-
-    def set_(self, storage, *_):
-        self.array = storage.array
-
-    def storage_offset(self):
-        return 0
-
-    def size(self):
-        return self.array.shape
-
-    def stride(self):
-        return tuple(x // self.array.itemsize for x in self.array.strides)
-
-    def copy_(self, other):
-        pass
-
-
-@functools.cache
-def _mend_interpreter() -> None:
-    """Makes the interpreter right for bfloat16, which it keeps as uint16: `tl.dot`
-    would multiply it as such, and casts to it would cut off where a GPU rounds."""
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    builder = type(interpreter.interpreter_builder)
-    dot, cast = builder.create_dot, builder.cast_impl
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        words = x.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(words.view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return dot(self, widened(a), widened(b), *rest)
-
-    def cast_impl(self, x, target):
-        if target.scalar != tl.bfloat16 or not x.dtype.scalar.is_floating():
-            return cast(self, x, target)
-        rounded = widened(x).data.astype(jnp.bfloat16)
-        return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
-
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
-
-
-def _interpret(kernel, grid, arguments, outputs, constants):
-    _mend_interpreter()
-    arrays = [x for x in arguments if not isinstance(x, int)]
-
-    def run(*words):
-        arrays_here = map(_from_words, words, arrays)
-        given = [
-            x if isinstance(x, int) else _Tensor(next(arrays_here)) for x in arguments
-        ]
-        # what a kernel fails to write must not look right
-        made = [_unwritten(out) for out in outputs]
-        with np.errstate(all="ignore"):
-            kernel[grid](*given, *map(_Tensor, made), **constants)
-        return tuple(map(_to_words, made))
-
-    shapes = tuple(
-        jax.ShapeDtypeStruct(words.shape, words.dtype)
-        for words in (jax.eval_shape(_to_words_here, out) for out in outputs)
-    )
-    made = jax.pure_callback(
-        run, shapes, *map(_to_words_here, arrays), vmap_method="sequential"
-    )
-    return tuple(map(_from_words_here, made, outputs))
-
-
-# A callback may run in a thread that does not know of `jax.enable_x64`, where JAX would
-# round its arrays to float32: 64 bits travel as two words.
-
-
-def _to_words_here(x):
-    return jax.lax.bitcast_convert_type(x, jnp.uint32) if _is_long(x) else x
-
-
-def _from_words_here(x, like):
-    return jax.lax.bitcast_convert_type(x, like.dtype) if _is_long(like) else x
-
-
-def _to_words(x):
-    return x.view(np.uint32).reshape(*x.shape, 2) if _is_long(x) else x
-
-
-def _from_words(x, like):
-    x = np.array(x, order="C")
-    return x.view(like.dtype).reshape(like.shape) if _is_long(like) else x
-
-
-def _is_long(x):
-    return jnp.dtype(x.dtype).itemsize == 8
-
-
-def _unwritten(out):
-    floating = jnp.issubdtype(out.dtype, jnp.floating)
-    return np.full(out.shape, np.nan if floating else 0, out.dtype)
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[TritonCall]]:
-    """Triton kernels traced inside are not run: the list gets their calls."""
-    calls: list[TritonCall] = []
-    token = _record.set(calls)
-    try:
-        yield calls
-    finally:
-        _record.reset(token)
-
-
-def compiled(call: TritonCall, capability: int = 90) -> dict[str, int]:
-    """Compiles the kernel of a call for an NVIDIA GPU of the compute capability.
-
-    Returns:
-        registers per thread, spilled bytes, shared memory in bytes.
-
-    Raises:
-        RuntimeError, triton.CompilationError: it does not compile.
-    """
-    _set_fusion()
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    names = call.kernel.arg_names
-    given = [*call.arguments, *call.outputs]
-    signature = {
-        name: "i32" if isinstance(x, int) else "*" + _TYPES[x.dtype.name]
-        for name, x in zip(names, given, strict=False)
-    }
-    signature |= {name: "constexpr" for name in names[len(given) :]}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, x in enumerate(given)
-        if not isinstance(x, int) or x % 16 == 0
-    }
-    source = triton.compiler.ASTSource(
-        call.kernel, signature, constexprs=dict(call.constants), attrs=aligned
-    )
-    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = cache
-        made = triton.compile(
-            source,
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": call.num_warps},
-        )
-    registers, spilled = _registers(made.asm["ptx"])
-    return {
-        "registers": registers,
-        "spilled_bytes": spilled,
-        "shared_bytes": made.metadata.shared,
-    }
-
-
-def _registers(ptx: str) -> tuple[int, int]:
-    """Registers per thread and spilled bytes, as the assembler reports them."""
-    import triton
-
-    folder = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
-    assembler = next(
-        path for path in (folder / "ptxas-blackwell", folder / "ptxas") if path.exists()
-    )
-    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
-    with tempfile.TemporaryDirectory() as place:
-        source = pathlib.Path(place, "kernel.ptx")
-        source.write_text(ptx)
-        said = subprocess.run(
-            [assembler, "-v", f"-arch={architecture}", source, "-o", "/dev/null"],
-            capture_output=True,
-            text=True,
-        )
-    if said.returncode:
-        raise RuntimeError(f"ptxas: {said.stderr.strip()}")
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.stderr)
-    return int(re.search(r"Used (\d+) registers", said.stderr)[1]), sum(
-        map(int, spills)
     )
 
 

@@ -1,8 +1,9 @@
 """Which backend computes an operation.
 
 A backend is a module with `unsupported(*arguments) -> str | None`: the reason why it
-cannot take these arguments on this device, or None. Each operation has a table of them,
-the most preferred first. A backend for one platform stands there as `OnPlatform`.
+cannot take these arguments on this device, or None (said here for all of them). Each
+operation has a table of backends, the most preferred first. One for a single platform
+stands there as `OnPlatform`.
 """
 
 import contextlib
@@ -62,10 +63,12 @@ class OnPlatform:
 
 
 def triton(module: str) -> OnPlatform:
+    """A backend for NVIDIA GPUs: the module of this name."""
     return OnPlatform(module, "gpu", compat.triton_missing)
 
 
 def pallas_tpu(module: str) -> OnPlatform:
+    """A backend for TPUs: the module of this name."""
     return OnPlatform(module, "tpu", compat.pallas_tpu_missing)
 
 
@@ -185,8 +188,8 @@ def _known(function: str, op: str, backend: str) -> None:
 
 
 def _table(op: str) -> dict:
-    import kernels  # here, because the operations import this module
-
+    # here, because the operations import this module; of `kernels`, also in a package
+    kernels = importlib.import_module(__name__.rpartition(".")[0])
     function = getattr(kernels, op)
     return importlib.import_module(function.__module__).BACKENDS
 

@@ -13,14 +13,17 @@ Pair = tuple[jax.Array, ...]
 
 
 def split(x: jax.Array) -> Pair:
+    """(re, im) of a complex array, (re,) of a real one."""
     return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
 def join(pair: Pair) -> jax.Array:
+    """The array of a pair: undoes `split`."""
     return jax.lax.complex(*pair) if len(pair) == 2 else pair[0]
 
 
 def mul(p: Pair, q: Pair) -> Pair:
+    """p q; one of them may be real."""
     if len(p) == 1:
         return tuple(p[0] * part for part in q)
     if len(q) == 1:
@@ -29,6 +32,7 @@ def mul(p: Pair, q: Pair) -> Pair:
 
 
 def conj(p: Pair) -> Pair:
+    """The complex conjugate."""
     return p if len(p) == 1 else (p[0], -p[1])
 
 
@@ -38,10 +42,12 @@ def add(p: Pair, q: Pair) -> Pair:
 
 
 def scale(p: Pair, factor) -> Pair:
+    """A real factor times p."""
     return tuple(part * factor for part in p)
 
 
 def exp(p: Pair) -> Pair:
+    """exp(p)."""
     size = jnp.exp(p[0])
     return (size,) if len(p) == 1 else (size * jnp.cos(p[1]), size * jnp.sin(p[1]))
 

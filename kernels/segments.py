@@ -1,4 +1,4 @@
-"""What a reset means, in the forms the operations need.
+"""State, resets and direction, in the forms the operations need.
 
 reset[t] cuts the link between t-1 and t. A call over L tokens has L+1 links: link 0
 brings the initial state in, link L (in the order of processing) hands the final state
@@ -10,9 +10,30 @@ two equals the whole in both directions.
 import jax
 import jax.numpy as jnp
 
+from kernels import varying
 
-def links(reset: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
-    """(into, out), bool: into[b, t] cuts the carry into step t, out[b] the way out."""
+
+def initial(state, shape, dtype, like):
+    """The initial state of a call for its loop: in `dtype`, zeros where it is None,
+    which vary over a mesh as `like` does."""
+    if state is None:
+        return varying.like(jnp.zeros(shape, dtype), like)
+    return state.astype(dtype)
+
+
+def flipped(reverse: bool, *sequences):
+    """All of them [B, L, ...] (or None), turned round in time if `reverse`; one alone
+    is no tuple."""
+    if reverse:
+        sequences = jax.tree.map(lambda x: jnp.flip(x, 1), sequences)
+    return sequences if len(sequences) > 1 else sequences[0]
+
+
+def links(reset: jax.Array | None, reverse: bool) -> tuple:
+    """(into, out), bool: into[b, t] cuts the carry into step t, out[b] the way out;
+    None both without resets."""
+    if reset is None:
+        return None, None
     free = jnp.zeros_like(reset[:, :1])
     if reverse:
         return jnp.concatenate([reset[:, 1:], free], 1), reset[:, 0]
@@ -22,6 +43,18 @@ def links(reset: jax.Array, reverse: bool) -> tuple[jax.Array, jax.Array]:
 def ids(into: jax.Array) -> jax.Array:
     """[B, L] segment numbers in the order of processing; 0 has the initial state."""
     return jnp.cumsum(into.astype(jnp.int32), 1)
+
+
+def cut(array: jax.Array, rows: jax.Array | None) -> jax.Array:
+    """[B, ...], 0 in those of the rows [B] that are True; none are where it is None."""
+    if rows is None:
+        return array
+    return jnp.where(jnp.expand_dims(rows, tuple(range(1, array.ndim))), 0, array)
+
+
+def through(transition: jax.Array, reset: jax.Array | None) -> jax.Array:
+    """The transition [B, ...] of a call: 0 where a reset lies inside."""
+    return cut(transition, None if reset is None else reset.any(1))
 
 
 def tail(u, state, segment, out):

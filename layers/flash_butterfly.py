@@ -4,7 +4,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from kernels.fft_conv import block_sizes, butterfly_conv, dft_factors
+from kernels import block_sizes, butterfly_conv, dft_factors
 from layers.checks import also_empty, checked, refuse_dt, within_length
 from layers.inside import expose
 from layers.long_conv import LongConv

@@ -5,7 +5,7 @@ import itertools
 import jax
 import pytest
 
-from kernels.cases import check, results, rounded, widened
+from kernels.check.comparison import check, results, rounded, widened
 
 __all__ = [
     "DTYPES",

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import cases, certificate, check, compat, conformance, dispatch
-from kernels.cases import DTYPES, OPERATIONS, Case
+from kernels import compat, dispatch
+from kernels.check import __main__ as check
+from kernels.check import cases, certificate, comparison, conformance, machine_code
+from kernels.check.cases import DTYPES, OPERATIONS, Case
 from kernels.linear_scan import xla
 from train import certificate as reader
 
@@ -47,7 +49,7 @@ def test_every_variant_can_be_called(name):
     chosen = cases.covering(list(operation.product((7, 1), DTYPES)), strength=1)
     for *values, dtype in chosen:
         case = Case(*values)
-        inputs = cases.rounded(operation.inputs(case), dtype)
+        inputs = comparison.rounded(operation.inputs(case), dtype)
         assert ("initial_state" in inputs) == case.state
         assert ("reset" in inputs) == case.reset
         values = jax.eval_shape(
@@ -56,7 +58,7 @@ def test_every_variant_can_be_called(name):
             ),
             inputs,
         )
-        assert cases.named_outputs(values)
+        assert comparison.named_outputs(values)
     assert {variant for variant, *_ in chosen} == {*operation.variants}
 
 
@@ -395,11 +397,11 @@ def test_the_hash_is_of_the_operation_and_what_it_imports(tmp_path, monkeypatch)
 
     everything = {*hashes()}
     assert changed("dispatch.py") == everything
-    assert changed("compat.py") == everything
+    assert changed("compat.py") == changed("interpreter.py") == everything
     assert changed("cauchy/xla.py") == {"cauchy"}
     assert changed("cauchy/new.py") == {"cauchy"}
     assert "linear_scan" in changed("linear_scan/triton.py")
-    assert changed("bench.py") == changed("check.py") == set()
+    assert changed("bench.py") == changed("check/cases.py") == set()
     monkeypatch.undo()
     assert certificate.source_hash("cauchy") == certificate.source_hash("cauchy")
 
@@ -471,7 +473,7 @@ def test_what_does_not_compile_is_named(triton, monkeypatch):
     def fail(call, capability):
         raise RuntimeError(f"ptxas: no sm_{capability}")
 
-    monkeypatch.setattr(compat, "compiled", fail)
+    monkeypatch.setattr(machine_code, "compiled", fail)
     operation = OPERATIONS["linear_scan"]
     (row,) = conformance.compiled(operation, ["float32"], "quick")
     assert row.how == "compiled sm_90" and row.verdict == "failed"
@@ -482,7 +484,7 @@ def test_what_does_not_compile_is_named(triton, monkeypatch):
 
 def test_what_no_gpu_has_room_for_is_caught(triton, monkeypatch):
     figures = {"registers": 32, "spilled_bytes": 0, "shared_bytes": 232449}
-    monkeypatch.setattr(compat, "compiled", lambda call, capability: figures)
+    monkeypatch.setattr(machine_code, "compiled", lambda call, capability: figures)
     operation = OPERATIONS["linear_scan"]
     (row,) = conformance.compiled(operation, ["float32"], "quick")
     assert "_forward: 232449 B of shared memory, there are 232448" in row.failures[0]
@@ -545,8 +547,8 @@ def test_a_backend_that_the_operation_lacks(inject, capsys):
 def test_the_definition_is_float64_on_the_cpu():
     operation = OPERATIONS["short_conv"]
     case = Case("bias", 3, True, True, False)
-    inputs = cases.rounded(operation.inputs(case), "bfloat16")
-    values, gradients = cases.expected(operation.call, inputs, reverse=False)
+    inputs = comparison.rounded(operation.inputs(case), "bfloat16")
+    values, gradients = comparison.expected(operation.call, inputs, reverse=False)
     assert values[0].dtype == gradients["w"].dtype == np.float64
     assert {*gradients} == {"u", "w", "bias", "initial_state"}
 

@@ -1,6 +1,8 @@
 """The commands a user types, at smoke sizes."""
 
 import json
+import runpy
+import subprocess
 import sys
 import time
 
@@ -8,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from configs import pixels
 from kernels.bench import __main__ as kernels_bench
 from kernels.bench import timing
 from kernels.tolerance import assert_close
 from layers import build, prepare
-from train import evaluate, generate, loop
+from train import evaluate, generate, loop, runs
 from train.bench import __main__ as bench
 from train.reproduce import __main__ as reproduce
 
@@ -77,7 +80,7 @@ def test_generate_writes_tokens_and_a_picture(next_pixel, tmp_path, capsys):
 
 
 def test_greedy_generation_is_the_argmax_of_the_parallel_mode(next_pixel):
-    run = evaluate.load_run(next_pixel)
+    run = runs.load_run(next_pixel)
     prompt = np.array([[17, 3, 0], [17, 9, 16]], np.int32)
     made = generate.generate(
         run.model, run.variables, prompt, 5, jax.random.key(0), temperature=0
@@ -112,17 +115,15 @@ def test_reproduce_rewrites_the_table_and_does_not_train_twice(
 ):
     task = reproduce.Task(small, "digits", ("s4d",))
     monkeypatch.setitem(reproduce.TASKS, "digits", task)
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        "before\n<!-- digits:begin -->\nold\n<!-- digits:end -->\nafter\n"
-    )
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- digits:begin -->\nold\n<!-- digits:end -->\nafter\n")
     command = ["--seeds", "0,1", "--workdir", str(tmp_path / "runs")]
-    assert reproduce.main([*command, "--readme", str(readme)]) == 0
-    text = readme.read_text()
+    assert reproduce.main([*command, "--page", str(page)]) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "| `s4d` |" in text and "logistic regression" in text and "old" not in text
-    assert reproduce.main([*command, "--readme", str(readme)]) == 0
-    assert readme.read_text() == text
+    assert reproduce.main([*command, "--page", str(page)]) == 0
+    assert page.read_text() == text
     assert "finished before" in capsys.readouterr().out
 
 
@@ -168,3 +169,28 @@ def test_a_slow_form_is_timed_once():
 def test_every_peer_has_its_case():
     timed = {(case.op, case.name) for case in kernels_bench.CASES}
     assert {(peer.op, peer.case) for peer in kernels_bench.peers.PEERS} <= timed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("layers.rounding", "layers.laws.rounding"),
+        ("train.rollout", "train.video.rollout"),
+        ("train.tokenize", "train.video.codec"),
+    ],
+)
+def test_old_commands_answer_with_the_new_ones(old, new, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [old, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(old, run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 0 and f"usage: python -m {new}" in said.out
+    assert said.err == f"python -m {old} is now python -m {new}\n"
+
+
+@pytest.mark.slow
+def test_the_old_command_of_the_baseline():
+    command = [sys.executable, "-m", "train.baseline", "--config=configs/pixels.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tiny_run.ROOT)
+    assert done.returncode == 0 and "logistic regression: test" in done.stdout
+    assert "is now python -m train.reproduce.baseline" in done.stderr

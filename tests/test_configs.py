@@ -87,7 +87,7 @@ def test_image_config_fits(spec):
 def check_fit(config, dataset):
     model_config = config.model.copy_and_resolve_references()
     for key in ("encoder", "length", "vocab_size", "outputs"):
-        model_config[key] = model_config[key] or dataset.spec[key]
+        model_config[key] = model_config[key] or getattr(dataset.spec, key)
     model_config.update(features=8, depth=1)
     model = build(model_config)
     batch = next(dataset.train(2, seed=0))
@@ -95,7 +95,7 @@ def check_fit(config, dataset):
     def loss(key):
         variables = model.init({"params": key}, batch["inputs"])
         outputs, _ = model.apply(variables, batch["inputs"])
-        losses_of = losses.make(dataset.spec, config.train.label_smoothing)
+        losses_of = losses.make(dataset.spec.loss, config.train.label_smoothing)
         return variables["params"], losses_of(outputs, batch)
 
     params, (total, weight, metrics) = jax.eval_shape(loss, jax.random.key(0))
@@ -177,9 +177,9 @@ def test_own_arrays_reach_the_dataset(tmp_path):
     )
     assert (config.model.layer, config.model.head) == ("s5", "last")
     dataset = data.load(config.data)
-    assert dataset.num_examples("test") == 20 and dataset.spec["channels"] == 2
+    assert dataset.num_examples("test") == 20 and dataset.spec.channels == 2
     config = flag_values(f"own:path={path},loss=regression")
-    assert data.load(config.data).spec["loss"] == "regression"
+    assert data.load(config.data).spec.loss == "regression"
 
 
 def test_every_config_has_base_keys_and_says_how_to_run_it():

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from train import data
-from train.data import pipeline
+from train.data import pipeline, sources
 from train.data import workers as workers_module
+from train.data.spec import Spec
 
 DIGITS = dict(name="digits", target="label", augment="none", workers=0)
 BACKGROUND = (np.float32(0) - np.float32(4.881)) / 6.014
@@ -39,12 +40,14 @@ def numbered(count):
         "targets": np.arange(count) % 2,
         "mask": np.ones((count, 1), bool),
     }
-    return pipeline.Dataset({}, {"train": pipeline.Rows(arrays)})
+    return pipeline.Dataset(
+        Spec("scalar", 1, 1, "regression"), {"train": sources.Rows(arrays)}
+    )
 
 
 def test_digits_have_stratified_fixed_splits():
     dataset = data.load(DIGITS)
-    sizes = {split: dataset.num_examples(split) for split in pipeline.SPLITS}
+    sizes = {split: dataset.num_examples(split) for split in sources.SPLITS}
     assert sizes == {"train": 1293, "validation": 144, "test": 360}
     for split, size in sizes.items():
         (batch,) = dataset.evaluation(split, size)
@@ -57,7 +60,7 @@ def test_digit_splits_share_no_example():
 
     dataset = data.load(DIGITS)
     rows = collections.Counter()
-    for split in pipeline.SPLITS:
+    for split in sources.SPLITS:
         (batch,) = dataset.evaluation(split, dataset.num_examples(split))
         rows.update(row.tobytes() for row in batch["inputs"])
     pixels = (load_digits().data.astype(np.float32) - np.float32(4.881)) / 6.014
@@ -78,8 +81,7 @@ def test_digits_by_label():
     assert batch["inputs"].shape == (32, 64) == batch["mask"].shape
     assert batch["inputs"].dtype == np.float32 and batch["mask"].all()
     assert batch["targets"].dtype == np.int32 and batch["targets"].shape == (32,)
-    spec = dict(encoder="scalar", length=64, channels=1, vocab_size=0, outputs=10)
-    assert dataset.spec == spec | {"loss": "classification", "padded": False}
+    assert dataset.spec == Spec("scalar", 64, 10, "classification")
 
 
 @pytest.mark.parametrize("augment", ["none", "affine"])
@@ -91,8 +93,7 @@ def test_digits_by_next_pixel_are_shifted_by_one(augment):
     assert (inputs[:, 0] == 17).all()
     np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
     assert targets.min() >= 0 and targets.max() <= 16
-    spec = dict(encoder="token", length=64, channels=1, vocab_size=18, outputs=17)
-    assert dataset.spec == spec | dict(loss="token", padded=False, causal=True)
+    assert dataset.spec == Spec("token", 64, 17, "token", vocab_size=18, causal=True)
 
 
 def test_shift_moves_by_at_most_one_pixel():
@@ -280,12 +281,29 @@ def test_a_dead_worker_is_an_error(taken):
     assert re.match(said + "by SIGKILL; ", str(caught.value))
 
 
+def test_what_still_gives_to_a_worker_ends_before_its_connection(monkeypatch):
+    """Else it would write to a handle that is closed, or by then another's."""
+    give, given = workers_module._give, []
+
+    def late(connection, job):
+        time.sleep(0.3)
+        give(connection, job)
+        given.append(connection.closed)
+
+    monkeypatch.setattr(workers_module, "_give", late)
+    workers_module.Workers(range(10), 0, 2).close()
+    assert given == [False, False]
+
+
 def broken(rng):
     raise ValueError(f"data.folder: broken, got {rng.integers(1, 2)}")
 
 
 def test_an_error_in_a_worker_is_raised():
-    dataset = pipeline.Dataset({}, {"train": pipeline.Drawn(broken, 0, "train", 8)})
+    dataset = pipeline.Dataset(
+        Spec("scalar", 1, 1, "regression"),
+        {"train": sources.Drawn(broken, 0, "train", 8)},
+    )
     with (
         contextlib.closing(dataset.train(4, seed=0, workers=1)) as iterator,
         pytest.raises(ValueError, match=r"data.folder: broken, got 1") as caught,
@@ -343,5 +361,5 @@ def test_bad_configs_are_named():
         data.load(dict(name="digits", augmnt="none"))
     with pytest.raises(ValueError, match=r"target.*label, next.*'previous'"):
         data.load(DIGITS | dict(target="previous"))
-    with pytest.raises(ValueError, match=r"augment.*none, shift, affine.*'flip'"):
+    with pytest.raises(ValueError, match=r"augment.*'none', 'shift', 'affine'.*'flip'"):
         data.load(DIGITS | dict(augment="flip"))

@@ -63,13 +63,13 @@ def everything(dataset):
 )
 def test_npz_layouts(tmp_path, arrays, spec):
     dataset = load_npz(tmp_path, **arrays)
-    assert dataset.spec["length"] == L and dataset.spec | spec == dataset.spec
-    assert not dataset.spec["padded"]
+    assert dataset.spec.length == L and dataset.spec.but(**spec) == dataset.spec
+    assert not dataset.spec.padded
     batch = next(dataset.train(8, seed=0))
-    token = dataset.spec["encoder"] == "token"
+    token = dataset.spec.encoder == "token"
     assert batch["inputs"].dtype == (np.int32 if token else np.float32)
     assert batch["mask"].shape == (8, L) and batch["mask"].all()
-    regression = dataset.spec["loss"] == "regression"
+    regression = dataset.spec.loss == "regression"
     assert batch["targets"].dtype == (np.float32 if regression else np.int32)
     rows = everything(dataset)
     order = np.lexsort(rows["inputs"].reshape(N, -1).T)
@@ -113,7 +113,7 @@ def test_lengths_reset_and_dt(tmp_path):
     arrays = dict(inputs=INPUTS, targets=targets, reset=reset, dt=dt)
     config = dict(test=0.0, validation=0.0)
     dataset = load_npz(tmp_path, config, lengths=lengths, **arrays)
-    assert dataset.spec["padded"]
+    assert dataset.spec.padded
     rows = everything(dataset)
     np.testing.assert_array_equal(rows["mask"], real)
     np.testing.assert_array_equal(rows["targets"], np.where(real, targets, -1))
@@ -131,22 +131,22 @@ def test_csv_pads_short_rows(tmp_path):
     np.testing.assert_array_equal(rows["inputs"], expected)
     assert rows["mask"].sum(axis=1).tolist() == [3, 2, 1, 3]
     assert rows["targets"].tolist() == [0, 1, 2, 1]
-    assert dataset.spec["outputs"] == 3 and dataset.spec["length"] == 3
+    assert dataset.spec.outputs == 3 and dataset.spec.length == 3
 
 
 def test_csv_without_header_regresses_floats_and_reads_tokens(tmp_path):
     text = "1,2,0.5\r\n3,4,1.0\r\n\r\n"
     config = dict(encoder="token", test=0.0, validation=0.0)
     dataset = load_csv(tmp_path, text, **config)
-    assert (dataset.spec["loss"], dataset.spec["outputs"]) == ("regression", 1)
-    assert (dataset.spec["encoder"], dataset.spec["vocab_size"]) == ("token", 5)
+    assert (dataset.spec.loss, dataset.spec.outputs) == ("regression", 1)
+    assert (dataset.spec.encoder, dataset.spec.vocab_size) == ("token", 5)
     assert everything(dataset)["targets"].tolist() == [0.5, 1.0]
 
 
 def test_whole_targets_can_be_regressed(tmp_path):
     text = "\n".join(f"{i},{i + 1},{i % 3}" for i in range(12))
     dataset = load_csv(tmp_path, text, loss="regression")
-    assert dataset.spec["loss"] == "regression"
+    assert dataset.spec.loss == "regression"
 
 
 BAD_NPZ = {
@@ -157,11 +157,11 @@ BAD_NPZ = {
     ),
     "rank": (
         dict(inputs=np.zeros(N), targets=CLASSES),
-        r"inputs has shape \(40,\); it may be \[n, L\]",
+        r"inputs has shape \(40,\); it must be \[n, L\]",
     ),
     "no tokens": (
         dict(inputs=np.zeros((N, 0)), targets=CLASSES),
-        r"inputs has shape \(40, 0\); every axis may be 1 or longer",
+        r"inputs has shape \(40, 0\); every axis must be 1 or longer",
     ),
     "no sequences": (
         dict(inputs=np.zeros((0, L)), targets=CLASSES[:0]),
@@ -189,11 +189,11 @@ BAD_NPZ = {
     ),
     "negative class": (
         dict(inputs=INPUTS, targets=CLASSES - 1),
-        r"targets is -1 at \[0\]; it may lie between 0 and 2147483646",
+        r"targets is -1 at \[0\]; it must lie between 0 and 2147483646",
     ),
     "target shape": (
         dict(inputs=INPUTS, targets=np.zeros((N, L + 1), int)),
-        r"targets is int64 \(40, 7\); it may be \[n\] for the loss classification",
+        r"targets is int64 \(40, 7\); it must be \[n\] for the loss classification",
     ),
     "target rank": (
         dict(inputs=INPUTS, targets=np.zeros((N, 2, 2))),
@@ -205,15 +205,15 @@ BAD_NPZ = {
     ),
     "negative token": (
         dict(inputs=np.full((N, L), -3), targets=CLASSES),
-        r"inputs is -3 at \[0, 0\]; it may lie between 0",
+        r"inputs is -3 at \[0, 0\]; it must lie between 0",
     ),
     "lengths": (
         dict(inputs=INPUTS, targets=CLASSES, lengths=np.full(N, L + 1)),
-        r"lengths lies in \[7, 7\]; it may lie in \[1, 6\]",
+        r"lengths lies in \[7, 7\]; it must lie in \[1, 6\]",
     ),
     "float lengths": (
         dict(inputs=INPUTS, targets=CLASSES, lengths=np.full(N, 2.0)),
-        r"lengths is float64 \(40,\); it may be integers",
+        r"lengths is float64 \(40,\); it must be integers",
     ),
     "two masks": (
         dict(
@@ -230,63 +230,63 @@ BAD_NPZ = {
     ),
     "mask values": (
         dict(inputs=INPUTS, targets=CLASSES, mask=np.full((N, L), 2)),
-        r"mask is int64 \(40, 6\); it may be bool",
+        r"mask is int64 \(40, 6\); it must be bool",
     ),
     "dt": (
         dict(inputs=INPUTS, targets=CLASSES, dt=np.zeros((N, L))),
-        r"dt is 0\.0 at \[0, 0\]; it may be 1\.18e-38 or more",
+        r"dt is 0\.0 at \[0, 0\]; it must be 1\.18e-38 or more",
     ),
     "beyond float32": (
         dict(inputs=np.where(np.arange(L) == 2, 1e300, INPUTS), targets=CLASSES),
-        r"inputs is 1e\+300 at \[0, 2\]; its numbers may be those of float32, up to",
+        r"inputs is 1e\+300 at \[0, 2\]; its numbers must be those of float32, up to",
     ),
     "target beyond float32": (
         dict(inputs=INPUTS, targets=np.where(np.arange(N) == 5, -1e300, 0.5)),
-        r"targets is -1e\+300 at \[5\]; its numbers may be those of float32",
+        r"targets is -1e\+300 at \[5\]; its numbers must be those of float32",
     ),
     "large token": (
         dict(inputs=np.where(np.arange(L) == 1, 2**40, [[1]] * N), targets=CLASSES),
-        r"inputs is 1099511627776 at \[0, 1\]; it may lie between 0 and 2147483646",
+        r"inputs is 1099511627776 at \[0, 1\]; it must lie between 0 and 2147483646",
     ),
     "large unsigned class": (
         dict(inputs=INPUTS, targets=np.full(N, 2.0**40).astype(np.uint64)),
-        r"targets is 1099511627776 at \[0\]; it may lie between 0 and",
+        r"targets is 1099511627776 at \[0\]; it must lie between 0 and",
     ),
     "large class": (
         dict(inputs=INPUTS, targets=np.where(np.arange(N) == 3, 2**31, CLASSES)),
-        r"targets is 2147483648 at \[3\]; it may lie between 0 and 2147483646",
+        r"targets is 2147483648 at \[3\]; it must lie between 0 and 2147483646",
     ),
     "unsigned class": (
         dict(inputs=INPUTS, targets=np.full((N, L), 2**63, np.uint64)),
-        r"targets is 9223372036854775808 at \[0, 0\]; it may lie between -1 and",
+        r"targets is 9223372036854775808 at \[0, 0\]; it must lie between -1 and",
     ),
     "small dt": (
         dict(inputs=INPUTS, targets=CLASSES, dt=np.full((N, L), 1e-50)),
-        r"dt is 1e-50 at \[0, 0\]; it may be 1\.18e-38 or more",
+        r"dt is 1e-50 at \[0, 0\]; it must be 1\.18e-38 or more",
     ),
     "large dt": (
         dict(inputs=INPUTS, targets=CLASSES, dt=np.full((N, L), 1e50)),
-        r"dt is 1e\+50 at \[0, 0\]; its numbers may be those of float32",
+        r"dt is 1e\+50 at \[0, 0\]; its numbers must be those of float32",
     ),
     "mask of text": (
         dict(inputs=INPUTS, targets=CLASSES, mask=np.full((N, L), "1")),
-        r"mask is <U1 \(40, 6\); it may be bool",
+        r"mask is <U1 \(40, 6\); it must be bool",
     ),
     "complex": (
         dict(inputs=INPUTS.astype(complex), targets=CLASSES),
-        "inputs is of dtype complex128; it may be numbers",
+        "inputs is of dtype complex128; it must be numbers",
     ),
     "dates": (
         dict(inputs=INPUTS, targets=CLASSES.astype("M8[s]")),
-        "targets is of dtype datetime64.*; it may be numbers",
+        "targets is of dtype datetime64.*; it must be numbers",
     ),
     "dt shape": (
         dict(inputs=INPUTS, targets=CLASSES, dt=np.ones(N)),
-        r"dt has shape \(40,\); it may be \[n, L\]",
+        r"dt has shape \(40,\); it must be \[n, L\]",
     ),
     "split": (
         dict(inputs=INPUTS, targets=CLASSES, split=np.full(N, "dev")),
-        "split is .* with 'dev'; it may be .* train, validation, test",
+        "split is .* with 'dev'; it must be .* train, validation, test",
     ),
     "no training": (
         dict(inputs=INPUTS, targets=CLASSES, split=np.full(N, "test")),
@@ -306,10 +306,10 @@ def test_every_fault_of_an_npz_is_named(tmp_path, arrays, message):
 
 
 BAD_CSV = {
-    "cell": ("1,2,0\n3,x,1\n", "row 2, column 2 is 'x'; it may be a number"),
-    "first row": ("a,2,0\n3,4,1\n", "row 1, column 1 is 'a'; it may be a number"),
+    "cell": ("1,2,0\n3,x,1\n", "row 2, column 2 is 'x'; it must be a number"),
+    "first row": ("a,2,0\n3,4,1\n", "row 1, column 1 is 'a'; it must be a number"),
     "target": ("1,2,0\n3,4,cat\n", "row 2, column 3 is 'cat'"),
-    "nan": ("1,2,0\n3,nan,1\n", "row 2, column 2 is nan; it may be a finite number"),
+    "nan": ("1,2,0\n3,nan,1\n", "row 2, column 2 is nan; it must be a finite number"),
     "gap": ("1,2,3,0\n3,,4,1\n", "row 2, column 2 is empty inside the sequence"),
     "lonely target": ("1,2,0\n5\n", "row 2 needs at least one input"),
     "empty": ("", "has no sequence"),
@@ -318,10 +318,10 @@ BAD_CSV = {
     "beyond float": ("1,2,0\n3,1e400,1\n", "row 2, column 2 is 1e400; .* finite"),
     "digits": (
         "1,2,0\n3,4,12345678901234567890\n",
-        "row 2, column 3 is 12345678901234567.*; a whole number as target may be at mo",
+        "row 2, column 3 is 12345678901234567.*; a whole number as target must be at",
     ),
     "large class": ("1,2,0\n3,4,3000000000\n", "row 2, column 3 is 3000000000; a who"),
-    "quote": ('1,2,0\n3,"4,1\n', "row 2, column 2 is '4,1.n'; it may be a number"),
+    "quote": ('1,2,0\n3,"4,1\n', "row 2, column 2 is '4,1.n'; it must be a number"),
     "nul": ("1,2,0\n3,\0,1\n", "(row 2, column 2 is '.x00'|not a UTF-8 CSV)"),
     "blank lines": ("\n\n ,\n", "has no sequence"),
     "semicolons": ("1;2;0\n3;4;1\n", "row 2, column 1 is '3;4;1'"),
@@ -345,7 +345,7 @@ def test_one_example_may_be_a_split_and_a_class_may_be_held_out_alone(tmp_path):
     arrays = dict(inputs=INPUTS[:3], targets=np.array([0, 1, 2]))
     split = np.array(["train", "validation", "test"])
     dataset = load_npz(tmp_path, split=split, **arrays)
-    assert dataset.spec["outputs"] == 3
+    assert dataset.spec.outputs == 3
     stream = dataset.train(1, seed=0)
     assert [next(stream)["targets"].tolist() for _ in range(3)] == [[0]] * 3
     (batch,) = dataset.evaluation("test", 2)
@@ -437,7 +437,7 @@ def test_damaged_npz_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(outputs=3), r"targets is 3 at \[3\]; it may lie between 0 and 2"),
+        (dict(outputs=3), r"targets is 3 at \[3\]; it must lie between 0 and 2"),
         (dict(encoder="token"), "inputs has fractions"),
         (dict(encoder="image"), r"data\.encoder.*'scalar', 'token'.*'image'"),
         (dict(loss="mse"), r"data\.loss.*'regression'.*'mse'"),

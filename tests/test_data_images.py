@@ -16,6 +16,7 @@ import pytest
 
 from train import data
 from train.data import images, original
+from train.data.spec import Spec
 
 RNG = np.random.default_rng(0)
 MNIST_COUNTS = {"train": 40, "t10k": 12}
@@ -88,8 +89,7 @@ def test_mnist_from_plain_and_packed_files(tmp_path):
     dataset = load_mnist(tmp_path)
     sizes = {split: dataset.num_examples(split) for split in dataset.sources}
     assert sizes == {"train": 36, "validation": 4, "test": 12}
-    spec = dict(encoder="scalar", length=784, channels=1, vocab_size=0, outputs=10)
-    assert dataset.spec == spec | {"loss": "classification", "padded": False}
+    assert dataset.spec == Spec("scalar", 784, 10, "classification")
     test, (pixels, labels) = everything(dataset, "test"), made["t10k"]
     np.testing.assert_array_equal(
         test["inputs"], pixels.reshape(12, 784).astype(np.float32) / 255
@@ -123,7 +123,7 @@ def test_permutations_order_the_pixels_of_all_images_alike(tmp_path):
         assert sorted(order) == list(range(784))
         moved = everything(load_mnist(tmp_path, permutation=name), "test")["inputs"]
         np.testing.assert_array_equal(moved, plain[:, order])
-    with pytest.raises(ValueError, match=r"data\.permutation .*random, got 'rows'"):
+    with pytest.raises(ValueError, match=r"data\.permutation .*'random', got 'rows'"):
         load_mnist(tmp_path, permutation="rows")
 
 
@@ -134,7 +134,7 @@ def test_cifar_in_colour(tmp_path, packed):
     dataset = load_cifar(tmp_path)
     sizes = {split: dataset.num_examples(split) for split in dataset.sources}
     assert sizes == {"train": 36, "validation": 4, "test": 8}
-    assert (dataset.spec["length"], dataset.spec["channels"]) == (1024, 3)
+    assert (dataset.spec.length, dataset.spec.channels) == (1024, 3)
     batch, (pixels, labels) = everything(dataset, "test"), made["test_batch.bin"]
     np.testing.assert_array_equal(batch["targets"], labels)
     assert batch["inputs"].dtype == np.float32
@@ -149,7 +149,7 @@ def test_gray_cifar_is_what_pillow_makes_of_it(tmp_path):
     contents, made = cifar_files()
     write_cifar(tmp_path, contents)
     dataset = load_cifar(tmp_path, color="gray")
-    assert (dataset.spec["length"], dataset.spec["channels"]) == (1024, 1)
+    assert (dataset.spec.length, dataset.spec.channels) == (1024, 1)
     gray = everything(dataset, "test")["inputs"] * (61 / 255) + 122.6 / 255
     image = pytest.importorskip("PIL.Image")
     expected = [
@@ -157,7 +157,7 @@ def test_gray_cifar_is_what_pillow_makes_of_it(tmp_path):
         for pixels in made["test_batch.bin"][0]
     ]
     np.testing.assert_allclose(gray * 255, expected, atol=1e-3)
-    with pytest.raises(ValueError, match=r"data\.color .*rgb, gray, got 'blue'"):
+    with pytest.raises(ValueError, match=r"data\.color .*'rgb', 'gray', got 'blue'"):
         load_cifar(tmp_path, color="blue")
 
 

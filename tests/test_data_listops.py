@@ -12,6 +12,7 @@ import pytest
 from train import data
 from train.data import expressions, listops, prepared
 from train.data.expressions import CLOSE, EOS, OPEN, PAD, SYMBOLS, TOKENS, ZERO, Rules
+from train.data.spec import Spec
 from train.reproduce import baseline
 
 SMALL = dict(
@@ -158,11 +159,9 @@ def test_examples_change_only_with_the_version():
 
 def test_examples_are_tokens_end_and_padding(tmp_path):
     dataset = data.load(SMALL | dict(folder=str(tmp_path)))
-    spec = dict(encoder="token", length=50, channels=1, vocab_size=18, outputs=10)
-    spec |= {"loss": "classification", "padded": True}
-    found = dict(dataset.spec)
-    symbols = found.pop("symbols")
-    assert found == spec
+    symbols = dataset.spec.symbols
+    expected = Spec("token", 50, 10, "classification", vocab_size=18, padded=True)
+    assert dataset.spec == expected.but(symbols=symbols)
     assert [symbols[TOKENS[word]] for word in ("[MAX", "9", "]")] == ["[MAX", "9", "]"]
     seen = set()
     for split, count in (("train", 300), ("validation", 40), ("test", 50)):
@@ -405,13 +404,15 @@ def test_a_setting_never_becomes_part_of_a_path_elsewhere(tmp_path):
 def test_baseline_counts_tokens_and_sees_the_first():
     inputs = np.array([[13, 4, 4, 17, 2, 0], [14, 5, 2, 0, 0, 0]], np.int32)
     mask = np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]], bool)
-    found = baseline.features(dict(encoder="token", vocab_size=18), inputs, mask)
+    found = baseline.features(
+        Spec("token", 1, 1, "classification", vocab_size=18), inputs, mask
+    )
     expected = np.zeros((2, 36))
     expected[0, [13, 4, 17, 2, 18 + 13]] = 1, 2, 1, 1, 1
     expected[1, [14, 5, 2, 18 + 14]] = 1
     np.testing.assert_array_equal(found, expected)
     numbers = baseline.features(
-        dict(encoder="scalar"),
+        Spec("scalar", 1, 1, "classification"),
         np.ones((2, 3, 2)),
         np.array([[1, 0, 1], [1, 1, 1]], bool),
     )

@@ -9,10 +9,10 @@ from test_configs import check_fit, flag_values
 
 from configs import synthetic as configs
 from layers import LAYERS
-from train import data, evaluate, loop, losses
+from train import data, evaluate, loop, losses, resolve
 from train.data import synthetic
 from train.reproduce import __main__ as reproduce
-from train.reproduce import contest
+from train.reproduce import contest, ledger
 
 SMALL = {
     "mqar": dict(length=24, vocab_size=20, pairs=5),
@@ -196,8 +196,8 @@ def test_a_split_may_be_left_out():
 
 def test_only_what_is_drawn_can_be_longer():
     config = dict(name="induction", length=9)
-    assert data.stretched(config, 4).spec["length"] == 36
-    assert data.stretched(dict(name="copying"), 2).spec["length"] == 2_048
+    assert data.stretched(config, 4).spec.length == 36
+    assert data.stretched(dict(name="copying"), 2).spec.length == 2_048
     with pytest.raises(ValueError, match=r"'digits' has one length only; .* copying"):
         data.stretched(dict(name="digits"), 2)
 
@@ -211,14 +211,14 @@ def test_synthetic_config_fits(arg):
     config.data.update(train=40, validation=2, test=2)
     found = data.load(config.data)
     check_fit(config, found)
-    assert config.model.length in (found.spec["length"], 8 * found.spec["length"])
+    assert config.model.length in (found.spec.length, 8 * found.spec.length)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_fits_the_small_scale(layer):
     """As the README's commands say, at the width of the config."""
     config = configs.get_config(f"mqar,layer={layer}")
-    config = loop.resolve(config, data.load(config.data).spec)
+    config = resolve.complete(config, data.load(config.data).spec)
     assert contest.parameters(config) > 0
 
 
@@ -357,7 +357,7 @@ def test_validation_chooses_the_rate_and_the_test_does_not(tmp_path, monkeypatch
         )
         return {"step": 2, "seconds": 7}
 
-    monkeypatch.setattr(contest, "trained", run)
+    monkeypatch.setattr(ledger, "trained", run)
     found = small_contest("gru")
     row = contest.play(found, found.contenders[0], (4, 5, 6), tmp_path)
     assert trained[:2] == [(1e-3, 4), (3e-3, 4)]
@@ -372,12 +372,12 @@ def test_validation_chooses_the_rate_and_the_test_does_not(tmp_path, monkeypatch
 def test_reproduce_writes_the_table_of_a_contest_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(contest.CONTESTS, "induction", small_contest("gru", "mamba"))
     monkeypatch.setattr(contest, "RATES", (1e-3, 1e-2))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- induction:begin -->\n<!-- induction:end -->\nafter\n")
+    page = tmp_path / "results.md"
+    page.write_text("<!-- induction:begin -->\n<!-- induction:end -->\nafter\n")
     command = ["--task", "induction", "--seeds", "0", "--layers", "gru"]
-    command += ["--workdir", str(tmp_path / "runs"), "--readme", str(readme)]
+    command += ["--workdir", str(tmp_path / "runs"), "--page", str(page)]
     assert reproduce.main(command) == 0
-    text = readme.read_text()
+    text = page.read_text()
     row = next(line for line in text.splitlines() if line.startswith("| `gru` |"))
     features, parameters, state = (int(cell) for cell in row.split("|")[2:5])
     assert state == features and abs(parameters / 213 - 1) < 0.1
@@ -386,7 +386,7 @@ def test_reproduce_writes_the_table_of_a_contest_once(tmp_path, monkeypatch, cap
     assert folders == ["induction-gru-0.001-0", "induction-gru-0.01-0"]
     capsys.readouterr()
     assert reproduce.main(command) == 0
-    assert readme.read_text() == text
+    assert page.read_text() == text
     assert capsys.readouterr().out.count("finished before") == 3
     with pytest.raises(SystemExit, match="2"):
         reproduce.main([*command, "--layers", "s5"])

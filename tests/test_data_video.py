@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from train import data
-from train.data import images, video
+from train.data import images, moving_digits
+from train.data.spec import Spec
 
 RNG = np.random.default_rng(0)
 N, T = 20, 6
@@ -15,8 +16,7 @@ CODES = RNG.integers(7, size=(N, T, 4, 5))
 CODES.flat[0] = 6
 ACTIONS = RNG.integers(3, size=(N, T))
 ACTIONS[:, 1] = 2
-PIXELS = dict(encoder="video", vocab_size=0, actions=0, loss="frames", padded=False)
-PIXELS["causal"] = True
+PIXELS = Spec("video", 4, 1, "frames", causal=True)
 SMALL = dict(name="moving_digits", length=5, side=20, digit_side=8)
 
 
@@ -52,7 +52,7 @@ def load_frames(place, **config):
 def test_a_batch_of_moving_digits():
     dataset = moving()
     size = dict(size=(20, 20), channels=1, outputs=1, length=4)
-    assert dataset.spec == PIXELS | size
+    assert dataset.spec == PIXELS.but(**size)
     stream = dataset.train(3, seed=0)
     batch = next(stream)
     assert batch["inputs"].shape == batch["targets"].shape == (3, 4, 20, 20, 1)
@@ -81,7 +81,7 @@ def test_digits_move_straight_and_flip_at_the_walls():
     length, step = 200, 0.15
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        path = np.array(list(video._path(rng, length, step)))
+        path = np.array(list(moving_digits._path(rng, length, step)))
         assert path.min() >= 0 and path.max() <= 1
         assert (path == 0).any() and (path == 1).any()
         moved = np.diff(path, axis=0)
@@ -104,7 +104,10 @@ def test_digits_move_straight_and_flip_at_the_walls():
 
 def test_a_start_is_uniform_and_so_is_a_heading():
     paths = np.array(
-        [list(video._path(np.random.default_rng(i), 2, 1e-6)) for i in range(4000)]
+        [
+            list(moving_digits._path(np.random.default_rng(i), 2, 1e-6))
+            for i in range(4000)
+        ]
     )
     x, (dx, dy) = paths[:, 0].T.ravel(), (paths[:, 1] - paths[:, 0]).T
     for values, edges in ((x, (0, 1)), (np.arctan2(dy, dx), (-np.pi, np.pi))):
@@ -116,18 +119,18 @@ def test_a_start_is_uniform_and_so_is_a_heading():
 def test_a_frame_is_the_brightest_of_its_digits():
     glyphs = RNG.integers(256, size=(4, 3, 3), dtype=np.uint8)
     for seed in range(30):
-        clip = video._moving(np.random.default_rng(seed), glyphs, 8, 6, 2, 0.15)
+        clip = moving_digits._moving(np.random.default_rng(seed), glyphs, 8, 6, 2, 0.15)
         rng, digits = np.random.default_rng(seed), np.zeros((2, 8, 6, 6, 1))
         for digit in digits:
             glyph = glyphs[rng.integers(4), ..., None]
-            for t, place in enumerate(video._path(rng, 8, 0.15)):
+            for t, place in enumerate(moving_digits._path(rng, 8, 0.15)):
                 left, top = (int(3 * p) for p in place)
                 digit[t, top : top + 3, left : left + 3] = glyph
         np.testing.assert_array_equal(clip["frames"], digits.max(axis=0))
 
 
 def test_digits_of_a_split_are_not_those_of_another():
-    parts = video._glyphs("digits", "", False, 12)
+    parts = moving_digits._glyphs("digits", "", False, 12)
     seen = {split: {g.tobytes() for g in glyphs} for split, glyphs in parts.items()}
     assert not seen["train"] & (seen["validation"] | seen["test"])
     assert {k: v.shape for k, v in parts.items()} == {
@@ -141,12 +144,12 @@ def test_digits_of_a_split_are_not_those_of_another():
 def test_scaling_keeps_the_picture_where_it_is():
     small = np.zeros((1, 8, 8))
     small[0, 2:4, 4:6] = 255
-    large = video._scaled(small, 28)[0].astype(float)
+    large = moving_digits._scaled(small, 28)[0].astype(float)
     places = np.mgrid[:28, :28]
     centre = (places * large).sum(axis=(1, 2)) / large.sum()
     # The middle of the square, (3, 5) of 8, is (10.5, 17.5) of 28, half a pixel less.
     np.testing.assert_allclose(centre, [10.0, 17.0], atol=0.05)
-    np.testing.assert_array_equal(video._scaled(small, 8), small)
+    np.testing.assert_array_equal(moving_digits._scaled(small, 8), small)
 
 
 def test_mnist_moves_too(tmp_path):
@@ -170,7 +173,7 @@ def test_mnist_moves_too(tmp_path):
 def test_clips_may_be_long_and_are_stretched():
     assert moving(length=1300).sources["test"][3]["frames"].shape[0] == 1300
     config = SMALL | dict(train=5, validation=0, test=0)
-    assert data.stretched(config, 3).spec["length"] == 14
+    assert data.stretched(config, 3).spec.length == 14
     with pytest.raises(ValueError, match="a number of frames"):
         data.stretched(dict(name="clips", path="x.npz"), 3)
 
@@ -182,7 +185,7 @@ def test_clips_may_be_long_and_are_stretched():
         (dict(side=7), r"side must be 8 or more \(data.digit_side\), got 7"),
         (dict(digits=0), "digits must be 1 or more"),
         (dict(step=0.0), r"step must lie in \(0, 1\], got 0"),
-        (dict(source="letters"), "source must be one of digits, mnist"),
+        (dict(source="letters"), "source must be one of 'digits', 'mnist'"),
         (dict(train=0), "train must be 1 or more"),
         (dict(seed=-1), "seed must be 0 or more"),
     ],
@@ -197,12 +200,12 @@ def test_npz_of_frames(tmp_path):
     split = np.array(["train"] * 15 + ["test"] * 5)
     dataset = load_npz(tmp_path, frames=FRAMES, split=split)
     size = dict(size=(4, 5), channels=3, outputs=3, length=T - 1)
-    assert dataset.spec == PIXELS | size
+    assert dataset.spec == PIXELS.but(**size)
     (batch,) = dataset.evaluation("test", 5)
     np.testing.assert_array_equal(batch["inputs"], FRAMES[15:, :-1])
     np.testing.assert_array_equal(batch["targets"], FRAMES[15:, 1:])
     grey = load_npz(tmp_path, frames=FRAMES[..., 0])
-    assert grey.spec["channels"] == 1
+    assert grey.spec.channels == 1
     assert set(grey.sources) == {"train", "validation", "test"}
     assert next(grey.train(2, seed=0))["inputs"].shape == (2, T - 1, 4, 5, 1)
 
@@ -211,11 +214,11 @@ def test_npz_of_codes(tmp_path):
     config = dict(codec="runs/codec", validation=0.0, test=0.0)
     dataset = load_npz(tmp_path, config, codes=CODES)
     expected = dict(vocab_size=7, outputs=7, loss="codes", codec="runs/codec")
-    assert dataset.spec | expected == dataset.spec and dataset.spec["channels"] == 1
+    assert dataset.spec.but(**expected) == dataset.spec and dataset.spec.channels == 1
     (batch,) = dataset.evaluation("train", N)
     np.testing.assert_array_equal(batch["targets"], CODES[:, 1:])
     assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
-    assert load_npz(tmp_path, dict(vocab_size=9), codes=CODES).spec["outputs"] == 9
+    assert load_npz(tmp_path, dict(vocab_size=9), codes=CODES).spec.outputs == 9
 
 
 def test_actions_lead_from_a_frame_to_the_next(tmp_path):
@@ -224,7 +227,7 @@ def test_actions_lead_from_a_frame_to_the_next(tmp_path):
     frames = np.broadcast_to(number[:, :, None, None], (N, T, 2, 2)).astype(np.uint8)
     arrays = dict(frames=frames, actions=np.where(number == 0, -1, number))
     dataset = load_npz(tmp_path, dict(length=4), **arrays)
-    assert dataset.spec["actions"] == T and dataset.spec["length"] == 3
+    assert dataset.spec.actions == T and dataset.spec.length == 3
     stream, starts = dataset.train(4, seed=0), set()
     for _ in range(20):
         batch = next(stream)
@@ -245,12 +248,12 @@ BAD_NPZ = {
     "floats": (
         dict(frames=FRAMES / 255),
         {},
-        r"frames is float64 \(20, 6, 4, 5, 3\); it may be uint8 \[n, T, h, w, C\]",
+        r"frames is float64 \(20, 6, 4, 5, 3\); it must be uint8 \[n, T, h, w, C\]",
     ),
     "rank": (
         dict(frames=FRAMES[:, 0, ..., 0]),
         {},
-        r"frames has shape \(20, 4, 5\); it may be uint8 \[n, T, h, w, C\]",
+        r"frames has shape \(20, 4, 5\); it must be uint8 \[n, T, h, w, C\]",
     ),
     "channels first": (
         dict(frames=FRAMES.transpose(0, 1, 4, 2, 3)),
@@ -260,33 +263,33 @@ BAD_NPZ = {
     "one frame": (
         dict(frames=FRAMES[:, :1]),
         {},
-        r"frames has shape \(20, 1, 4, 5, 3\); T may be 2 or more",
+        r"frames has shape \(20, 1, 4, 5, 3\); T must be 2 or more",
     ),
-    "float codes": (dict(codes=CODES + 0.5), {}, r"codes is float64 .*; it may be int"),
+    "float codes": (dict(codes=CODES + 0.5), {}, r"codes is float64 .*; it must be"),
     "codes": (
         dict(codes=CODES),
         dict(vocab_size=5),
-        r"codes is [56] at .*; it may lie between 0 and 4",
+        r"codes is [56] at .*; it must lie between 0 and 4",
     ),
     "actions": (
         dict(frames=FRAMES, actions=ACTIONS[:, 1:]),
         {},
-        r"actions is int64 \(20, 5\); it may be integers \[n, T\] = \(20, 6\)",
+        r"actions is int64 \(20, 5\); it must be integers \[n, T\] = \(20, 6\)",
     ),
     "large codes": (
         dict(codes=CODES.astype(np.int64) + 2**40),
         {},
-        r"codes is 10995116277\d+ at \[0, 0, 0, 0\]; it may lie between 0 and 21474836",
+        r"codes is 10995116277\d+ at \[0, 0, 0, 0\]; it must lie between 0 and 2147483",
     ),
     "large actions": (
         dict(frames=FRAMES, actions=ACTIONS.astype(np.int64) + 2**32),
         {},
-        r"actions is 429496729\d at \[0, 0\]; it may lie between 0 and 21474836",
+        r"actions is 429496729\d at \[0, 0\]; it must lie between 0 and 21474836",
     ),
     "number of actions": (
         dict(frames=FRAMES, actions=ACTIONS),
         dict(actions=2),
-        r"actions is 2 at .*; it may lie between 0 and 1",
+        r"actions is 2 at .*; it must lie between 0 and 1",
     ),
     "no actions": (
         dict(frames=FRAMES),
@@ -315,8 +318,8 @@ def test_every_fault_of_an_npz_is_named(tmp_path, arrays, config, fault):
     [
         (dict(length=7), "length must lie between 2 and 6, .* or be 0, got 7"),
         (dict(length=1), "length must lie between 2 and 6"),
-        (dict(codec="runs/x"), "codec is about codes, .* it may be '', got 'runs/x'"),
-        (dict(vocab_size=4), "vocab_size is about codes, .* it may be 0, got 4"),
+        (dict(codec="runs/x"), "codec is about codes, .* it must be '', got 'runs/x'"),
+        (dict(vocab_size=4), "vocab_size is about codes, .* it must be 0, got 4"),
     ],
     ids=str,
 )
@@ -329,7 +332,7 @@ def test_folders_of_frames(tmp_path):
     write_videos(tmp_path, (12, 4))
     (tmp_path / "video1" / "notes.txt").write_text("")
     dataset = load_frames(tmp_path, length=4)
-    assert dataset.spec == PIXELS | dict(size=(4, 5), channels=3, outputs=3, length=3)
+    assert dataset.spec == PIXELS.but(size=(4, 5), channels=3, outputs=3, length=3)
     (batch,) = dataset.evaluation("train", 2)
     colours = [[0, 1, 2], [10, 11, 12]]
     assert (batch["inputs"] == np.array(colours)[..., None, None, None]).all()
@@ -345,7 +348,7 @@ def test_folders_of_frames(tmp_path):
 def test_frames_are_scaled_and_grey(tmp_path):
     write_videos(tmp_path, (3,), size=(8, 6), suffix="JPG")
     dataset = load_frames(tmp_path, size=(4, 2), channels=1)
-    assert (dataset.spec["size"], dataset.spec["channels"]) == ((4, 2), 1)
+    assert (dataset.spec.size, dataset.spec.channels) == ((4, 2), 1)
     (batch,) = dataset.evaluation("train", 1)
     assert batch["inputs"].shape == (1, 2, 4, 2, 1)
     assert abs(batch["targets"][0, :, 0, 0, 0] - np.array([1.0, 2.0])).max() <= 1
@@ -388,7 +391,7 @@ def test_every_fault_of_a_folder_is_named(tmp_path):
     Image.new("RGB", (3, 3)).save(second / "0.png")
     fails(r"video1/0\.png: has 3 x 3 pixels, .* has 4 x 5; data\.size")
     Image.new("I;16", (5, 4)).save(second / "0.png")
-    fails(r"video1/0\.png: has pixels of mode I;16; they may have 8 bits")
+    fails(r"video1/0\.png: has pixels of mode I;16; they must have 8 bits")
     (second / "0.png").write_bytes((first / "0.png").read_bytes()[:40])
     fails(r"video1/0\.png: not a readable image")
     Image.new("RGB", (5, 4)).save(second / "0.png")

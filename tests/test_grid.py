@@ -16,7 +16,7 @@ from layers import LAYERS, Grid, Sequence, build
 from layers.models import grid
 from layers.models.block import Block, Norm
 from layers.models.model import Encoder
-from train import data, loop, losses, optimizers
+from train import data, loop, losses, optimizers, resolve
 from train.data import images as files
 from train.data import original
 from train.reproduce import baseline
@@ -359,7 +359,7 @@ def loaded(config):
 def test_image_config_fits_its_data_model_and_optimizer(arg, shape, length):
     config = images.get_config(arg)
     dataset = loaded(config)
-    config = loop.resolve(config, dataset.spec)
+    config = resolve.complete(config, dataset.spec)
     assert (config.model.encoder, config.model.length) == ("grid", length)
     config.model.update(features=8, depth=2)
     model, batch = build(config.model), next(dataset.train(2, seed=0))
@@ -368,7 +368,7 @@ def test_image_config_fits_its_data_model_and_optimizer(arg, shape, length):
     def loss(key):
         variables = model.init({"params": key}, batch["inputs"])
         outputs, _ = model.apply(variables, batch["inputs"])
-        return variables["params"], losses.make(dataset.spec)(outputs, batch)
+        return variables["params"], losses.make(dataset.spec.loss)(outputs, batch)
 
     params, (total, *_) = jax.eval_shape(loss, jax.random.key(0))
     _, groups, _ = optimizers.make(config, params)
@@ -385,7 +385,7 @@ def test_the_config_knows_the_schemes():
 def test_pixels_in_a_row_are_no_grid():
     config = pixels.get_config("digits")
     config.model.grid = "cross"
-    config = loop.resolve(config, data.load(config.data).spec)
+    config = resolve.complete(config, data.load(config.data).spec)
     with pytest.raises(ValueError, match=r"got the encoder 'scalar'; .*layout=image"):
         build(config.model)
 
@@ -400,7 +400,7 @@ def test_an_image_is_the_sequence_of_its_pixels(name):
     np.testing.assert_array_equal(image["inputs"].ravel(), row["inputs"].ravel())
     np.testing.assert_array_equal(image["mask"], row["mask"])
     size = image["inputs"].shape[1:3]
-    assert as_images.spec == flat.spec | {"encoder": "image", "size": size}
+    assert as_images.spec == flat.spec.but(encoder="image", size=size)
     by_hand = (
         baseline.features(d.spec, batch["inputs"], batch["mask"])
         for d, batch in ((as_images, image), (flat, row))
@@ -411,10 +411,13 @@ def test_an_image_is_the_sequence_of_its_pixels(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(name="digits", layout="grid"), "data.layout must be one of sequence, im"),
+        (
+            dict(name="digits", layout="grid"),
+            "data.layout must be one of 'sequence', 'im",
+        ),
         (dict(name="digits", layout="image", target="next"), "for the target next"),
         (dict(name="mnist", layout="image", permutation="random"), "with a permut"),
-        (dict(name="cifar", layout="grid"), "data.layout must be one of sequence"),
+        (dict(name="cifar", layout="grid"), "data.layout must be one of 'sequence'"),
     ],
 )
 def test_a_layout_that_cannot_be_is_named(settings, message):

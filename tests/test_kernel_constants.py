@@ -7,7 +7,7 @@ import pytest
 from constants import largest_constant
 
 from kernels import dispatch
-from kernels.cases import OPERATIONS, Case
+from kernels.check.cases import OPERATIONS, Case
 from kernels.fft_conv import block_sizes
 
 LONG = 2**20

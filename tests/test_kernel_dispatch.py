@@ -10,7 +10,7 @@ import pytest
 
 import kernels
 from kernels import compat, dispatch
-from kernels.cases import OPERATIONS
+from kernels.check.cases import OPERATIONS
 from kernels.tolerance import assert_close, error, limit
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 import kernels
-from kernels import certificate
 from kernels.bench import __main__ as bench
-from kernels.cases import OPERATIONS, Case, rounded
+from kernels.check import certificate
+from kernels.check.cases import OPERATIONS, Case
+from kernels.check.comparison import rounded
 from kernels.tolerance import error
 
 REQUIRED = {

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.cases import OPERATIONS, Case
+from kernels.check.cases import OPERATIONS, Case
 
 SEQUENCES = {  # what has a row per token
     "linear_scan": ("a", "x"),
@@ -187,7 +187,8 @@ def interpreted(name):
         import_module("kernels.selective_scan.triton").SEGMENT = 4
         everything(Trial(name, "skip", "triton", length=12, reset=6))
     else:
-        import_module("kernels.chunked_scan.triton").CHUNK = 32  # half of it in float32
+        # half of it in float32
+        import_module("kernels.chunked_scan.triton_decay").CHUNK = 32
         chunkwise("scalar decay", "triton")
         chunkwise("delta rule, scalar decay", "triton")
 

@@ -1,6 +1,10 @@
-"""Imports point inward: kernels <- ssm <- layers <- train; configs are plain data."""
+"""Imports point inward: kernels <- ssm <- layers <- train; configs are plain data.
+
+Inside of a ring no import leads back, and a room is entered only from where ROOMS says.
+"""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -36,6 +40,33 @@ MAY_USE = {
     "train": None,
 }
 RINGS = tuple(MAY_IMPORT)
+# Room -> who may import what lies in it, apart from itself: modules, and rooms or rings
+# with all that lies in them. Tests and notebooks may import everything.
+ROOMS = {
+    "kernels.cauchy": {"kernels.__init__", "ssm.dplr"},
+    "kernels.chunked_scan": {"kernels.__init__"},
+    "kernels.fft_conv": {"kernels.__init__"},
+    "kernels.linear_scan": {"kernels.__init__", "kernels.selective_scan"},
+    "kernels.selective_scan": {"kernels.__init__"},
+    "kernels.short_conv": {"kernels.__init__"},
+    "kernels.vandermonde": {"kernels.__init__"},
+    "kernels.check": {"kernels.bench", "layers.laws", "train"},
+    "kernels.bench": {"train.bench"},
+    "layers.models": {"layers.__init__", "layers.laws", "train"},
+    "layers.frames": {"layers.__init__", "layers.models", "train"},
+    "layers.laws": {"layers.__init__", "layers.rounding"},
+    "train.data": {"train"},
+    "train.draw": {"train.endings", "train.report", "train.video"},
+    "train.report": {"train.endings", "train.main"},
+    "train.video": {
+        "train.endings",
+        "train.rollout",
+        "train.tokenize",
+        "train.reproduce",
+    },
+    "train.reproduce": {"train.baseline"},
+    "train.bench": set(),
+}
 TEXT = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".ipynb", ".cfg", ".json", ""}
 
 
@@ -54,6 +85,127 @@ def modules(path: Path) -> set[str]:
 
 def packages(path: Path) -> set[str]:
     return {module.split(".")[0] for module in modules(path)}
+
+
+class Sources:
+    """The modules of the rings below a folder, `__init__` by its name too, and which of
+    each other they import, also inside functions."""
+
+    def __init__(self, root: Path = ROOT, rings=RINGS):
+        paths = [path for ring in rings for path in (root / ring).rglob("*.py")]
+        self.trees = {
+            ".".join(path.relative_to(root).with_suffix("").parts): ast.parse(
+                path.read_text()
+            )
+            for path in paths
+        }
+        self.imports = {module: self._imported(module) for module in self.trees}
+
+    def _imported(self, module: str) -> set[str]:
+        found = set()
+        for node in ast.walk(self.trees[module]):
+            if isinstance(node, ast.Import):
+                found |= {self._module(alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {self._origin(node.module, a.name) for a in node.names}
+        return found - {None, module}
+
+    def _module(self, name: str) -> str | None:
+        names = (name, f"{name}.__init__")
+        return next((name for name in names if name in self.trees), None)
+
+    def _origin(self, package: str, name: str) -> str | None:
+        """Where `from package import name` looks: a name that the package's own
+        `__init__` has from elsewhere hides a module that is called so."""
+        inside, start = self._module(f"{package}.{name}"), f"{package}.__init__"
+        if inside is None or start not in self.trees:
+            return inside or self._module(package)
+        given = {
+            f"{node.module}.{alias.name}"
+            for node in self.trees[start].body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if (alias.asname or alias.name) == name
+        }
+        return start if given - {f"{package}.{name}"} else inside
+
+    def circle(self, ring: str) -> list[str] | None:
+        """Modules of a ring each of which imports the next, from one back to itself."""
+        graph = {
+            module: {name for name in imported if _within(name, ring)}
+            for module, imported in self.imports.items()
+            if _within(module, ring)
+        }
+        try:
+            graphlib.TopologicalSorter(graph).prepare()
+        except graphlib.CycleError as error:
+            return error.args[1][::-1]
+        return None
+
+    def intruders(self, room: str, allowed: set[str]) -> dict[str, set[str]]:
+        """Who imports what of a room without being allowed to."""
+        entered = {
+            module: {name for name in imported if _within(name, room)}
+            for module, imported in self.imports.items()
+            if not any(_within(module, place) for place in {room, *allowed})
+        }
+        return {module: names for module, names in entered.items() if names}
+
+
+def _within(module: str, place: str) -> bool:
+    return f"{module}.".startswith(f"{place}.")
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return Sources()
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_no_import_leads_back(ring, sources):
+    assert sources.circle(ring) is None
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_entered_only_as_the_table_says(room, sources):
+    assert any(_within(module, room) for module in sources.trees), "no such room"
+    assert sources.intruders(room, ROOMS[room]) == {}
+    for place in ROOMS[room]:  # no line of the table is out of date
+        users = [module for module in sources.trees if _within(module, place)]
+        entered = set().union(*(sources.imports[module] for module in users))
+        assert any(_within(name, room) for name in entered), place
+
+
+def test_every_room_is_in_the_table():
+    # of the rings that have a room there
+    for ring in {room.split(".")[0] for room in ROOMS}:
+        folders = {path.parent.name for path in (ROOT / ring).glob("*/__init__.py")}
+        assert {f"{ring}.{folder}" for folder in folders} <= {*ROOMS}
+
+
+def test_what_these_laws_see(tmp_path):
+    for name, text in {
+        "ring/__init__.py": "from ring.room import room",
+        "ring/outer.py": "from ring import room",  # the function, by way of __init__
+        "ring/inner.py": "from ring.room import part",
+        "ring/room/__init__.py": "from ring.room import part\nroom = part",
+        "ring/room/part.py": "import numpy",
+        "ring/a.py": "def f():\n    from ring import b",
+        "ring/b.py": "import ring.c",
+        "ring/c.py": "import ring.room.part",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    sources = Sources(tmp_path, ["ring"])
+    assert sources.imports["ring.outer"] == {"ring.__init__"}
+    assert sources.intruders("ring.room", {"ring.__init__", "ring.c"}) == {
+        "ring.inner": {"ring.room.part"}
+    }
+    assert sources.circle("ring") is None
+    (tmp_path / "ring/c.py").write_text("def f():\n    from ring.a import f")
+    circle = Sources(tmp_path, ["ring"]).circle("ring")
+    assert len(circle) == 4 and {*circle} == {"ring.a", "ring.b", "ring.c"}
 
 
 @pytest.mark.parametrize("ring", RINGS)

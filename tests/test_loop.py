@@ -21,14 +21,17 @@ from train import (
     loop,
     losses,
     metrics,
-    record,
+    optimizers,
+    parts,
+    runs,
     sharding,
     state,
     step,
 )
+from train.data.spec import Spec
 
 MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
-LOSS = losses.make({"loss": "classification"})
+LOSS = losses.make("classification")
 
 
 class Pool(nn.Module):
@@ -180,19 +183,19 @@ def finished(tmp_path_factory):
 
 def test_what_a_run_leaves(finished):
     workdir, results = finished
-    assert results == json.loads((workdir / record.RESULTS).read_text())
+    assert results == json.loads((workdir / runs.RESULTS).read_text())
     assert checkpoint.steps(workdir)[-1] == results["step"] == 12
     assert results["checkpoint"] == str(workdir / "checkpoints" / "12")
     assert 0 <= results["test"]["accuracy"] <= 1
     assert results["best"]["step"] in (5, 10, 12)
     assert results["parallel_vs_recurrent"] < 1e-4
-    versions = json.loads((workdir / record.VERSIONS).read_text())
+    versions = json.loads((workdir / runs.VERSIONS).read_text())
     assert versions["packages"]["jax"] == jax.__version__ and versions["devices"]
     assert list((workdir / "tensorboard").glob("events*"))
-    config = record.read_config(workdir)
+    config = runs.read_config(workdir)
     assert (config.model.encoder, config.model.outputs) == ("scalar", 10)
     with pytest.raises(ValueError, match=r"no config.json"):
-        record.read_config(workdir / "tensorboard")
+        runs.read_config(workdir / "tensorboard")
 
 
 def test_metrics_file(finished):
@@ -236,16 +239,16 @@ def test_a_workdir_without_checkpoint_is_free(tmp_path):
     with pytest.raises(ValueError, match=r"optimizer.schedule must be one of"):
         loop.run(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    record.write_config(tmp_path, wrong)
-    record.check_workdir(tmp_path, tiny_run.config())
+    runs.write_config(tmp_path, wrong)
+    runs.check_workdir(tmp_path, tiny_run.config())
 
 
 def test_a_lost_best_step_does_not_hide_the_last(finished, monkeypatch, capsys):
     perfect = {"accuracy": 1.0, "loss": 0.0}
     monkeypatch.setattr(endings, "measure", lambda *_: perfect)
     monkeypatch.setattr(endings, "compare", lambda *_: "it is bidirectional")
-    monkeypatch.setattr(record, "write_results", lambda *_: None)
-    dataset = SimpleNamespace(spec={"loss": "classification"})
+    monkeypatch.setattr(runs, "write_results", lambda *_: None)
+    dataset = SimpleNamespace(spec=Spec("scalar", 1, 2, "classification"))
     parts = SimpleNamespace(dataset=dataset, mesh=MESH, model=None)
     best = {"step": 7, "scores": perfect}
     progress = SimpleNamespace(step=12, best=best, state=begin(batch_of())[0]())
@@ -258,7 +261,7 @@ def test_a_lost_best_step_does_not_hide_the_last(finished, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    make = loop.optimizers.make
+    make = optimizers.make
 
     def poisoned(config, params):
         tx, groups, schedule = make(config, params)
@@ -268,7 +271,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
         late = optax.conditionally_transform(poison, lambda n: n == 6)
         return optax.chain(tx, late), groups, schedule
 
-    monkeypatch.setattr(loop.optimizers, "make", poisoned)
+    monkeypatch.setattr(optimizers, "make", poisoned)
     with pytest.raises(FloatingPointError) as caught:
         loop.run(tiny_run.config(), tmp_path)
     # The update of step 7 breaks the weights; the loss of step 8 shows it.
@@ -348,14 +351,14 @@ def test_a_trace_ends_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     progress = SimpleNamespace(step=10, state=0)
-    with pytest.raises(KeyError), loop.profiler(tmp_path, progress, 99) as between:
+    with pytest.raises(KeyError), metrics.profiler(tmp_path, progress, 99) as between:
         for progress.step in range(10, 20):
             calls.append(progress.step)
             between()
             if progress.step == 13:
                 raise KeyError
     assert calls == [10, 11, "start", 12, 13, "stop"]
-    with loop.profiler(tmp_path, progress, 99) as between:
+    with metrics.profiler(tmp_path, progress, 99) as between:
         for progress.step in range(13, 25):
             between()
             calls.append(progress.step)
@@ -430,10 +433,10 @@ def test_a_recipe_s_warmup_fits_a_short_trial(tmp_path, capsys):
     loop.run(config, tmp_path)
     said = "warmup: 1 steps, a tenth of train.steps = 10; the recipe has 500\n"
     assert said in capsys.readouterr().out
-    assert record.read_config(tmp_path).optimizer.warmup == 1
+    assert runs.read_config(tmp_path).optimizer.warmup == 1
     config.train.steps = 12  # goes on with the one it has, whoever asks
     assert loop.run(config, tmp_path)["step"] == 12
-    assert record.read_config(tmp_path).optimizer.warmup == 1
+    assert runs.read_config(tmp_path).optimizer.warmup == 1
     assert "warmup:" not in capsys.readouterr().out
     config.optimizer.warmup = 500  # the user's
     with pytest.raises(ValueError, match=r"optimizer.warmup must be .* got 500"):
@@ -455,13 +458,13 @@ def test_a_recipe_s_warmup_fits_a_short_trial(tmp_path, capsys):
 def test_warmup(warmup, steps, saved, used):
     config = tiny_run.config(steps=steps)
     config.optimizer.warmup = warmup
-    loop.optimizers.settle_warmup(config, saved)
+    optimizers.settle_warmup(config, saved)
     assert config.optimizer.warmup == used
 
 
 def test_the_table_says_what_groups_are():
     parts = [*common.groups(ssm_lr=0.1), (r".*/mine", dict(lr=0.0))]
-    said = [record.group_name(*part) for part in parts]
+    said = [metrics.group_name(*part) for part in parts]
     assert said == [
         "state space: eigenvalues, step size, B (lr x 0.1, no decay)",
         "taps of long convolutions (lr x 0.1, no decay)",
@@ -475,7 +478,7 @@ def test_compiling_is_said(tmp_path, monkeypatch, capsys):
     def table(*_):
         raise KeyError
 
-    monkeypatch.setattr(record, "print_table", table)
+    monkeypatch.setattr(parts, "print_table", table)
     with pytest.raises(KeyError):
         loop.run(tiny_run.config(), tmp_path)
     said = (
@@ -542,7 +545,7 @@ def test_a_run_ends_in_x64(tmp_path, layer, target):
         saved, _ = checkpoint.restore_params(tmp_path)
         if target == "next":
             run = generate.load_run(tmp_path)
-            prompt = np.full((2, 1), run.dataset.spec["start"])
+            prompt = np.full((2, 1), run.dataset.spec.start)
             key = jax.random.key(0)
             made = generate.generate(run.model, run.variables, prompt, 5, key)
             assert made.dtype == np.int32

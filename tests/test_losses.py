@@ -14,7 +14,7 @@ def batch(targets, mask):
 
 
 def evaluate(loss, outputs, batch, **options):
-    loss_fn = jax.jit(losses.make({"loss": loss}, **options))
+    loss_fn = jax.jit(losses.make(loss, **options))
     total, weight, metrics = loss_fn(jnp.asarray(outputs), batch)
     return float(total), float(weight), {k: float(v) for k, v in metrics.items()}
 
@@ -88,7 +88,7 @@ def test_float32_whatever_the_outputs():
     # In bfloat16 log 2 has an error of 0.2 %, and a count of ones stops at 256.
     outputs = jnp.zeros((1024, 2), jnp.bfloat16)
     data = batch(np.zeros(1024, int), np.ones((1024, 1), bool))
-    loss_fn = losses.make({"loss": "classification"})
+    loss_fn = losses.make("classification")
     total, weight, _ = loss_fn(outputs, data)
     assert total.dtype == weight.dtype == jnp.float32
     np.testing.assert_allclose(total, 1024 * np.log(2), rtol=1e-5)
@@ -102,7 +102,7 @@ def test_nan_at_padding_reaches_neither_value_nor_gradient(loss):
     targets = np.zeros(shape if loss == "regression" else shape[:-1])
     kind = float if loss == "regression" else int
     data = batch(targets.astype(kind), mask)
-    loss_fn = losses.make({"loss": loss})
+    loss_fn = losses.make(loss)
     total, gradient = jax.jit(
         jax.value_and_grad(lambda outputs: loss_fn(outputs, data)[0])
     )(outputs)
@@ -124,13 +124,13 @@ def test_nan_at_padding_reaches_neither_value_nor_gradient(loss):
 def test_wrong_head_is_named(loss, outputs, targets):
     data = batch(np.zeros(targets, int), np.ones((2, 3), bool))
     with pytest.raises(ValueError, match=r"do not fit targets .*model\.head"):
-        losses.make({"loss": loss})(jnp.zeros(outputs), data)
+        losses.make(loss)(jnp.zeros(outputs), data)
 
 
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match=r"classification, token, regression.*'ce'"):
-        losses.make({"loss": "ce"})
+        losses.make("ce")
     with pytest.raises(ValueError, match=r"label_smoothing.*1\.5"):
-        losses.make({"loss": "token"}, label_smoothing=1.5)
+        losses.make("token", label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"label_smoothing.*regression"):
-        losses.make({"loss": "regression"}, label_smoothing=0.1)
+        losses.make("regression", label_smoothing=0.1)

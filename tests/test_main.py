@@ -6,7 +6,7 @@ import pytest
 import tiny_run
 from absl import flags
 
-from train import main
+from train import main, runs
 
 CONFIG = "configs/pixels.py:digits"
 FLAGS = ("workdir", "seeds", "lengths", "report", "config", "certificate")
@@ -113,7 +113,7 @@ def test_main_tests_at_several_lengths(parsed, monkeypatch, tmp_path):
 
     asked = []
     monkeypatch.setattr(loop, "run", lambda *_: {"step": 1})
-    monkeypatch.setattr(evaluate, "load_run", lambda workdir, trust: workdir)
+    monkeypatch.setattr(runs, "load_run", lambda workdir, trust: workdir)
     monkeypatch.setattr(evaluate, "at_lengths", lambda *words: asked.append(words))
     command = ["--config=configs/synthetic.py:induction", f"--workdir={tmp_path}"]
     command += ["--noreport", "--lengths=1,4"]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from kernel_cases import check
 
-from kernels import backend_report, blocks, compat, conformance
-from kernels.cases import DTYPES, OPERATIONS, Case, covering
+from kernels import backend_report, blocks, compat
+from kernels.check import conformance
+from kernels.check.cases import DTYPES, OPERATIONS, Case, covering
 
 
 class Kernel(NamedTuple):

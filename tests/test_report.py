@@ -14,10 +14,11 @@ import pytest
 from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
-from train import evaluate, loop, main, report, sharding, state
+from train import loop, main, probe, runs, sharding, state
 from train.checkpoint import CheckpointError
+from train.data.spec import Spec
 from train.draw import figures
-from train.report import answers, pages, probe, workdir
+from train.report import answers, inside, pages
 from train.report.__main__ import main as command
 
 VOID = {"meta", "br"}
@@ -130,7 +131,7 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
     assert capsys.readouterr().out == f"report: {digits / 'report.html'}\n"
     page = read(digits / "report.html")
     assert page.sections() == EVERY
-    results = workdir.read(digits).results
+    results = runs.read(digits).results
     assert f"{results['test']['accuracy']:.4f}" in page.text["verdict"]
     assert f"{results['parallel_vs_recurrent']:.1e}" in page.text["verdict"]
     assert "gradient norm" in page.text["curves"]
@@ -145,17 +146,17 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
 
 @pytest.mark.slow
 def test_the_command_of_a_report_starts_the_same_run(digits, tmp_path, monkeypatch):
-    page = read(report.write(digits, tmp_path / "page.html"))
+    page = read(pages.write(digits, tmp_path / "page.html"))
     code = re.search(r"from train import loop.*\n.*\)", page.text["reproduce"])[0]
     monkeypatch.chdir(tmp_path)
     exec(code)
-    again = workdir.read(tmp_path / "runs" / "again")
-    assert again.results["test"] == workdir.read(digits).results["test"]
+    again = runs.read(tmp_path / "runs" / "again")
+    assert again.results["test"] == runs.read(digits).results["test"]
 
 
 @pytest.mark.slow
 def test_a_report_of_tokens_without_eigenvalues(tokens):
-    page = read(report.write(tokens, step=2))
+    page = read(pages.write(tokens, step=2))
     assert page.sections() == [name for name in EVERY if name != "spectra"]
     assert "Accuracy by position" in page.text["answers"]
     assert len(re.findall("target  ", page.text["answers"])) == 3
@@ -163,7 +164,7 @@ def test_a_report_of_tokens_without_eigenvalues(tokens):
 
 @pytest.mark.slow
 def test_a_report_of_a_regression(regression):
-    page = read(report.write(regression))
+    page = read(pages.write(regression))
     assert page.sections() == [name for name in EVERY if name != "spectra"]
     assert "test error" in page.text["verdict"]
     assert "Predictions over targets" in page.text["answers"]
@@ -176,25 +177,25 @@ def test_an_unfinished_run_has_a_report_too(digits, tokens, tmp_path):
     (path / "results.json").unlink()
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "spl')
-    page = read(report.write(path))
+    page = read(pages.write(path))
     assert "not finished: 2 of 2 steps" in page.text["verdict"]
     shutil.rmtree(path / "checkpoints")
     (path / "metrics.jsonl").write_text("")
     (path / "versions.json").unlink()
-    page = read(report.compare([path, digits], tmp_path / "compare.html"))
+    page = read(pages.compare([path, digits], tmp_path / "compare.html"))
     assert "0 of 2" in page.text["scores"]
     with pytest.raises(RuntimeError, match="there is no checkpoint in"):
-        report.write(path)
+        pages.write(path)
 
 
 def test_several_runs_beside_one_another(digits, tokens, regression, tmp_path, capsys):
     out = tmp_path / "compare.html"
-    runs = [str(path) for path in (digits, tokens, regression)]
-    assert command(["--compare", *runs, "--out", str(out)]) == 0
+    paths = [str(path) for path in (digits, tokens, regression)]
+    assert command(["--compare", *paths, "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"report: {out}\n"
     page = read(out)
     assert page.sections() == ["scores", "curves", "configs", "environment"]
-    for told in map(workdir.read, runs):
+    for told in map(runs.read, paths):
         assert told.name in page.text["scores"] and told.name in page.text["curves"]
         name, _ = told.score
         assert f"{told.results['test'][name]:.4f}" in page.text["scores"]
@@ -238,12 +239,12 @@ def test_unreadable_files_are_named(digits, tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        workdir.read(tmp_path)
+        runs.read(tmp_path)
 
 
 def test_a_run_ends_well_without_its_report(tmp_path, monkeypatch, capsys):
     main._write_report(tmp_path / "nowhere")
-    monkeypatch.setattr(report, "write", lambda workdir, **_: workdir / "report.html")
+    monkeypatch.setattr(pages, "write", lambda workdir, **_: workdir / "report.html")
     main._write_report(tmp_path)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("report: not written (ValueError: ")
@@ -251,7 +252,7 @@ def test_a_run_ends_well_without_its_report(tmp_path, monkeypatch, capsys):
 
 
 def test_the_initial_variables_are_those_of_the_run(tokens, capsys):
-    run = evaluate.load_run(tokens)
+    run = runs.load_run(tokens)
     batch = next(run.dataset.train(8, 0))
     mesh = sharding.make_mesh(run.config)
     begun = state.create(run.model, optax.identity(), batch, run.config.seed, mesh)
@@ -267,7 +268,7 @@ def test_a_report_says_that_a_beginning_is_lost(tokens, monkeypatch):
         raise CheckpointError("there is no checkpoint in elsewhere")
 
     monkeypatch.setattr(probe, "initial_variables", lost)
-    stages, remark = pages._stages(evaluate.load_run(tokens))
+    stages, remark = inside._stages(runs.load_run(tokens))
     assert list(stages) == ["trained"] and "no checkpoint in elsewhere" in remark
 
 
@@ -349,7 +350,11 @@ def shown(loss, inputs, outputs, targets, **spec):
     mask = np.ones(inputs.shape[:2], bool) if mask is None else mask
     confidence = None if loss == "regression" else np.linspace(0.5, 0.9, n)
     found = answers.Answers("test", n + 3, inputs, targets, mask, outputs, confidence)
-    return answers.section(found, {"loss": loss, "outputs": 4, **spec}, step=1)
+    return answers.section(
+        found,
+        Spec(**dict(encoder="scalar", length=1, outputs=4, loss=loss) | spec),
+        step=1,
+    )
 
 
 def test_answers_are_shown_as_pictures_lines_or_text():

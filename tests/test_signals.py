@@ -11,7 +11,7 @@ import jax
 import pytest
 import tiny_run
 
-from train import checkpoint, loop, pace, record, signals, step
+from train import checkpoint, loop, pace, runs, signals, step
 from train.data import pipeline
 
 SECONDS = 30.0  # how long a test waits for what takes none
@@ -220,7 +220,7 @@ def test_an_evaluation_ends_after_its_batch(tmp_path, monkeypatch, finished, bat
         stopped = loop.run(tiny_run.config(), tmp_path)
     assert stopped == {"step": at, "stopped": "SIGTERM"} and count == batch
     assert checkpoint.newest_good(tmp_path) == at
-    assert not (tmp_path / record.RESULTS).exists()
+    assert not (tmp_path / runs.RESULTS).exists()
     results = loop.run(tiny_run.config(), tmp_path)
     checked = {**results, "checkpoint": finished[1]["checkpoint"]}
     assert checked == finished[1]

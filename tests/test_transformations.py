@@ -18,7 +18,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels import dispatch
-from kernels.cases import OPERATIONS, Case, parted, rounded
+from kernels.check.cases import OPERATIONS, Case
+from kernels.check.comparison import parted, rounded
 from kernels.tolerance import assert_close
 from ssm import conv_ssm, dplr, filters, recurrence
 from ssm import sequence as seq

@@ -32,6 +32,7 @@ from kernels import (
     vandermonde,
     vandermonde_transpose,
 )
+from kernels.check import machine_code
 
 pytest.importorskip("triton", reason="not installed: pip install -e '.[test]'")
 
@@ -416,7 +417,7 @@ KERNELS = {
         chunked_scan,
         attention_cases,
         attention_sizes(),
-        {"kernels.chunked_scan.triton": {"CHUNK": 32}},
+        {"kernels.chunked_scan.triton_decay": {"CHUNK": 32}},
     ),
     "fft_conv": Kernel(
         fft_conv,
@@ -497,7 +498,7 @@ SIZES = [
 def test_compiles_without_spilling(call, shapes):
     """Every kernel of the forward and the backward pass, for sm_90."""
     for kernel_call in calls(call, shapes):
-        made = compat.compiled(kernel_call)
+        made = machine_code.compiled(kernel_call)
         assert made["spilled_bytes"] == 0, (kernel_call.kernel.__name__, made)
 
 
@@ -509,7 +510,7 @@ def test_chunked_scan_compiles_with_resets_in_float32():
     shapes = {name: ((*shape, 64), jnp.float32) for name in "qkv"}
     shapes |= {"log_decay": (shape, jnp.float32), "reset": (shape[:2], bool)}
     for kernel_call in calls(chunked_scan, shapes):
-        assert compat.compiled(kernel_call)["registers"] <= 255
+        assert machine_code.compiled(kernel_call)["registers"] <= 255
 
 
 def calls(call, shapes):

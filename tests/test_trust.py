@@ -18,6 +18,7 @@ from train import (
     loop,
     main,
     optimizers,
+    runs,
     state,
     step,
 )
@@ -129,7 +130,7 @@ def test_trust_reads_a_run_of_a_layer_of_ones_own(run, stranger, capsys):
     assert evaluate.main(["--workdir", str(run), "--trust", "--examples", "4"]) == 0
     assert executed.exists()
     assert json.loads(capsys.readouterr().out)["step"] == 1
-    found = evaluate.load_run(run, trust=True)
+    found = runs.load_run(run, trust=True)
     assert type(found.model.stack().pattern[0]().mixer()).__name__ == "Layer"
 
 

@@ -13,8 +13,9 @@ from configs import video
 from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, Sequence, build
 from layers.models.video import PIECE
-from train import data, loop, losses, metrics, report
-from train.reproduce import contest
+from train import data, loop, losses, metrics, resolve
+from train.report import pages
+from train.reproduce import ledger
 from train.reproduce import video as video_contest
 from train.video import rollout
 
@@ -226,7 +227,7 @@ def test_codes_are_classified_place_by_place():
     mask = np.ones((B, L), bool)
     mask[1, 2:] = False
     batch = {"inputs": codes, "targets": codes, "mask": mask}
-    loss, weight, metrics = losses.make({"loss": "codes"})(y, batch)
+    loss, weight, metrics = losses.make("codes")(y, batch)
     log_p = jax.nn.log_softmax(y)[mask]
     expected = -np.take_along_axis(np.asarray(log_p), codes[mask][..., None], -1)
     assert weight == mask.sum()
@@ -242,14 +243,14 @@ def test_the_loss_of_frames():
     mask[0, 3:] = False
     batch = {"targets": frames, "mask": mask}
     y = jnp.where(mask[..., None, None, None], y, jnp.nan)
-    loss, weight, metrics = losses.make({"loss": "frames"})(y, batch)
+    loss, weight, metrics = losses.make("frames")(y, batch)
     wrong = (np.asarray(y) - (frames / 127.5 - 1))[mask]
     assert weight == mask.sum()
     assert_close(metrics["mse"], np.float32((wrong**2).mean((1, 2, 3)).sum()))
     total = (wrong**2 / 2 + np.abs(wrong) / 2).mean((1, 2, 3)).sum()
     assert_close(loss, np.float32(total))
     with pytest.raises(ValueError, match=r"outputs .* do not fit targets"):
-        losses.make({"loss": "frames"})(y[:, :, :4], batch)
+        losses.make("frames")(y[:, :, :4], batch)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_a_run_ends_in_rollouts_and_a_report(tmp_path, capsys):
             assert len(written["scores"][name][metric]) == 4
     assert (tmp_path / rollout.PNG).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / rollout.GIF).read_bytes().startswith(b"GIF8")
-    page = report.write(tmp_path).read_text()
+    page = pages.write(tmp_path).read_text()
     assert page.count("data:image/") == 2 and "frames ahead" in page
     capsys.readouterr()
     arguments = ["--workdir", str(tmp_path), "--horizon", "2", "--clips", "2"]
@@ -368,7 +369,7 @@ def test_codes_of_an_autoencoder_train_a_model_that_is_shown_as_pixels(tmp_path)
     config.optimizer.warmup = 0
     config.train.update(steps=2, batch_size=2, eval_every=2, log_every=1)
     loop.run(config, tmp_path / "vq")
-    report.write(tmp_path / "vq")
+    pages.write(tmp_path / "vq")
     out = tmp_path / "codes.npz"
     arguments = ["--workdir", str(tmp_path / "vq"), "--clips", "6", "--length", "8"]
     assert codec.main([*arguments, "--out", str(out)]) == 0
@@ -408,7 +409,9 @@ def test_actions_that_the_dataset_does_not_have_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^model.video.actions must be 0, what the"):
         loop.run(config, tmp_path / "run")
     config.model.video.update(actions=0, size=(SIDE, SIDE))
-    assert loop.resolve(config, data.load(config.data).spec).model.video.actions == 0
+    assert (
+        resolve.complete(config, data.load(config.data).spec).model.video.actions == 0
+    )
 
 
 def rolled(psnr, copied=(9.0,) * 30):
@@ -449,7 +452,7 @@ def test_others_train_for_as_long_as_the_first(tmp_path, monkeypatch):
             return rolled([8.0] * 30)
         return rolled([8.0] * 3 + [10.0] * 27 if int(seed) else [10.0] * 30)
 
-    monkeypatch.setattr(contest, "trained", trained)
+    monkeypatch.setattr(ledger, "trained", trained)
     monkeypatch.setattr(video_contest, "rolled", rolled_out)
     text = video_contest.table("moving_digits", (), (0, 1), tmp_path)
     own = video.get_config().train.steps

@@ -14,7 +14,7 @@ from layers import build
 from layers.models import precision
 from layers.models.vq import VQ, Codebook, Decoder, Encoder, Reconstruction, moved
 from ssm.sequence import Sequence
-from train import checkpoint, data, evaluate, loop, losses
+from train import checkpoint, data, loop, losses, runs
 from train.video import codec
 
 MODEL = VQ(2, (3,), codes=5, code_features=3, blocks=0)
@@ -66,7 +66,7 @@ def test_straight_through_gradient_is_the_formula():
     with jax.enable_x64(True):
         model = MODEL.clone(beta=0.7, dtype=jnp.float64)
         given = precision.cast(variables(), precision.get("float64"))
-        loss_fn = losses.make({"loss": "autoencoder"})
+        loss_fn = losses.make("autoencoder")
         batch = {"inputs": CLIPS, "mask": np.ones((2, 3), bool)}
 
         @jax.jit
@@ -188,7 +188,7 @@ def test_masked_frames_move_no_code_and_answer_zero():
 
 
 def test_loss_and_perplexity_of_a_known_assignment():
-    loss_fn = jax.jit(losses.make({"loss": "autoencoder"}))
+    loss_fn = jax.jit(losses.make("autoencoder"))
     frames = np.full((2, 2, 4, 4, 1), 255, np.uint8)  # x = 1
     usage = np.zeros((2, 2, 6), np.float32)
     usage[0, 0, :2], usage[0, 1, 2:4], usage[1, 0, 4] = 0.5, 0.5, 1
@@ -268,12 +268,12 @@ def test_the_dataset_clips_reads_what_the_codec_writes(workdir, tmp_path, capsys
     assert codes.shape == (26, 4, 4, 4) and codes.dtype == np.int32
     names, counts = np.unique(split, return_counts=True)
     assert dict(zip(names, counts, strict=True)) == dict(test=3, train=20, validation=3)
-    run = evaluate.load_run(workdir)
+    run = runs.load_run(workdir)
     clips = np.stack([run.dataset.sources["test"][i]["frames"] for i in range(3)])
     expected = run.model.apply(run.variables, clips, method="encode")
     np.testing.assert_array_equal(codes[split == "test"], expected)
     read = data.load(dict(name="clips", path=str(out), vocab_size=7))
-    assert read.spec["outputs"] == 7 and read.num_examples("train") == 20
+    assert read.spec.outputs == 7 and read.num_examples("train") == 20
     batch = next(iter(read.evaluation("test", 3)))
     np.testing.assert_array_equal(batch["targets"], expected[:, 1:])
 
@@ -294,7 +294,7 @@ def test_actions_are_kept(workdir, tmp_path):
     actions, split = rng.integers(0, 3, (5, 4)), ["train"] * 4 + ["test"]
     shown = rng.integers(0, 256, (5, 4, 8, 8, 1), np.uint8)
     np.savez(path, frames=shown, actions=actions, split=split)
-    run = evaluate.load_run(workdir)
+    run = runs.load_run(workdir)
     run = run._replace(dataset=data.load(dict(name="clips", path=path)))
     arrays = codec.encode(run, "train", 100)
     assert arrays["codes"].shape == (4, 4, 4, 4)
@@ -303,7 +303,7 @@ def test_actions_are_kept(workdir, tmp_path):
 
 def test_codec_shows_codes_as_pixels(workdir):
     decode = codec.load_codec(workdir)
-    run = evaluate.load_run(workdir)
+    run = runs.load_run(workdir)
     codes = np.random.default_rng(0).integers(0, 7, (2, 3, 4, 4))
     pixels = decode(codes)
     assert pixels.shape == (2, 3, 8, 8, 1) and pixels.dtype == np.uint8

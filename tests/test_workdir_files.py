@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from train import evaluate, generate, loop, main, metrics, record
+from train import evaluate, generate, loop, main, metrics, runs
 from train.report import __main__ as report
-from train.report import workdir
 from train.video import codec, rollout
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"
@@ -93,7 +92,7 @@ def test_a_broken_config(tmp_path, capsys, command, content, reason):
     assert str(run / "config.json") in said and reason in said
 
 
-@pytest.mark.parametrize("section", record.SECTIONS)
+@pytest.mark.parametrize("section", runs.SECTIONS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_config_without_a_section(tmp_path, capsys, command, section):
     config = json.loads((RUN / "config.json").read_text())
@@ -135,7 +134,7 @@ def test_versions_of_another_kind(tmp_path, capsys):
 
 
 def test_what_is_right_is_read():
-    told = workdir.read(RUN)
+    told = runs.read(RUN)
     assert told.results["step"] == 8 and len(told.rows) == 9 and told.devices()
 
 
@@ -237,7 +236,7 @@ def test_a_broken_config_is_said_on_resuming(tmp_path, train):
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": "x"}', NESTED])
 def test_broken_results_do_not_keep_a_run_from_going_on(tmp_path, content, capsys):
     run = harmed(tmp_path, "results.json", content)
-    assert loop.finished_before(record.read_config(run), run) is None
+    assert runs.finished(run, runs.read_config(run)) is None
     said = capsys.readouterr().out
     assert str(run / "results.json") in said and said.count("\n") == 1
     assert "the run goes on from its last checkpoint" in said

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import common
-from train import checkpoint
+from train import checkpoint, state
 from train.metrics import CLOCK, FILE
 
 ROOT = Path(__file__).parents[1]
@@ -89,5 +89,5 @@ def lines(workdir):
 def weights(workdir):
     """The newest checkpoint's step and variables, as path -> bytes."""
     variables, step = checkpoint.restore_params(workdir)
-    leaves = checkpoint.named_leaves(variables)
+    leaves = state.named_leaves(variables)
     return step, {name: np.asarray(leaf).tobytes() for name, leaf in leaves}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import jax
 
-from kernels import certificate, exclude
-from kernels.cases import OPERATIONS
+from kernels import exclude
+from kernels.check import certificate
+from kernels.check.cases import OPERATIONS
 from train import processes
 
 
@@ -88,7 +89,7 @@ def decide(path: str | Path | None) -> dict[str, list]:
 
 
 def read(path: Path) -> dict:
-    """A certificate whose structure is what `kernels.certificate` says."""
+    """A certificate whose structure is what `kernels.check.certificate` says."""
     try:
         made = json.loads(path.read_text())
         if made["format"] != certificate.FORMAT:

@@ -32,7 +32,7 @@ from etils import epath
 
 from train import stored
 from train.files import disk_full, sha256, write_atomically
-from train.state import TrainState
+from train.state import TrainState, named_leaves
 
 FOLDER = "checkpoints"
 DIGEST = "digest.json"
@@ -557,14 +557,6 @@ def _copy(tree: dict) -> dict:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def named_leaves(tree) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf, the path as "params/encoder/kernel"."""
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
 
 
 def _write_digest(folder: Path) -> None:

@@ -1,16 +1,65 @@
-"""How good a run is: its scores on a split, and the answers at its end."""
+"""What a kind of task checks before a run, makes at its end and shows in the report."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
+from flax import linen as nn
+from ml_collections import ConfigDict
 
-from layers.models.video import Video
-from train import checkpoint, evaluate, record, sharding, signals, step
+from train import checkpoint, evaluate, runs, sharding, signals
 from train.checkpoint import CheckpointError
-from train.video import rollout
+from train.data.spec import Spec
+from train.draw.markup import Section
+from train.metrics import print_results
+from train.parts import Parts, Progress
+from train.report import inside
+from train.runs import Run, Workdir
+from train.video import rollout, section
 
 COMPARED = 64  # rows at most that both modes read at the end of a run
 
 
-def measure(config, parts, split: str, variables) -> dict[str, float] | None:
+class Ending(NamedTuple):
+    """Of one kind of task.
+
+    Attributes:
+        check: raises a `ValueError` before training where `make` could not run after.
+        make: writes its files into the workdir; what it adds to results.json.
+        sections: of the report.
+    """
+
+    check: Callable[[ConfigDict, Spec, nn.Module], None]
+    make: Callable[[Run, Path], dict]
+    sections: Callable[[Workdir, Run], list[Section]]
+
+
+def _nothing_to_check(config, spec, model) -> None:
+    pass
+
+
+def _nothing_more(run, workdir) -> dict:
+    return {}
+
+
+ANSWERS = Ending(_nothing_to_check, _nothing_more, inside.sections)
+ROLLOUTS = Ending(rollout.check, rollout.predict, section.sections)
+
+# By the loss of the data's spec.
+ENDINGS = {
+    "classification": ANSWERS,
+    "token": ANSWERS,
+    "regression": ANSWERS,
+    "frames": ROLLOUTS,
+    "codes": ROLLOUTS,
+    "autoencoder": ANSWERS,
+}
+
+
+def measure(
+    config: ConfigDict, parts: Parts, split: str, variables: dict
+) -> dict[str, float] | None:
     """Means of loss and metrics over `split`; None where there is no such split.
 
     Raises:
@@ -18,23 +67,23 @@ def measure(config, parts, split: str, variables) -> dict[str, float] | None:
     """
     if split not in parts.dataset.sources:
         return None
-    size = sharding.evaluation_batch_size(
-        config, parts.mesh, parts.dataset.num_examples(split)
+    return evaluate.on_split(
+        parts.eval_step, variables, parts.dataset, split, config, parts.mesh
     )
-    batches = signals.stoppable(parts.dataset.evaluation(split, size))
-    return step.evaluate(parts.eval_step, variables, batches, parts.mesh)
 
 
-def finish(config, workdir, parts, progress) -> dict:
-    """Tests the last step and the best on validation; the test has chosen neither."""
+def finish(config: ConfigDict, workdir: Path, parts: Parts, progress: Progress) -> dict:
+    """Tests the last step and the best on validation, makes what the kind of task has
+    at its end, and writes results.json. The test has chosen neither step."""
 
     def test(variables):
         return measure(config, parts, "test", variables)
 
     variables = progress.state.variables()
+    kind = parts.dataset.spec.loss
     results = {
         "step": progress.step,
-        "loss": parts.dataset.spec["loss"],
+        "loss": kind,
         "test": test(variables),
         "best": None,
         "checkpoint": str(workdir / checkpoint.FOLDER / str(progress.step)),
@@ -51,33 +100,20 @@ def finish(config, workdir, parts, progress) -> dict:
     signals.check()
     results["parallel_vs_recurrent"] = compare(config, parts, variables)
     signals.check()
-    if isinstance(parts.model, Video):
-        run = evaluate.Run(config, parts.dataset, parts.model, variables, progress.step)
-        results["rollout"] = predict(run, workdir)
-    record.write_results(workdir, results)
-    record.report(results)
+    run = Run(config, parts.dataset, parts.model, variables, progress.step)
+    results |= ENDINGS[kind].make(run, workdir)
+    runs.write_results(workdir, results)
+    print_results(results)
     return results
 
 
-def predict(run: evaluate.Run, workdir) -> dict:
-    """Open-loop rollouts of the test split (or the last there is), their scores and
-    their files in `workdir`."""
-    split = evaluate.last_split(run.dataset)
-    found = rollout.of_run(run, run.config.rollout, split)
-    summary = rollout.summary(run, found, split)
-    if jax.process_index() == 0:
-        rollout.write(workdir, found, summary)
-        rollout.show(summary)
-    return summary
-
-
-def compare(config, parts, variables) -> float | str:
+def compare(config: ConfigDict, parts: Parts, variables: dict) -> float | str:
     """How far the recurrent mode is from the parallel one, or why there is none."""
     try:
         parts.model.init_state(1)
     except ValueError as error:
         return str(error)
-    split = evaluate.last_split(parts.dataset)
+    split = runs.last_split(parts.dataset)
     count = min(COMPARED, parts.dataset.num_examples(split))
     size = sharding.evaluation_batch_size(config, parts.mesh, count)
     batch = next(iter(parts.dataset.evaluation(split, size)))

@@ -22,26 +22,24 @@ what they fetch from their published addresses, and how much time and memory it 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from layers.models.build import build, foreign
 from ssm.sequence import Sequence
 from train import (
     checkpoint,
     data,
     files,
     losses,
-    record,
+    runs,
     settings,
     sharding,
     signals,
@@ -52,66 +50,6 @@ LENGTHS = "lengths.json"
 # What a command says in one line.
 PROBLEMS = (ValueError, OSError, checkpoint.CheckpointError)
 MOST = 10_000_000  # examples that are scored without being asked for
-
-
-class Run(NamedTuple):
-    """A trained run, read back from its workdir."""
-
-    config: ConfigDict
-    dataset: data.Dataset
-    model: nn.Module
-    variables: dict
-    step: int
-
-
-def load_run(workdir, at=None, trust: bool = False) -> Run:
-    """The run of `workdir` at checkpoint `at` (None: the newest good one).
-
-    Args:
-        workdir: of the run.
-        at: step of the checkpoint.
-        trust: import the layers that the run names by dotted paths, which executes
-            their code; without it such a run is refused before anything is imported.
-
-    Raises:
-        ValueError: no run was ever started in `workdir`, its config cannot be, or it
-            names a layer that is not of this project and is not trusted.
-        CheckpointError: no such checkpoint, or it is damaged.
-    """
-    workdir = settings.place("workdir", workdir)
-    config = read_config(workdir)
-    check_trust(workdir, config, trust)
-    variables, found = checkpoint.restore_params(workdir, at)
-    dataset = data.load(config.data)
-    return Run(config, dataset, build(config.model), variables, found)
-
-
-def read_config(workdir) -> ConfigDict:
-    """The config of a run, every value of its type; `ValueError` names the other."""
-    workdir = settings.place("workdir", workdir)
-    config = record.read_config(workdir)
-    try:
-        settings.check_types(config)
-    except ValueError as problem:
-        raise ValueError(f"{workdir / record.CONFIG}: {problem}") from problem
-    return config
-
-
-def check_trust(workdir, config: ConfigDict, trust: bool) -> None:
-    """Raises a `ValueError` for a run whose layers are not of this project, unless they
-    are trusted."""
-    names = foreign(config.model)
-    if names and not trust:
-        raise ValueError(
-            f"workdir: {workdir} names the layer {names[0]!r}, which is not of this "
-            "project, and reading the run would execute its code; --trust allows it "
-            "(trust=True of load_run)"
-        )
-
-
-def last_split(dataset: data.Dataset) -> str:
-    """The split to show: that of the test, or of what there is instead."""
-    return next(s for s in ("test", "validation", "train") if s in dataset.sources)
 
 
 def recurrent_outputs(model, variables, inputs, sequence=None):
@@ -164,24 +102,45 @@ def compare_modes(model, variables, batch) -> float | None:
     return float(difference(variables, batch["inputs"], sequence))
 
 
-def scores(run: Run, split: str) -> dict[str, float]:
+def scores(run: runs.Run, split: str) -> dict[str, float]:
     """Loss and metrics of a run on one split of its dataset. `ValueError` for a split
     that the dataset does not have, or that it draws without end."""
     spec, mesh = run.dataset.spec, sharding.make_mesh(run.config)
-    loss = losses.make(spec)
-    eval_step = step.make_eval_step(run.model, loss, spec.get("padded", True))
+    loss = losses.make(spec.loss)
+    eval_step = step.make_eval_step(run.model, loss, spec.padded)
     count = run.dataset.num_examples(split)
     if count > MOST:
         raise ValueError(
             f"split {split} has {count:,} examples; --examples N scores the first N"
         )
-    size = sharding.evaluation_batch_size(run.config, mesh, count)
-    batches = signals.stoppable(run.dataset.evaluation(split, size))
-    return step.evaluate(eval_step, run.variables, batches, mesh)
+    return on_split(eval_step, run.variables, run.dataset, split, run.config, mesh)
+
+
+def on_split(
+    eval_step: Callable,
+    variables: dict,
+    dataset: data.Dataset,
+    split: str,
+    config: ConfigDict,
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Means of what `eval_step` sums over `split`.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    count = dataset.num_examples(split)
+    size = sharding.evaluation_batch_size(config, mesh, count)
+    batches = signals.stoppable(dataset.evaluation(split, size))
+    return step.evaluate(eval_step, variables, batches, mesh)
 
 
 def at_lengths(
-    run: Run, workdir, split: str, times: Iterable[int], examples: int | None = None
+    run: runs.Run,
+    workdir,
+    split: str,
+    times: Iterable[int],
+    examples: int | None = None,
 ) -> dict:
     """Scores on sequences of several lengths, printed and kept in workdir/lengths.json.
 
@@ -209,7 +168,7 @@ def at_lengths(
         size = (options.eval_batch_size or options.batch_size) // n
         options.eval_batch_size = max(1, size)
         stretched = run._replace(config=config, dataset=dataset)
-        length = {"times": n, "length": dataset.spec["length"]}
+        length = {"times": n, "length": dataset.spec.length}
         rows.append(length | scores(stretched, split))
     found = {"step": run.step, "split": split, "lengths": rows}
     if jax.process_index() == 0:
@@ -260,7 +219,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         workdir = settings.place("--workdir", options.workdir)
-        run = load_run(workdir, options.step, options.trust)
+        run = runs.load_run(workdir, options.step, options.trust)
         if options.lengths is not None:
             times = parse_times(options.lengths)
             at_lengths(run, workdir, options.split, times, options.examples)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 60  # characters of a line that an error quotes
-KINDS = {dict: "object", list: "list"}
+KINDS = {dict: "object", list: "list", float: "number with a point"}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -52,7 +52,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
     Args:
         path: of the file.
-        kind: dict or list: what the whole must be.
+        kind: dict, list or float: what the whole must be.
 
     Raises:
         ValueError: the file cannot be read, is no JSON, or holds something else.

@@ -16,8 +16,8 @@ from flax import linen as nn
 
 from layers.inside import RECORD
 from train import sharding
-from train.checkpoint import named_leaves
 from train.losses import LossFn
+from train.state import named_leaves
 from train.step import sequence_of
 
 

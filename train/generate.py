@@ -16,7 +16,8 @@ import numpy as np
 
 from layers import prepare
 from train import settings
-from train.evaluate import PROBLEMS, add_trust, load_run
+from train.evaluate import PROBLEMS, add_trust
+from train.runs import load_run
 
 
 def generate(model, variables, prompt, length, key, temperature=1.0):
@@ -102,7 +103,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         run = load_run(options.workdir, options.step, options.trust)
-        length = options.length or run.dataset.spec["length"]
+        length = options.length or run.dataset.spec.length
         _check_numbers(options, length)
         prompt = _prompt(options, run.dataset.spec)
         tokens = generate(
@@ -148,7 +149,7 @@ def _prompt(options, spec):
     words = options.prompt.split()
     if not words:
         # A dataset of next tokens names the token that stands before the first one.
-        return np.array([spec.get("start", 0)], np.int32)
+        return np.array([spec.start], np.int32)
     try:
         return np.array([int(word) for word in words], np.int32)
     except (ValueError, OverflowError):

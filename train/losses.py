@@ -20,9 +20,19 @@ LossFn = Callable[
 
 IGNORED = -1  # a target that is not to be predicted
 
+# The metric that chooses the best step, its name at the end, whether more is better.
+SCORES = {
+    "classification": ("accuracy", "accuracy", True),
+    "token": ("accuracy", "accuracy", True),
+    "regression": ("loss", "error", False),
+    "frames": ("mse", "mse", False),
+    "codes": ("accuracy", "accuracy", True),
+    "autoencoder": ("mse", "mse", False),
+}
 
-def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
-    """The loss that `spec["loss"]` names.
+
+def make(loss: str, label_smoothing: float = 0.0) -> LossFn:
+    """The loss of this name.
 
     - "classification": -log softmax(outputs)[targets], outputs [B, K], targets int
       [B]; a row whose mask is all False has no weight. Metric: accuracy.
@@ -45,7 +55,7 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
       that it has at all.
 
     Args:
-        spec: of the dataset; only "loss" is read.
+        loss: a key of LOSSES, such as the spec of a dataset names.
         label_smoothing: share e of the probability that goes to all K classes alike:
             the loss becomes (1 - e) * loss + e * mean_k(-log softmax(outputs)[k]).
 
@@ -62,7 +72,6 @@ def make(spec: Mapping, label_smoothing: float = 0.0) -> LossFn:
         "codes": _codes,
         "autoencoder": _autoencoder,
     }
-    loss = spec["loss"]
     if loss not in losses:
         raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
     if not 0 <= label_smoothing < 1:

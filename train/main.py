@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import configs
-from train import settings
+from train import runs, settings
 from train.signals import Stopped, check, stop_signals
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
             return 0
         if times:
             # Its layer is that of the command line, which has been trained here.
-            run = evaluate.load_run(workdir, trust=True)
+            run = runs.load_run(workdir, trust=True)
             evaluate.at_lengths(run, workdir, "test", times)
         if REPORT.value and jax.process_count() == 1:
             _write_report(workdir)
@@ -112,12 +112,12 @@ def check_arguments(argv: list[str]) -> None:
 def _write_report(workdir: Path) -> None:
     """The run's page; what keeps it from being written never fails the run."""
     try:
-        from train import report
+        from train.report import pages
 
         with stop_signals() as stop:
             stop.ends_after("part of the report")
             # Its layer is that of the command line, which has been trained here.
-            print(f"report: {report.write(workdir, trust=True)}", flush=True)
+            print(f"report: {pages.write(workdir, trust=True)}", flush=True)
     except Stopped:
         raise
     except Exception as error:
@@ -152,7 +152,7 @@ def _workdir(seed: int, several: bool) -> Path:
 
 def _print_seeds(found: dict[int, dict]) -> None:
     """The tests of several seeds, and their median and range."""
-    from train.record import SCORES
+    from train.losses import SCORES
 
     name, label, _ = SCORES[next(iter(found.values()))["loss"]]
     tests = {"last": {seed: results["test"] for seed, results in found.items()}}

@@ -3,11 +3,14 @@
 import contextlib
 import datetime
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,8 +26,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
+from configs.common import GROUP_NAMES
 from train import files
 from train.files import write_atomically
+from train.losses import SCORES
+from train.state import named_leaves
 
 FILE = "metrics.jsonl"
 BOARD = "tensorboard"
@@ -234,3 +240,100 @@ def _drop_after(path: Path, step: int, unvalidated: bool) -> None:
         ):
             kept.append(line)
     write_atomically(path, "".join(kept))
+
+
+def print_table(
+    config: ConfigDict, groups: Mapping[str, list[str]], params, mesh, compiled, seconds
+) -> None:
+    """Parameters by group, floating-point operations, devices.
+
+    Args:
+        config: the run's.
+        groups: pattern -> paths of its parameters.
+        params: tree of shapes.
+        mesh: of the devices.
+        compiled: the train step.
+        seconds: that compiling it took.
+    """
+    named = named_leaves(params)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in named}
+    factors = dict(config.groups)
+    counts = [
+        (group_name(pattern, factors[pattern]), sum(map(sizes.get, paths)))
+        for pattern, paths in groups.items()
+    ]
+    flops = (compiled.cost_analysis() or {}).get("flops", math.nan)
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    rows = [
+        ("layer", f"{config.model.layer}, {config.model.depth} deep"),
+        ("parameters", f"{sum(sizes.values()):,}"),
+        *[(f"  {name}", f"{count:,}") for name, count in counts if count],
+        ("FLOPs per step", f"{flops:.3g}"),
+        ("compiled in", f"{seconds:.1f} s"),
+        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}"),
+        ("mesh", shape),
+    ]
+    # A user's pattern can be long; the numbers stay readable beside it.
+    width = min(max(len(name) for name, _ in rows), 60)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}", flush=True)
+
+
+def group_name(pattern: str, factors: Mapping) -> str:
+    """A parameter group in words: what it is, where the configs say so of `pattern`,
+    and how it learns."""
+    lr, wd = factors.get("lr", 1.0), factors.get("wd", 1.0)
+    how = [f"lr x {lr:.3g}"] * (lr not in (0, 1))
+    how += [f"decay x {wd:.3g}" if wd else "no decay"] * (wd != 1)
+    how = "frozen" if lr == 0 else ", ".join(how)
+    name = GROUP_NAMES.get(pattern, f"what matches {pattern}")
+    return f"{name} ({how})" if how else name
+
+
+def print_results(results: Mapping) -> None:
+    """Prints the lines at the end of a run."""
+    name, label, _ = SCORES[results["loss"]]
+    if results["test"]:
+        print(f"test {label}: {results['test'][name]:.4f}")
+    best = results["best"]
+    if best and best["test"]:
+        print(
+            f"best on validation, step {best['step']}: validation {label} "
+            f"{best['validation'][name]:.4f}, test {label} {best['test'][name]:.4f}"
+        )
+    difference = results["parallel_vs_recurrent"]
+    if isinstance(difference, float):
+        print(f"parallel vs recurrent: max difference {difference:.1e}")
+    else:
+        print(f"parallel vs recurrent: no recurrent mode ({difference})")
+    print(f"checkpoint: {results['checkpoint']}", flush=True)
+
+
+PROFILED = 2, 6  # first and last step of the trace, counted from the start
+
+
+@contextlib.contextmanager
+def profiler(folder: Path, progress, steps: int):
+    """Yields what is to be called before every step: it traces the steps PROFILED.
+
+    A run with fewer steps is traced to its end, which may also be an error.
+    """
+    first = progress.step
+    begin = first + min(PROFILED[0], steps - first) - 1
+
+    def end():
+        try:
+            jax.block_until_ready(progress.state)
+        finally:
+            jax.profiler.stop_trace()
+
+    with contextlib.ExitStack() as running:
+
+        def between_steps():
+            if progress.step == begin:
+                jax.profiler.start_trace(folder)
+                running.callback(end)
+            elif progress.step == first + PROFILED[1]:
+                running.close()
+
+        yield between_steps

@@ -108,3 +108,11 @@ def abstract(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         jax.eval_shape(create),
     )
+
+
+def named_leaves(tree) -> list[tuple[str, Any]]:
+    """(path, leaf) of every leaf, the path as "params/encoder/kernel"."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]

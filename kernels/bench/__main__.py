@@ -35,10 +35,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kernels import allocator, certificate, dispatch
+from kernels import allocator, dispatch
 from kernels.bench import peers, plot, timing
 from kernels.bench.cases import CASES, Case
-from kernels.cases import OPERATIONS
+from kernels.check import certificate
+from kernels.check.cases import OPERATIONS
 
 LENGTHS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
 KINDS = ("forward", "forward+backward")
@@ -130,6 +131,7 @@ def _cast(arguments, options):
 
 
 def least_seconds(case, size, arguments, cotangent, floor) -> float:
+    """What the hardware allows: the bytes that must move, or the FLOPs."""
     moved = sum(x.nbytes for x in arguments) + cotangent.nbytes
     return max(
         moved / floor["copy_bytes_per_s"], case.flops(size) / floor["matmul_flop_per_s"]
@@ -137,6 +139,7 @@ def least_seconds(case, size, arguments, cotangent, floor) -> float:
 
 
 def peer_rows(case, arguments, options, rows) -> list[dict]:
+    """A row per installed peer, forward and with gradients."""
     found = []
     for peer in peers.installed(case.op, case.name):
         for kind, figures in peers.measure(peer, arguments, options.repeats).items():
@@ -181,6 +184,7 @@ def sweep(case: Case, options, floor: dict) -> list[dict]:
 
 
 def table(rows: list[dict], title: str) -> Table:
+    """Medians with quartiles, and the ratios of each form to its subject."""
     shown = Table(title=title)
     for name in ("operation", "size", "pass", "form", "ms (quartiles)", "time ratio",
                  "temp MB", "temp ratio", "x floor"):  # fmt: skip
@@ -217,6 +221,7 @@ def _figures(row, subject) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; see above."""
     options = _options(argv)
     console = Console()
     if not console.is_terminal:

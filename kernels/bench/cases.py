@@ -54,11 +54,14 @@ def _combine(left, right):
 
 
 def scan_by_associative_scan(a, x):
+    """h [B, L, ...] of h[t] = a[t] h[t-1] + x[t]."""
     a = jnp.broadcast_to(a, x.shape)
     return jax.lax.associative_scan(_combine, (a, x), axis=1)[1]
 
 
 def scan_by_lax_scan(a, x):
+    """The same, one step after another."""
+
     def step(h, inputs):
         h = inputs[0] * h + inputs[1]
         return h, h
@@ -85,6 +88,7 @@ def bank_of_states(scan):
 
 
 def selective_by_associative_scan(u, dt, A, B, C):
+    """S6 with every state [B, L, D, N] in memory."""
     decay = jnp.exp(dt[..., None] * A)
     given = (dt * u)[..., None] * B[:, :, None]
     return jnp.einsum("bldn,bln->bld", scan_by_associative_scan(decay, given), C)
@@ -109,6 +113,8 @@ def selective_by_materialised_scan(u, dt, A, B, C):
 
 
 def selective_by_lax_scan(u, dt, A, B, C):
+    """One step after another; states are made again for the gradient."""
+
     @jax.checkpoint
     def step(h, token):
         u, dt, B, C = token
@@ -159,6 +165,8 @@ def chunked_forms(s):
 
 
 def filter_by_table(length):
+    """The filter [H, L] by a table [H, N, L] of all powers."""
+
     def run(c, log_z):
         table = jnp.exp(log_z[..., None] * jnp.arange(length))
         return jnp.einsum("hn,hnl->hl", c, table).real
@@ -200,6 +208,8 @@ def dplr_filter_by_table(length):
 
 
 def dplr_filter_of_pairs(length):
+    """`dplr_filter` of the arguments that `make_dplr` gives."""
+
     def run(c, b, p, lam, log_dt):
         dt = jnp.exp(log_dt)
         scaled = c[None], dt * b, jnp.sqrt(dt) * p[None], dt * lam
@@ -209,11 +219,14 @@ def dplr_filter_of_pairs(length):
 
 
 def moments_by_table(u, log_z):
+    """The moments [B, H, N] by a table [H, N, L] of all powers."""
     table = jnp.exp(log_z[..., None] * jnp.arange(u.shape[-1]))
     return jnp.einsum("bhl,hnl->bhn", u.astype(table.dtype), table)
 
 
 def convolution_per_head(u, k):
+    """A causal convolution as one FFT per row and channel."""
+
     def one(u, k):
         size = 2 * u.shape[0]
         product = jnp.fft.rfft(u, size) * jnp.fft.rfft(k, size)
@@ -223,6 +236,7 @@ def convolution_per_head(u, k):
 
 
 def depthwise_by_lax_conv(u, w):
+    """XLA's own convolution, of w [H, W] with lag 0 first."""
     return jax.lax.conv_general_dilated(
         u,
         w[:, ::-1].T[:, None],

@@ -15,6 +15,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Peer:
+    """A public PyTorch kernel that computes the same as a case."""
+
     op: str  # of the case, and its name
     case: str
     name: str  # in the tables

@@ -68,6 +68,7 @@ def _seconds(function, arguments, count) -> float:
 
 
 def summary(times) -> dict:
+    """Median and quartiles in seconds."""
     low, middle, high = np.percentile(times, [25, 50, 75])
     return {"median_s": float(middle), "quartiles_s": [float(low), float(high)]}
 

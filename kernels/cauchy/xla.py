@@ -60,6 +60,12 @@ def _forward(length, coefficients, size, x):
     return _sums(length, coefficients, size, x), (coefficients, size, x)
 
 
+# Of k = -2 (s a_re + mu b_im) + 2i (mu b_re - s a_im), where (a, b) = coefficients r,
+# r = 1 / q and q = s^2 size^2 - mu^2 - 2i mu s x, on pairs (re, im):
+#     da = -2 s (dk_re, dk_im)               db = 2 mu (dk_im, -dk_re)
+#     dcoefficients = sum_f (da, db) r       dr = coefficients^T (da, db)
+#     dq = -conj(r^2) dr
+#     dsize = 2 size sum_f s^2 dq_re         dx = -2 sum_f mu s dq_im
 @jax.default_matmul_precision("highest")
 def _backward(length, saved, cotangent):
     """cotangent [2, E, G, F]; the steps of `block` in reverse, block by block."""

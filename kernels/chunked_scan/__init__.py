@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, varying
 from kernels.chunked_scan import reference, xla
 
 BACKENDS = {
@@ -88,44 +88,35 @@ def chunked_scan(
         )
         return rows.none(call, q, k, v, log_decay, beta, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, q, v, log_decay, beta)
-    dtype = dtypes.state(q, k, v, log_decay, beta, initial_state)
+    dtype = checks.state_dtype(q, k, v, log_decay, beta, initial_state)
     batch, _, heads, values = v.shape
     shape = batch, heads, q.shape[-1], values
     q, k, v, log_decay, beta, initial_state, reset = varying.together(
         q, k, v, log_decay, beta, initial_state, reset
     )
-    if initial_state is None:
-        initial_state = varying.like(jnp.zeros(shape, dtype), v)
+    state = segments.initial(initial_state, shape, dtype, v)
     if log_decay is None:
         log_decay = varying.like(jnp.zeros(heads, dtype), v)
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
-    state, inputs = initial_state.astype(dtype), v
+    inputs = v
     by_columns = return_transition and beta is not None
     if by_columns:
         # columns without values, which begin as the unit matrix
         unit = jnp.broadcast_to(jnp.eye(shape[2], dtype=dtype), (*shape[:3], shape[2]))
         state = jnp.concatenate([state, unit], -1)
         inputs = jnp.pad(v, [(0, 0)] * 3 + [(0, shape[2])])
-    into, out = (None, None) if reset is None else segments.links(reset, reverse)
-    sequences = (q, k, inputs, log_decay, beta, into)
-    if reverse:
-        sequences = jax.tree.map(lambda x: jnp.flip(x, 1), sequences)
-    *sequences, into = sequences
+    into, out = segments.links(reset, reverse)
+    *sequences, into = segments.flipped(reverse, q, k, inputs, log_decay, beta, into)
     o, final = module.chunked_scan(*sequences, state, into)
-    o = jnp.flip(o, 1) if reverse else o
-    if out is not None:
-        final = jnp.where(out[:, None, None, None], 0, final)
+    o, final = segments.flipped(reverse, o), segments.cut(final, out)
     o, result = o[..., :values].astype(v.dtype), final[..., :values]
     if not return_transition:
         return o, result
     if by_columns:
         return o, result, final[..., values:]
     transition = jnp.exp(log_decay.astype(dtype).sum(1))
-    if reset is not None:
-        cut = reset.any(1).reshape(-1, *[1] * (transition.ndim - 1))
-        transition = jnp.where(cut, 0, transition)
-    return o, result, transition
+    return o, result, segments.through(transition, reset)
 
 
 def _check(op, q, k, v, log_decay, beta, initial_state, reset):

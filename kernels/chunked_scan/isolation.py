@@ -86,10 +86,12 @@ def _first(number, state):
 
 
 def finite(x):
+    """x, or 0 where it or its square is not finite; None stays None."""
     return None if x is None else jnp.where(_usable(x), x, 0)
 
 
 def decays(g):
+    """g, or 0 where it is no decay: NaN and infinity; -inf is one."""
     return jnp.where(g < jnp.inf, g, 0)
 
 

@@ -1,4 +1,4 @@
-"""The delta rule on GPUs, on the kernels of triton.py.
+"""The delta rule on GPUs, on the kernels of triton_decay.py.
 
 A chunk writes u = U - W S, where XLA makes U and W of all chunks at once (wy.py). The
 walk through the chunks finds u on its way, and with it for v the outputs are those of
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from kernels.chunked_scan import triton as plain
+from kernels.chunked_scan import triton_decay as plain
 from kernels.chunked_scan import wy
 from kernels.compat import triton_call
 

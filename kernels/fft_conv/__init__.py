@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, varying
 from kernels.fft_conv import (
     choice,
     direct,
@@ -93,7 +93,7 @@ def fft_conv(
     advice = choice.advice(u, k, initial_state, k_reverse)
     module = dispatch.pick(op, BACKENDS, backend, u, k, advice=advice)
     gates = skip, pre_gate, post_gate
-    dtype = dtypes.state(u, k, initial_state, k_reverse, *gates)
+    dtype = checks.state_dtype(u, k, initial_state, k_reverse, *gates)
     u, k, initial_state, reset, k_reverse, gates = varying.together(
         u, k, initial_state, reset, k_reverse, gates
     )
@@ -101,16 +101,10 @@ def fft_conv(
     v = u.astype(dtype)
     if pre_gate is not None:
         v = v * pre_gate.astype(dtype)
-    state = initial_state
-    segment = out = None
-    if reset is not None:
-        into, out = segments.links(reset, reverse)
-        segment = segments.ids(jnp.flip(into, 1) if reverse else into)
-    if reverse:
-        v = jnp.flip(v, 1)
-        state = None if state is None else jnp.flip(state, 1)
-    if state is not None:
-        state = state.astype(dtype)
+    state = None if initial_state is None else initial_state.astype(dtype)
+    into, out = segments.links(reset, reverse)
+    v, state, into = segments.flipped(reverse, v, state, into)
+    segment = None if into is None else segments.ids(into)
     k = k.astype(dtype)
     ahead = None if k_reverse is None else k_reverse.astype(dtype)
     y = module.convolve(v, k, ahead, state, segment, u.dtype == jnp.bfloat16)
@@ -118,13 +112,10 @@ def fft_conv(
         y = y + skip.astype(dtype) * v
     final = None
     if k_reverse is None:
-        if state is None:
-            zeros = jnp.zeros((u.shape[0], k.shape[1] - 1, u.shape[2]), dtype)
-            state = varying.like(zeros, u)
+        tail = u.shape[0], k.shape[1] - 1, u.shape[2]
+        state = segments.initial(state, tail, dtype, u)
         final = segments.tail(v, state, segment, out)
-    if reverse:
-        y = jnp.flip(y, 1)
-        final = None if final is None else jnp.flip(final, 1)
+    y, final = segments.flipped(reverse, y, final)
     if post_gate is not None:
         y = y * post_gate.astype(dtype)
     return y.astype(u.dtype), final

@@ -86,6 +86,7 @@ def _forward(backend, x, K, *static):
 
 
 def _backward(backend, block, start, count, low, saved, dy):
+    """dx = F^-1(conj(K) F(dy)), dK = sum_b conj(F(x)) F(dy), F a block's transform."""
     x, K = saved
     taken, given = (0, x[0].shape[-1]), (start, count)
     dx = backend.blocks(dy, pairs.conj(K), block, given, taken, low)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, rows, varying
+from kernels import checks, dispatch, rows, varying
 from kernels.fft_conv import monarch, reference, taps
 
 BACKENDS = {"monarch": monarch, "reference": reference}
@@ -64,7 +64,7 @@ def butterfly_conv(
 
         return rows.none(call, u, k, u_factors, k_factors, k_reverse, skip)
     module = dispatch.pick(op, BACKENDS, backend, u, k)
-    dtype = dtypes.state(u, k, k_reverse, skip, *u_factors, *k_factors)
+    dtype = checks.state_dtype(u, k, k_reverse, skip, *u_factors, *k_factors)
     length = u.shape[1]
     u, k, u_factors, k_factors, k_reverse, skip = varying.together(
         u, k, u_factors, k_factors, k_reverse, skip

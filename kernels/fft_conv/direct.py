@@ -52,6 +52,8 @@ def _forward(*arguments):
 
 
 def _backward(saved, dy):
+    """dwhole[i] = sum_j taps[j] dy[i-j], dtaps[j] = sum_t whole[t+j] dy[t], where the
+    segments are the same."""
     whole, number, segment, taps = saved
     by_steps = dy.shape[1] < taps.shape[1]
     form = _backward_by_steps if by_steps else _backward_by_taps

@@ -104,7 +104,8 @@ def _forward(v, taps, *static):
 
 
 def _backward(sizes, start, count, low, saved, dy):
-    """Correlations, from the inputs alone."""
+    """Correlations, from the inputs alone; of the spectra V, K and D of v, taps, dy:
+    dV = conj(K) D, dK = sum_b conj(V) D."""
     v, taps = saved
 
     def row(rows):
@@ -223,6 +224,7 @@ def inner(X, sizes, low, matrices=None):
 
 
 def inner_inverse(X, sizes, low):
+    """Undoes `inner`."""
     shape = X[0].shape
     for step in reversed(range(len(sizes))):
         n, rest = sizes[step], sizes[step:]

@@ -33,6 +33,7 @@ def convolve(v, k, k_reverse, state, segment, low):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def window(v, taps, start, count):
+    """y[start : start + count] of v [B, H, T] convolved with taps [H, K]."""
     size, step, group, groups = _sizes(v, taps, count)
     K = jnp.fft.rfft(taps, size)[:, None]
     padded = _padded(v, taps, start, group * groups * step)
@@ -50,7 +51,8 @@ def _forward(v, taps, start, count):
 
 
 def _backward(start, count, saved, dy):
-    """To the input, blocks that overlap and add; to the taps, a sum over blocks."""
+    """To the input, blocks that overlap and add; to the taps, a sum over blocks:
+    dv = F^-1(conj(K) D) and dK = sum conj(V) D, of the spectra of each block."""
     v, taps = saved
     size, step, group, groups = _sizes(v, taps, count)
     K = jnp.fft.rfft(taps, size)[:, None].conj()

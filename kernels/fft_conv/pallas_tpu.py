@@ -20,10 +20,12 @@ def unsupported(u, k) -> str | None:
 
 
 def largest(low):
+    """The most points of a complex and of a real block."""
     return BLOCK, BLOCK
 
 
 def convolve(*arguments):
+    """See `blockwise.convolve`, of which this module is the backend."""
     return blockwise.convolve(sys.modules[__name__], *arguments)
 
 

@@ -25,6 +25,7 @@ def largest(low):
 
 
 def convolve(*arguments):
+    """See `blockwise.convolve`, of which this module is the backend."""
     return blockwise.convolve(sys.modules[__name__], *arguments)
 
 

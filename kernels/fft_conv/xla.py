@@ -39,6 +39,7 @@ class FFT:
 
 
 def window(v, taps, start, count):
+    """y[start : start + count] of v [B, H, T] convolved with taps [H, K]."""
     points = windows.least(v.shape[-1], taps.shape[-1], start, count)
     size = next_fast_len(points, real=True)
     return circular(v, taps, size)[..., start : start + count]
@@ -55,7 +56,10 @@ def _forward(v, k, size):
 
 
 def _backward(size, saved, dy):
-    """Correlations; the spectra are made again rather than kept."""
+    """Correlations; the spectra are made again rather than kept. With F the transform:
+
+    dv = F^-1(F(dy) conj F(k)),    dk = sum_b F^-1(F(dy) conj F(v)).
+    """
     v, k = saved
     dy_f = jnp.fft.rfft(dy, size)
     dv = jnp.fft.irfft(dy_f * jnp.fft.rfft(k, size).conj(), size)

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, varying
 from kernels.linear_scan import gradient, product, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
@@ -73,19 +73,15 @@ def linear_scan(
     a, x, initial_state, reset = varying.together(a, x, initial_state, reset)
     if a.ndim == x.ndim - 2:
         a = a[None, None]
-    into, out = (None, None) if reset is None else segments.links(reset, reverse)
-    dtype = dtypes.state(a, x, initial_state)
-    if initial_state is None:
-        zeros = jnp.zeros((x.shape[0], *x.shape[2:]), dtype)
-        initial_state = varying.like(zeros, x)
-    initial_state = initial_state.astype(dtype)
+    into, out = segments.links(reset, reverse)
+    dtype = checks.state_dtype(a, x, initial_state)
+    state = segments.initial(initial_state, (x.shape[0], *x.shape[2:]), dtype, x)
     if module is reference:
-        h, final = reference.linear_scan(a, x, initial_state, into, reverse)
+        h, final = reference.linear_scan(a, x, state, into, reverse)
     else:
         keep = None if into is None else ~into
-        h, final = gradient.solve(module, reverse, a, x, initial_state, keep)
-    if out is not None:
-        final = jnp.where(_per_row(out, final), 0, final)
+        h, final = gradient.solve(module, reverse, a, x, state, keep)
+    final = segments.cut(final, out)
     if not return_transition:
         return h, final
     transition = _transition(a, x.shape, reset).astype(final.dtype)
@@ -98,14 +94,7 @@ def _transition(a, shape, reset):
     a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
     many = a.shape[1] > 1
     total = product.over_time(a) if many else product.power(a[:, 0], length)
-    total = jnp.broadcast_to(total, (batch, *rest))
-    if reset is not None:
-        total = jnp.where(_per_row(reset.any(1), total), 0, total)
-    return total
-
-
-def _per_row(flags, like):
-    return flags.reshape(-1, *[1] * (like.ndim - 1))
+    return segments.through(jnp.broadcast_to(total, (batch, *rest)), reset)
 
 
 def _check(op, a, x, initial_state, reset):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import checks, dispatch, dtypes, pairs, rows, segments, varying
+from kernels import checks, dispatch, pairs, rows, segments, varying
 from kernels.linear_scan import contracted_xla, reference
 
 BACKENDS = {"xla": contracted_xla, "reference": reference}
@@ -70,24 +70,17 @@ def contracted_scan(
         )
         return rows.none(call, log_a, b, c, u, dt, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
-    dtype = dtypes.state(u, log_a, b, c, dt, initial_state)
+    dtype = checks.state_dtype(u, log_a, b, c, dt, initial_state)
     system, u, dt, initial_state, reset = varying.together(
         (log_a, b, c), u, dt, initial_state, reset
     )
     log_a, b, c = (array.astype(dtype) for array in system)
-    if initial_state is None:
-        zeros = jnp.zeros((u.shape[0], *log_a.shape), dtype)
-        initial_state = varying.like(zeros, u)
-    initial_state = initial_state.astype(dtype)
+    state = segments.initial(initial_state, (u.shape[0], *log_a.shape), dtype, u)
     dt = None if dt is None else dt.astype(log_a.real.dtype)
-    into, out = (None, None) if reset is None else segments.links(reset, reverse)
-    if reverse:
-        u, dt, into = (None if x is None else jnp.flip(x, 1) for x in (u, dt, into))
-    y, final = module.contracted_scan(log_a, b, c, u, dt, initial_state, into)
-    if reverse:
-        y = jnp.flip(y, 1)
-    if out is not None:
-        final = jnp.where(out[:, None, None], 0, final)
+    into, out = segments.links(reset, reverse)
+    u, dt, into = segments.flipped(reverse, u, dt, into)
+    y, final = module.contracted_scan(log_a, b, c, u, dt, state, into)
+    y, final = segments.flipped(reverse, y), segments.cut(final, out)
     if not return_transition:
         return y, final
     if dt is None:
@@ -95,9 +88,7 @@ def contracted_scan(
     else:
         transition = pairs.join(_elapsed_power(pairs.split(log_a), dt))
     transition = jnp.broadcast_to(transition, final.shape).astype(dtype)
-    if reset is not None:
-        transition = jnp.where(reset.any(1)[:, None, None], 0, transition)
-    return y, final, transition
+    return y, final, segments.through(transition, reset)
 
 
 def _elapsed_power(log_a, dt):

@@ -24,6 +24,7 @@ def _exp_and_phi_jvp(primals, tangents):
 
 
 def phi(z: jax.Array) -> jax.Array:
+    """(exp(z) - 1) / z, exact to rounding also about 0."""
     return exp_and_phi(z)[1]
 
 

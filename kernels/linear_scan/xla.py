@@ -42,7 +42,10 @@ def forward(a, x, initial_state, keep, reverse):
 
 
 def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reverse):
-    """Gradients of a, x, initial state: g[t] = h_gradient[t] + a[t+1] g[t+1].
+    """Gradients of a, x, initial state, with g the gradient of h:
+
+        g[t] = h_gradient[t] + a[t+1] g[t+1],    final_gradient for a[L] g[L]
+        dx[t] = g[t],    da[t] = g[t] h[t-1],    dstate = a[0] g[0].
 
     As everywhere in JAX the gradient of a complex array is not conjugated.
     """

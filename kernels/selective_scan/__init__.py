@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, varying
 from kernels.selective_scan import reference, xla
 
 BACKENDS = {
@@ -69,34 +69,23 @@ def selective_scan(
         call = partial(_of_one, reverse, return_transition, backend)
         return rows.none(call, u, dt, A, B, C, initial_state, reset, skip)
     module = dispatch.pick(op, BACKENDS, backend, u, A)
-    dtype = dtypes.state(u, dt, A, B, C, initial_state, skip)
+    dtype = checks.state_dtype(u, dt, A, B, C, initial_state, skip)
     u, dt, A, B, C, initial_state, reset, skip = varying.together(
         u, dt, A, B, C, initial_state, reset, skip
     )
-    if initial_state is None:
-        initial_state = varying.like(jnp.zeros((u.shape[0], *A.shape), dtype), u)
-    wide, dt, A, B, C, state = (
-        x.astype(dtype) for x in (u, dt, A, B, C, initial_state)
-    )
-    into, out = (None, None) if reset is None else segments.links(reset, reverse)
-    sequences = (wide, dt, B, C, into)
-    if reverse:
-        sequences = jax.tree.map(lambda x: jnp.flip(x, 1), sequences)
-    x, steps, B, C, into = sequences
+    state = segments.initial(initial_state, (u.shape[0], *A.shape), dtype, u)
+    wide, dt, A, B, C = (x.astype(dtype) for x in (u, dt, A, B, C))
+    into, out = segments.links(reset, reverse)
+    x, steps, B, C, into = segments.flipped(reverse, wide, dt, B, C, into)
     y, final = module.selective_scan(x, steps, A, B, C, state, into)
-    if reverse:
-        y = jnp.flip(y, 1)
+    y, final = segments.flipped(reverse, y), segments.cut(final, out)
     if skip is not None:
         y = y + skip.astype(dtype) * wide
-    if out is not None:
-        final = jnp.where(out[:, None, None], 0, final)
     y = y.astype(u.dtype)
     if not return_transition:
         return y, final
     transition = jnp.exp(dt.sum(1)[..., None] * A)
-    if reset is not None:
-        transition = jnp.where(reset.any(1)[:, None, None], 0, transition)
-    return y, final, transition
+    return y, final, segments.through(transition, reset)
 
 
 def _of_one(reverse, return_transition, backend, *arguments):

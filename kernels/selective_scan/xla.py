@@ -75,6 +75,13 @@ def _forward(size, u, dt, A, B, C, state, keep):
     return (y, final), (u, dt, A, B, C, keep, entering)
 
 
+# With a[t] = exp(dt[t] A) and g[t] the gradient of h[t], from the end to the start:
+#     g[t] = C[t] dy[t] + a[t+1] g[t+1]
+#     r[t] = a[t] h[t-1] g[t]                                the gradient of dt[t] A
+#     du[t] = dt[t] sum_n B[t] g[t]          ddt[t] = sum_n (u[t] B[t] g[t] + A r[t])
+#     dB[t] = sum_d dt[t] u[t] g[t]          dC[t] = sum_d dy[t] h[t]
+#     dA = sum_t dt[t] r[t]                  dstate = a[0] g[0]
+# Where a link is cut a[t] is 0.
 def _backward(size, saved, gradients):
     u, dt, A, B, C, keep, entering = saved
     dy, dfinal = gradients

@@ -3,9 +3,8 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
-from kernels import checks, dispatch, dtypes, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, varying
 from kernels.short_conv import reference, xla
 
 BACKENDS = {
@@ -70,21 +69,14 @@ def short_conv(
         call = partial(short_conv, reverse=reverse, backend=backend)
         return rows.none(call, u, w, bias, initial_state, reset)
     module = dispatch.pick(op, BACKENDS, backend, u, w)
-    dtype = dtypes.state(u, w, bias, initial_state)
+    dtype = checks.state_dtype(u, w, bias, initial_state)
     u, w, bias, initial_state, reset = varying.together(
         u, w, bias, initial_state, reset
     )
-    if initial_state is None:
-        initial_state = varying.like(jnp.zeros(tail, dtype), u)
-    into, out = (None, None) if reset is None else segments.links(reset, reverse)
-    segment = None
-    if reverse:
-        u, initial_state = jnp.flip(u, 1), jnp.flip(initial_state, 1)
-        into = None if into is None else jnp.flip(into, 1)
-    if into is not None:
-        segment = segments.ids(into)
-    y = module.short_conv(u, w, bias, initial_state.astype(dtype), segment)
-    final = segments.tail(u, initial_state.astype(dtype), segment, out)
-    if reverse:
-        y, final = jnp.flip(y, 1), jnp.flip(final, 1)
-    return y, final
+    state = segments.initial(initial_state, tail, dtype, u)
+    into, out = segments.links(reset, reverse)
+    u, state, into = segments.flipped(reverse, u, state, into)
+    segment = None if into is None else segments.ids(into)
+    y = module.short_conv(u, w, bias, state, segment)
+    final = segments.tail(u, state, segment, out)
+    return segments.flipped(reverse, y, final)

@@ -97,6 +97,8 @@ def _vandermonde_forward(module, length, c, log_z):
     return module.vandermonde(c, log_z, length), (c, log_z)
 
 
+# Of k[l] = Re sum_n c z^l, gradients as pairs (by re, by im):
+#     dc = conj(sum_l dk[l] z^l)             dlog_z = sum_e conj(c sum_l l dk[l] z^l)
 def _vandermonde_backward(module, length, saved, dk):
     c, log_z = saved
     plain, weighted = module.moments(dk, log_z, (0, 1))
@@ -118,6 +120,8 @@ def _moments_forward(module, u, log_z):
     return module.moments(u, log_z, (0,))[0], (u, log_z)
 
 
+# Of s = sum_l u[l] z^l:
+#     du[l] = Re sum_n conj(ds) z^l          dlog_z = sum_e ds conj(sum_l l u[l] z^l)
 def _moments_backward(module, saved, ds):
     u, log_z = saved
     du = module.vandermonde(pairs.conj(ds), log_z, u.shape[-1])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.cases import QUICK_TO_COMPILE
+from kernels.check.comparison import QUICK_TO_COMPILE
 from kernels.tolerance import error, limit
 from layers.laws.examples import L
 from ssm.sequence import Sequence

@@ -1,11 +1,21 @@
 """Datasets by name: `load(config.data)` returns a `pipeline.Dataset`."""
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
 
 from train import settings
-from train.data import arrays, digits, images, listops, pipeline, synthetic, video
+from train.data import (
+    arrays,
+    checks,
+    digits,
+    frames,
+    images,
+    listops,
+    moving_digits,
+    objectives,
+    synthetic,
+    video,
+)
 from train.data.pipeline import Dataset
 
 DATASETS = {
@@ -19,9 +29,9 @@ DATASETS = {
     "selective_copying": synthetic.selective_copying,
     "induction": synthetic.induction,
     "passkey": synthetic.passkey,
-    "moving_digits": video.moving_digits,
+    "moving_digits": moving_digits.moving_digits,
     "clips": video.clips,
-    "frames": video.frames,
+    "frames": frames.frames,
 }
 
 # Read by `load` or the training loop, not by a dataset.
@@ -58,19 +68,13 @@ def load(config: Mapping) -> Dataset:
     loop = {"workers": 0, "reconstruct": False}
     for key, default in (defaults | {k: loop[k] for k in loop if k in config}).items():
         settings.check(f"data.{key}", config[key], default)
-    pipeline.at_least("workers", config.get("workers", 0), 0)
+    checks.at_least("workers", config.get("workers", 0), 0)
     if "seed" in arguments:
         settings.check_seed("data.seed", arguments["seed"])
     dataset = DATASETS[name](**arguments)
-    if not config.get("reconstruct"):
-        return dataset
-    if dataset.spec["loss"] != "frames":
-        raise ValueError(
-            f"data.reconstruct is for frames of pixels, which the dataset {name!r} "
-            "does not have here; it may be False"
-        )
-    changed = {"loss": "autoencoder", "causal": False}
-    return dataclasses.replace(dataset, spec=dataset.spec | changed)
+    if config.get("reconstruct"):
+        dataset = objectives.reconstruction(dataset, name)
+    return dataset
 
 
 def stretched(config: Mapping, times: int) -> Dataset:

@@ -3,7 +3,7 @@
 Every reader casts here, so that no number turns into another one in silence: a whole
 number stays itself in int32, a float is rounded to the nearest of float32 and never to
 an infinity, and a time above 0 stays above it. The messages name where the number
-stands and what it may be.
+stands and what it must be.
 """
 
 import numpy as np
@@ -32,18 +32,18 @@ def real(where: str, array: np.ndarray, least: float = -LARGEST, mask=None):
     if bad.any():
         place = _first(bad)
         if not np.isfinite(array[place]):
-            may = "all its numbers may be finite"
+            reason = "every value must be finite"
         else:
-            may = f"its numbers may be those of float32, up to {LARGEST:.3g}"
-        raise ValueError(f"{where} is {array[place]} at {list(place)}; {may}")
+            reason = f"its numbers must be those of float32, up to {LARGEST:.3g}"
+        raise ValueError(f"{where} is {array[place]} at {list(place)}; {reason}")
     if least > -LARGEST:
         # The rounded ones: a float64 may be above 0 where its float32 is not.
         bad = found < least if mask is None else mask & (found < least)
         if bad.any():
             place = _first(bad)
             raise ValueError(
-                f"{where} is {array[place]} at {list(place)}; it may be {least:.3g} or "
-                "more"
+                f"{where} is {array[place]} at {list(place)}; it must be {least:.3g} "
+                "or more"
             )
     return found
 
@@ -67,14 +67,14 @@ def whole(where: str, array: np.ndarray, lowest: int, highest: int = MOST, mask=
         if broken.any():
             place = _first(broken)
             raise ValueError(
-                f"{where} has fractions, {array[place]} at {list(place)}; it may be "
+                f"{where} has fractions, {array[place]} at {list(place)}; it must be "
                 "whole numbers"
             )
     outside = counts & ~((array >= lowest) & (array <= highest))  # so is NaN
     if outside.any():
         place = _first(outside)
         raise ValueError(
-            f"{where} is {array[place]} at {list(place)}; it may lie between {lowest} "
+            f"{where} is {array[place]} at {list(place)}; it must lie between {lowest} "
             f"and {highest}"
         )
     if mask is None:
@@ -84,7 +84,7 @@ def whole(where: str, array: np.ndarray, lowest: int, highest: int = MOST, mask=
 
 def _check_kind(where: str, array: np.ndarray) -> None:
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{where} is of dtype {array.dtype}; it may be numbers")
+        raise ValueError(f"{where} is of dtype {array.dtype}; it must be numbers")
 
 
 def _first(bad: np.ndarray) -> tuple[int, ...]:

@@ -8,7 +8,9 @@ import functools
 
 import numpy as np
 
-from train.data import pipeline
+from train.data import checks, pipeline
+from train.data.sources import Example, split_indices, split_rows
+from train.data.spec import Spec
 
 SIDE = 8
 LENGTH = SIDE * SIDE
@@ -46,25 +48,24 @@ def load(
     Raises:
         ValueError: another target, augmentation or layout.
     """
-    pipeline.check_choice("target", target, TARGETS)
-    pipeline.check_choice("augment", augment, AUGMENTATIONS)
-    pipeline.check_choice("layout", layout, pipeline.LAYOUTS)
+    checks.check_choice("target", target, TARGETS)
+    checks.check_choice("augment", augment, AUGMENTATIONS)
+    checks.check_choice("layout", layout, pipeline.LAYOUTS)
     if target == "next" and layout != "sequence":
         raise ValueError(
             f"data.layout must be sequence for the target next, got {layout!r}"
         )
     images, labels = _read()
-    indices = pipeline.split_indices(len(labels), 0.1, 0.2, seed=0, labels=labels)
-    sources = pipeline.split_rows({"image": images, "label": labels}, indices)
+    indices = split_indices(len(labels), 0.1, 0.2, seed=0, labels=labels)
+    sources = split_rows({"image": images, "label": labels}, indices)
     augmentations = {"none": None, "shift": _shift, "affine": _affine}
-    spec = {"length": LENGTH, "channels": 1, "padded": False}
     if target == "label":
-        spec |= {"encoder": "scalar", "vocab_size": 0}
-        spec |= {"outputs": CLASSES, "loss": "classification"}
+        spec = Spec("scalar", LENGTH, CLASSES, "classification")
         finish = _label_example
     else:
-        spec |= {"encoder": "token", "vocab_size": LEVELS + 1}
-        spec |= {"outputs": LEVELS, "loss": "token", "causal": True}
+        spec = Spec(
+            "token", LENGTH, LEVELS, "token", vocab_size=LEVELS + 1, causal=True
+        )
         finish = _next_example
     dataset = pipeline.Dataset(spec, sources, augmentations[augment], finish)
     return pipeline.laid_out(dataset, layout, (SIDE, SIDE))
@@ -78,7 +79,7 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
     return digits.images.astype(np.float32), digits.target.astype(np.int32)
 
 
-def _label_example(example: pipeline.Example) -> pipeline.Example:
+def _label_example(example: Example) -> Example:
     return {
         "inputs": (example["image"].reshape(LENGTH) - np.float32(MEAN)) / DEVIATION,
         "targets": example["label"],
@@ -86,7 +87,7 @@ def _label_example(example: pipeline.Example) -> pipeline.Example:
     }
 
 
-def _next_example(example: pipeline.Example) -> pipeline.Example:
+def _next_example(example: Example) -> Example:
     # An augmented image has grey values between the levels.
     pixels = np.rint(example["image"]).astype(np.int32).reshape(LENGTH)
     return {
@@ -96,13 +97,13 @@ def _next_example(example: pipeline.Example) -> pipeline.Example:
     }
 
 
-def _shift(example: pipeline.Example, rng: np.random.Generator) -> pipeline.Example:
+def _shift(example: Example, rng: np.random.Generator) -> Example:
     down, right = rng.integers(0, 3, size=2)
     padded = np.pad(example["image"], 1)
     return {**example, "image": padded[down : down + SIDE, right : right + SIDE]}
 
 
-def _affine(example: pipeline.Example, rng: np.random.Generator) -> pipeline.Example:
+def _affine(example: Example, rng: np.random.Generator) -> Example:
     from scipy import ndimage
 
     angle = np.deg2rad(rng.uniform(-15, 15))

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from train import settings
-from train.data import original, pipeline
+from train.data import checks, original, pipeline
 from train.data.original import Original
+from train.data.sources import Example, Rows, split_indices, split_rows
+from train.data.spec import Spec
 
 CLASSES = 10
 VALIDATION, SEED = 0.1, 42
@@ -86,8 +88,8 @@ def mnist(
     Raises:
         ValueError: another permutation or layout; a file that is missing or damaged.
     """
-    pipeline.check_choice("permutation", permutation, PERMUTATIONS)
-    pipeline.check_choice("layout", layout, pipeline.LAYOUTS)
+    checks.check_choice("permutation", permutation, PERMUTATIONS)
+    checks.check_choice("layout", layout, pipeline.LAYOUTS)
     if permutation != "none" and layout != "sequence":
         raise ValueError(
             f"data.layout must be sequence with a permutation, got {layout!r}"
@@ -123,8 +125,8 @@ def cifar(
     Raises:
         ValueError: another color or layout; a file that is missing or damaged.
     """
-    pipeline.check_choice("color", color, COLORS)
-    pipeline.check_choice("layout", layout, pipeline.LAYOUTS)
+    checks.check_choice("color", color, COLORS)
+    checks.check_choice("layout", layout, pipeline.LAYOUTS)
     place = settings.place("data.folder", folder)
     (path,) = original.locate("CIFAR-10", place, (CIFAR,), download)
     return _dataset(
@@ -141,19 +143,19 @@ def cifar(
 def _dataset(splits, shape: tuple[int, int], finish, layout: str) -> pipeline.Dataset:
     """Of {"train", "test": (images, labels)} and examples of `shape`."""
     images, labels = splits["train"]
-    parts = pipeline.split_indices(len(labels), VALIDATION, 0.0, SEED)
-    sources = pipeline.split_rows({"image": images, "label": labels}, parts)
+    parts = split_indices(len(labels), VALIDATION, 0.0, SEED)
+    sources = split_rows({"image": images, "label": labels}, parts)
     test_images, test_labels = splits["test"]
-    sources["test"] = pipeline.Rows({"image": test_images, "label": test_labels})
-    spec = {
-        "encoder": "scalar",
-        "length": shape[0],
-        "channels": shape[1],
-        "vocab_size": 0,
-        "outputs": CLASSES,
-        "loss": "classification",
-        "padded": False,
-    }
+    sources["test"] = Rows({"image": test_images, "label": test_labels})
+    spec = Spec(
+        encoder="scalar",
+        length=shape[0],
+        channels=shape[1],
+        vocab_size=0,
+        outputs=CLASSES,
+        loss="classification",
+        padded=False,
+    )
     dataset = pipeline.Dataset(spec, sources, finish=finish)
     return pipeline.laid_out(dataset, layout, images.shape[1:3])
 
@@ -194,26 +196,26 @@ def _order(permutation: str, length: int) -> np.ndarray:
     return np.array([i for i in reversed_bits if i < length])
 
 
-def _mnist_example(example: pipeline.Example, order: np.ndarray) -> pipeline.Example:
+def _mnist_example(example: Example, order: np.ndarray) -> Example:
     pixels = example["image"].reshape(-1)[order]
     return _example(pixels.astype(np.float32) / 255, example)
 
 
-def _rgb_example(example: pipeline.Example) -> pipeline.Example:
+def _rgb_example(example: Example) -> Example:
     return _standardised(example["image"].reshape(-1, 3), "rgb", example)
 
 
-def _gray_example(example: pipeline.Example) -> pipeline.Example:
+def _gray_example(example: Example) -> Example:
     weighted = example["image"].reshape(-1, 3).astype(np.int64) @ np.array(GRAY)
     return _standardised((weighted + 2**15) >> 16, "gray", example)
 
 
-def _standardised(pixels, color: str, example: pipeline.Example) -> pipeline.Example:
+def _standardised(pixels, color: str, example: Example) -> Example:
     centred = pixels / 255 - np.array(CIFAR_MEAN[color])
     return _example(centred / np.array(CIFAR_DEVIATION[color]), example)
 
 
-def _example(inputs: np.ndarray, example: pipeline.Example) -> pipeline.Example:
+def _example(inputs: np.ndarray, example: Example) -> Example:
     return {
         "inputs": inputs.astype(np.float32),
         "targets": example["label"].astype(np.int32),

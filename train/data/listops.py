@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from train import settings
-from train.data import expressions, pipeline, prepared
+from train.data import checks, expressions, pipeline, prepared
 from train.data.expressions import EOS, PAD, TOKENS, Rules
+from train.data.sources import SPLITS, Example
+from train.data.spec import Spec
 
 # To be raised with any change of what given settings make.
 VERSION = 1
@@ -63,10 +65,10 @@ def load(
     """
     rules = Rules(min_length, max_length, max_depth, max_args)
     if path:
-        pipeline.at_least("max_length", max_length, 2)
+        checks.at_least("max_length", max_length, 2)
         made_from, write = _from_lra(settings.place("data.path", path), max_length)
         name = f"lra-{made_from['source']}-{max_length}"
-        splits = pipeline.SPLITS
+        splits = SPLITS
     else:
         sizes = {"train": train, "validation": validation, "test": test}
         _check(sizes, rules, seed)
@@ -76,16 +78,16 @@ def load(
         splits = [split for split, size in sizes.items() if size]
     home = settings.place("data.folder", folder) / name
     prepared.prepare(home, {"version": VERSION, **made_from}, write, "ListOps")
-    spec = {
-        "encoder": "token",
-        "length": max_length,
-        "channels": 1,
-        "vocab_size": expressions.VOCAB_SIZE,
-        "outputs": expressions.DIGITS,
-        "loss": "classification",
-        "padded": True,
-        "symbols": (*expressions.SPECIALS, *expressions.SYMBOLS),
-    }
+    spec = Spec(
+        encoder="token",
+        length=max_length,
+        channels=1,
+        vocab_size=expressions.VOCAB_SIZE,
+        outputs=expressions.DIGITS,
+        loss="classification",
+        padded=True,
+        symbols=(*expressions.SPECIALS, *expressions.SYMBOLS),
+    )
     sources = {split: prepared.Records(_file(home, split), _parse) for split in splits}
     return pipeline.Dataset(
         spec, sources, finish=functools.partial(_finish, length=max_length)
@@ -100,11 +102,11 @@ def _record(value: int, tokens: bytes) -> bytes:
     return bytes([value]) + tokens
 
 
-def _parse(record: bytes) -> pipeline.Example:
+def _parse(record: bytes) -> Example:
     return {"target": np.int32(record[0]), "tokens": np.frombuffer(record[1:], "u1")}
 
 
-def _finish(example: pipeline.Example, length: int) -> pipeline.Example:
+def _finish(example: Example, length: int) -> Example:
     tokens = example["tokens"]
     inputs = np.full(length, PAD, np.int32)
     inputs[: len(tokens)] = tokens

@@ -14,170 +14,24 @@ import grain
 import numpy as np
 
 from train import settings
+from train.data.sources import Example, First
+from train.data.spec import Spec
 from train.data.workers import Workers
 
-SPLITS = ("train", "validation", "test")
 LAYOUTS = ("sequence", "image")
+
 ENDLESS = 2**52  # examples of a training stream
 
-Example = dict[str, np.ndarray | dict[str, np.ndarray]]
 Batch = dict[str, np.ndarray | dict[str, np.ndarray]]
-
-
-class Rows:
-    """Random access to the rows of arrays that share their first axis."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self._arrays = dict(arrays)
-
-    def __len__(self) -> int:
-        return len(next(iter(self._arrays.values())))
-
-    def __getitem__(self, index) -> Example:
-        return {name: array[index] for name, array in self._arrays.items()}
-
-
-class Drawn:
-    """Random access to `count` examples that exist only while they are looked at.
-
-    Example i depends on (seed, split, i) and nothing else: not on the machine, the
-    number of workers or what was drawn before.
-
-    Args:
-        draw: numpy Generator -> example; a partial of a module's function, which worker
-            processes find.
-        seed, split: whose examples.
-        count: how many there are.
-    """
-
-    def __init__(
-        self,
-        draw: Callable[[np.random.Generator], Example],
-        seed: int,
-        split: str,
-        count: int,
-    ):
-        self._draw = draw
-        self._key = seed, SPLITS.index(split)
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index) -> Example:
-        if not 0 <= index < self._count:
-            raise IndexError(f"index {index} of {self._count} examples")
-        return self._draw(np.random.default_rng((*self._key, int(index))))
-
-
-class First:
-    """Random access to the first `count` examples of a source, or all it has."""
-
-    def __init__(self, source: Sequence[Example], count: int):
-        self._source = source
-        self._count = min(count, len(source))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index) -> Example:
-        if not 0 <= index < self._count:
-            raise IndexError(f"index {index} of {self._count} examples")
-        return self._source[index]
-
-
-def drawn_splits(
-    draws: Mapping[str, Callable], sizes: Sequence[int], seed: int
-) -> dict[str, Drawn]:
-    """One `Drawn` for each split that has at least one example.
-
-    Args:
-        draws: split -> how an example of it is drawn.
-        sizes: numbers of examples, in the order of SPLITS.
-        seed: of all of them.
-
-    Raises:
-        ValueError: a negative size or seed, or nothing to train on.
-    """
-    at_least("seed", seed, 0)
-    for split, size in zip(SPLITS, sizes, strict=True):
-        at_least(split, size, int(split == "train"))
-    return {
-        split: Drawn(draws[split], seed, split, size)
-        for split, size in zip(SPLITS, sizes, strict=True)
-        if size
-    }
-
-
-def split_rows(
-    arrays: Mapping[str, np.ndarray], indices: Mapping[str, np.ndarray]
-) -> dict[str, Rows]:
-    """One `Rows` for each split that has at least one row."""
-    return {
-        split: Rows({name: array[rows] for name, array in arrays.items()})
-        for split, rows in indices.items()
-        if len(rows)
-    }
-
-
-def split_indices(
-    count: int,
-    validation: float,
-    test: float,
-    seed: int,
-    labels: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Draws the test part from everything, then validation from what is left.
-
-    Args:
-        count: number of examples.
-        validation: fraction of the examples left after the test part was cut off.
-        test: fraction of all examples.
-        seed: of the draw.
-        labels: [count] classes whose proportions every part keeps, or None.
-
-    Raises:
-        ValueError: a fraction outside [0, 1), or a class too rare to be divided.
-    """
-    from sklearn.model_selection import train_test_split  # 0.5 s, only needed here
-
-    parts, rest = {}, np.arange(count)
-    for name, fraction in (("test", test), ("validation", validation)):
-        if not 0 <= fraction < 1:
-            raise ValueError(f"{name} must be a fraction in [0, 1), got {fraction}")
-        parts[name] = rest[:0]
-        if fraction > 0:
-            rest, parts[name] = train_test_split(
-                rest,
-                test_size=fraction,
-                random_state=seed,
-                stratify=None if labels is None else labels[rest],
-            )
-    return {"train": rest, **parts}
-
-
-def at_least(name: str, value: int, least: int, why: str = "") -> None:
-    """Raises a `ValueError` that names `data.name` unless `value` is large enough."""
-    if value < least:
-        reason = f" ({why})" if why else ""
-        raise ValueError(f"data.{name} must be {least} or more{reason}, got {value}")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises a `ValueError` that names `data.name` unless `value` is a choice."""
-    if value not in choices:
-        raise ValueError(
-            f"data.{name} must be one of {', '.join(choices)}, got {value!r}"
-        )
 
 
 def laid_out(dataset: "Dataset", layout: str, size: tuple[int, int]) -> "Dataset":
     """A dataset whose examples are h w pixels, row by row, in one of `LAYOUTS`: as they
-    are, or "image": inputs [h, w, C], encoder "image" and "size" (h, w) in the spec."""
+    are, or "image": inputs [h, w, C], encoder "image" and size (h, w) in the spec."""
     if layout == "sequence":
         return dataset
-    spec = dataset.spec | {"encoder": "image", "size": size}
-    shape = (*size, spec["channels"])
+    spec = dataset.spec.but(encoder="image", size=size)
+    shape = (*size, spec.channels)
     finish = functools.partial(_as_image, finish=dataset.finish, shape=shape)
     return dataclasses.replace(dataset, spec=spec, finish=finish)
 
@@ -192,15 +46,13 @@ class Dataset:
     """Splits of examples and what a model has to know about them.
 
     Attributes:
-        spec: {"encoder", "length", "channels", "vocab_size", "outputs", "loss"}, which
-            fill in what the model's config leaves open; "padded": whether examples have
-            masked tokens; "causal": whether later inputs hold the targets.
+        spec: what they are, which fills in what the model's config leaves open.
         sources: split name -> random-access examples.
         augment: (example, numpy Generator) -> example, on training examples only.
         finish: example -> {"inputs", "targets", "mask", ...}, on every example.
     """
 
-    spec: dict
+    spec: Spec
     sources: Mapping[str, Sequence[Example]]
     augment: Callable[[Example, np.random.Generator], Example] | None = None
     finish: Callable[[Example], Example] | None = None
@@ -270,10 +122,10 @@ class Dataset:
     def _example_bytes(self) -> int:
         """About how much an example has, before one is made."""
         spec = self.spec
-        size = spec["size"] if spec.get("encoder") == "video" else ()
-        places = math.prod((spec.get("length", 1), *size))
-        item = 1 if spec.get("loss") in ("frames", "autoencoder") else 4
-        return places * spec.get("channels", 1) * item
+        size = spec.size if spec.encoder == "video" else ()
+        places = math.prod((spec.length, *size))
+        item = 1 if spec.loss in ("frames", "autoencoder") else 4
+        return places * spec.channels * item
 
     def _source(self, split: str) -> Sequence[Example]:
         if split not in self.sources:

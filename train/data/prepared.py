@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from train.data.pipeline import Example
+from train.data.sources import Example
 
 MANIFEST = "manifest.json"
 

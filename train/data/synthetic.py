@@ -8,7 +8,9 @@ import functools
 
 import numpy as np
 
-from train.data import pipeline
+from train.data import checks, pipeline
+from train.data.sources import SPLITS, Example, drawn_splits
+from train.data.spec import Spec
 
 IGNORED = -1  # as in train.losses, which would bring JAX into every worker process
 TRAIN = 100_000_000  # more than a run reads: no example comes twice
@@ -55,9 +57,9 @@ def mqar(
     Raises:
         ValueError: a setting that cannot be.
     """
-    pipeline.at_least("pairs", pairs, 1)
-    pipeline.at_least("length", length, 4 * pairs, "4 data.pairs")
-    pipeline.at_least("vocab_size", vocab_size, 2 * (pairs + 1), "2 (data.pairs + 1)")
+    checks.at_least("pairs", pairs, 1)
+    checks.at_least("length", length, 4 * pairs, "4 data.pairs")
+    checks.at_least("vocab_size", vocab_size, 2 * (pairs + 1), "2 (data.pairs + 1)")
     if length % 2:
         raise ValueError(f"data.length must be even, got {length}")
     if not 0 < power <= 1:
@@ -141,9 +143,9 @@ def selective_copying(
 
 
 def _check_copying(length, vocab_size, tokens):
-    pipeline.at_least("tokens", tokens, 1)
-    pipeline.at_least("length", length, 2 * tokens, "2 data.tokens")
-    pipeline.at_least("vocab_size", vocab_size, 4, "two tokens, the pause and the mark")
+    checks.at_least("tokens", tokens, 1)
+    checks.at_least("length", length, 2 * tokens, "2 data.tokens")
+    checks.at_least("vocab_size", vocab_size, 4, "two tokens, the pause and the mark")
 
 
 def _copying(rng, length, vocab_size, tokens):
@@ -184,8 +186,8 @@ def induction(
     Raises:
         ValueError: a setting that cannot be.
     """
-    pipeline.at_least("length", length, 3)
-    pipeline.at_least("vocab_size", vocab_size, 3, "two tokens and the trigger")
+    checks.at_least("length", length, 3)
+    checks.at_least("vocab_size", vocab_size, 3, "two tokens and the trigger")
     draw = functools.partial(_induction, length=length, vocab_size=vocab_size)
     return _dataset(draw, length, vocab_size, (train, validation, test), seed)
 
@@ -224,10 +226,10 @@ def passkey(
     Raises:
         ValueError: a setting that cannot be.
     """
-    pipeline.at_least("digits", digits, 1)
+    checks.at_least("digits", digits, 1)
     stated = len(STATED % (b"", b"")) + 2 * digits
     fixed = len(PROMPT) + stated + len(QUESTION) + digits - 1
-    pipeline.at_least("length", length, fixed, "the text without its filling")
+    checks.at_least("length", length, fixed, "the text without its filling")
     draw = functools.partial(_passkey, room=length - fixed, digits=digits)
     sizes = train, validation, test
     symbols = [chr(i) if chr(i).isprintable() else f"\\x{i:02x}" for i in range(BYTES)]
@@ -249,21 +251,21 @@ def _passkey(rng, room, digits):
 
 def _dataset(draw, length, vocab_size, sizes, seed, **more) -> pipeline.Dataset:
     example = functools.partial(_example, draw=draw)
-    draws = dict.fromkeys(pipeline.SPLITS, example)
-    spec = {
-        "encoder": "token",
-        "length": length,
-        "channels": 1,
-        "vocab_size": vocab_size,
-        "outputs": vocab_size,
-        "loss": "token",
-        "padded": False,
+    draws = dict.fromkeys(SPLITS, example)
+    spec = Spec(
+        encoder="token",
+        length=length,
+        channels=1,
+        vocab_size=vocab_size,
+        outputs=vocab_size,
+        loss="token",
+        padded=False,
         **more,
-    }
-    return pipeline.Dataset(spec, pipeline.drawn_splits(draws, sizes, seed))
+    )
+    return pipeline.Dataset(spec, drawn_splits(draws, sizes, seed))
 
 
-def _example(rng, draw) -> pipeline.Example:
+def _example(rng, draw) -> Example:
     inputs, targets = draw(rng)
     return {
         "inputs": inputs.astype(np.int32),

@@ -55,20 +55,21 @@ class Workers(Iterator):
             with _blocked(SIGNALS):  # which it inherits, until it ignores them
                 process.start()
             theirs.close()  # so that reading from a dead one ends
-            self._workers.append((process, ours))
             job = pickled, first + number, count
-            threading.Thread(target=_give, args=(ours, job), daemon=True).start()
+            giver = threading.Thread(target=_give, args=(ours, job), daemon=True)
+            giver.start()
+            self._workers.append((process, ours, giver))
 
     def ready(self, stopped: Callable[[], object]) -> bool:
         """Waits for the next element, but no longer once `stopped()`."""
-        _, connection = self._next()
+        _, connection, _ = self._next()
         while not connection.poll(POLL_SECONDS):
             if stopped():
                 return False
         return True
 
     def __next__(self):
-        process, connection = self._next()
+        process, connection, _ = self._next()
         try:
             element, error = _received(connection)
         except (EOFError, OSError):
@@ -96,10 +97,11 @@ def _reason(code: int | None) -> str:
 
 def _end(workers: list) -> None:
     """Nothing is lost: they hold no more than what they have prepared."""
-    for process, _ in workers:
+    for process, *_ in workers:
         process.kill()
-    for process, connection in workers:
+    for process, connection, giver in workers:
         process.join()
+        giver.join()  # or it would go on writing to whatever has this handle next
         connection.close()
 
 

@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from train.report.probe import Block
+from train.probe import Block
 
 WIDTH = 9.6  # inches
 BEFORE, AFTER, SOFT = "#dd8a2c", "#3f8fd2", "#8b9097"

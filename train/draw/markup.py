@@ -4,6 +4,8 @@ import base64
 import html
 from collections.abc import Iterable
 
+Section = tuple[str, str, str]  # its anchor, its title, its HTML
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #63686e; --line: #d9dce0;
   --paper: #ffffff; --wrong: #b3372f; }
@@ -36,7 +38,7 @@ mark { background: none; color: var(--wrong); text-decoration: underline; }
 """
 
 
-def page(title: str, subtitle: str, sections: Iterable[tuple]) -> str:
+def page(title: str, subtitle: str, sections: Iterable[Section]) -> str:
     """The whole page, in ASCII, so that no locale matters.
 
     Args:

@@ -12,7 +12,8 @@ that the run began with.
 import argparse
 import sys
 
-from train import evaluate, report, settings
+from train import evaluate, settings
+from train.report import pages
 
 
 def main(argv=None):
@@ -33,9 +34,9 @@ def main(argv=None):
     try:
         if options.compare:
             runs = [settings.place("--compare", run) for run in options.compare]
-            path = report.compare(runs, options.out or "compare.html")
+            path = pages.compare(runs, options.out or "compare.html")
         else:
-            path = report.write(
+            path = pages.write(
                 settings.place("--workdir", options.workdir),
                 options.out,
                 options.step,

@@ -11,8 +11,8 @@ from ssm.sequence import Sequence
 from train import signals
 from train.draw import figures
 from train.draw.markup import figure, paragraph, table, text
-from train.evaluate import Run
 from train.losses import IGNORED
+from train.runs import Run
 
 LIMIT = 2**20  # tokens that are answered, or one batch
 SHOWN = 8  # right and wrong examples
@@ -68,10 +68,10 @@ def _compiled(model, spec):
 
     @jax.jit
     def answered(variables, batch):
-        mask = batch["mask"] if spec.get("padded", True) else None
+        mask = batch["mask"] if spec.padded else None
         sequence = Sequence(mask, batch.get("reset"), batch.get("dt"))
         y, _ = model.apply(variables, batch["inputs"], sequence=sequence)
-        if spec["loss"] == "regression":
+        if spec.loss == "regression":
             return y, None
         return jnp.argmax(y, axis=-1), jnp.max(jax.nn.softmax(y), axis=-1)
 
@@ -84,12 +84,12 @@ def section(found: Answers, spec, step: int) -> str:
     said = f"The {found.split} split, checkpoint of step {step:,}"
     if len(found.outputs) < found.total:
         said += f"; the first {len(found.outputs):,} of {found.total:,} examples"
-    return paragraph(said + ".", "soft") + shown[spec["loss"]](found, spec)
+    return paragraph(said + ".", "soft") + shown[spec.loss](found, spec)
 
 
 def _classes(found, spec):
     targets, answers = found.targets, found.outputs
-    counts = np.zeros((spec["outputs"], int(max(spec["outputs"], answers.max() + 1))))
+    counts = np.zeros((spec.outputs, int(max(spec.outputs, answers.max() + 1))))
     np.add.at(counts, (targets, answers), 1)
     right, wrong = (np.flatnonzero(x) for x in (answers == targets, answers != targets))
     wrong = wrong[np.argsort(-found.confidence[wrong], kind="stable")]
@@ -162,7 +162,7 @@ def _examples(found, spec, rows, labels, title):
     if not len(rows):
         return ""
     inputs, mask = found.inputs[rows], found.mask[rows]
-    if spec["encoder"] == "token":
+    if spec.encoder == "token":
         shown = []
         for x, real, label in zip(inputs, mask, labels, strict=True):
             words = _words(x[real][:TOKENS], spec)
@@ -179,7 +179,7 @@ def _examples(found, spec, rows, labels, title):
 
 def _images(inputs, mask, spec):
     """[n, h, w] or [n, h, w, 3] in [0, 1]; None for what forms no square image."""
-    if spec["encoder"] != "image":
+    if spec.encoder != "image":
         side = math.isqrt(inputs.shape[1])
         one_number = inputs.size == mask.size
         if side < 4 or side**2 != inputs.shape[1] or not one_number or not mask.all():
@@ -192,5 +192,5 @@ def _images(inputs, mask, spec):
 
 def _words(tokens, spec):
     """The dataset's symbols, or numbers where it names none."""
-    symbols = spec.get("symbols")
+    symbols = spec.symbols
     return [str(symbols[token] if symbols else token) for token in tokens]

@@ -5,12 +5,9 @@ import shlex
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict
 
-from layers.models.model import Model
-from layers.models.video import Video
-from train import checkpoint, evaluate, files, record, settings, signals
+from train import checkpoint, files, runs, settings, signals
 from train.draw import figures
 from train.draw.markup import (
     code,
@@ -18,12 +15,10 @@ from train.draw.markup import (
     figure,
     page,
     paragraph,
-    picture,
     table,
 )
-from train.report import answers, probe, workdir
-from train.report.workdir import UNKNOWN, Workdir
-from train.video import pictures, rollout
+from train.endings import ENDINGS
+from train.runs import UNKNOWN, Workdir
 
 
 def write(
@@ -36,20 +31,20 @@ def write(
         out: the file; default `path`/report.html.
         step: of the checkpoint to look into; default the newest good one.
         trust: import layers that the run names by dotted paths, see
-            `evaluate.load_run`.
+            `runs.load_run`.
 
     Raises:
         ValueError: no run, one of its files cannot be read, or `out` is in no folder.
         CheckpointError: no such checkpoint, or it is damaged.
         OSError: the report cannot be written.
     """
-    told = workdir.read(path)
+    told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
-    run = evaluate.load_run(path, step, trust)
+    run = runs.load_run(path, step, trust)
     sections = [
         ("verdict", "Verdict", _verdict(told, run)),
         ("curves", "Curves", _curves({told.name: told})),
-        *_inside(told, run),
+        *ENDINGS[run.dataset.spec.loss].sections(told, run),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]
@@ -59,22 +54,6 @@ def write(
     title = f"{told.layer} on {told.config.data.name}"
     files.write_atomically(out, page(title, subtitle, sections))
     return out
-
-
-def _inside(told, run) -> list[tuple[str, str, str]]:
-    """What is to be seen of a model, which depends on its kind."""
-    if isinstance(run.model, Video):
-        return [("rollouts", "Rollouts", _rollouts(told, run))]
-    if not isinstance(run.model, Model):
-        return []
-    stages, remark = _stages(run)
-    blocks = probe.blocks(run.model, stages, told.config.model.length)
-    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
-    return [
-        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
-        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
-        ("answers", "Answers", found),
-    ]
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
@@ -89,26 +68,26 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
         raise ValueError(f"--compare must name two runs or more, got {len(paths)}")
     out = _writable(Path(out))
     paths = signals.stoppable(paths)
-    runs = _labelled([workdir.read(path) for path in paths])
+    compared = _labelled([runs.read(path) for path in paths])
     header = ("run", "layer", "steps", "validation, last", "test, last", "best step")
     header += ("test, best", "parallel vs recurrent", "parameters", "training steps")
-    shown = signals.stoppable(runs.items())
+    shown = signals.stoppable(compared.items())
     rows = [(label, *_cells(told)) for label, told in shown]
-    names = " or ".join(sorted({told.score[1] for told in runs.values()}))
+    names = " or ".join(sorted({told.score[1] for told in compared.values()}))
     said = (
         f"Scores: {names}. The best step is that on validation; an unfinished run has "
     )
     said += "no score on the test split."
-    configs = {label: told.config.to_dict() for label, told in runs.items()}
-    versions = {label: told.versions for label, told in runs.items()}
+    configs = {label: told.config.to_dict() for label, told in compared.items()}
+    versions = {label: told.versions for label, told in compared.items()}
     sections = [
         ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
-        ("curves", "Curves", _curves(runs)),
+        ("curves", "Curves", _curves(compared)),
         ("configs", "What the configs differ in", _differences(configs)),
         ("environment", "What the environments differ in", _differences(versions)),
     ]
-    title = f"{len(runs)} runs beside one another"
-    files.write_atomically(out, page(title, ", ".join(runs), sections))
+    title = f"{len(compared)} runs beside one another"
+    files.write_atomically(out, page(title, ", ".join(compared), sections))
     return out
 
 
@@ -129,16 +108,6 @@ def _labelled(runs: list[Workdir]) -> dict[str, Workdir]:
     if len({*labels}) < len(labels):
         raise ValueError(f"--compare must name a run once, got {', '.join(labels)}")
     return dict(zip(labels, runs, strict=True))
-
-
-def _stages(run) -> tuple[dict, str]:
-    """The variables before and after training, and a remark where some are missing."""
-    trained = {"trained": run.variables}
-    try:
-        return {"initial": probe.initial_variables(run)} | trained, ""
-    except (ValueError, checkpoint.CheckpointError) as error:
-        remark = f"What this run began with cannot be shown: {error}."
-        return trained, paragraph(remark, "soft")
 
 
 def _verdict(told, run) -> str:
@@ -210,117 +179,25 @@ def _curves(runs: dict[str, Workdir]) -> str:
     return figure(figures.curves(rows, panels), caption)
 
 
-def _rollouts(told, run) -> str:
-    options = {**told.config.rollout, "clips": rollout.SHOWN}
-    split = evaluate.last_split(run.dataset)
-    found = rollout.of_run(run, options, split)
-    seen, ahead = found.context.shape[1], found.truth.shape[1]
-    said = f"Checkpoint of step {run.step:,}, {split} split. The model saw {seen} "
-    said += f"frames and then its own answers for {ahead}."
-    parts = [paragraph(said)]
-    if found.truth.ndim == 5:
-        parts += [picture(sheet, caption) for sheet, caption in _pictures(found)]
-    if scored := (told.results or {}).get("rollout"):
-        parts.append(_by_horizon(scored))
-    return "".join(parts)
-
-
-def _pictures(found):
-    yield (
-        pictures.contact_sheet(*found.frames()),
-        "Frames of the context and of what follows: truth above, prediction below.",
-    )
-    yield (
-        pictures.gif(*(frames[0] for frames in found.frames())),
-        "The first clip: truth on the left; on the right the context, then the model.",
-    )
-
-
-def _by_horizon(scored) -> str:
-    """Scores at some horizons, of all clips that were tested at the end of the run."""
-    columns, rows = rollout.by_horizon(scored)
-    said = f"Means over {scored['clips']} clips of the {scored['split']} split, "
-    said += f"against {scored.get('against', 'the true frames')}."
-    return table(("frames ahead", *columns), rows) + paragraph(said, "soft")
-
-
-def _filters(told, run, blocks) -> str:
-    block, L = blocks[0], told.config.model.length
-    lines = min(len(block.features), figures.LINES)
-    caption = (
-        f"Checkpoint of step {run.step:,}. Left: what a block's mixer alone answers "
-    )
-    caption += (
-        f"to a unit impulse, in {lines} of the features, each after an impulse in "
-    )
-    caption += "itself; its answer to silence is subtracted, and lag 0, where a skip "
-    caption += (
-        "connection would dwarf the rest, is left out. Right: root mean square of "
-    )
-    caption += f"the whole output over impulses in {len(block.features)} features."
-    if len(block.lags) < L:
-        caption += f" The first {len(block.lags):,} of {L:,} tokens."
-    return figure(figures.filters(blocks), caption + _not_all(blocks))
-
-
-def _spectra(told, blocks) -> str:
-    blocks = [block for block in blocks if block.has_spectrum()]
-    if not blocks:
-        return ""
-    L = told.config.model.length
-    caption = "a: the eigenvalues of one token's step, those that a layer stores, and "
-    caption += "the unit circle. log a: where a continuous system is sampled, its "
-    caption += (
-        "eigenvalues times the step size; above the dotted line, half a cycle per "
-    )
-    caption += (
-        "token, a frequency cannot be told from a lower one. Timescale: the tokens "
-    )
-    caption += (
-        "in which a mode decays by a factor e, 1 / -Re log a; dotted: the sequence "
-    )
-    caption += f"length, {L:,}."
-    header, rows = ["timescale, tokens"], []
-    for stage in blocks[0].responses:
-        header += [f"{stage}: 5 %", "median", "95 %", f"above {L:,}"]
-    for block in blocks:
-        cells = []
-        for response in block.responses.values():
-            times = figures.timescales(response.log_a)
-            cells += [
-                f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-                for x in np.percentile(times, (5, 50, 95))
-            ]
-            cells.append(f"{np.mean(times > L):.0%}")
-        rows.append((block.title, *cells, np.count_nonzero(response.log_a.real >= 0)))
-    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks))
-    return drawn + table((*header, "do not decay"), rows)
-
-
-def _not_all(blocks) -> str:
-    most = figures.BLOCKS
-    return f" {most} of {len(blocks)} blocks are drawn." if len(blocks) > most else ""
-
-
 def _reproduce(told) -> str:
     git, parts = told.versions.get("git", {}), []
     if command := told.versions.get("command"):
         parts += [paragraph("The run was started by"), code(shlex.join(command))]
-    again = "from train import loop, record\n"
-    again += f"loop.run(record.read_config({str(told.path)!r}), 'runs/again')"
+    again = "from train import loop, runs\n"
+    again += f"loop.run(runs.read_config({str(told.path)!r}), 'runs/again')"
     parts.append(paragraph("The same run from its own config, in another folder:"))
     parts.append(code(again))
     if git.get("revision"):
         changed = ", with changes that were not committed" if git.get("dirty") else ""
         parts.append(paragraph(f"Revision {git['revision']}{changed}."))
     config = json.dumps(told.config.to_dict(), indent=2)
-    return "".join(parts) + details(f"The config, {record.CONFIG}", code(config))
+    return "".join(parts) + details(f"The config, {runs.CONFIG}", code(config))
 
 
 def _environment(told) -> str:
     found = {k: v for k, v in told.versions.items() if k not in ("command", "devices")}
     if not found:
-        return paragraph(f"There is no {record.VERSIONS}.")
+        return paragraph(f"There is no {runs.VERSIONS}.")
     return table((), [*_flat(found).items(), ("devices", told.devices())])
 
 

@@ -1,1 +1,1 @@
-"""The results that the README reports, trained anew; `python -m train.reproduce`."""
+"""What docs/results.md reports, trained anew; `python -m train.reproduce`."""

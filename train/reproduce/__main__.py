@@ -1,8 +1,8 @@
-"""The README's tables: every layer, several seeds, one command.
+"""The tables of docs/results.md: every layer, several seeds, one command.
 
     python -m train.reproduce [--task digits|listops|selective_copying|induction|mqar
                                |moving_digits] [--layers s4d,s5] [--seeds 0,1,2]
-                              [--workdir runs/reproduce] [--readme README.md]
+                              [--workdir runs/reproduce] [--page docs/results.md]
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
 the test split selects nothing. `train.reproduce.contest` has the three tasks of recall,
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from configs import lra, pixels
 from kernels import allocator
-from train import checkpoint, data, files, record
-from train.reproduce import baseline, contest
+from train import checkpoint, data, files
+from train.reproduce import baseline, contest, ledger
 from train.reproduce import video as video_contest
 
 
@@ -46,7 +46,7 @@ def run_one(task, layer, seed, workdir) -> dict:
     """One finished run of a row."""
     config = config_of(task, layer)
     config.seed = seed
-    return contest.trained(config, workdir / f"{task}-{layer}-{seed}")
+    return ledger.trained(config, workdir / f"{task}-{layer}-{seed}")
 
 
 def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> str:
@@ -76,20 +76,20 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         f"`{TASKS[task].argument}`: {dataset.num_examples('test')} sequences to test, "
         f"last checkpoint, seeds {', '.join(map(str, seeds))}; largest difference of "
         "the logits between the two modes; wall-clock with compilation on "
-        f"{record.machine()}.",
+        f"{ledger.machine()}.",
     ]
     return "\n".join(lines)
 
 
-def rewrite(readme: Path, task: str, text: str) -> None:
+def rewrite(page: Path, task: str, text: str) -> None:
     """Puts `text` between the task's markers; `ValueError` without them."""
     begin, end = f"<!-- {task}:begin -->", f"<!-- {task}:end -->"
-    old = readme.read_text()
+    old = page.read_text()
     if begin not in old or end not in old:
-        raise ValueError(f"{readme}: must contain the lines {begin} and {end}")
+        raise ValueError(f"{page}: must contain the lines {begin} and {end}")
     before, _, rest = old.partition(begin)
     after = rest.partition(end)[2]
-    files.write_atomically(readme, f"{before}{begin}\n{text}\n{end}{after}")
+    files.write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main(argv=None):
@@ -101,7 +101,9 @@ def main(argv=None):
     parser.add_argument("--layers", default="", help="of the table; default: all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument(
+        "--page", "--readme", type=Path, default=Path("docs/results.md")
+    )
     options = parser.parse_args(argv)
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -112,7 +114,7 @@ def main(argv=None):
     task, layers = options.task, [x for x in options.layers.split(",") if x]
     try:
         text = tables[task](task, layers, seeds, options.workdir)
-        rewrite(options.readme, task, text)
+        rewrite(options.page, task, text)
     except (ValueError, checkpoint.CheckpointError) as problem:
         parser.error(str(problem))
     print(text)

@@ -21,17 +21,17 @@ def features(spec, inputs, mask) -> np.ndarray:
 
     Tokens [B, L]: their counts and, one-hot, the first. Numbers: all, padding as 0.
     """
-    if spec["encoder"] == "image":
+    if spec.encoder == "image":
         inputs = inputs.reshape(*mask.shape, -1)
-    if spec["encoder"] != "token":
+    if spec.encoder != "token":
         real = mask.reshape(
             *inputs.shape[: mask.ndim], *[1] * (inputs.ndim - mask.ndim)
         )
         return np.where(real, inputs, 0).reshape(len(inputs), -1).astype(np.float32)
     rows = np.arange(len(inputs))[:, None]
-    counts = np.zeros((len(inputs), 2 * spec["vocab_size"]), np.float32)
+    counts = np.zeros((len(inputs), 2 * spec.vocab_size), np.float32)
     np.add.at(counts, (np.broadcast_to(rows, inputs.shape), inputs), mask)
-    counts[rows[:, 0], spec["vocab_size"] + inputs[rows[:, 0], mask.argmax(1)]] = 1
+    counts[rows[:, 0], spec.vocab_size + inputs[rows[:, 0], mask.argmax(1)]] = 1
     return counts
 
 
@@ -46,7 +46,7 @@ def logistic_regression(dataset: data.Dataset) -> float:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    loss = dataset.spec["loss"]
+    loss = dataset.spec.loss
     if loss != "classification":
         raise ValueError(f"a baseline needs the loss classification, got {loss!r}")
 

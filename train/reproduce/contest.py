@@ -6,9 +6,7 @@ step is best on validation, trained with the first seed. The test selects nothin
 """
 
 import bisect
-import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +17,12 @@ from ml_collections import ConfigDict
 
 from configs import synthetic
 from layers.models.build import build
-from train import data, evaluate, files, loop, record, state
+from train import data, evaluate, files, resolve, runs, state
+from train.reproduce import ledger
 
 RATES = (1e-3, 3e-3, 1e-2)
 TOLERANCE = 0.1
 FEATURES = range(4, 1025, 4)  # of the contenders; heads divide them
-SECONDS = "seconds.json"
 
 
 class Contender(NamedTuple):
@@ -93,19 +91,6 @@ CONTESTS = {
 }
 
 
-def trained(config: ConfigDict, workdir: Path) -> dict:
-    """One finished run: its results, and the seconds it took, compilation included."""
-    begun = time.monotonic()
-    results = loop.run(config, workdir)
-    if "stopped" in results:  # by SIGTERM or Ctrl-C; the next start goes on from here
-        raise SystemExit(0)
-    kept = workdir / SECONDS
-    if not kept.exists():
-        seconds = time.monotonic() - begun
-        files.write_atomically(kept, json.dumps(seconds))
-    return results | {"seconds": files.read_json(kept, float)}
-
-
 def parameters(config: ConfigDict) -> int:
     """How many numbers the model of a resolved config learns; computes none."""
     inputs = jax.ShapeDtypeStruct((1, config.data.length), jnp.int32)
@@ -151,7 +136,7 @@ def config_of(contest: Contest, contender: Contender) -> ConfigDict:
     """The resolved config of one row."""
     config = contest.make(f"{contest.argument},layer={contender.layer}")
     config.model.layer_args.update(contender.layer_args)
-    config = loop.resolve(config, data.load(config.data).spec)
+    config = resolve.complete(config, data.load(config.data).spec)
     equalise(config, contest.parameters)
     return config
 
@@ -184,7 +169,7 @@ def play(
     def run(rate, seed):
         config.optimizer.lr, config.seed = rate, seed
         folder = workdir / f"{contest.argument}-{label(contender)}-{rate}-{seed}"
-        return trained(config, folder), folder
+        return ledger.trained(config, folder), folder
 
     quality = {}
     for rate in RATES:
@@ -195,19 +180,19 @@ def play(
     if not quality:
         raise FloatingPointError(f"{label(contender)}: finite at none of {RATES}")
     best = max(quality, key=quality.get)
-    runs = [run(best, seed) for seed in seeds]
+    best_runs = [run(best, seed) for seed in seeds]
     config.optimizer.lr = best
     return Row(
         contender,
         config,
-        statistics.median(results["seconds"] for results, _ in runs),
-        [_tested(contest, folder, results["step"]) for results, folder in runs],
+        statistics.median(results["seconds"] for results, _ in best_runs),
+        [_tested(contest, folder, results["step"]) for results, folder in best_runs],
     )
 
 
 def _last_validation(folder: Path) -> tuple[float, float]:
     """Accuracy and, for those that are equal, the loss, more being better."""
-    rows = [r for r in record.read_metrics(folder) if r["split"] == "validation"]
+    rows = [r for r in runs.read_metrics(folder) if r["split"] == "validation"]
     return rows[-1]["accuracy"], -rows[-1]["loss"]
 
 
@@ -219,7 +204,7 @@ def _tested(contest: Contest, folder: Path, step: int) -> list[float]:
     rows = rows if isinstance(rows, list) else []
     times = [r.get("times") for r in rows if isinstance(r, dict) and "accuracy" in r]
     if (found.get("step"), tuple(times)) != (step, contest.lengths):
-        run = evaluate.load_run(folder)
+        run = runs.load_run(folder)
         found = evaluate.at_lengths(run, folder, "test", contest.lengths)
     return [row["accuracy"] for row in found["lengths"]]
 
@@ -260,7 +245,7 @@ def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         f"rates {', '.join(f'{rate:g}' for rate in RATES)} on validation with seed "
         f"{seeds[0]}; state: floats per sequence, caches at full capacity; seconds per "
         "run with compilation on "
-        f"{record.machine()}. Published: of larger models on longer sequences.",
+        f"{ledger.machine()}. Published: of larger models on longer sequences.",
     ]
     return "\n".join(lines)
 

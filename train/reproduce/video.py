@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import video
-from train import evaluate, files, record
-from train.reproduce import contest
+from train import files, runs
+from train.reproduce import ledger
 from train.video import rollout
 
 LAYERS = ("conv_s5", "conv_lstm")
@@ -34,14 +34,14 @@ def config_of(layer: str, seed: int, steps: int = 0):
 
 def steps_per_second(folder: Path) -> float:
     """The median over the logs of a run, the first of them left out."""
-    rows = record.read_metrics(folder)
+    rows = runs.read_metrics(folder)
     rates = [row["steps_per_second"] for row in rows if row["split"] == "train"]
     return statistics.median(rates[1:] or rates)
 
 
 def rolled(folder: Path, step: int) -> dict:
     """What `rollout.summary` says of all clips of the test split."""
-    kept, run = folder / rollout.JSON, evaluate.load_run(folder)
+    kept, run = folder / rollout.JSON, runs.load_run(folder)
     clips = run.dataset.num_examples("test")
     found = files.read_json(kept) or {}
     if (found.get("step"), found.get("clips")) != (step, clips):
@@ -58,12 +58,12 @@ def play(layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> dict:
         steps = 0
         if seconds is not None:
             trial = workdir / f"moving_digits-{layer}-trial"
-            contest.trained(config_of(layer, seeds[0], TRIAL), trial)
+            ledger.trained(config_of(layer, seeds[0], TRIAL), trial)
             steps = max(TRIAL, round(seconds * steps_per_second(trial)))
         found[layer] = []
         for seed in seeds:
             folder = workdir / f"moving_digits-{layer}-{seed}"
-            results = contest.trained(config_of(layer, seed, steps), folder)
+            results = ledger.trained(config_of(layer, seed, steps), folder)
             found[layer].append((results, folder))
         if seconds is None:
             seconds = statistics.median(
@@ -80,11 +80,11 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
     titles = [f"PSNR +{t}" for t in HORIZONS] + [f"SSIM +{t}" for t in (10, 30)]
     titles = ["layer", "steps", *titles, "ahead from", "seconds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for layer, runs in found.items():
-        shown = [rolled(folder, results["step"]) for results, folder in runs]
+    for layer, trained in found.items():
+        shown = [rolled(folder, results["step"]) for results, folder in trained]
         scored = [one["scores"] for one in shown]
-        seconds = statistics.median(results["seconds"] for results, _ in runs)
-        cells = [f"`{layer}`", f"{runs[0][0]['step']:,}"]
+        seconds = statistics.median(results["seconds"] for results, _ in trained)
+        cells = [f"`{layer}`", f"{trained[0][0]['step']:,}"]
         cells += _cells([scores["model"] for scores in scored])
         cells += [_ahead(scored), f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -101,7 +101,7 @@ def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         "which on PSNR is above that of repeating the last frame, with every seed. "
         "Every layer had the same time for its steps and the learning rate "
         f"{config.optimizer.lr:g}; seconds per run are with compilation and evaluation "
-        f"on {record.machine()}.",
+        f"on {ledger.machine()}.",
     ]
     return "\n".join(lines)
 

@@ -18,9 +18,10 @@ import numpy as np
 
 from layers.frames.images import to_bytes
 from train import data, files, settings
-from train.data import pipeline
+from train.data import sources
 from train.data.video import whole_clips
-from train.evaluate import PROBLEMS, Run, add_trust, load_run, read_config
+from train.evaluate import PROBLEMS, add_trust
+from train.runs import Run, load_run, read_config
 
 FRAMES = 512  # encoded or decoded at once
 
@@ -150,7 +151,7 @@ def main(argv=None):
         if options.length is not None:
             other = {**run.config.data, "length": options.length}
             run = run._replace(dataset=data.load(other))
-        there = [split for split in pipeline.SPLITS if split in run.dataset.sources]
+        there = [split for split in sources.SPLITS if split in run.dataset.sources]
         splits = options.split.split(",") if options.split else there
         parts = [encode(run, split, options.clips) for split in splits]
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,8 +30,9 @@ from rich.table import Table
 from layers.frames.images import from_bytes, to_bytes
 from layers.models.build import build
 from layers.models.video import Video
-from train import checkpoint, data, evaluate, files, settings, signals
+from train import checkpoint, data, evaluate, files, runs, settings, signals
 from train.data.pipeline import Dataset
+from train.data.spec import Spec
 from train.data.video import whole_clips
 from train.video import codec, pictures
 from train.video import metrics as video_metrics
@@ -129,13 +131,13 @@ def _check_actions(actions, shape):
         )
 
 
-def lengths(options: Mapping, spec: Mapping) -> tuple[int, int]:
+def lengths(options: Mapping, spec: Spec) -> tuple[int, int]:
     """(context, horizon) that `options` ask for; 0: half of the clips of `spec`.
 
     Raises:
         ValueError: a negative number.
     """
-    half = (spec["length"] + 1) // 2
+    half = (spec.length + 1) // 2
     context, horizon = options["context"] or half, options["horizon"] or half
     for name, value in (("context", context), ("horizon", horizon)):
         if value < 1:
@@ -143,7 +145,7 @@ def lengths(options: Mapping, spec: Mapping) -> tuple[int, int]:
     return context, horizon
 
 
-def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
+def dataset_of(config: Mapping, spec: Spec) -> tuple[Dataset, int, int]:
     """The dataset of a run with clips of context + horizon frames, context, horizon.
 
     Raises:
@@ -155,7 +157,7 @@ def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
     if clips < 1:
         raise ValueError(f"rollout.clips must be 1 or more, got {clips}")
     context, horizon = lengths(config["rollout"], spec)
-    frame = math.prod(spec["size"]) * spec["channels"]
+    frame = math.prod(spec.size) * spec.channels
     settings.check_memory(
         "rollout.context, rollout.horizon", (context + horizon) * frame, "a clip"
     )
@@ -171,13 +173,13 @@ def dataset_of(config: Mapping, spec: Mapping) -> tuple[Dataset, int, int]:
     return dataset, context, horizon
 
 
-def _check_context(model: Mapping, spec: Mapping, context: int) -> None:
-    shape = 1, context, *spec["size"]
-    if spec["vocab_size"]:
+def _check_context(model: Mapping, spec: Spec, context: int) -> None:
+    shape = 1, context, *spec.size
+    if spec.vocab_size:
         frames = jax.ShapeDtypeStruct(shape, jnp.int32)
     else:
-        frames = jax.ShapeDtypeStruct((*shape, spec["channels"]), jnp.uint8)
-    if spec["actions"]:
+        frames = jax.ShapeDtypeStruct((*shape, spec.channels), jnp.uint8)
+    if spec.actions:
         actions = jax.ShapeDtypeStruct(shape[:2], jnp.int32)
         frames = {"frames": frames, "actions": actions}
     try:
@@ -189,12 +191,12 @@ def _check_context(model: Mapping, spec: Mapping, context: int) -> None:
         ) from problem
 
 
-def _codec(spec: Mapping, codes: int) -> Callable | None:
+def _codec(spec: Spec, codes: int) -> Callable | None:
     """What shows `codes` different codes as pixels, or None where nothing is known."""
-    if not spec.get("codec"):
+    if not spec.codec:
         return None
     try:
-        return codec.load_codec(spec["codec"], codes=codes)
+        return codec.load_codec(spec.codec, codes=codes)
     except (ValueError, checkpoint.CheckpointError) as problem:
         raise ValueError(f"data.codec: {problem}") from problem
 
@@ -255,7 +257,7 @@ def scores(rollout: Rollout) -> dict:
 
 
 def of_run(
-    run: evaluate.Run, options: Mapping, split: str = "test", sample: int | None = None
+    run: runs.Run, options: Mapping, split: str = "test", sample: int | None = None
 ) -> Rollout:
     """Rollouts of a trained run; `options` has "context", "horizon" and "clips", and
     `sample` is the seed of codes that are drawn.
@@ -273,6 +275,26 @@ def of_run(
     batch = run.config.train.eval_batch_size or run.config.train.batch_size
     arguments = dataset, split, context, horizon, options["clips"], batch, sample
     return roll(run.model, run.variables, *arguments)
+
+
+def check(config: Mapping, spec: Spec, model: nn.Module) -> None:
+    """Raises a `ValueError` for rollouts that `predict` could not make at the end."""
+    if isinstance(model, Video):
+        dataset_of(config, spec)
+
+
+def predict(run: runs.Run, workdir: Path) -> dict:
+    """Open-loop rollouts of the test split (or the last there is), their scores and
+    their files in `workdir`; nothing of a model that is no `Video`."""
+    if not isinstance(run.model, Video):
+        return {}
+    split = runs.last_split(run.dataset)
+    found = of_run(run, run.config.rollout, split)
+    scored = summary(run, found, split)
+    if jax.process_index() == 0:
+        write(workdir, found, scored)
+        show(scored)
+    return {"rollout": scored}
 
 
 def write(workdir: str | Path, rollout: Rollout, found: dict) -> None:
@@ -332,7 +354,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     try:
         workdir = settings.place("--workdir", given.workdir)
-        run = evaluate.load_run(workdir, given.step, given.trust)
+        run = runs.load_run(workdir, given.step, given.trust)
         options = {name: run.config.rollout[name] for name in NUMBERS}
         for name in options:
             if getattr(given, name) is not None:
@@ -352,7 +374,7 @@ def main(argv=None):
     return 0
 
 
-def _check_sample(run: evaluate.Run, sample: int | None) -> None:
+def _check_sample(run: runs.Run, sample: int | None) -> None:
     if sample is not None:
         settings.check_seed("--sample", max(sample, 0))
     if sample is not None and (sample < 0 or not run.config.model.vocab_size):
@@ -362,7 +384,7 @@ def _check_sample(run: evaluate.Run, sample: int | None) -> None:
         )
 
 
-def summary(run: evaluate.Run, rollout: Rollout, split: str) -> dict:
+def summary(run: runs.Run, rollout: Rollout, split: str) -> dict:
     """What rollout.json holds."""
     found = scores(rollout)
     if rollout.truth.ndim != 5:

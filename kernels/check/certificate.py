@@ -1,4 +1,4 @@
-"""What a certificate of `kernels.check` says: this device, these sources, the results.
+"""What a certificate of the check says: this device, these sources, the results.
 
 It is JSON:
     format     1
@@ -28,7 +28,7 @@ from pathlib import Path
 import jax
 
 FORMAT = 1
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # kernels/
 PACKAGES = ("jax", "jaxlib", "triton", "jax-triton")
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -40,6 +40,7 @@ def default_path() -> Path:
 
 
 def device() -> dict[str, str]:
+    """Kind, platform and driver of the first device."""
     first = jax.devices()[0]
     driver = first.client.platform_version.replace("\n", ", ")
     if first.platform == "gpu" and DRIVER.exists():
@@ -119,11 +120,12 @@ def _imported(path: Path) -> list[Path]:
 @functools.cache
 def _parts(source: str) -> set[str]:
     """What stands after "kernels." in the imports of a source."""
+    start = __package__.removesuffix("check")  # also inside another package
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = (name for name in names if name.startswith("kernels."))
-    return {name.removeprefix("kernels.").split(".")[0] for name in ours}
+    inside = (name.removeprefix(start) for name in names if name.startswith(start))
+    return {name.split(".")[0] for name in inside}

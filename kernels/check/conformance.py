@@ -22,8 +22,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kernels import cases, compat
-from kernels.cases import DTYPES, OPERATIONS, Case, Operation
+from kernels import compat
+from kernels.check import cases, comparison, machine_code
+from kernels.check.cases import DTYPES, OPERATIONS, Case, Operation
 from kernels.tolerance import error, limit
 
 # The first is what "quick" tries.
@@ -84,7 +85,8 @@ class Row:
 
     def compare(self, case: Case, found: tuple, expected: tuple) -> None:
         """Both are (values, gradients by name)."""
-        values, targets = (cases.named_outputs(both[0]) for both in (found, expected))
+        named = comparison.named_outputs
+        values, targets = named(found[0]), named(expected[0])
         self.value = self._worst(case, "value", values, targets, self.value)
         self.gradient = self._worst(
             case, "gradient", found[1], expected[1], self.gradient
@@ -92,7 +94,8 @@ class Row:
 
     def _worst(self, case, kind, found, expected, worst):
         allowed = limit(self.dtype, kind)
-        found, expected = cases.named_arrays(found), cases.named_arrays(expected)
+        named = comparison.named_arrays
+        found, expected = named(found), named(expected)
         for name, target in expected.items():
             if name not in found:
                 self.failures.append(f"{case}: {kind} {name} is missing")
@@ -213,10 +216,11 @@ def _is_interpreted(backend: str) -> bool:
     return backend == "pallas_tpu" and compat.platform() == "cpu"
 
 
-def _nobody_waits(backend: str, dtype: str) -> bool:
-    """For its results: what matters is how long it takes to compile."""
+def _compiler_options(backend: str, dtype: str) -> dict | None:
+    """Those to compile quickly where nobody uses what is compiled but this check."""
     odd = backend == "reference" or dtype == "float64" or _is_interpreted(backend)
-    return odd and compat.platform() == "cpu"
+    quick = odd and compat.platform() == "cpu"
+    return comparison.QUICK_TO_COMPILE if quick else None
 
 
 def _selected(candidates, coverage, strength=2):
@@ -245,16 +249,16 @@ def computed(operation, backends, dtypes, coverage) -> list[Row]:
     plans = {name: _plan(operation, name, dtypes, coverage) for name in backends}
     rows = {}
     for case, dtype in dict.fromkeys(pair for plan in plans.values() for pair in plan):
-        inputs = cases.rounded(operation.inputs(case), dtype)
+        inputs = comparison.rounded(operation.inputs(case), dtype)
         static = operation.static(case)
         definition = functools.cache(
-            functools.partial(cases.expected, operation.call, inputs, **static)
+            functools.partial(comparison.expected, operation.call, inputs, **static)
         )
         for name in (name for name, plan in plans.items() if (case, dtype) in plan):
-            quick = cases.QUICK_TO_COMPILE if _nobody_waits(name, dtype) else None
+            options = _compiler_options(name, dtype)
 
-            def both(static=static | {"backend": name}, inputs=inputs, quick=quick):
-                found = cases.evaluate(operation.call, inputs, static, quick)
+            def both(static=static | {"backend": name}, inputs=inputs, options=options):
+                found = comparison.evaluate(operation.call, inputs, static, options)
                 return found, definition()  # noqa: B023 - called in this round
 
             how = "interpreted" if _is_interpreted(name) else "run"
@@ -327,7 +331,7 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
 def _compile(row, case, call, capability):
     name = call.kernel.__name__
     try:
-        figures = compat.compiled(call, capability)
+        figures = machine_code.compiled(call, capability)
     except Exception as problem:
         row.failures.append(f"{case}: {name}: {_one_line(problem)}")
         return
@@ -350,9 +354,9 @@ def passes(operation, case, dtype, backend, wide=True):
     """The forward pass, both passes, and the shapes of their two arguments."""
     inputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        cases.rounded(operation.inputs(case, wide), dtype),
+        comparison.rounded(operation.inputs(case, wide), dtype),
     )
-    moving, fixed = cases.parted(inputs)
+    moving, fixed = comparison.parted(inputs)
     static = operation.static(case)
 
     def forward(moving, fixed):
@@ -375,7 +379,7 @@ def interpreted(operations, dtypes, coverage) -> list[Row]:
             for o in operations
             for dtype in dtypes
         ]
-    command = [sys.executable, "-m", "kernels.check", "--backend", "triton"]
+    command = [sys.executable, "-m", __package__, "--backend", "triton"]
     command += ["--op", *(operation.name for operation in operations)]
     command += ["--dtype", *dtypes]
     if coverage != "default":
@@ -384,7 +388,7 @@ def interpreted(operations, dtypes, coverage) -> list[Row]:
         out = Path(place, "rows.json")
         done = subprocess.run(
             [*command, "--out", str(out)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[len(__package__.split("."))],
             env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,

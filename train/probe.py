@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train import checkpoint, signals, state
-from train.evaluate import Run
+from train.runs import Run
 
 # What bounds the time of a report, whatever the model and the data.
 LAGS = 4096

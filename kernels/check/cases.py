@@ -1,11 +1,10 @@
-"""What each operation is tried on, and how a backend is compared with the definition.
+"""The inputs of each operation, for its check, its benchmark and its tests.
 
 `OPERATIONS` says per operation which variants there are and how their inputs are made.
 A `Case` is one variant at one length with or without initial state, resets and reverse;
-the product of all of them by dtype is what `kernels.check` covers.
+the product of all of them by dtype is what `python -m kernels.check` covers.
 """
 
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kernels import (
+    block_sizes,
+    butterfly_conv,
     cauchy,
+    chunked_scan,
     contracted_scan,
     fft_conv,
     linear_scan,
@@ -26,21 +27,9 @@ from kernels import (
     vandermonde,
     vandermonde_transpose,
 )
-from kernels.chunked_scan import chunked_scan
-from kernels.fft_conv import block_sizes, butterfly_conv
-from kernels.tolerance import assert_close
 
 DTYPES = ("float32", "bfloat16", "float64")
 LONGEST_DECAY = 1000
-OUTPUTS = ("output", "final_state", "transition")
-
-# For what runs once per shape: compiling it well would cost more than it saves.
-QUICK_TO_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-if jax.__version_info__ < (0, 11):  # others do not know it
-    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 class Case(NamedTuple):
@@ -417,115 +406,3 @@ OPERATIONS = {
         ),
     )
 }
-
-
-# Comparison.
-
-
-def rounded(inputs, dtype):
-    """Float arrays in `dtype` (complex ones in its complex counterpart)."""
-    wide = dtype == "float64"
-
-    def cast(x):
-        x = np.asarray(x)
-        if np.iscomplexobj(x):
-            return x.astype(np.complex128 if wide else np.complex64)
-        return (
-            x.astype(jnp.dtype(dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        )
-
-    return jax.tree.map(cast, inputs)
-
-
-def widened(inputs):
-    """The same numbers in float64 and complex128."""
-    return rounded(inputs, "float64")
-
-
-def results(op, inputs, **static):
-    """All outputs of `op(**inputs, **static)`, and the gradient of a fixed random
-    functional of them by every floating input."""
-    return evaluate(op, inputs, static)
-
-
-def expected(op, inputs, **static):
-    """`results` of the definition in float64, on the CPU: not every accelerator has
-    float64."""
-    static = {**static, "backend": "reference"}
-    with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
-        return evaluate(op, widened(inputs), static, QUICK_TO_COMPILE)
-
-
-def evaluate(op, inputs, static, compiler_options=None):
-    """`results`, compiled with these options of XLA."""
-    moving, fixed = parted(inputs)
-    items = (
-        tuple(sorted((given or {}).items())) for given in (static, compiler_options)
-    )
-    return jax.tree.map(np.asarray, _compiled(op, *items)(moving, fixed))
-
-
-def parted(inputs):
-    """What has a gradient, and what has none: flags, and None."""
-    fixed = {
-        name: x
-        for name, x in inputs.items()
-        if all(leaf.dtype == bool for leaf in jax.tree.leaves(x))
-    }
-    return {name: x for name, x in inputs.items() if name not in fixed}, fixed
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(op, static, compiler_options):
-    """One function for all dtypes, so that the reference is compiled once per shape."""
-
-    def functional(moving, fixed):
-        values = op(**moving, **fixed, **dict(static))
-        total = 0
-        for i, leaf in enumerate(jax.tree.leaves(values)):
-            rng = np.random.default_rng(i)
-            for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
-                weight = rng.standard_normal(leaf.shape).astype(part.dtype)
-                wide = jnp.promote_types(part.dtype, jnp.float32)
-                total = total + jnp.sum(weight.astype(wide) * part.astype(wide))
-        return total, values
-
-    def run(moving, fixed):
-        gradient = jax.value_and_grad(functional, has_aux=True)
-        (_, values), gradients = gradient(moving, fixed)
-        return values, gradients
-
-    return jax.jit(run, compiler_options=dict(compiler_options) or None)
-
-
-def check(op, inputs, dtype, backend, **static):
-    """`backend` in `dtype` against the definition in float64 on the same numbers.
-
-    Returns:
-        the outputs of the backend.
-
-    Raises:
-        AssertionError: an output or a gradient is off by more than its limit.
-    """
-    inputs = rounded(inputs, dtype)
-    values, gradients = expected(op, inputs, **static)
-    with jax.enable_x64(dtype == "float64"):
-        found, found_gradients = results(op, inputs, backend=backend, **static)
-    assert_close(found, values, "value", dtype)
-    assert_close(found_gradients, gradients, "gradient", dtype)
-    return found
-
-
-def named_outputs(values) -> dict:
-    """The outputs of an operation by name."""
-    outputs = values if isinstance(values, tuple) else (values,)
-    return dict(zip(OUTPUTS, outputs, strict=False))
-
-
-def named_arrays(tree: dict) -> dict:
-    """Every array with a name such as "u" or "factors[0]"."""
-    return {
-        name + jax.tree_util.keystr(path): array
-        for name, x in tree.items()
-        for path, array in jax.tree_util.tree_leaves_with_path(x)
-    }

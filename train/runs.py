@@ -1,7 +1,15 @@
-"""What a run says about itself: config, versions and results, in files and in print."""
+"""The files of a run, written and read back: config, versions, results, metrics.
 
+<workdir>/config.json      resolved, as the run began
+          versions.json    command, revision, packages and devices of the last start
+          metrics.jsonl    see `train.metrics`
+          checkpoints/     see `train.checkpoint`
+          results.json     of a finished run
+"""
+
+import dataclasses
+import datetime
 import json
-import math
 import os
 import platform
 import subprocess
@@ -9,20 +17,28 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from configs.common import GROUP_NAMES
-from train import checkpoint, files, metrics
+from layers.models.build import build, foreign
+from train import checkpoint, data, files, metrics, settings
 from train.files import write_atomically
+from train.losses import SCORES
 
 CONFIG = "config.json"
+
 VERSIONS = "versions.json"
+
 RESULTS = "results.json"
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 LATEST = 250_000_000_000  # seconds since 1970 that still are a date
+
+UNKNOWN = "\N{EN DASH}"
 
 # What every config has, an object each.
 SECTIONS = ("data", "model", "optimizer", "train", "mesh")
@@ -52,15 +68,146 @@ ABSENT = {
     "model.patch": (1, 1),
 }
 
-# The metric that chooses the best step, its name at the end, whether more is better.
-SCORES = {
-    "classification": ("accuracy", "accuracy", True),
-    "token": ("accuracy", "accuracy", True),
-    "regression": ("loss", "error", False),
-    "frames": ("mse", "mse", False),
-    "codes": ("accuracy", "accuracy", True),
-    "autoencoder": ("mse", "mse", False),
-}
+
+class Run(NamedTuple):
+    """A trained run, read back from its workdir."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    model: nn.Module
+    variables: dict
+    step: int
+
+
+def load_run(workdir, at=None, trust: bool = False) -> Run:
+    """The run of `workdir` at checkpoint `at` (None: the newest good one).
+
+    Args:
+        workdir: of the run.
+        at: step of the checkpoint.
+        trust: import the layers that the run names by dotted paths, which executes
+            their code; without it such a run is refused before anything is imported.
+
+    Raises:
+        ValueError: no run was ever started in `workdir`, its config cannot be, or it
+            names a layer that is not of this project and is not trusted.
+        CheckpointError: no such checkpoint, or it is damaged.
+    """
+    workdir = settings.place("workdir", workdir)
+    config = read_config(workdir)
+    check_trust(workdir, config, trust)
+    variables, found = checkpoint.restore_params(workdir, at)
+    dataset = data.load(config.data)
+    return Run(config, dataset, build(config.model), variables, found)
+
+
+def check_trust(workdir, config: ConfigDict, trust: bool) -> None:
+    """Raises a `ValueError` for a run whose layers are not of this project, unless they
+    are trusted."""
+    names = foreign(config.model)
+    if names and not trust:
+        raise ValueError(
+            f"workdir: {workdir} names the layer {names[0]!r}, which is not of this "
+            "project, and reading the run would execute its code; --trust allows it "
+            "(trust=True of load_run)"
+        )
+
+
+def last_split(dataset: data.Dataset) -> str:
+    """The split to show: that of the test, or of what there is instead."""
+    return next(s for s in ("test", "validation", "train") if s in dataset.sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """A run's own files.
+
+    Attributes:
+        path: of the folder.
+        config: resolved.
+        rows: the lines of metrics.jsonl.
+        results: of a finished run, else None.
+        versions: revision, packages, devices; {} if they are not there.
+    """
+
+    path: Path
+    config: ConfigDict
+    rows: list[dict]
+    results: dict | None
+    versions: dict
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def layer(self) -> str:
+        layer = self.config.model.layer
+        return layer if isinstance(layer, str) else ", ".join(layer)
+
+    @property
+    def score(self) -> tuple[str, str]:
+        """The metric that counts, and its name in words."""
+        if self.results:
+            return SCORES[self.results["loss"]][:2]
+        accurate = any("accuracy" in row for row in self.rows)
+        return SCORES["classification" if accurate else "regression"][:2]
+
+    @property
+    def last_step(self) -> int:
+        return max((row["step"] for row in self.rows), default=0)
+
+    def validation(self, step: int) -> dict:
+        """The last validation scores up to `step`; {} if there are none."""
+        rows = (r for r in self.rows if r["split"] == "validation")
+        return next((r for r in reversed([*rows]) if r["step"] <= step), {})
+
+    def gap(self) -> str:
+        """The largest difference between the parallel and the recurrent mode."""
+        gap = (self.results or {}).get("parallel_vs_recurrent")
+        if gap is None:
+            return UNKNOWN
+        return f"{gap:.1e}" if isinstance(gap, float) else "no recurrent mode"
+
+    def took(self) -> str:
+        """Time inside training steps, by the logged rates."""
+        seconds, before = 0.0, 0
+        for row in self.rows:
+            if row["split"] == "train" and row.get("steps_per_second"):
+                seconds += (row["step"] - before) / row["steps_per_second"]
+                before = row["step"]
+        if not seconds:
+            return UNKNOWN
+        length = datetime.timedelta(seconds=round(seconds))
+        return f"{length} ({before / seconds:.3g} steps/s)"
+
+    def devices(self) -> str:
+        kinds = self.versions.get("devices") or []
+        counts = [f"{kinds.count(kind)} x {kind}" for kind in sorted({*kinds})]
+        return ", ".join(counts) or UNKNOWN
+
+    def ended(self) -> str:
+        times = [row["time"] for row in self.rows if "time" in row]
+        if not times:
+            return "nothing logged"
+        last = datetime.datetime.fromtimestamp(times[-1], datetime.UTC)
+        return f"last logged {last:%Y-%m-%d %H:%M} UTC"
+
+
+def read(path: str | Path) -> Workdir:
+    """The run in a folder.
+
+    Raises:
+        ValueError: no run was started there, or one of its files cannot be read.
+    """
+    path = Path(path)
+    return Workdir(
+        path,
+        read_config(path),
+        read_metrics(path),
+        read_results(path),
+        read_versions(path),
+    )
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -130,11 +277,19 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """The resolved config of the run in `workdir`, keys that it lacks as in ABSENT;
-    `ValueError` if there is none."""
+    """The resolved config of the run in `workdir`, keys that it lacks as in ABSENT.
+
+    Raises:
+        ValueError: there is none, or a value is not of its type.
+    """
+    workdir = settings.place("workdir", workdir)
     config = _read(workdir)
     for key in ABSENT.keys() - _flat(config.to_dict()).keys():
         _set(config, key, ABSENT[key][0])
+    try:
+        settings.check_types(config)
+    except ValueError as problem:
+        raise ValueError(f"{workdir / CONFIG}: {problem}") from problem
     return config
 
 
@@ -177,59 +332,22 @@ def write_versions(workdir: Path) -> None:
     write_atomically(workdir / VERSIONS, json.dumps(versions, indent=2) + "\n")
 
 
-def machine() -> str:
-    """What the seconds of a table were measured on."""
-    device = jax.devices()[0].device_kind
-    where = f"{device} ({platform.machine()}, {len(jax.devices())} device)"
-    return f"{where}, jax {jax.__version__}"
+def read_versions(workdir: str | Path) -> dict:
+    """What `write_versions` wrote; {} where it did not. `ValueError` for other text."""
+    path = Path(workdir) / VERSIONS
+    found = files.read_json(path) or {}
+    devices = found.get("devices") or []
+    if not isinstance(devices, list) or not all(isinstance(d, str) for d in devices):
+        raise ValueError(
+            f"{path}: devices must be a list of names, got {devices!r:.60}"
+        )
+    return found
 
 
-def print_table(
-    config: ConfigDict, groups: Mapping[str, list[str]], params, mesh, compiled, seconds
-) -> None:
-    """Parameters by group, floating-point operations, devices.
-
-    Args:
-        config: the run's.
-        groups: pattern -> paths of its parameters.
-        params: tree of shapes.
-        mesh: of the devices.
-        compiled: the train step.
-        seconds: that compiling it took.
-    """
-    named = checkpoint.named_leaves(params)
-    sizes = {path: math.prod(leaf.shape) for path, leaf in named}
-    factors = dict(config.groups)
-    counts = [
-        (group_name(pattern, factors[pattern]), sum(map(sizes.get, paths)))
-        for pattern, paths in groups.items()
-    ]
-    flops = (compiled.cost_analysis() or {}).get("flops", math.nan)
-    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    rows = [
-        ("layer", f"{config.model.layer}, {config.model.depth} deep"),
-        ("parameters", f"{sum(sizes.values()):,}"),
-        *[(f"  {name}", f"{count:,}") for name, count in counts if count],
-        ("FLOPs per step", f"{flops:.3g}"),
-        ("compiled in", f"{seconds:.1f} s"),
-        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}"),
-        ("mesh", shape),
-    ]
-    # A user's pattern can be long; the numbers stay readable beside it.
-    width = min(max(len(name) for name, _ in rows), 60)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}", flush=True)
-
-
-def group_name(pattern: str, factors: Mapping) -> str:
-    """A parameter group in words: what it is, where the configs say so of `pattern`,
-    and how it learns."""
-    lr, wd = factors.get("lr", 1.0), factors.get("wd", 1.0)
-    how = [f"lr x {lr:.3g}"] * (lr not in (0, 1))
-    how += [f"decay x {wd:.3g}" if wd else "no decay"] * (wd != 1)
-    how = "frozen" if lr == 0 else ", ".join(how)
-    name = GROUP_NAMES.get(pattern, f"what matches {pattern}")
-    return f"{name} ({how})" if how else name
+def write_results(workdir: Path, results: Mapping) -> None:
+    """Marks the run as finished."""
+    if jax.process_index() == 0:
+        write_atomically(workdir / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def read_results(workdir: str | Path) -> dict | None:
@@ -268,6 +386,49 @@ def read_results(workdir: str | Path) -> dict | None:
     return found
 
 
+def _check_rollout(path: Path, found) -> None:
+    """Raises a `ValueError` unless that is None or the summary of a rollout."""
+    if found is None:
+        return
+    scores = found.get("scores") if isinstance(found, dict) else None
+    tables = scores.values() if isinstance(scores, dict) else [None]
+    lists = [v for t in tables for v in (t.values() if isinstance(t, dict) else [None])]
+    numbers = lists and all(
+        isinstance(values, list)
+        and len(values) == len(lists[0]) > 0
+        and all(isinstance(x, int | float) for x in values)
+        for values in lists
+    )
+    if (
+        "model" not in (scores or ())
+        or not numbers
+        or not {"clips", "split"} <= {*found}
+    ):
+        raise ValueError(
+            f"{path}: rollout must have clips, split and scores, lists of numbers by "
+            f"name and metric, got {found!r:.60}"
+        )
+
+
+def finished(workdir: Path, config: ConfigDict) -> dict | None:
+    """The results of a run that is finished, printed; None where there is more to do.
+
+    Raises:
+        ValueError: a workdir of another config.
+    """
+    check_workdir(workdir, config)
+    try:
+        found = read_results(workdir)
+    except ValueError as problem:  # they are made again at the end
+        print(f"{problem}: the run goes on from its last checkpoint", flush=True)
+        return None
+    if found is None or found["step"] < config.train.steps:
+        return None
+    print(f"this run was finished before, at step {found['step']}")
+    metrics.print_results(found)
+    return found
+
+
 def read_metrics(workdir: str | Path) -> list[dict]:
     """The lines of metrics.jsonl; a kill may have cut the last one off.
 
@@ -300,67 +461,6 @@ def _row(path: Path, number: int, line: str) -> dict:
         f"{path}: line {number} must be a JSON object with step and split, the rest "
         f"numbers, got {files.quoted(line)}"
     )
-
-
-def _check_rollout(path: Path, found) -> None:
-    """Raises a `ValueError` unless that is None or the summary of a rollout."""
-    if found is None:
-        return
-    scores = found.get("scores") if isinstance(found, dict) else None
-    tables = scores.values() if isinstance(scores, dict) else [None]
-    lists = [v for t in tables for v in (t.values() if isinstance(t, dict) else [None])]
-    numbers = lists and all(
-        isinstance(values, list)
-        and len(values) == len(lists[0]) > 0
-        and all(isinstance(x, int | float) for x in values)
-        for values in lists
-    )
-    if (
-        "model" not in (scores or ())
-        or not numbers
-        or not {"clips", "split"} <= {*found}
-    ):
-        raise ValueError(
-            f"{path}: rollout must have clips, split and scores, lists of numbers by "
-            f"name and metric, got {found!r:.60}"
-        )
-
-
-def read_versions(workdir: str | Path) -> dict:
-    """What `write_versions` wrote; {} where it did not. `ValueError` for other text."""
-    path = Path(workdir) / VERSIONS
-    found = files.read_json(path) or {}
-    devices = found.get("devices") or []
-    if not isinstance(devices, list) or not all(isinstance(d, str) for d in devices):
-        raise ValueError(
-            f"{path}: devices must be a list of names, got {devices!r:.60}"
-        )
-    return found
-
-
-def write_results(workdir: Path, results: Mapping) -> None:
-    """Marks the run as finished."""
-    if jax.process_index() == 0:
-        write_atomically(workdir / RESULTS, json.dumps(results, indent=2) + "\n")
-
-
-def report(results: Mapping) -> None:
-    """Prints the lines at the end of a run."""
-    name, label, _ = SCORES[results["loss"]]
-    if results["test"]:
-        print(f"test {label}: {results['test'][name]:.4f}")
-    best = results["best"]
-    if best and best["test"]:
-        print(
-            f"best on validation, step {best['step']}: validation {label} "
-            f"{best['validation'][name]:.4f}, test {label} {best['test'][name]:.4f}"
-        )
-    difference = results["parallel_vs_recurrent"]
-    if isinstance(difference, float):
-        print(f"parallel vs recurrent: max difference {difference:.1e}")
-    else:
-        print(f"parallel vs recurrent: no recurrent mode ({difference})")
-    print(f"checkpoint: {results['checkpoint']}", flush=True)
 
 
 def _plain(config: ConfigDict) -> ConfigDict:

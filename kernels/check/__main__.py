@@ -34,14 +34,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kernels import certificate, compat
-from kernels.cases import DTYPES, OPERATIONS
-from kernels.conformance import Row, Worst, run
+from kernels import compat
+from kernels.check import certificate
+from kernels.check.cases import DTYPES, OPERATIONS
+from kernels.check.conformance import Row, Worst, run
 
 SHOWN = 5  # failures of one row
 
 
 def table(rows: Iterable[Row]) -> Table:
+    """A line per row, grouped by operation."""
     shown = Table(title="largest error over largest value, and its limit")
     for name in ("operation", "backend", "how", "dtype", "cases", "values", "gradients",
                  "kernels", "verdict"):  # fmt: skip
@@ -109,6 +111,7 @@ def reasons(rows: Iterable[Row]) -> list[str]:
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
+    """A line per failure, the first SHOWN of each row."""
     lines = []
     for row in rows:
         start = f"FAILED: {row.op}, backend {row.backend}, {row.dtype} ({row.how}): "
@@ -119,7 +122,7 @@ def failures(rows: Iterable[Row]) -> list[str]:
 
 
 def contents(rows: Sequence[Row], coverage: str) -> dict:
-    """What the certificate says; see `kernels/certificate.py`."""
+    """What the certificate says; see `certificate`."""
     folders = {row.op: OPERATIONS[row.op].folder for row in rows}
     return {
         "coverage": coverage,
@@ -133,6 +136,7 @@ def contents(rows: Sequence[Row], coverage: str) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see above. The exit code is 1 where something failed."""
     options = _parse(argv)
     console = Console()
     if not console.is_terminal:

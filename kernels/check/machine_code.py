@@ -1,0 +1,76 @@
+"""Triton kernels compiled to machine code for a GPU that need not be here."""
+
+import pathlib
+import re
+import subprocess
+import tempfile
+
+from kernels import compat, interpreter
+from kernels.compat import TritonCall
+
+
+def compiled(call: TritonCall, capability: int = 90) -> dict[str, int]:
+    """Compiles the kernel of a call for an NVIDIA GPU of the compute capability.
+
+    Returns:
+        registers per thread, spilled bytes, shared memory in bytes.
+
+    Raises:
+        RuntimeError, triton.CompilationError: it does not compile.
+    """
+    compat.set_fusion()
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = call.kernel.arg_names
+    given = [*call.arguments, *call.outputs]
+    signature = {
+        name: "i32" if isinstance(x, int) else "*" + interpreter.TYPES[x.dtype.name]
+        for name, x in zip(names, given, strict=False)
+    }
+    signature |= {name: "constexpr" for name in names[len(given) :]}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, x in enumerate(given)
+        if not isinstance(x, int) or x % 16 == 0
+    }
+    source = triton.compiler.ASTSource(
+        call.kernel, signature, constexprs=dict(call.constants), attrs=aligned
+    )
+    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = cache
+        made = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": call.num_warps},
+        )
+    registers, spilled = _registers(made.asm["ptx"])
+    return {
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": made.metadata.shared,
+    }
+
+
+def _registers(ptx: str) -> tuple[int, int]:
+    """Registers per thread and spilled bytes, as the assembler reports them."""
+    import triton
+
+    folder = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    assembler = next(
+        path for path in (folder / "ptxas-blackwell", folder / "ptxas") if path.exists()
+    )
+    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as place:
+        source = pathlib.Path(place, "kernel.ptx")
+        source.write_text(ptx)
+        said = subprocess.run(
+            [assembler, "-v", f"-arch={architecture}", source, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+        )
+    if said.returncode:
+        raise RuntimeError(f"ptxas: {said.stderr.strip()}")
+    registers = re.search(r"Used (\d+) registers", said.stderr)[1]
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.stderr)
+    return int(registers), sum(map(int, spills))

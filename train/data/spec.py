@@ -1,0 +1,44 @@
+"""What a model, a loss and a report have to know of a dataset."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the data say of themselves.
+
+    Attributes:
+        encoder: that reads the inputs, a key of `layers.models.model.ENCODERS`, or
+            "video".
+        length: tokens of an example, or frames.
+        outputs: width of the model's output: classes, vocabulary, regression targets or
+            channels.
+        loss: a key of `train.losses.LOSSES`, which is the kind of the task.
+        channels: of a token, pixel or frame.
+        vocab_size: tokens or codes that there are; 0 for numbers.
+        padded: whether examples have masked tokens.
+        causal: whether later inputs hold the targets.
+        size: (h, w) of images and frames.
+        actions: what accompanies a frame: numbers, 0 for nothing.
+        codec: the workdir of the autoencoder that made the codes, or "".
+        symbols: what each token stands for, if it has a name.
+        start: the token that begins a sequence which is made up.
+    """
+
+    encoder: str
+    length: int
+    outputs: int
+    loss: str
+    channels: int = 1
+    vocab_size: int = 0
+    padded: bool = False
+    causal: bool = False
+    size: tuple[int, ...] = ()
+    actions: int = 0
+    codec: str = ""
+    symbols: tuple[str, ...] = ()
+    start: int = 0
+
+    def but(self, **changes) -> "Spec":
+        """The same with other values."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,160 @@
+"""What a run consists of: the parts that stay, and the progress that a step changes."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from train import (
+    checkpoint,
+    data,
+    flight,
+    losses,
+    optimizers,
+    settings,
+    sharding,
+    state,
+    step,
+)
+from train.checkpoint import Checkpoints
+from train.data.pipeline import TrainIterator
+from train.metrics import print_table
+from train.signals import Stop
+from train.state import TrainState
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a run needs and does not change.
+
+    Attributes:
+        dataset, mesh, model: of the run.
+        create: () -> the state before the first step.
+        target: that state's shapes and shardings.
+        schedule: step -> learning rate.
+        train_step: compiled, (state, batch) -> (state, measured).
+        eval_step: (variables, batch) -> sums of loss and metrics.
+        probe: (state, batch) -> what the flight recorder shows.
+        batches: the endless stream to train on.
+    """
+
+    dataset: data.Dataset
+    mesh: Mesh
+    model: nn.Module
+    create: Callable[[], TrainState]
+    target: TrainState
+    schedule: optax.Schedule
+    train_step: Callable
+    eval_step: Callable
+    probe: Callable
+    batches: TrainIterator
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        state: after `step` steps.
+        step: steps done.
+        best: {"step", "scores"} of the best on validation; None before the first.
+        window: what the steps since the last log measured, on the device.
+        unvalidated: whether a validation of `step` is due, which a signal cut off.
+    """
+
+    state: TrainState
+    step: int = 0
+    best: dict | None = None
+    window: list = dataclasses.field(default_factory=list)
+    unvalidated: bool = False
+
+    def memory(self) -> dict:
+        """What is kept beside the state."""
+        kept = ("step", "best", "window", "unvalidated")
+        return {key: getattr(self, key) for key in kept}
+
+
+def set_up(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    mesh: Mesh,
+    model: nn.Module,
+    stop: Stop,
+) -> Parts:
+    """Compiles the step; nothing of the state is allocated yet."""
+    options, spec, seed = config.train, dataset.spec, config.seed
+    with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
+        sample = sharding.place(next(batches), mesh)
+    shapes = state.param_shapes(model, sample)
+    if jax.default_backend() == "cpu":
+        leaves = jax.tree.leaves(shapes)
+        taken = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        settings.check_memory("model", taken, "its parameters")
+    optimizer, groups, schedule = optimizers.make(config, shapes)
+    create = functools.partial(
+        state.create, model, optimizer, sample, seed, mesh, ema=options.ema > 0
+    )
+    target = state.abstract(create, mesh)
+    train_step = step.make_train_step(
+        model,
+        optimizer,
+        losses.make(spec.loss, options.label_smoothing),
+        config,
+        spec.padded,
+        sharding.replicated(mesh),
+    )
+    stop.nothing_to_save("compiling")
+    print(f"compiling the training step: {_described(config, sample)}", flush=True)
+    begun = time.monotonic()
+    compiled = train_step.lower(target, sample).compile()
+    seconds = time.monotonic() - begun
+    stop.nothing_to_save("starting")
+    print_table(config, groups, shapes, mesh, compiled, seconds)
+    return Parts(
+        dataset=dataset,
+        mesh=mesh,
+        model=model,
+        create=create,
+        target=target,
+        schedule=schedule,
+        train_step=compiled,
+        eval_step=step.make_eval_step(model, losses.make(spec.loss), spec.padded),
+        probe=flight.make_probe(model, losses.make(spec.loss), seed, spec.padded),
+        batches=dataset.train(options.batch_size, seed, config.data.workers),
+    )
+
+
+def _described(config, batch) -> str:
+    """What is compiled: the model, and the largest input of a batch."""
+    inputs = max(jax.tree.leaves(batch["inputs"]), key=lambda x: x.size)
+    shape = " x ".join(map(str, inputs.shape))
+    return (
+        f"{config.model.depth} blocks of {config.model.features} features "
+        f"({config.model.layer}), a batch of {shape}"
+    )
+
+
+def start(
+    config: ConfigDict, workdir: Path, parts: Parts, checkpoints: Checkpoints
+) -> Progress:
+    """Where to go on from: the own workdir, else `train.init_from`, else scratch."""
+    restored = checkpoints.restore(parts.target)
+    if restored is not None:
+        trained, position, memory = restored
+        parts.batches.set_state(position)
+        print(f"resumed from step {memory['step']} in {workdir}")
+        # "unvalidated" is not known to checkpoints from before it was.
+        return Progress(trained, **memory)
+    fresh = parts.create()
+    if config.train.init_from:
+        fresh = checkpoint.init_from(config.train.init_from, fresh)
+    return Progress(fresh)

@@ -1,0 +1,30 @@
+"""A run that broke, from its last checkpoint once more: what was not finite first."""
+
+import contextlib
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from train import flight
+from train.checkpoint import Checkpoints
+from train.parts import Parts, start
+
+
+def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) -> str:
+    """What broke first between the last checkpoint and the step `until`, as the
+    beginning of a sentence; "" if it does not happen again."""
+    options = config.train
+    batches = parts.dataset.train(options.batch_size, config.seed, config.data.workers)
+    parts.batches = batches
+    with Checkpoints(workdir, options.keep) as checkpoints:
+        begun = start(config, workdir, parts, checkpoints)
+    with contextlib.closing(parts.batches) as batches:
+        said = flight.find(
+            parts.probe,
+            parts.train_step,
+            begun.state,
+            batches,
+            parts.mesh,
+            range(begun.step + 1, until + 1),
+        )
+    return f"first of all, {said}; " if said else ""

@@ -1,0 +1,92 @@
+"""What is to be seen inside a trained model: filters, spectra, its answers."""
+
+import numpy as np
+
+from layers.models.model import Model
+from train import checkpoint, probe
+from train.draw import figures
+from train.draw.markup import Section, figure, paragraph, table
+from train.report import answers
+from train.runs import Run, Workdir
+
+
+def sections(told: Workdir, run: Run) -> list[Section]:
+    """Of a `Model`; none of another kind of model."""
+    if not isinstance(run.model, Model):
+        return []
+    stages, remark = _stages(run)
+    blocks = probe.blocks(run.model, stages, told.config.model.length)
+    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
+    return [
+        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
+        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
+        ("answers", "Answers", found),
+    ]
+
+
+def _stages(run) -> tuple[dict, str]:
+    """The variables before and after training, and a remark where some are missing."""
+    trained = {"trained": run.variables}
+    try:
+        return {"initial": probe.initial_variables(run)} | trained, ""
+    except (ValueError, checkpoint.CheckpointError) as error:
+        remark = f"What this run began with cannot be shown: {error}."
+        return trained, paragraph(remark, "soft")
+
+
+def _filters(told, run, blocks) -> str:
+    block, L = blocks[0], told.config.model.length
+    lines = min(len(block.features), figures.LINES)
+    caption = (
+        f"Checkpoint of step {run.step:,}. Left: what a block's mixer alone answers "
+    )
+    caption += (
+        f"to a unit impulse, in {lines} of the features, each after an impulse in "
+    )
+    caption += "itself; its answer to silence is subtracted, and lag 0, where a skip "
+    caption += (
+        "connection would dwarf the rest, is left out. Right: root mean square of "
+    )
+    caption += f"the whole output over impulses in {len(block.features)} features."
+    if len(block.lags) < L:
+        caption += f" The first {len(block.lags):,} of {L:,} tokens."
+    return figure(figures.filters(blocks), caption + _not_all(blocks))
+
+
+def _spectra(told, blocks) -> str:
+    blocks = [block for block in blocks if block.has_spectrum()]
+    if not blocks:
+        return ""
+    L = told.config.model.length
+    caption = "a: the eigenvalues of one token's step, those that a layer stores, and "
+    caption += "the unit circle. log a: where a continuous system is sampled, its "
+    caption += (
+        "eigenvalues times the step size; above the dotted line, half a cycle per "
+    )
+    caption += (
+        "token, a frequency cannot be told from a lower one. Timescale: the tokens "
+    )
+    caption += (
+        "in which a mode decays by a factor e, 1 / -Re log a; dotted: the sequence "
+    )
+    caption += f"length, {L:,}."
+    header, rows = ["timescale, tokens"], []
+    for stage in blocks[0].responses:
+        header += [f"{stage}: 5 %", "median", "95 %", f"above {L:,}"]
+    for block in blocks:
+        cells = []
+        for response in block.responses.values():
+            times = figures.timescales(response.log_a)
+            cells += [
+                f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+                for x in np.percentile(times, (5, 50, 95))
+            ]
+            cells.append(f"{np.mean(times > L):.0%}")
+        rows.append((block.title, *cells, np.count_nonzero(response.log_a.real >= 0)))
+    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks))
+    return drawn + table((*header, "do not decay"), rows)
+
+
+def _not_all(blocks) -> str:
+    most = figures.BLOCKS
+    return f" {most} of {len(blocks)} blocks are drawn." if len(blocks) > most else ""

@@ -1,0 +1,48 @@
+"""Rollouts of a video model as a section of its report."""
+
+from layers.models.video import Video
+from train import runs
+from train.draw.markup import Section, paragraph, picture, table
+from train.runs import Run, Workdir
+from train.video import pictures, rollout
+
+
+def sections(told: Workdir, run: Run) -> list[Section]:
+    """Rollouts of a `Video`; none of another kind of model."""
+    if not isinstance(run.model, Video):
+        return []
+    return [("rollouts", "Rollouts", _rollouts(told, run))]
+
+
+def _rollouts(told, run) -> str:
+    options = {**told.config.rollout, "clips": rollout.SHOWN}
+    split = runs.last_split(run.dataset)
+    found = rollout.of_run(run, options, split)
+    seen, ahead = found.context.shape[1], found.truth.shape[1]
+    said = f"Checkpoint of step {run.step:,}, {split} split. The model saw {seen} "
+    said += f"frames and then its own answers for {ahead}."
+    parts = [paragraph(said)]
+    if found.truth.ndim == 5:
+        parts += [picture(sheet, caption) for sheet, caption in _pictures(found)]
+    if scored := (told.results or {}).get("rollout"):
+        parts.append(_by_horizon(scored))
+    return "".join(parts)
+
+
+def _pictures(found):
+    yield (
+        pictures.contact_sheet(*found.frames()),
+        "Frames of the context and of what follows: truth above, prediction below.",
+    )
+    yield (
+        pictures.gif(*(frames[0] for frames in found.frames())),
+        "The first clip: truth on the left; on the right the context, then the model.",
+    )
+
+
+def _by_horizon(scored) -> str:
+    """Scores at some horizons, of all clips that were tested at the end of the run."""
+    columns, rows = rollout.by_horizon(scored)
+    said = f"Means over {scored['clips']} clips of the {scored['split']} split, "
+    said += f"against {scored.get('against', 'the true frames')}."
+    return table(("frames ahead", *columns), rows) + paragraph(said, "soft")
