@@ -188,8 +188,8 @@ def _known(function: str, op: str, backend: str) -> None:
 
 
 def _table(op: str) -> dict:
-    import kernels  # here, because the operations import this module
-
+    # here, because the operations import this module; of `kernels`, also in a package
+    kernels = importlib.import_module(__name__.rpartition(".")[0])
     function = getattr(kernels, op)
     return importlib.import_module(function.__module__).BACKENDS
 
