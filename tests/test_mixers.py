@@ -142,3 +142,7 @@ def test_public_functions_say_what_they_take_and_give(ring):
                 assert function.returns is not None, f"{path}: {name}"
             found += 1
     assert found > 100
+
+
+def test_the_readme_has_the_table_of_layers():
+    assert table.markdown() in (table.ROOT / "README.md").read_text()
