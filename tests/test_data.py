@@ -359,7 +359,7 @@ def test_bad_configs_are_named():
         data.load(dict(name="letters"))
     with pytest.raises(ValueError, match=r"augmnt.*target, augment"):
         data.load(dict(name="digits", augmnt="none"))
-    with pytest.raises(ValueError, match=r"target.*label, next.*'previous'"):
+    with pytest.raises(ValueError, match=r"target.*'label', 'next'.*'previous'"):
         data.load(DIGITS | dict(target="previous"))
     with pytest.raises(ValueError, match=r"augment.*'none', 'shift', 'affine'.*'flip'"):
         data.load(DIGITS | dict(augment="flip"))

@@ -452,7 +452,8 @@ class Grounded(Decay):
 
 TWO_DEVICES = """
 import jax
-from layers import examples, laws
+from layers import laws
+from layers.laws import examples
 from tests import test_laws
 
 assert jax.local_device_count() == 2

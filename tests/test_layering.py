@@ -54,7 +54,7 @@ ROOMS = {
     "kernels.bench": {"train.bench"},
     "layers.models": {"layers.__init__", "layers.laws", "train"},
     "layers.frames": {"layers.__init__", "layers.models", "train"},
-    "layers.laws": {"layers.__init__", "layers.rounding"},
+    "layers.laws": {"layers.__init__", "layers.models.table", "layers.rounding"},
     "train.data": {"train"},
     "train.draw": {"train.endings", "train.report", "train.video"},
     "train.report": {"train.endings", "train.main"},

@@ -354,6 +354,7 @@ def test_only_frames_are_reconstructed_and_only_known_fields_taken():
     model = {**config().model.to_dict(), "outputs": 1}
     assert build({**model, "layer_args": {"depths": [4]}}) == VQ(1, (4,))
     with pytest.raises(
-        ValueError, match=r"layer_args: vq has no \['depth'\].*'depths'"
+        ValueError,
+        match=r"layer_args: must be among .*'depths'.* for vq, got \['depth'\]",
     ):
         build({**model, "layer_args": {"depth": 2}})
