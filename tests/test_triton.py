@@ -462,6 +462,7 @@ def in_the_interpreter(name, full=False):
 
 # tried quickly by their compilation alone
 SLOW = {"vandermonde", "vandermonde_transpose", "cauchy", "selective_scan"}
+SLOW |= {"chunked_scan", "linear_scan"}
 
 
 @pytest.mark.parametrize(
