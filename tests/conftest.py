@@ -13,8 +13,10 @@ from importlib import metadata
 
 import pytest
 
-# `nohup` ignores it, which processes inherit: tests of it mean a terminal.
+# `nohup` ignores the one, a job in the background of a script the other, and processes
+# inherit that: tests of them mean a terminal.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 FLAGS = os.environ.get("XLA_FLAGS", "")
