@@ -1,8 +1,8 @@
 """Memory that large arrays free stays with the process, on Linux.
 
 The C library gives it back to the system after every operation, and the page faults of
-the next one cost more than its arithmetic: a training step on a CPU becomes 1.2 to 1.4
-times faster where it is kept, in one arena for all threads. The price is that memory.
+the next one can cost more than its arithmetic. Here it is kept, in one arena for all
+threads; the price is that memory.
 """
 
 import ctypes

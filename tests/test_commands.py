@@ -122,7 +122,7 @@ def test_reproduce_rewrites_the_table_and_does_not_train_twice(
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "| `s4d` |" in text and "logistic regression" in text and "old" not in text
-    assert reproduce.main([*command, "--page", str(page)]) == 0
+    assert reproduce.main([*command, "--readme", str(page)]) == 0
     assert page.read_text() == text
     assert "finished before" in capsys.readouterr().out
 
