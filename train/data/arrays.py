@@ -104,6 +104,38 @@ def _inputs(source: File, inputs, encoder: str, vocab_size: int):
     return source.whole("inputs", inputs, 0, vocab_size)
 
 
+def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
+    """Inputs as they come from a file, as a model of `spec` takes them: tokens int32,
+    numbers float32, normalised where the spec says so.
+
+    Raises:
+        ValueError: begins with `where`: tokens beyond the vocabulary, another number of
+            channels, what is no finite number.
+    """
+    if spec.encoder == "token":
+        if inputs.ndim != 2:
+            raise ValueError(f"{where} has shape {inputs.shape}; tokens must be [n, L]")
+        return cast.whole(where, inputs, 0, spec.vocab_size - 1)
+    channels = inputs.shape[2] if inputs.ndim == 3 else 1
+    if inputs.ndim not in (2, 3) or channels != spec.channels:
+        raise ValueError(
+            f"{where} has shape {inputs.shape}; the run reads [n, L, {spec.channels}]"
+            + (" or [n, L]" if spec.channels == 1 else "")
+        )
+    found = cast.real(where, inputs)
+    if not spec.mean:
+        return found
+    mean, std = (np.array(x, np.float32) for x in (spec.mean, spec.std))
+    scaled = (found.reshape(*found.shape[:2], channels) - mean) / std
+    return scaled.reshape(found.shape)
+
+
+def companions(source: File, raw, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """mask and, where a file has them, reset and dt, each [n, L] = `shape`."""
+    mask = _mask(source, raw, shape)
+    return {"mask": mask, **_optional(source, raw, mask)}
+
+
 def _mask(source: File, raw, shape: tuple[int, int]) -> np.ndarray:
     length = shape[1]
     if "mask" in raw:

@@ -2,9 +2,12 @@
 
 import csv
 import math
+import struct
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from scipy.io import wavfile
 
 from train import settings
 from train.data import cast, sources
@@ -218,3 +221,28 @@ def flags(source: File, key: str, array, shape) -> np.ndarray:
             f"is {array.dtype} {array.shape}; it must be bool [n, L] = {shape}",
         )
     return array.astype(bool)
+
+
+def read_inputs(path: Path, rate: int = 0, length: int = 0) -> np.ndarray:
+    """The inputs [1, L] of one WAV file, as numbers from -1 to 1.
+
+    Args:
+        path: of the file.
+        rate: samples per second to have; 0: the file's.
+        length: samples to have, cut or padded; 0: the file's.
+
+    Raises:
+        ValueError: the file cannot be read so.
+    """
+    try:
+        there, samples = wavfile.read(path)
+    except (OSError, ValueError, struct.error) as error:
+        raise ValueError(f"{path}: not a readable WAV file ({error})") from error
+    if rate not in (0, there):
+        raise ValueError(f"{path}: must have {rate} samples per second, has {there}")
+    if samples.dtype.kind in "iu":
+        samples = samples / -float(np.iinfo(samples.dtype).min)
+    samples = samples if samples.ndim == 1 else samples.mean(axis=1)
+    if length:
+        samples = np.pad(samples, (0, max(0, length - len(samples))))[:length]
+    return samples[None].astype(np.float32)
