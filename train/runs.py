@@ -135,7 +135,7 @@ def load_run(workdir, at=None, trust: bool = False) -> Run:
         dataset = _load_data(workdir, config)
         spec, find = dataset.spec, lambda: dataset
     else:
-        _check_fits(workdir, spec, config)
+        _check_fits(workdir, spec, config, variables)
         find = functools.partial(_load_data, workdir, config, spec)
     return Run(config, spec, build(config.model), variables, found, find)
 
@@ -157,7 +157,9 @@ def _load_data(workdir: Path, config: ConfigDict, spec: Spec | None = None):
     return dataset
 
 
-def _check_fits(workdir: Path, spec: Spec, config: ConfigDict) -> None:
+def _check_fits(
+    workdir: Path, spec: Spec, config: ConfigDict, variables: Mapping
+) -> None:
     """Raises a `ValueError` for data that are not those of the model."""
     for key in ("outputs", "vocab_size"):
         value, most = getattr(spec, key), config.model.get(key)
@@ -166,6 +168,13 @@ def _check_fits(workdir: Path, spec: Spec, config: ConfigDict) -> None:
                 f"{workdir / DATA}: spec.{key} must be at most {most}, the model.{key} "
                 f"of {CONFIG}, got {value}"
             )
+    read = variables.get("params", {}).get("encoder", {}).get("project", {})
+    kernel = read.get("kernel") if spec.encoder in ("scalar", "image") else None
+    if kernel is not None and kernel.shape[-2] != spec.channels:
+        raise ValueError(
+            f"{workdir / DATA}: spec.channels must be {kernel.shape[-2]}, what the "
+            f"model reads, got {spec.channels}"
+        )
 
 
 def check_trust(workdir, config: ConfigDict, trust: bool) -> None:
