@@ -50,7 +50,7 @@ from train import (
     signals,
     step,
 )
-from train.data import unseen
+from train.data import own, unseen
 
 LENGTHS = "lengths.json"
 # What a command says in one line.
@@ -196,15 +196,16 @@ def _print_lengths(found: dict) -> None:
 
 
 def on_file(run: runs.Run, path: str | Path) -> runs.Run:
-    """The run on another file with targets, see `train.data.unseen.labelled`.
+    """The run on another file or folder with targets, see `train.data.unseen.labelled`.
 
     Raises:
         ValueError: what the run cannot be scored on.
     """
     per_token = getattr(run.model, "head", "") == "token"
-    return run.on(
-        unseen.labelled(path, run.spec, run.config.data.name, per_token=per_token)
-    )
+    trained = run.config.data
+    keys = {key: trained[key] for key in own.Options._fields if key in trained}
+    options = own.Options(**keys) if trained.name == unseen.OWN else unseen.EVERY
+    return run.on(unseen.labelled(path, run.spec, trained.name, per_token, options))
 
 
 def parse_times(text: str) -> tuple[int, ...]:
@@ -233,7 +234,7 @@ def main(argv=None):
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
     parser.add_argument("--examples", type=int, help="only the first; default: all")
     parser.add_argument("--lengths", help="multiples of the training length")
-    parser.add_argument("--data", help="an .npz, .csv or .parquet file to score on")
+    parser.add_argument("--data", help="another file, or folder, to score on")
     add_trust(parser)
     options = parser.parse_args(argv)
     try:

@@ -26,6 +26,7 @@ from train import (
     step,
 )
 from train.checkpoint import Checkpoints
+from train.data import said
 from train.data.pipeline import TrainIterator
 from train.metrics import print_table
 from train.signals import Stop
@@ -90,8 +91,11 @@ def set_up(
     model: nn.Module,
     stop: Stop,
 ) -> Parts:
-    """Compiles the step; nothing of the state is allocated yet."""
+    """Says what the data are taken for and compiles the step; nothing of the state is
+    allocated yet."""
     options, spec, seed = config.train, dataset.spec, config.seed
+    if jax.process_index() == 0:
+        print(*said.lines(said.facts(dataset)), sep="\n", flush=True)
     with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
         sample = sharding.place(next(batches), mesh)
     boxes = state.param_boxes(model, sample)

@@ -458,12 +458,11 @@ def _answer(run: Run, options) -> int:
             stream_lines(run, sys.stdin, table)
         return table.count
     spec, trained = run.spec, run.config.data
-    length = options.length
-    if length is None:
-        length = trained.get("length", 0) if "rate" in trained else 0
-    given = unseen.inputs(
-        options.inputs, spec, trained.name, trained.get("rate", 0), length
-    )
+    heard = trained if trained.name == unseen.OWN else {}
+    rate, length = (heard.get(key, 0) for key in ("rate", "length"))
+    if options.length is not None:
+        length = options.length
+    given = unseen.inputs(options.inputs, spec, trained.name, rate, length)
     table_like = Path(options.inputs).suffix.lower() in (".csv", ".parquet")
     if table_like and given.inputs.shape[1] == spec.length + 1:
         print(

@@ -72,6 +72,15 @@ ABSENT = {
     "model.grid": ("", ""),
     "model.patch": (1, 1),
 }
+# The same of the arguments of a dataset, by its name.
+ABSENT_DATA = {
+    "arrays": {
+        "data.rate": (0, 0),
+        "data.length": (0, 0),
+        "data.label": ("", ""),
+        "data.normalise": (False, True),
+    }
+}
 
 
 class DataError(ValueError):
@@ -117,12 +126,13 @@ def load_run(workdir, at=None, trust: bool = False) -> Run:
     Args:
         workdir: of the run.
         at: step of the checkpoint.
-        trust: import the layers that the run names by dotted paths, which executes
-            their code; without it such a run is refused before anything is imported.
+        trust: import the layers and the dataset that the run names by dotted paths,
+            which executes their code; without it such a run is refused before anything
+            is imported.
 
     Raises:
         ValueError: no run was ever started in `workdir`, its config cannot be, or it
-            names a layer that is not of this project and is not trusted.
+            names a layer or dataset that is not of this project and is not trusted.
         CheckpointError: no such checkpoint, or it is damaged.
         DataError: a run without data.json whose data are not there.
     """
@@ -178,12 +188,14 @@ def _check_fits(
 
 
 def check_trust(workdir, config: ConfigDict, trust: bool) -> None:
-    """Raises a `ValueError` for a run whose layers are not of this project, unless they
-    are trusted."""
-    names = foreign(config.model)
-    if names and not trust:
+    """Raises a `ValueError` for a run whose layers or dataset are not of this project,
+    unless they are trusted."""
+    named = [("layer", name) for name in foreign(config.model)]
+    named += [("dataset", name) for name in data.foreign(config.data)]
+    if named and not trust:
+        what, name = named[0]
         raise ValueError(
-            f"workdir: {workdir} names the layer {names[0]!r}, which is not of this "
+            f"workdir: {workdir} names the {what} {name!r}, which is not of this "
             "project, and reading the run would execute its code; --trust allows it "
             "(trust=True of load_run)"
         )
@@ -348,7 +360,7 @@ def continued(workdir: Path, config: ConfigDict) -> ConfigDict:
         return config
     old, now = (_flat(c.to_dict()) for c in (_read(workdir), _plain(config)))
     config = config.copy_and_resolve_references()
-    for key, (meaning, default) in ABSENT.items():
+    for key, (meaning, default) in _absent(config).items():
         if key not in old and now.get(key) == default != meaning:
             _set(config, key, meaning)
             print(f"{workdir} began before there was {key}: it keeps {meaning!r}")
@@ -371,8 +383,9 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """
     workdir = settings.place("workdir", workdir)
     config = _read(workdir)
-    for key in ABSENT.keys() - _flat(config.to_dict()).keys():
-        _set(config, key, ABSENT[key][0])
+    absent = _absent(config)
+    for key in absent.keys() - _flat(config.to_dict()).keys():
+        _set(config, key, absent[key][0])
     try:
         settings.check_types(config)
     except ValueError as problem:
@@ -430,6 +443,12 @@ def read_said(workdir: str | Path) -> dict:
     """
     read_data(workdir)
     return (files.read_json(Path(workdir) / DATA) or {}).get("said", {})
+
+
+def _absent(config: ConfigDict) -> dict:
+    """The rows of ABSENT and ABSENT_DATA that are about a config."""
+    name = config.data.get("name")
+    return ABSENT | (ABSENT_DATA.get(name, {}) if isinstance(name, str) else {})
 
 
 def _set(config: ConfigDict, key: str, value) -> None:

@@ -32,9 +32,10 @@ class File:
         kinds = f"{', '.join(others)} or {last}" if others else last
         folder = f" or a folder of {RECORDINGS} files" if folders else ""
         if not str(path):
+            flag = f"--config.{key}=" if "." in key else f"--{key} "
             raise ValueError(
-                f"{key} must name an {kinds} file{folder}, such as "
-                f"--config.{key}=my.npz; it is empty"
+                f"{key} must name an {kinds} file{folder}, such as {flag}my.npz; it is "
+                "empty"
             )
         self.path = settings.place(key, path)
         if folders and self.path.is_dir():

@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.data import arrays, cast, own, tables
+from train.data import arrays, cast, columns, own, recordings, tables
 from train.data.pipeline import Dataset
 from train.data.source_file import RECORDINGS, File
 from train.data.sources import SPLITS, Rows
 from train.data.spec import Spec
+from train.data.targets import LOSSES, read_targets
 
 COMPANIONS = ("mask", "lengths", "reset", "dt")
 OWN = "arrays"  # the dataset that reads files of one's own
-TABLES = (".npz", ".csv", ".parquet")
+EVERY = own.Options()
 
 
 class Unseen(NamedTuple):
@@ -104,17 +105,20 @@ def inputs(
     Raises:
         ValueError: what cannot be read so; names the file, and the key or the row.
     """
-    source = File(str(path), (*TABLES, RECORDINGS), folders=True, key="--inputs")
-    if source.kind == RECORDINGS:
-        return _recordings(source, spec, dataset, rate, length)
-    if source.kind == ".npz":
-        raw = own.read_npz(source, own.KEYS, required=("inputs",))
-    elif source.kind == ".csv":
-        raw = tables.read_csv_inputs(source)
-    else:
-        raw = tables.read_parquet(source, own.KEYS, targets=False)
+    kinds = (*own.FILES, RECORDINGS)
+    source = File(str(path), kinds, folders=True, key="--inputs")
+    names = ()
+    match source.kind:
+        case ".npz":
+            raw = own.read_npz(source, own.KEYS, required=("inputs",))
+        case ".csv":
+            raw = tables.read_csv_inputs(source)
+        case ".parquet":
+            raw = columns.read_parquet(source, own.KEYS, targets=False)
+        case _:
+            raw, names = _recordings(source, rate, length)
     found = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
-    return Unseen(found, _companions(source, raw, found, spec))
+    return Unseen(found, _companions(source, raw, found, spec), names)
 
 
 def _companions(source: File, raw: Mapping, found: np.ndarray, spec: Spec) -> dict:
@@ -129,55 +133,47 @@ def _companions(source: File, raw: Mapping, found: np.ndarray, spec: Spec) -> di
     return arrays.companions(source, raw, found.shape[:2])
 
 
-def _recordings(source: File, spec, dataset, rate, length) -> Unseen:
-    """WAV files one below another, short ones padded on the right."""
-    paths = [source.path]
+def _recordings(source: File, rate: int, length: int):
+    """inputs and lengths of WAV files, and their names."""
+    folder, paths = source.path.parent, [source.path]
     if source.path.is_dir():
+        folder = source.path
         paths = sorted(
             path
-            for path in source.path.rglob("*")
-            if path.suffix.lower() == RECORDINGS and path.is_file()
+            for path in folder.rglob("*")
+            if path.suffix.lower() == RECORDINGS
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         )
     if not paths:
-        raise ValueError(f"{source.path}: has no {RECORDINGS} file")
-    found = []
-    for path in paths:
-        whole = own.read_inputs(path, rate, 0)
-        if 0 < length < whole.shape[1]:
-            whole = own.read_inputs(path, rate, length)
-        found.append(encoded(f"{path}:", whole, spec, dataset)[0])
-    lengths = np.array([len(one) for one in found])
-    padded = np.zeros((len(found), lengths.max(), *found[0].shape[1:]), found[0].dtype)
-    for row, one in zip(padded, found, strict=True):
-        row[: len(one)] = one
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    folder = source.path if source.path.is_dir() else source.path.parent
+        raise ValueError(f"{folder}: has no {RECORDINGS} file")
+    found, lengths = recordings.read_all(paths, rate, length)
     names = tuple(str(path.relative_to(folder)) for path in paths)
-    return Unseen(padded, {"mask": mask}, names)
+    return {"inputs": found, "lengths": lengths}, names
 
 
 def labelled(
-    path: str | Path, spec: Spec, dataset: str = OWN, per_token: bool = False
+    path: str | Path,
+    spec: Spec,
+    dataset: str = OWN,
+    per_token: bool = False,
+    options: own.Options = EVERY,
 ) -> Dataset:
     """Sequences with targets, laid out as `train.data.arrays` says, as the data of a
     run: all of them as the split "test", or those of the splits that the file names.
 
     Args:
-        path: NPZ, CSV or Parquet.
+        path: a file or a folder of recordings.
         spec, dataset: of the run, see `encoded`.
         per_token: whether the run answers at every token.
+        options: how recordings are read.
 
     Raises:
         ValueError: what the run cannot be scored on: other channels, tokens beyond the
             vocabulary, classes that it does not know.
     """
-    source = File(str(path), TABLES, key="--data")
-    if source.kind == ".npz":
-        raw = own.read_npz(source, own.KEYS, required=("inputs", "targets"))
-    elif source.kind == ".csv":
-        raw = tables.read_csv(source)
-    else:
-        raw = tables.read_parquet(source, own.KEYS)
+    source = File(str(path), own.FILES, folders=True, key="--data")
+    raw = own.read(source, options if source.kind == RECORDINGS else EVERY)
     found = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
     companions = _companions(source, raw, found, spec)
     mask = companions.pop("mask", None)
@@ -204,48 +200,33 @@ def labelled(
 
 def _targets(source: File, raw: Mapping, spec: Spec, mask, per_token: bool):
     """Targets as the loss of the run takes them."""
-    targets = raw["targets"]
+    if spec.loss not in LOSSES:
+        raise source.error("targets", f"are not for a run of the loss {spec.loss!r}")
+    found, names, outputs, _ = read_targets(source, raw, mask, spec.loss, 0)
     if spec.loss == "regression":
-        targets = cast.real(f"{source.path}: targets", targets)
         shape = mask.shape if per_token else mask.shape[:1]
-        fits = (*shape, spec.outputs), *([shape] if spec.outputs == 1 else [])
-        if targets.shape not in fits:
+        if outputs != spec.outputs or found.shape[: len(shape)] != shape:
             raise source.error(
-                "targets", f"has shape {targets.shape}; the run answers {fits[0]}"
+                "targets",
+                f"has shape {found.shape}; the run answers {(*shape, spec.outputs)}",
             )
-        return targets
-    shape = mask.shape if spec.loss == "token" else mask.shape[:1]
-    if targets.shape != shape:
-        raise source.error(
-            "targets", f"has shape {targets.shape}; the run answers {shape}"
-        )
-    names = [str(name) for name in np.ravel(raw.get("class_names", ()))]
-    if targets.dtype.kind == "U":
-        targets = _numbers(source, "targets", targets, spec)
-    elif names and targets.size:
-        known = _numbers(source, "class_names", np.array(names), spec)
-        found, _ = source.whole(
-            "targets", targets, -1, len(names), _counted(spec, mask)
-        )
+        return found
+    if names:
+        known = _numbers(source, names, spec)
         return np.where(found < 0, -1, known[found]).astype(np.int32)
     lowest = -1 if spec.loss == "token" else 0
-    counted = _counted(spec, mask)
-    return source.whole("targets", targets, lowest, spec.outputs, counted)[0]
+    return source.whole("targets", found, lowest, spec.outputs)[0]
 
 
-def _counted(spec: Spec, mask):
-    return mask if spec.loss == "token" else None
-
-
-def _numbers(source: File, key: str, names: np.ndarray, spec: Spec) -> np.ndarray:
-    """The numbers of classes that are given by name."""
+def _numbers(source: File, names: tuple[str, ...], spec: Spec) -> np.ndarray:
+    """The run's numbers of classes that a file gives by name."""
     numbers = {name: number for number, name in enumerate(spec.classes)}
-    unknown = sorted({*names.ravel().tolist()} - {*numbers})
+    unknown = [name for name in names if name not in numbers]
     if unknown:
         known = ", ".join(map(repr, spec.classes[:10])) or "none, only numbers"
         more = ", ..." if len(spec.classes) > 10 else ""
         raise source.error(
-            key, f"has the class {unknown[0]!r:.60}; those of the run are {known}{more}"
+            "targets",
+            f"has the class {unknown[0]!r:.60}; those of the run are {known}{more}",
         )
-    flat = [numbers[name] for name in names.ravel().tolist()]
-    return np.array(flat, np.int32).reshape(names.shape)
+    return np.array([numbers[name] for name in names], np.int32)
