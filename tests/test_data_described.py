@@ -137,7 +137,9 @@ def test_a_spec_that_cannot_be(tmp_path, change, message):
 
 def test_what_of_data_is_another():
     assert described.differing(SPEC, SPEC) == ""
+    lists = SPEC.but(classes=[*SPEC.classes], length=np.int32(12))
+    assert described.differing(SPEC, lists) == ""
     near = SPEC.but(mean=(0.5 * (1 + 1e-6), -2.0))
     assert described.differing(SPEC, near) == ""
     far = SPEC.but(mean=(0.51, -2.0), channels=3)
-    assert described.differing(SPEC, far).startswith("channels was 2, is 3; mean was (")
+    assert described.differing(SPEC, far).startswith("channels was 2, is 3; mean was [")

@@ -108,6 +108,7 @@ def test_a_run_says_what_its_data_were(classes):
     found = json.loads((classes / runs.DATA).read_text())
     assert found["spec"]["outputs"] == K and found["spec"]["length"] == L
     assert sum(found["examples"].values()) == N
+    assert runs.read_said(classes)["loss"] == "classification"
     run = runs.load_run(classes)
     assert run.spec == runs.read_data(classes)
     with pytest.raises(runs.DataError, match=r"my\.npz'; .*train\.predict") as raised:
@@ -323,7 +324,7 @@ def test_rows_of_a_table_may_differ_in_length(classes, tmp_path, capsys):
 
 
 BAD = {
-    "channels": (dict(inputs=np.zeros((2, 4, 3))), r"inputs has shape (2, 4, 3); the"),
+    "channels": (dict(inputs=np.zeros((2, 4, 3))), "inputs has shape (2, 4, 3)"),
     "a NaN": (dict(inputs=np.full((2, 4), np.nan)), "every value must be finite"),
     "text": (dict(inputs=np.array([["a"]])), "it must be numbers"),
     "nothing": (dict(inputs=np.zeros((0, 4))), "every axis must be 1 or longer"),
@@ -387,9 +388,9 @@ def test_a_run_is_scored_on_another_file(named, tmp_path, capsys):
         (dict(inputs=NEW, targets=[0, 1, 2, 3, 0]), "targets is 3 at [3]; it must lie"),
         (
             dict(inputs=NEW, targets=NEW),
-            "targets has shape (5, 20); the run answers (5",
+            "targets is float64 (5, 20); it must be [n]",
         ),
-        (dict(inputs=np.zeros((1, 4, 2)), targets=[0]), "inputs has shape (1, 4, 2);"),
+        (dict(inputs=np.zeros((1, 4, 2)), targets=[0]), "inputs has shape (1, 4, 2)"),
         (dict(inputs=NEW), "targets is missing"),
     ],
     ids=["a class", "per token", "channels", "no targets"],

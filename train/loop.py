@@ -94,7 +94,7 @@ def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
             parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
             runs.write_config(workdir, config)
-            runs.write_data(workdir, dataset)
+            runs.write_data(workdir, dataset, parts.facts)
             runs.write_versions(workdir)
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)

@@ -35,8 +35,13 @@ NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 def described(dataset: Dataset) -> dict:
     """The spec of a dataset and how many examples each split has, as JSON knows it."""
     counts = {split: dataset.num_examples(split) for split in dataset.sources}
-    found = {"spec": dataclasses.asdict(dataset.spec), "examples": counts}
-    return json.loads(json.dumps(found, default=np.generic.item))
+    return {"spec": _as_json(dataset.spec), "examples": counts}
+
+
+def _as_json(spec: Spec) -> dict:
+    """A spec as JSON knows it, whichever numbers and sequences it was made of."""
+    text = json.dumps(dataclasses.asdict(spec), default=np.generic.item)
+    return json.loads(text)
 
 
 def spec_of(path: Path, found: Mapping) -> Spec:
@@ -65,16 +70,16 @@ def spec_of(path: Path, found: Mapping) -> Spec:
 
 def differing(kept: Spec, now: Spec) -> str:
     """What of data that are there now is another than it was, in words, or ""."""
-    found = []
-    for field in dataclasses.fields(Spec):
-        before, after = (getattr(spec, field.name) for spec in (kept, now))
-        if KINDS[field.name] == tuple[float, ...] and len(before) == len(after) > 0:
+    found, then, there = [], _as_json(kept), _as_json(now)
+    for key, before in then.items():
+        after = there[key]
+        if KINDS[key] == tuple[float, ...] and len(before) == len(after) > 0:
             # Sums over the same numbers differ a little between machines.
             same = tolerance.error(after, before) <= tolerance.limit("float32")
         else:
             same = before == after
         if not same:
-            found.append(f"{field.name} was {before!r:.60}, is {after!r:.60}")
+            found.append(f"{key} was {before!r:.60}, is {after!r:.60}")
     return "; ".join(found)
 
 
