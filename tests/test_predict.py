@@ -252,13 +252,12 @@ def test_images_are_read_whole_and_pixel_by_pixel():
 
 
 def test_integers_are_refused_where_a_dataset_prepares_its_numbers_itself():
-    run = untrained("lru", loss="classification")
-    whole = np.arange(24).reshape(2, 12)
-    predict.predict(run, whole)
-    run.config.data.name = "digits"
+    spec, whole = Spec("scalar", L, K, "classification"), np.arange(24).reshape(2, 12)
+    assert unseen.encoded("x", whole, spec).dtype == np.float32
     with pytest.raises(ValueError, match="dtype int64; the dataset 'digits' prepares"):
-        predict.predict(run, whole)
-    predict.predict(run, whole.astype(float))
+        unseen.encoded("x", whole, spec, "digits")
+    floats = unseen.encoded("x", whole.astype(float), spec, "digits")
+    np.testing.assert_array_equal(floats, whole)
 
 
 def test_standard_input_is_a_stream(classes, monkeypatch, tmp_path, capsys):
@@ -307,20 +306,16 @@ def test_recordings(classes, tmp_path, capsys):
 def test_rows_of_a_table_may_differ_in_length(classes, tmp_path, capsys):
     path = tmp_path / "new.csv"
     path.write_text("0.5,1.5,2.5\n1,2\n")
-    command = ["--workdir", str(classes), "--inputs", str(path)]
-    assert predict.main(command) == 0
-    said = capsys.readouterr()
-    rows = [*csv.DictReader(said.out.splitlines())]
-    run = runs.load_run(classes)
-    expected = [
-        predict.predict(run, np.array([x]))[0] for x in ([0.5, 1.5, 2.5], [1, 2])
-    ]
-    scores = np.array([row["score"] for row in rows], np.float32)
-    assert_close(scores, np.max(expected, axis=1))
-    assert said.err == ""
+    spec = runs.read_data(classes)
+    given = unseen.inputs(path, spec)
+    np.testing.assert_array_equal(given.companions["mask"], [[1, 1, 1], [1, 1, 0]])
+    expected = arrays.encoded("x", np.array([[0.5, 1.5, 2.5]]), spec)
+    np.testing.assert_array_equal(given.inputs[:1], expected)
     path.write_text(",".join(map(str, range(L + 1))))
-    assert predict.main(command) == 0
-    assert "should the last one be the target" in capsys.readouterr().err
+    assert predict.main(["--workdir", str(classes), "--inputs", str(path)]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 2
+    assert "should the last one be the target" in said.err
 
 
 BAD = {
