@@ -296,7 +296,9 @@ def test_recordings(classes, tmp_path, capsys):
         heard = samples[None, :count] / 2**15
         expected = predict.predict(run, heard)[0].max()
         assert_close(np.float32(row["score"]), expected)
+    capsys.readouterr()
     assert predict.main([*command, str(folder / "c.wav")]) == 0
+    assert "must have the rate of its own recordings" in capsys.readouterr().err
     assert [r["file"] for r in table(out)] == ["c.wav"]
     (tmp_path / "empty").mkdir()
     said = refused(predict.main, [*command, tmp_path / "empty"], capsys)

@@ -463,6 +463,12 @@ def _answer(run: Run, options) -> int:
     if options.length is not None:
         length = options.length
     given = unseen.inputs(options.inputs, spec, trained.name, rate, length)
+    if given.names and not rate:
+        print(
+            f"{options.inputs}: is read as sampled; the run has resampled nothing "
+            "(data.rate is 0), so that these must have the rate of its own recordings",
+            file=sys.stderr,
+        )
     table_like = Path(options.inputs).suffix.lower() in (".csv", ".parquet")
     if table_like and given.inputs.shape[1] == spec.length + 1:
         print(
