@@ -211,8 +211,8 @@ def spectra(blocks: Sequence[Block], length: int) -> Figure:
 
 
 @_as_svg
-def confusion(counts: np.ndarray) -> Figure:
-    """counts [K, M]: rows the true class, columns the answer."""
+def confusion(counts: np.ndarray, names: Sequence[str] = ()) -> Figure:
+    """counts [K, M]: rows the true class, columns the answer; names of the classes."""
     K = max(counts.shape)
     side = float(np.clip(0.42 * K + 1.0, 3.2, 7.0))
     figure = Figure((side, side), layout="constrained")
@@ -223,6 +223,13 @@ def confusion(counts: np.ndarray) -> Figure:
     axis.grid(False)
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.set_major_locator(MaxNLocator(min(K, 20), integer=True))
+    if names and K <= 20:
+        shown = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
+        plain = dict(parse_math=False)  # a name may have dollars
+        axis.set_yticks(range(len(counts)), shown[: len(counts)], **plain)
+        columns = [*shown, *map(str, range(len(shown), counts.shape[1]))]
+        slanted = dict(rotation=45, ha="right", **plain)
+        axis.set_xticks(range(counts.shape[1]), columns, **slanted)
     if K <= 20:
         for (i, j), count in np.ndenumerate(counts):
             if count:
@@ -242,7 +249,7 @@ def pictures(inputs: np.ndarray, labels: Sequence[str]) -> Figure:
         axis.axis("off")
     for axis, image, label in zip(axes.flat, inputs, labels, strict=False):
         axis.imshow(image, cmap="gray_r", interpolation="nearest")
-        axis.set_title(label, fontsize=8)
+        axis.set_title(label, fontsize=8, parse_math=False)
     return figure
 
 
@@ -258,7 +265,7 @@ def lines(inputs: np.ndarray, mask: np.ndarray, labels: Sequence[str]) -> Figure
             few = len(channel) < 3
             look = dict(marker="." if few else "", rasterized=len(channel) > VECTORS)
             axis.plot(channel, color=colour, linewidth=1, **look)
-        axis.set_title(label, fontsize=8)
+        axis.set_title(label, fontsize=8, parse_math=False)
         axis.tick_params(labelsize=7)
     return figure
 

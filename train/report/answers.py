@@ -41,7 +41,7 @@ class Answers(NamedTuple):
 
 def answer(run: Run) -> Answers:
     """The run's answers on the validation split, else on the first that there is."""
-    sources, spec = run.dataset.sources, run.dataset.spec
+    sources, spec = run.dataset.sources, run.spec
     split = next(s for s in ("validation", "test", "train") if s in sources)
     total, options = run.dataset.num_examples(split), run.config.train
     size = min(options.eval_batch_size or options.batch_size, total)
@@ -97,13 +97,17 @@ def _classes(found, spec):
         f"{len(right):,} of {len(targets):,} are right. Rows: the class; columns: "
     )
     caption += "the answer; colour: its share of the class."
-    parts = [figure(figures.confusion(counts), caption)]
+    parts = [figure(figures.confusion(counts, spec.classes), caption)]
     right, surest = right[:SHOWN], wrong[:SHOWN]
-    labels = [f"{targets[i]}" for i in right]
+    labels = _names(targets[right], spec)
     parts.append(_examples(found, spec, right, labels, "Right: the first of the split"))
-    labels = [
-        f"{targets[i]} {ARROW} {answers[i]} ({found.confidence[i]:.0%})" for i in surest
-    ]
+    told = zip(
+        _names(targets[surest], spec),
+        _names(answers[surest], spec),
+        found.confidence[surest],
+        strict=True,
+    )
+    labels = [f"{target} {ARROW} {it} ({sure:.0%})" for target, it, sure in told]
     title = f"Wrong, {len(wrong):,} in all: those of which the model was surest"
     parts.append(_examples(found, spec, surest, labels, title))
     return "".join(parts)
@@ -123,10 +127,10 @@ def _tokens(found, spec):
         marked = [
             text(word) if target == token else f"<mark>{text(word)}</mark>"
             for word, target, token in zip(
-                _words(answers, spec), targets, answers, strict=True
+                _names(answers, spec), targets, answers, strict=True
             )
         ]
-        said = text(" ".join(_words(targets, spec)))
+        said = text(" ".join(_names(targets, spec)))
         parts.append(f"<pre>target  {said}\nanswer  {' '.join(marked)}</pre>\n")
     return "".join(parts)
 
@@ -194,3 +198,10 @@ def _words(tokens, spec):
     """The dataset's symbols, or numbers where it names none."""
     symbols = spec.symbols
     return [str(symbols[token] if symbols else token) for token in tokens]
+
+
+def _names(classes, spec):
+    """The names of classes, or their numbers; of tokens that are predicted, what these
+    are called."""
+    names = spec.classes or (spec.symbols if spec.loss == "token" else ())
+    return [names[i] if i < len(names) else str(i) for i in classes]

@@ -7,7 +7,7 @@ from train import checkpoint, probe
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
 from train.report import answers
-from train.runs import Run, Workdir
+from train.runs import DataError, Run, Workdir
 
 
 def sections(told: Workdir, run: Run) -> list[Section]:
@@ -16,7 +16,10 @@ def sections(told: Workdir, run: Run) -> list[Section]:
         return []
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, told.config.model.length)
-    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
+    try:
+        found = answers.section(answers.answer(run), run.spec, run.step)
+    except DataError as error:
+        found = paragraph(f"The answers cannot be shown: {error}.", "soft")
     return [
         ("filters", "Learned filters", remark + _filters(told, run, blocks)),
         ("spectra", "Spectra and timescales", _spectra(told, blocks)),

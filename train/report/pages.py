@@ -44,7 +44,7 @@ def write(
     sections = [
         ("verdict", "Verdict", _verdict(told, run)),
         ("curves", "Curves", _curves({told.name: told})),
-        *ENDINGS[run.dataset.spec.loss].sections(told, run),
+        *ENDINGS[run.spec.loss].sections(told, run),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]

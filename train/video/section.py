@@ -5,7 +5,7 @@ from pathlib import Path
 from layers.models.video import Video
 from train import runs
 from train.draw.markup import Section, paragraph, picture, table
-from train.runs import Run, Workdir
+from train.runs import DataError, Run, Workdir
 from train.video import pictures, rollout
 
 
@@ -13,7 +13,11 @@ def sections(told: Workdir, run: Run) -> list[Section]:
     """Rollouts of a `Video`; none of another kind of model."""
     if not isinstance(run.model, Video):
         return []
-    return [("rollouts", "Rollouts", _rollouts(told, run))]
+    try:
+        found = _rollouts(told, run)
+    except DataError as error:
+        found = paragraph(f"Rollouts cannot be shown: {error}.", "soft")
+    return [("rollouts", "Rollouts", found)]
 
 
 def _rollouts(told, run) -> str:
