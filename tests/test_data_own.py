@@ -874,6 +874,14 @@ def test_a_run_whose_data_are_a_function_is_refused_before_it_is_imported(
     runs.check_trust(tmp_path / "run", config, True)
 
 
+def test_what_older_runs_lack_is_what_the_config_has():
+    for name, keys in runs.ABSENT_DATA.items():
+        config = own_config.get_config()
+        assert config.data.name == name
+        for key, (_, default) in keys.items():
+            assert config.data[key.removeprefix("data.")] == default
+
+
 def test_an_older_run_of_a_file_reads_its_numbers_as_they_are(tmp_path):
     config = own_config.get_config("path=my.npz")
     runs.write_config(tmp_path, config)
