@@ -32,7 +32,7 @@ class File:
         kinds = f"{', '.join(others)} or {last}" if others else last
         folder = f" or a folder of {RECORDINGS} files" if folders else ""
         if not str(path):
-            flag = f"--config.{key}=" if "." in key else f"--{key} "
+            flag = f"--config.{key}=" if "." in key else ""
             raise ValueError(
                 f"{key} must name an {kinds} file{folder}, such as {flag}my.npz; it is "
                 "empty"
