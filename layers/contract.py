@@ -1,7 +1,8 @@
 """What a layer of a user's own must have, said once for the laws and the trainer.
 
-`imported` finds its class, `check_class` asks what that declares, `check_fields` what it
-is built with, `check_call` what a call returns. Each raises a `ValueError` in one line.
+`imported` finds its class, `check_class` asks what that declares, `check_fields` what
+it is built with, `check_call` what a call returns; each raises a `ValueError` of one
+line. `settable` lists the fields that a command line can set.
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ class Logical(nn.LogicallyPartitioned):
     """
 
     def to_nnx_metadata(self) -> dict[str, Any]:
-        """What the variable of `nnx.bridge` is made of, besides the class of the box."""
+        """What the variable of `nnx.bridge` is made of, with the class of the box."""
         return {"logical_axes": self.names, "value": self.value}
 
     @classmethod

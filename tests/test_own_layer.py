@@ -1,4 +1,4 @@
-"""A layer of the user's own: found, asked what it must have, proved, trained, compared."""
+"""A layer of the user's own: found, asked what it must have, proved, trained."""
 
 import json
 import re
@@ -134,14 +134,14 @@ FOUND = {
     "mine.ShortCall": "must take `__call__(self, x, state=None, sequence=None, "
     "train=False)`, got `__call__(self, x)`",
     "mine.OtherCall": "got `__call__(self, x, carry=None, sequence=None, train=False)`",
-    "mine.ShortState": "must have `init_state(self, batch_size)`, got `init_state(self)`",
-    "mine.function": "must be a class of flax.linen.Module, got a function that is none",
+    "mine.ShortState": "`init_state(self, batch_size)`, got `init_state(self)`",
+    "mine.function": "a class of flax.linen.Module, got a function that is none",
     "mine.Plain": "must be a class of flax.linen.Module, got a class that is none",
-    "mine.Nothing": "got 'Nothing', which is not there; it has Slow, Whole, WithoutDtype",
-    "mine.Slow.Inner": "mine.py) is a module and no package, so 'mine.Slow.Inner' cannot",
-    "parcel.nothing.Layer": "there is no module 'parcel.nothing' for 'parcel.nothing.La",
+    "mine.Nothing": "got 'Nothing', which is not there; it has Slow, Whole, Without",
+    "mine.Slow.Inner": "mine.py) is a module and no package, so 'mine.Slow.Inner'",
+    "parcel.nothing.Layer": "there is no module 'parcel.nothing' for 'parcel.nothing",
     "layers.mine.Layer": f"layers is the package in {tiny_run.ROOT / 'layers'}",
-    "nowhere.Layer": "there is no module 'nowhere' for 'nowhere.Layer'; Python looked in ",
+    "nowhere.Layer": "there is no module 'nowhere' for 'nowhere.Layer'; Python looked",
     "nowhere..Layer": "or the dotted path of a Flax module, got 'nowhere..Layer'",
 }
 
@@ -249,6 +249,8 @@ def parsed(monkeypatch):
     def parse(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.main", *arguments])
         flags.FLAGS.unparse_flags()
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)  # of an earlier call
         for name in ("workdir", "seeds", "lengths", "report", "config", "certificate"):
             flags.FLAGS[name].unparse()
         main._parse(sys.argv)

@@ -31,7 +31,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "changes a value",
     lock_config=True,
 )
-# Where a flag sets a field of a layer of the user's own, the class says which there are.
+# Where a flag sets a field of a layer of the user's own, its class says what there is.
 FIELDS = layer_flags.OwnFields(flags.FLAGS["config"].parser)
 flags.FLAGS["config"].parser = FIELDS
 WORKDIR = flags.DEFINE_string(

@@ -176,7 +176,7 @@ def _pattern(config):
             f"layer_args: of a pattern they stand under the names of its layers, "
             f"{sorted(set(keys))}; got {unknown}"
         )
-    return tuple(names), {n: args.get(key, {}) for n, key in zip(names, keys)}
+    return tuple(names), {name: args.get(args_key(name), {}) for name in names}
 
 
 def args_key(name: str) -> str:

@@ -5,10 +5,11 @@
                               [--workdir runs/reproduce] [--page docs/results.md]
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
-the test split selects nothing. `--layers my_package.MyLayer,s5` compares a layer of your
-own; that table is printed, and a page is rewritten only where `--page` names one.
-`train.reproduce.contest` has the three tasks of recall,
+the test split selects nothing. `train.reproduce.contest` has the three tasks of recall,
 whose layers are made equal, `train.reproduce.video` that of video.
+
+`--layers my_package.MyLayer,s5` compares a layer of your own: the table is printed, and
+a page is rewritten only where --page names one.
 """
 
 import argparse
@@ -24,7 +25,6 @@ from layers.models.build import foreign
 from train import checkpoint, data, files
 from train.reproduce import baseline, contest, ledger
 from train.reproduce import video as video_contest
-
 
 PAGE = Path("docs/results.md")
 
