@@ -26,7 +26,6 @@ SECTIONS = {
     section.partition("\n")[0]: re.findall(r"```python\n(.*?)```", section, re.S)
     for section in PAGE.split("\n## ")[1:]
 }
-NEEDS = {"Equinox": "equinox", "A trained model in a file": "flatbuffers"}
 FILE, ELSEWHERE = "A trained model in a file", "Elsewhere, without this repository"
 
 
@@ -42,7 +41,14 @@ def test_every_section_is_executed():
     assert len(SECTIONS) == 6 and all(SECTIONS.values())
 
 
-@pytest.mark.parametrize("title", [t for t in SECTIONS if t not in (FILE, ELSEWHERE)])
+@pytest.mark.parametrize(
+    "title",
+    [
+        pytest.param(title, marks=[pytest.mark.slow] if title == "Equinox" else [])
+        for title in SECTIONS
+        if title not in (FILE, ELSEWHERE)
+    ],
+)
 def test_a_section_runs(title):
     if title == "Equinox":
         pytest.importorskip("equinox")
@@ -71,6 +77,7 @@ assert not OURS & {{*sys.modules}}
 """
 
 
+@pytest.mark.slow
 def test_a_trained_model_runs_without_this_repository(tmp_path, monkeypatch):
     flatbuffers = pytest.importorskip("flatbuffers")
     config = pixels.get_config("digits,target=next,layer=s5")
