@@ -15,8 +15,7 @@ class Cell(nn.RNNCellBase):
     with the cell, one parallel call of the layer learns from.
 
     Attributes:
-        layer: a mixer with a recurrent mode, or a whole `layers.Model` with the head
-            "token".
+        layer: a mixer with a recurrent mode.
     """
 
     layer: nn.Module

@@ -27,7 +27,7 @@ class Logical(nn.LogicallyPartitioned):
         return {"logical_axes": self.names, "value": self.value}
 
     @classmethod
-    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "Logical":
+    def from_nnx_metadata(cls: type["Logical"], metadata: dict[str, Any]) -> "Logical":
         """The box again, of what the variable knows."""
         fields = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in metadata.items() if key in fields}

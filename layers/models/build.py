@@ -170,13 +170,14 @@ def _pattern(config):
     if not names:
         raise ValueError("layer: a pattern must have at least one name, got none")
     keys = [args_key(name) for name in names]
-    unknown = sorted(set(args) - set(keys))
+    unknown = sorted(set(args) - {*keys, *names})
     if unknown:
         raise ValueError(
             f"layer_args: of a pattern they stand under the names of its layers, "
             f"{sorted(set(keys))}; got {unknown}"
         )
-    return tuple(names), {name: args.get(args_key(name), {}) for name in names}
+    fields = {name: args.get(name, args.get(args_key(name), {})) for name in names}
+    return tuple(names), fields
 
 
 def args_key(name: str) -> str:
