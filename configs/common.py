@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 # The fields of each layer with their defaults, so that --config.model.layer_args.KEY
 # can set them; tests hold them equal to the layers' own. A layer that is not here (a
-# user's, by its dotted path) starts from its own defaults.
+# user's, by its dotted path) starts from its own defaults, and its class says what the
+# flags are.
 LAYER_ARGS = {
     "s4": dict(
         state_size=64,
@@ -277,7 +278,8 @@ def groups(ssm_lr: float = 0.25, filter_lr: float = 0.1) -> list:
 
 def set_layer(config: ConfigDict, name: str) -> None:
     """Puts a layer and its fields into config.model: a name, or several joined by +,
-    the pattern that the blocks repeat, with the fields of each under its name."""
+    the pattern that the blocks repeat, with the fields of each under its name (of a
+    user's own, under that of its class)."""
     names = tuple(name.split("+"))
     with config.ignore_type():
         config.model.layer = name if len(names) == 1 else names

@@ -9,6 +9,7 @@ mask, reset and dt.
 """
 
 from layers.attention import Attention
+from layers.cell import Cell
 from layers.delta_net import DeltaNet
 from layers.diagonal import prepare
 from layers.dss import DSS
@@ -57,6 +58,7 @@ __all__ = [
     "S5",
     "VQ",
     "Attention",
+    "Cell",
     "ConvLSTM",
     "ConvS5",
     "DeltaNet",

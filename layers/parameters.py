@@ -1,8 +1,10 @@
 """Parameters of layers: their initialisers, dtypes, sharding, and projections."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +15,26 @@ from flax import struct
 from ssm import spectra
 
 
-class Alike(nn.LogicallyPartitioned):
+class Logical(nn.LogicallyPartitioned):
+    """The box of a parameter: the logical names of its axes.
+
+    In `nnx.bridge` they are mere notes: as a sharding, which they are in Flax's own
+    box, they would ask for a mesh with axes of these names wherever a variable is made.
+    """
+
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """What the variable of `nnx.bridge` is made of, with the class of the box."""
+        return {"logical_axes": self.names, "value": self.value}
+
+    @classmethod
+    def from_nnx_metadata(cls: type["Logical"], metadata: dict[str, Any]) -> "Logical":
+        """The box again, of what the variable knows."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        kept = {key: value for key, value in metadata.items() if key in fields}
+        return cls(names=metadata["logical_axes"], **kept)
+
+
+class Alike(Logical):
     """The box of a parameter that learns like those of another name.
 
     Attributes:
@@ -24,6 +45,10 @@ class Alike(nn.LogicallyPartitioned):
 
     like: str = struct.field(default="", pytree_node=False)
 
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """Its name too."""
+        return {**super().to_nnx_metadata(), "like": self.like}
+
 
 def logical(init: Callable, *axes: str | None, like: str = "") -> Callable:
     """`init` whose parameter carries the logical axis names `axes` (for sharding) and
@@ -31,13 +56,11 @@ def logical(init: Callable, *axes: str | None, like: str = "") -> Callable:
     follow `jax_enable_x64` to float64. `like`: see `Alike`, "" where the parameter's
     own name says how it learns."""
 
-    def in_float32(key, shape, dtype=jnp.float32):
-        return init(key, shape, dtype=dtype)
+    def boxed(key, shape, dtype=jnp.float32):
+        value = init(key, shape, dtype=dtype)
+        return Alike(value, axes, like=like) if like else Logical(value, axes)
 
-    def alike(key, shape, dtype=jnp.float32):
-        return Alike(in_float32(key, shape, dtype), axes, like=like)
-
-    return alike if like else nn.with_logical_partitioning(in_float32, axes)
+    return boxed
 
 
 def constant(value: np.ndarray) -> nn.initializers.Initializer:

@@ -534,3 +534,9 @@ def test_long_calls_of_quadratic_layers_are_shorter():
     assert finding.passed and len(finding.remarks) == 1
     tokens = int(finding.remarks[0].split()[2])
     assert 2**8 <= tokens < 2**16 and np.log2(tokens) % 1 == 0
+
+
+@pytest.mark.slow
+def test_a_long_memory_is_not_held_to_more_than_its_rounded_decay():
+    """dt of 1.8e-3 here: 1,100 tokens, each of which rounds the decay once more."""
+    assert holds(S5(6, 4), ["length"]) == set()

@@ -1,10 +1,13 @@
 """The mixing matrix of a layer, applied to its values, is the layer."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from kernels.tolerance import assert_close
 from layers import LAYERS, materialize
@@ -78,3 +81,9 @@ def test_a_layer_that_is_not_linear_has_no_matrix():
     layer = LAYERS["gru"](3)
     with pytest.raises(ValueError, match="layer: GRU is not linear in its values"):
         materialize(layer, *made(layer))
+
+
+def test_the_example_of_the_page_is_right():
+    page = (tiny_run.ROOT / "docs" / "layers.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "docs/layers.md", "exec"), {})

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import configs
-from train import runs, settings
+from train import layer_flags, runs, settings
 from train.signals import Stopped, check, stop_signals
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,6 +31,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "changes a value",
     lock_config=True,
 )
+# Where a flag sets a field of a layer of the user's own, its class says what there is.
+FIELDS = layer_flags.OwnFields(flags.FLAGS["config"].parser)
+flags.FLAGS["config"].parser = FIELDS
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "where the run lives; default runs/<config>-<argument>-<seed>"
 )
@@ -177,6 +180,7 @@ def _parse(argv: list[str]) -> list[str]:
         _check_file(path[1].partition(":")[0])
     try:
         rest = flags.FLAGS(argv)
+        FIELDS.drop_unset(config_flags.get_override_values(flags.FLAGS["config"]))
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # else absl makes it INFO
         if path:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Mapping
 
 import flax.linen as nn
 
+from layers import contract
 from layers.attention import Attention
 from layers.delta_net import DeltaNet
 from layers.dss import DSS
@@ -76,35 +76,26 @@ FRAME_LAYERS = {
 
 def get(name: str) -> type[nn.Module]:
     """The layer class called `name`: a key of `LAYERS` or `FRAME_LAYERS`, or the dotted
-    path of the user's own ("package.module.Class"). `ValueError` lists the names."""
+    path of the user's own ("package.module.Class"). `ValueError` lists the names, or
+    says where Python looked and what the class lacks, see `layers.contract`."""
     known = LAYERS | FRAME_LAYERS
     if name in known:
         return known[name]
-    module, _, attribute = name.rpartition(".")
-    unknown = ValueError(
-        f"layer: must be one of {sorted(known)} or the dotted path of a Flax module, "
-        f"got {name!r}"
-    )
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        # What the user's own module fails to import is the user's to see.
-        if isinstance(error, ModuleNotFoundError) and error.name not in (
-            module,
-            module.partition(".")[0],
-        ):
-            raise
-        raise unknown from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise unknown
-    return found
+    parts = name.split(".")
+    if len(parts) < 2 or not all(map(str.isidentifier, parts)):
+        raise ValueError(
+            f"layer: must be one of {sorted(known)} or the dotted path of a Flax "
+            f"module, got {name!r}"
+        )
+    return contract.imported(name)
 
 
 def build(config: Mapping) -> Model | Video | VQ:
     """A `Model` from a mapping such as `configs.common.base().model`.
 
     `layer` is a name or a sequence of names, the pattern that `depth` blocks repeat;
-    `layer_args` holds fields of the layer (for a pattern: of each, by name). Gate "",
+    `layer_args` holds fields of the layer (for a pattern: of each, by name, of a class
+    of the user's own without its module). Gate "",
     mlp -1, gelu "" and norm_epsilon -1 are those of the layer's family, its
     `PLACEMENT` (see `layers.facts`); norm_epsilon 0 is the norm's own. Raises
     `ValueError` naming the key, what it was and what it must be.
@@ -178,13 +169,21 @@ def _pattern(config):
         return (names,), {names: args}
     if not names:
         raise ValueError("layer: a pattern must have at least one name, got none")
-    unknown = sorted(set(args) - set(names))
+    keys = [args_key(name) for name in names]
+    unknown = sorted(set(args) - {*keys, *names})
     if unknown:
         raise ValueError(
             f"layer_args: of a pattern they stand under the names of its layers, "
-            f"{sorted(set(names))}; got {unknown}"
+            f"{sorted(set(keys))}; got {unknown}"
         )
-    return tuple(names), args
+    fields = {name: args.get(name, args.get(args_key(name), {})) for name in names}
+    return tuple(names), fields
+
+
+def args_key(name: str) -> str:
+    """Where in `layer_args` of a pattern the fields of the layer `name` stand: a key
+    has no dots, so those of the user's own class are under its name alone."""
+    return name.rpartition(".")[2]
 
 
 def _block(name, args, config, dtype):
@@ -278,6 +277,8 @@ def _mixer(name, args, config, dtype):
         given["size"] = _latent_size(config)
     for capacity in {"length", "context"} & fields:
         given.setdefault(capacity, config["length"])
+    if name not in LAYERS | FRAME_LAYERS:
+        given = _proved(name, cls, given)
     mixer = functools.partial(cls, **given)
     if not config["grid"]:
         return mixer
@@ -288,6 +289,15 @@ def _mixer(name, args, config, dtype):
         scheme=config["grid"],
         dtype=dtype,
     )
+
+
+def _proved(name, cls, given):
+    """The fields of a layer of the user's own, of which nothing else is known."""
+    contract.check_fields("layer_args", name, cls, given, {"features", "dtype", "size"})
+    # a config read back from its file has lists
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    contract.check_call(cls(**given), name)
+    return given
 
 
 def _check_grid(config):

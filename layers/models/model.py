@@ -152,7 +152,7 @@ class Model(nn.Module):
             norm = Norm(self.norm, self.dtype, epsilon=self.norm_epsilon, name="norm")
             x = norm(x, sequence.mask, train)
         places = math.prod(x.shape[1:-1])
-        x = x.astype(jnp.float32).reshape(len(x), places, self.features)
+        x = x.astype(jnp.float32).reshape(x.shape[0], places, self.features)
         if self.head == "token":
             y = restore(dense(self.outputs, "head", jnp.float32, ("embed", "out"))(x))
             return y, {"stack": stack_state}

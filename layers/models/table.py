@@ -14,12 +14,11 @@ from pathlib import Path
 
 import flax.linen as nn
 
+from layers.contract import FROM_MODEL
 from layers.laws.examples import cases
 from layers.models.build import FRAME_LAYERS, LAYERS
 
 ROOT = Path(__file__).parents[2]
-# Fields that a model gives, not a user's layer_args.
-FROM_MODEL = {"features", "length", "context", "size", "dtype"}
 
 
 def rows() -> Iterator[tuple[str, ...]]:

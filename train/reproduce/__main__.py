@@ -7,6 +7,9 @@
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
 the test split selects nothing. `train.reproduce.contest` has the three tasks of recall,
 whose layers are made equal, `train.reproduce.video` that of video.
+
+`--layers my_package.MyLayer,s5` compares a layer of your own: the table is printed, and
+a page is rewritten only where --page names one.
 """
 
 import argparse
@@ -18,9 +21,12 @@ from typing import NamedTuple
 
 from configs import lra, pixels
 from kernels import allocator
+from layers.models.build import foreign
 from train import checkpoint, data, files
 from train.reproduce import baseline, contest, ledger
 from train.reproduce import video as video_contest
+
+PAGE = Path("docs/results.md")
 
 
 class Task(NamedTuple):
@@ -102,7 +108,10 @@ def main(argv=None):
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
     parser.add_argument(
-        "--page", "--readme", type=Path, default=Path("docs/results.md")
+        "--page",
+        "--readme",
+        type=Path,
+        help=f"to rewrite; default: {PAGE}, none for a layer of your own",
     )
     options = parser.parse_args(argv)
     try:
@@ -114,7 +123,8 @@ def main(argv=None):
     task, layers = options.task, [x for x in options.layers.split(",") if x]
     try:
         text = tables[task](task, layers, seeds, options.workdir)
-        rewrite(options.page, task, text)
+        if options.page or not foreign({"layer": layers}):
+            rewrite(options.page or PAGE, task, text)
     except (ValueError, checkpoint.CheckpointError) as problem:
         parser.error(str(problem))
     print(text)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import synthetic
-from layers.models.build import build
+from layers.models.build import build, foreign
 from train import data, evaluate, files, resolve, runs, state
 from train.reproduce import ledger
 
@@ -204,7 +204,7 @@ def _tested(contest: Contest, folder: Path, step: int) -> list[float]:
     rows = rows if isinstance(rows, list) else []
     times = [r.get("times") for r in rows if isinstance(r, dict) and "accuracy" in r]
     if (found.get("step"), tuple(times)) != (step, contest.lengths):
-        run = runs.load_run(folder)
+        run = runs.load_run(folder, trust=True)  # of the layer that was asked for
         found = evaluate.at_lengths(run, folder, "test", contest.lengths)
     return [row["accuracy"] for row in found["lengths"]]
 
@@ -214,7 +214,7 @@ def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
 
     Args:
         name: of the contest.
-        layers: only these; all if empty.
+        layers: only these, or others by their dotted paths; all if empty.
         seeds: of the runs; the first also chooses the learning rate.
         workdir: gets a folder for every run; those that are finished stay as they are.
 
@@ -224,12 +224,15 @@ def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
     """
     contest = CONTESTS[name]
     names = {contender.layer for contender in contest.contenders}
-    unknown = sorted(set(layers) - names)
+    own = [name for name in foreign({"layer": layers}) if "." in name]
+    unknown = sorted({*layers} - names - {*own})
     if unknown:
         raise ValueError(
-            f"--layers must be among {', '.join(sorted(names))}, got {unknown[0]!r}"
+            f"--layers must be among {', '.join(sorted(names))}, got {unknown[0]!r}; a "
+            "layer of your own by its dotted path"
         )
     chosen = [c for c in contest.contenders if not layers or c.layer in layers]
+    chosen += [Contender(name, {}, "") for name in dict.fromkeys(own)]
     rows = [play(contest, contender, seeds, workdir) for contender in chosen]
     titles = ["layer", "features", "parameters", "state", "lr"]
     titles += [f"test at {n}x" for n in contest.lengths] + ["published", "seconds"]

@@ -41,7 +41,8 @@ def steps_per_second(folder: Path) -> float:
 
 def rolled(folder: Path, step: int) -> dict:
     """What `rollout.summary` says of all clips of the test split."""
-    kept, run = folder / rollout.JSON, runs.load_run(folder)
+    # Its layer is that of the command line.
+    kept, run = folder / rollout.JSON, runs.load_run(folder, trust=True)
     clips = run.dataset.num_examples("test")
     found = files.read_json(kept) or {}
     if (found.get("step"), found.get("clips")) != (step, clips):
