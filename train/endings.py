@@ -15,6 +15,7 @@ from train.draw.markup import Section
 from train.metrics import print_results
 from train.parts import Parts, Progress
 from train.report import inside
+from train.report.chance import Level
 from train.runs import Run, Workdir
 from train.video import rollout, section
 
@@ -27,12 +28,12 @@ class Ending(NamedTuple):
     Attributes:
         check: raises a `ValueError` before training where `make` could not run after.
         make: writes its files into the workdir; what it adds to results.json.
-        sections: of the report.
+        sections: of the report; they know what is reached without reading the inputs.
     """
 
     check: Callable[[ConfigDict, Spec, nn.Module], None]
     make: Callable[[Run, Path], dict]
-    sections: Callable[[Workdir, Run], list[Section]]
+    sections: Callable[[Workdir, Run, Level | None], list[Section]]
 
 
 def _nothing_to_check(config, spec, model) -> None:

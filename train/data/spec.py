@@ -23,6 +23,10 @@ class Spec:
         codec: the workdir of the autoencoder that made the codes, or "".
         symbols: what each token stands for, if it has a name.
         start: the token that begins a sequence which is made up.
+        classes: names of the classes, in the order of their numbers; () where they have
+            none.
+        mean, std: of each channel of the inputs, which were subtracted and divided by;
+            () where inputs are as they came.
     """
 
     encoder: str
@@ -38,6 +42,9 @@ class Spec:
     codec: str = ""
     symbols: tuple[str, ...] = ()
     start: int = 0
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def but(self, **changes) -> "Spec":
         """The same with other values."""

@@ -6,22 +6,60 @@ from layers.models.model import Model
 from train import checkpoint, probe
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
-from train.report import answers
+from train.report import answers, mixing
+from train.report.chance import Level
 from train.runs import Run, Workdir
 
 
-def sections(told: Workdir, run: Run) -> list[Section]:
-    """Of a `Model`; none of another kind of model."""
+def sections(told: Workdir, run: Run, level: Level | None = None) -> list[Section]:
+    """Of a `Model`; none of another kind of model. `level` is what is reached without
+    reading the inputs."""
     if not isinstance(run.model, Model):
         return []
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, told.config.model.length)
-    found = answers.section(answers.answer(run), run.dataset.spec, run.step)
+    mixed = mixing.of(run, stages)
+    pattern = len(run.model.stack().pattern)
+    linear = [block for i, block in enumerate(blocks) if i % pattern not in mixed]
+    accuracy = level.value if level and level.metric == "accuracy" else None
+    spec = run.dataset.spec
+    found = answers.section(answers.answer(run), spec, run.step, accuracy)
+    shown = remark + _filters(told, run, linear) if linear else ""
     return [
-        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
+        ("filters", "Learned filters", shown),
+        ("mixing", "What a token reads", _mixing(run, mixed, "" if shown else remark)),
         ("spectra", "Spectra and timescales", _spectra(told, blocks)),
         ("answers", "Answers", found),
     ]
+
+
+def _mixing(run, found: dict[int, mixing.Mixing], remark: str) -> str:
+    """A figure for each kind of layer."""
+    kinds = {mixed.title.split(", ")[1]: mixed for mixed in [*found.values()][::-1]}
+    parts = []
+    for mixed in [*kinds.values()][::-1]:
+        place = "one channel"
+        if mixed.channels:
+            place = f"channel {_place(mixed.channel, 1)} of {_place(mixed.channels)}"
+        length = len(next(iter(mixed.matrices.values())))
+        caption = f"How {mixed.title} mixes the first {length:,} tokens of the first "
+        caption += (
+            f"example of the {mixed.split} split, checkpoint of step {run.step:,}: "
+        )
+        caption += "in the row of each token, how much it takes of the value of every "
+        caption += f"token, blue added and orange subtracted. Of {place}, which takes "
+        caption += "the most from the past. What this layer lets pass depends on the "
+        caption += "input, so it has no filters."
+        drawn = figures.matrices(
+            {f"{mixed.title}: {stage}": M for stage, M in mixed.matrices.items()}
+        )
+        parts.append(figure(drawn, caption, columns=2))
+    return remark + "".join(parts) if parts else ""
+
+
+def _place(numbers: tuple[int, ...], first: int = 0) -> str:
+    """Numbers of the axes, as 4 x 16; those of a place are counted from `first`."""
+    return (", " if first else " x ").join(str(i + first) for i in numbers)
 
 
 def _stages(run) -> tuple[dict, str]:
@@ -38,19 +76,18 @@ def _filters(told, run, blocks) -> str:
     block, L = blocks[0], told.config.model.length
     lines = min(len(block.features), figures.LINES)
     caption = (
-        f"Checkpoint of step {run.step:,}. Left: what a block's mixer alone answers "
+        f"Checkpoint of step {run.step:,}. What a block's mixer alone answers to a "
     )
-    caption += (
-        f"to a unit impulse, in {lines} of the features, each after an impulse in "
-    )
+    caption += f"unit impulse, in {lines} of the features, each after an impulse in "
     caption += "itself; its answer to silence is subtracted, and lag 0, where a skip "
     caption += (
-        "connection would dwarf the rest, is left out. Right: root mean square of "
+        "connection would dwarf the rest, is left out. Size: root mean square of "
     )
     caption += f"the whole output over impulses in {len(block.features)} features."
     if len(block.lags) < L:
         caption += f" The first {len(block.lags):,} of {L:,} tokens."
-    return figure(figures.filters(blocks), caption + _not_all(blocks))
+    columns = len(block.responses) + 1
+    return figure(figures.filters(blocks), caption + _not_all(blocks), columns)
 
 
 def _spectra(told, blocks) -> str:
@@ -83,7 +120,7 @@ def _spectra(told, blocks) -> str:
             ]
             cells.append(f"{np.mean(times > L):.0%}")
         rows.append((block.title, *cells, np.count_nonzero(response.log_a.real >= 0)))
-    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks))
+    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks), 3)
     return drawn + table((*header, "do not decay"), rows)
 
 

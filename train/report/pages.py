@@ -18,6 +18,7 @@ from train.draw.markup import (
     table,
 )
 from train.endings import ENDINGS
+from train.report import chance
 from train.runs import UNKNOWN, Workdir
 
 
@@ -41,10 +42,12 @@ def write(
     told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
+    said, level = chance.kept(told.path), chance.level(run.dataset)
+    reached = {} if level is None else {level.metric: level.value}
     sections = [
-        ("verdict", "Verdict", _verdict(told, run)),
-        ("curves", "Curves", _curves({told.name: told})),
-        *ENDINGS[run.dataset.spec.loss].sections(told, run),
+        ("verdict", "Verdict", _verdict(told, run, said, level)),
+        ("curves", "Curves", _curves({told.name: told}, reached)),
+        *ENDINGS[run.dataset.spec.loss].sections(told, run, level),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]
@@ -82,7 +85,7 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     versions = {label: told.versions for label, told in compared.items()}
     sections = [
         ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
-        ("curves", "Curves", _curves(compared)),
+        ("curves", "Curves", _curves(compared, {})),
         ("configs", "What the configs differ in", _differences(configs)),
         ("environment", "What the environments differ in", _differences(versions)),
     ]
@@ -110,7 +113,7 @@ def _labelled(runs: list[Workdir]) -> dict[str, Workdir]:
     return dict(zip(labels, runs, strict=True))
 
 
-def _verdict(told, run) -> str:
+def _verdict(told, run, said, level) -> str:
     name, label = told.score
     names = (name,) if name == "loss" else (name, "loss")
     header = ["", "step"]
@@ -126,7 +129,12 @@ def _verdict(told, run) -> str:
         ("training steps took", told.took()),
         ("devices", told.devices()),
     ]
-    return paragraph(_sentence(told)) + table(header, rows) + table((), facts)
+    parts = [paragraph(_sentence(told)), paragraph(level.said) if level else ""]
+    parts += [table(header, rows), table((), facts)]
+    if said:
+        parts += [paragraph("What the run took its data for:")]
+        parts += [table((), chance.facts(said))]
+    return "".join(parts)
 
 
 def _scored(told):
@@ -158,7 +166,7 @@ def _sentence(told) -> str:
     return said + ". The test split has selected nothing." * bool(test)
 
 
-def _curves(runs: dict[str, Workdir]) -> str:
+def _curves(runs: dict[str, Workdir], reached: dict[str, float]) -> str:
     several = len(runs) > 1
     panels = []
     for name in ("loss", "accuracy", "absolute_error"):
@@ -176,7 +184,10 @@ def _curves(runs: dict[str, Workdir]) -> str:
         return paragraph("Nothing was logged yet.")
     caption = "Training values are means over the steps between two logs, with the "
     caption += "dropout and augmentation of the run; validation has neither."
-    return figure(figures.curves(rows, panels), caption)
+    if reached:
+        caption += " Dotted: what is reached without reading the inputs."
+    lines = figures.key(list(rows)) if several else ()
+    return figure(figures.curves(rows, panels, reached), caption, columns=2, key=lines)
 
 
 def _reproduce(told) -> str:

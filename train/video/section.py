@@ -2,13 +2,15 @@
 
 from layers.models.video import Video
 from train import runs
-from train.draw.markup import Section, paragraph, picture, table
+from train.draw.markup import Section, figure, paragraph, picture, table
+from train.report.chance import Level
 from train.runs import Run, Workdir
 from train.video import pictures, rollout
 
 
-def sections(told: Workdir, run: Run) -> list[Section]:
-    """Rollouts of a `Video`; none of another kind of model."""
+def sections(told: Workdir, run: Run, level: Level | None = None) -> list[Section]:
+    """Rollouts of a `Video`; none of another kind of model. They stand beside those of
+    repeating the last frame, whatever the `level`."""
     if not isinstance(run.model, Video):
         return []
     return [("rollouts", "Rollouts", _rollouts(told, run))]
@@ -23,21 +25,22 @@ def _rollouts(told, run) -> str:
     said += f"frames and then its own answers for {ahead}."
     parts = [paragraph(said)]
     if found.truth.ndim == 5:
-        parts += [picture(sheet, caption) for sheet, caption in _pictures(found)]
+        parts += _pictures(found)
     if scored := (told.results or {}).get("rollout"):
         parts.append(_by_horizon(scored))
     return "".join(parts)
 
 
-def _pictures(found):
-    yield (
-        pictures.contact_sheet(*found.frames()),
-        "Frames of the context and of what follows: truth above, prediction below.",
-    )
-    yield (
-        pictures.gif(*(frames[0] for frames in found.frames())),
-        "The first clip: truth on the left; on the right the context, then the model.",
-    )
+def _pictures(found) -> list[str]:
+    parts, rest = [], "truth above, prediction below"
+    for number, panels in enumerate(pictures.strips(*found.frames()), 1):
+        caption = f"Clip {number}: frames that were seen, then the next ones, {rest}."
+        look = dict(columns=len(panels), least=4, above=True)
+        parts.append(figure(panels, caption, **look))
+    film = pictures.gif(*(frames[0] for frames in found.frames()))
+    caption = "The first clip: truth on the left; on the right the context, then the "
+    parts.append(picture(film, caption + "model."))
+    return parts
 
 
 def _by_horizon(scored) -> str:
