@@ -121,7 +121,8 @@ class Browser:
         size = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
         self._ask("Emulation.setDeviceMetricsOverride", session, **size)
         address = page.resolve().as_uri()
-        self._ask("Page.navigate", session, url=address)
+        if wrong := self._ask("Page.navigate", session, url=address).get("errorText"):
+            raise RuntimeError(f"{page}: {wrong}")
         while not self._happened("Page.loadEventFired"):
             self._receive()
         answer = self._ask("Runtime.evaluate", session, expression=STICKS_OUT)

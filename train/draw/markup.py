@@ -11,6 +11,7 @@ import numpy as np
 
 Section = tuple[str, str, str]  # its anchor, its title, its HTML
 WHOLE = 24  # characters of a cell that is not broken into lines
+FULL = 0.85  # the share from which on a cell needs white text
 UPRIGHT = 3  # characters of a column's name that need not be turned
 
 
@@ -54,7 +55,13 @@ figure > img { max-width: 100%; height: auto; }
 .key i { display: inline-block; width: 1.5rem; margin-right: .4rem;
   vertical-align: middle; border-top: 3px solid; }
 .key i.dashed { border-top-style: dashed; }
-.wide { overflow-x: auto; max-width: 100%; }
+.wide { max-width: 100%; }
+.wide, pre { overflow-x: auto; background: /* a shade where there is more to see */
+  linear-gradient(to right, var(--paper), transparent) 0 / 1.5rem 100% local,
+  linear-gradient(to left, var(--paper), transparent) 100% / 1.5rem 100% local,
+  linear-gradient(to right, var(--line), transparent) 0 / .7rem 100%,
+  linear-gradient(to left, var(--line), transparent) 100% / .7rem 100%;
+  background-repeat: no-repeat; }
 table { border-collapse: collapse; font-size: .92rem; margin: .7rem 0;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top;
@@ -67,12 +74,12 @@ th[scope=row] { white-space: nowrap; }
 th.long { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 .counts td, .counts thead th { text-align: center; padding: .25rem .2rem;
   min-width: 1.5rem; border: 1px solid var(--line); }
-.counts thead th, .counts th[scope=row] { border-width: 0; }
+.counts thead td, .counts thead th, .counts th[scope=row] { border-width: 0; }
 .counts td { background: rgb(47 120 183 / var(--share, 0)); }
 .counts td.most { color: #fff; }
 .counts .turned { writing-mode: vertical-rl; transform: rotate(180deg);
   text-align: left; margin: 0 auto; }
-pre { overflow-x: auto; white-space: pre;
+pre { white-space: pre;
   font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; padding: .6rem .8rem;
   border: 1px solid var(--line); border-radius: 4px; }
 summary { cursor: pointer; color: var(--soft); }
@@ -154,7 +161,7 @@ def counts(numbers: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> 
     body = []
     for name, row, share in zip(rows, numbers, shares, strict=True):
         cells = "".join(
-            f'<td style="--share:{s:.2f}"{" class=most" * bool(s > 0.5)}>{n:.0f}</td>'
+            f'<td style="--share:{s:.2f}"{" class=most" * bool(s > FULL)}>{n:.0f}</td>'
             if n
             else "<td></td>"
             for n, s in zip(row, share, strict=True)

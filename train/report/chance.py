@@ -43,8 +43,9 @@ def level(dataset: Dataset) -> Level | None:
         if not seen.sum():
             return None
         largest, value = int(seen.argmax()), float(seen.max() / seen.sum())
-        which = spec.classes[largest] if largest < len(spec.classes) else largest
-        said = f"Chance is {value:.4f}: always answering {which}, the largest class of "
+        names = spec.classes or (spec.symbols if spec.loss == "token" else ())
+        which = names[largest] if largest < len(names) else f"class {largest}"
+        said = f"Chance is {value:.4f}: always answering {which}, the most frequent in "
         said += "training"
         name = "accuracy"
     if few is not dataset:
