@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 FLAGS = (
     "--headless",
@@ -65,6 +67,22 @@ def find() -> str | None:
         if found:
             return str(found[-1])
     return None
+
+
+def fits(*pages: Path) -> None:
+    """Asserts that pages are shown at each of WIDTHS without a word on the console, a
+    request, a broken picture or anything that sticks out of the window. Skips the
+    test where there is no browser."""
+    path = find()
+    if path is None:
+        pytest.skip(f"no browser: PATH has none of {', '.join(NAMES)}")
+    with Browser(path) as window:
+        for page in pages:
+            for width in WIDTHS:
+                found = window.look(page, width)
+                assert found["messages"] == [] and found["requests"] == [], found
+                assert found["inner"] == width and found["scroll"] <= width, found
+                assert found["out"] == [] and found["broken"] == 0, found
 
 
 class Browser:

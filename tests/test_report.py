@@ -157,31 +157,28 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
     assert jax.__version__ in page.text["environment"]
 
 
-def looked_at(page):
-    """A page in a browser, or a skipped test."""
-    path = browser.find()
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(browser.NAMES)} is on PATH")
-    with browser.Browser(path) as window:
-        for width in browser.WIDTHS:
-            found = window.look(page, width)
-            assert found["messages"] == [] and found["requests"] == [], found
-            assert found["inner"] == width and found["scroll"] <= width, found
-            assert found["out"] == [] and found["broken"] == 0, found
+def test_reports_fit_into_wide_and_narrow_windows(digits, tmp_path):
+    one = pages.write(digits, tmp_path / "page.html")
+    other = tmp_path / "a run of a name that is long enough to be broken into lines"
+    shutil.copytree(digits, other)
+    several = pages.compare([digits, other], tmp_path / "compare.html")
+    browser.fits(one, several)
 
 
-def test_a_report_fits_into_wide_and_narrow_windows(digits, tmp_path):
-    looked_at(pages.write(digits, tmp_path / "page.html"))
-
-
-def test_what_does_not_fit_is_seen(tmp_path):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '<p style="width: 400px">wide</p>',
+        '<img src="data:image/png;base64,AAAA">',
+        '<script>console.log("hear me")</script>',
+        '<img src="missing.png">',
+    ],
+)
+def test_what_is_wrong_with_a_page_is_seen(wrong, tmp_path):
     page = tmp_path / "page.html"
-    page.write_text(
-        '<meta name="viewport" content="width=device-width"><p style="width: 900px">'
-        '<img src="data:image/png;base64,AAAA"><script>console.log("so")</script>'
-    )
-    with pytest.raises(AssertionError, match="so"):
-        looked_at(page)
+    page.write_text(f'<meta name="viewport" content="width=device-width">{wrong}')
+    with pytest.raises(AssertionError, match="'messages': "):
+        browser.fits(page)
 
 
 @pytest.mark.slow

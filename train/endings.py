@@ -1,6 +1,6 @@
 """What a kind of task checks before a run, makes at its end and shows in the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from train.draw.markup import Section
 from train.metrics import print_results
 from train.parts import Parts, Progress
 from train.report import inside
-from train.report.chance import Level
 from train.runs import Run, Workdir
 from train.video import rollout, section
 
@@ -28,12 +27,13 @@ class Ending(NamedTuple):
     Attributes:
         check: raises a `ValueError` before training where `make` could not run after.
         make: writes its files into the workdir; what it adds to results.json.
-        sections: of the report; they know what is reached without reading the inputs.
+        sections: of the report, given the scores that are reached without reading the
+            inputs.
     """
 
     check: Callable[[ConfigDict, Spec, nn.Module], None]
     make: Callable[[Run, Path], dict]
-    sections: Callable[[Workdir, Run, Level | None], list[Section]]
+    sections: Callable[[Workdir, Run, Mapping[str, float]], list[Section]]
 
 
 def _nothing_to_check(config, spec, model) -> None:

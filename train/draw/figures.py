@@ -55,7 +55,7 @@ STYLE = {
 }
 SHARE = LinearSegmentedColormap.from_list("share", ["#3f8fd200", "#3f8fd2ff"])
 SIGNED = LinearSegmentedColormap.from_list(
-    "signed", [BEFORE, "#dd8a2c00", "#3f8fd200", AFTER]
+    "signed", [(0, BEFORE), (0.5, "#dd8a2c00"), (0.5, "#3f8fd200"), (1, AFTER)]
 )
 
 
@@ -196,12 +196,16 @@ def filters(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
 
 @_as_panels
 def matrices(found: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Figure]]:
-    """Matrices [L, L] of signed numbers by their titles, on one scale of colours."""
-    highest = max(np.abs(M).max() for M in found.values()) or 1.0
+    """Matrices [L, L] of signed numbers by their titles, on one scale of colours, which
+    few of them exceed. The diagonal is left out: a skip connection would dwarf the
+    rest."""
+    apart = {title: M[~np.eye(len(M), dtype=bool)] for title, M in found.items()}
+    sizes = [np.abs(M[M != 0]) for M in apart.values() if np.any(M)]
+    highest = max((np.quantile(size, 0.99) for size in sizes), default=1.0)
     for title, M in found.items():
         figure, axis = _panel(2, 3.5)
-        look = dict(cmap=SIGNED, vmin=-highest, vmax=highest, interpolation="nearest")
-        shown = axis.imshow(M, **look)
+        look = dict(cmap=SIGNED, vmin=-highest, vmax=highest, interpolation="none")
+        shown = axis.imshow(np.where(np.eye(len(M)), np.nan, M), **look)
         axis.grid(False)
         axis.spines[:].set_visible(True)
         axis.set(xlabel="token that is read", ylabel="token that reads")
@@ -267,7 +271,7 @@ def confusion(counts: np.ndarray) -> Iterator[tuple[str, Figure]]:
     the answer."""
     figure, axis = _panel(1, 4.0)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axis.imshow(share, cmap=SHARE, vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(share, cmap=SHARE, vmin=0, vmax=1, interpolation="none")
     axis.set(xlabel="answer", ylabel="class")
     axis.grid(False)
     for ticks in (axis.xaxis, axis.yaxis):

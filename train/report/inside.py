@@ -1,5 +1,7 @@
 """What is to be seen inside a trained model: filters, spectra, its answers."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from layers.models.model import Model
@@ -7,12 +9,11 @@ from train import checkpoint, probe
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
 from train.report import answers, mixing
-from train.report.chance import Level
 from train.runs import Run, Workdir
 
 
-def sections(told: Workdir, run: Run, level: Level | None = None) -> list[Section]:
-    """Of a `Model`; none of another kind of model. `level` is what is reached without
+def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
+    """Of a `Model`; none of another kind of model. `reached`: the scores without
     reading the inputs."""
     if not isinstance(run.model, Model):
         return []
@@ -21,9 +22,9 @@ def sections(told: Workdir, run: Run, level: Level | None = None) -> list[Sectio
     mixed = mixing.of(run, stages)
     pattern = len(run.model.stack().pattern)
     linear = [block for i, block in enumerate(blocks) if i % pattern not in mixed]
-    accuracy = level.value if level and level.metric == "accuracy" else None
-    spec = run.dataset.spec
-    found = answers.section(answers.answer(run), spec, run.step, accuracy)
+    found = answers.section(
+        answers.answer(run), run.dataset.spec, run.step, reached.get("accuracy")
+    )
     shown = remark + _filters(told, run, linear) if linear else ""
     return [
         ("filters", "Learned filters", shown),
@@ -47,9 +48,14 @@ def _mixing(run, found: dict[int, mixing.Mixing], remark: str) -> str:
             f"example of the {mixed.split} split, checkpoint of step {run.step:,}: "
         )
         caption += "in the row of each token, how much it takes of the value of every "
-        caption += f"token, blue added and orange subtracted. Of {place}, which takes "
-        caption += "the most from the past. What this layer lets pass depends on the "
-        caption += "input, so it has no filters."
+        caption += "other, blue added and orange subtracted. Its own, on the diagonal, "
+        caption += (
+            f"is left out, as a skip connection would dwarf the rest. Of {place}, "
+        )
+        caption += (
+            "which takes the most from the past. What this layer lets pass depends "
+        )
+        caption += "on the input, so it has no filters."
         drawn = figures.matrices(
             {f"{mixed.title}: {stage}": M for stage, M in mixed.matrices.items()}
         )

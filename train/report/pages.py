@@ -47,7 +47,7 @@ def write(
     sections = [
         ("verdict", "Verdict", _verdict(told, run, said, level)),
         ("curves", "Curves", _curves({told.name: told}, reached)),
-        *ENDINGS[run.dataset.spec.loss].sections(told, run, level),
+        *ENDINGS[run.dataset.spec.loss].sections(told, run, reached),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]

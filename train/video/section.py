@@ -1,16 +1,17 @@
 """Rollouts of a video model as a section of its report."""
 
+from collections.abc import Mapping
+
 from layers.models.video import Video
 from train import runs
 from train.draw.markup import Section, figure, paragraph, picture, table
-from train.report.chance import Level
 from train.runs import Run, Workdir
 from train.video import pictures, rollout
 
 
-def sections(told: Workdir, run: Run, level: Level | None = None) -> list[Section]:
-    """Rollouts of a `Video`; none of another kind of model. They stand beside those of
-    repeating the last frame, whatever the `level`."""
+def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
+    """Rollouts of a `Video`, whose scores stand beside those of repeating the last
+    frame; none of another kind of model."""
     if not isinstance(run.model, Video):
         return []
     return [("rollouts", "Rollouts", _rollouts(told, run))]
