@@ -98,14 +98,14 @@ def understand(module, arguments, parsed, monkeypatch):
 
     def understood(self, *given):
         options = read(self, *given)
-        raise Understood(getattr(options, "workdir", None))
+        raise Understood(options)
 
     with monkeypatch.context() as patched:
         patched.setattr(argparse.ArgumentParser, "parse_args", understood)
         with pytest.raises(Understood) as caught:
             found.main(arguments)
-    (workdir,) = caught.value.args
-    return [workdir] if workdir else []
+    (options,) = caught.value.args
+    return [options.workdir] if "--workdir" in arguments else []
 
 
 @pytest.mark.parametrize("page", TAUGHT, ids=NAMES)

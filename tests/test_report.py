@@ -1,5 +1,6 @@
 """The page of a run: every section, nothing from outside, and what it shows is so."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -21,7 +22,7 @@ from train import data, loop, main, probe, resolve, runs, sharding, state
 from train.checkpoint import CheckpointError
 from train.data.spec import Spec
 from train.draw import figures
-from train.report import answers, chance, inside, mixing, pages
+from train.report import answers, chance, facts, inside, mixing, pages
 from train.report.__main__ import main as command
 
 VOID = {"meta", "br", "img"}
@@ -149,9 +150,11 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
         assert f"{block}: trained" in page.text["filters"]
         assert block in page.text["spectra"]
     assert "of 144 are right" in page.text["answers"]
-    largest = np.bincount(runs.load_run(digits).dataset.sources["train"][:]["targets"])
-    share = largest.max() / largest.sum()
-    assert f"Chance is {share:.4f}: always answering" in page.text["verdict"]
+    dataset = runs.load_run(digits).dataset
+    counts = np.bincount(dataset.sources["train"][:]["targets"])
+    level = chance.level(dataset)
+    assert level.metric == "accuracy" and level.value == counts.max() / counts.sum()
+    assert re.search(r"Chance is 0\.\d{4}.*: always answering", page.text["verdict"])
     assert "without reading the inputs" in page.text["curves"]
     assert '"features": 6' in page.text["reproduce"]
     assert jax.__version__ in page.text["environment"]
@@ -207,28 +210,58 @@ def test_a_report_of_a_regression(regression):
     assert "test error" in page.text["verdict"]
     assert "Predictions over targets" in page.text["answers"]
     assert "absolute error" in page.text["curves"]
-    targets = runs.load_run(regression).dataset.sources["train"][:]
-    real = targets["targets"][targets["mask"]]
-    assert (
-        f"training targets has the error {real.var(axis=0).mean():.4g}"
-        in (page.text["verdict"])
-    )
+    assert "mean of the training targets has the error" in page.text["verdict"]
+    dataset = runs.load_run(regression).dataset
+    columns = dataset.sources["train"][:]
+    real = columns["targets"][columns["mask"]].astype(float)
+    level = chance.level(dataset)
+    assert level.metric == "loss"
+    assert_close(level.value, real.var(axis=0).mean(), dtype="float32")
 
 
 def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(digits, path)
-    said = {"read_as": "numbers", "sequences": {"train": 1153, "test": 360}}
-    said |= {"range": [0.0, 1.0], "sorted": False}
-    (path / "data.json").write_text(json.dumps({"spec": {}, "said": said}))
-    page = read(pages.write(path))
-    assert "read as" in page.text["verdict"]
-    assert "train 1,153, test 360" in page.text["verdict"]
-    (path / "data.json").write_text(json.dumps([1]))
-    assert chance.kept(path) == {}
-    assert (
-        "What the run took its data for" not in read(pages.write(path)).text["verdict"]
-    )
+    length = {"min": 9, "median": 40, "max": 64}
+    said = {
+        "splits": {"train": {"sequences": 1153, "examined": 512, "length": length}},
+        "encoder": "scalar",
+        "dtype": "uint8",
+        "low": 0,
+        "high": 16,
+        "channels": 1,
+        "why": "numbers, as they have no names",
+        "normalised": {"mean": [0.25], "std": [0.5]},
+        "outputs": 3,
+        "classes": ["ant", "bee", "<cat>"],
+        "largest": {"class": "bee", "share": 0.4},
+        "loss": "classification",
+        "chance": {"split": "test", "metric": "accuracy", "value": 0.375},
+        "warnings": ["the rows are <sorted>"],
+    }
+    spec = dataclasses.asdict(runs.load_run(digits).dataset.spec)
+    kept = {"spec": spec, "examples": {}, "said": said}
+    (path / "data.json").write_text(json.dumps(kept))
+    text = read(pages.write(path)).text["verdict"]
+    assert "1,153 sequences of 9 to 64 (median 40) tokens; 512 were looked at" in text
+    assert "uint8 in [0, 16], 1 channel: numbers, as they have no names" in text
+    assert "mean 0.25, std 0.5" in text
+    assert "3: ant, bee, <cat>; the largest is bee, 40.0% of training" in text
+    assert "Chance is 0.3750 on test: always answering bee" in text
+    assert "Warning: the rows are <sorted>" in text
+    several = read(pages.compare([path, digits], tmp_path / "compare.html"))
+    assert "without reading the inputs" not in several.text["curves"]
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"said": 3}, {"said": {"splits": 1, "chance": {"metric": 2}}}]
+)
+def test_facts_of_the_data_that_cannot_be_are_left_out(said, tmp_path):
+    assert facts.kept(tmp_path) == {}
+    (tmp_path / "data.json").write_text(json.dumps(said))
+    found = facts.kept(tmp_path)
+    assert facts.rows(found) == facts.warned(found) == []
+    assert facts.level(found) is None
 
 
 def test_an_unfinished_run_has_a_report_too(digits, tokens, tmp_path):

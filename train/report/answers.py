@@ -146,8 +146,10 @@ def mixed(classes: np.ndarray, rows: Iterable[int], most: int = SHOWN) -> np.nda
 
 
 def _name(number: int, spec) -> str:
-    """Of a class, where the data say it, else its number."""
-    return spec.classes[number] if number < len(spec.classes) else str(number)
+    """Of a class, or of a token that is predicted, where the data say it; else its
+    number."""
+    names = spec.classes or (spec.symbols if spec.loss == "token" else ())
+    return names[number] if number < len(names) else str(number)
 
 
 def _tokens(found, spec, chance):
@@ -170,8 +172,8 @@ def _tokens(found, spec, chance):
         said, marked = [], []
         # In columns: a box that scrolls shows each answer below its target.
         for word, target, same in zip(
-            _words(answers, spec),
-            _words(targets, spec),
+            (_name(token, spec) for token in answers),
+            (_name(token, spec) for token in targets),
             answers == targets,
             strict=True,
         ):

@@ -1,17 +1,14 @@
-"""What is reached without reading the inputs, and what a run has kept of its data."""
+"""What is reached without reading the inputs."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from train import files, signals
+from train import signals
 from train.data.pipeline import Dataset
 from train.losses import IGNORED
 from train.report import some
 
-DATA = "data.json"
 TOKENS = 2**20  # of the training split that are looked at
 
 
@@ -77,33 +74,3 @@ def _variance(batches, spec) -> float:
         total += (real - shift).sum(axis=0)
         squares += ((real - shift) ** 2).sum(axis=0)
     return float(np.mean(squares / count - (total / count) ** 2))
-
-
-def kept(workdir: str | Path) -> dict:
-    """What the run has written of its data beside their spec; {} where it has not.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    found = files.read_json(Path(workdir) / DATA)
-    said = found.get("said") if isinstance(found, Mapping) else None
-    return dict(said) if isinstance(said, Mapping) else {}
-
-
-def facts(said: Mapping) -> list[tuple[str, str]]:
-    """The rows of a table of what `kept` gives."""
-    return [(str(key).replace("_", " "), _words(value)) for key, value in said.items()]
-
-
-def _words(value) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_words(x)}" for key, x in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value))
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)

@@ -18,7 +18,7 @@ from train.draw.markup import (
     table,
 )
 from train.endings import ENDINGS
-from train.report import chance
+from train.report import chance, facts
 from train.runs import UNKNOWN, Workdir
 
 
@@ -42,7 +42,8 @@ def write(
     told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
-    said, level = chance.kept(told.path), chance.level(run.dataset)
+    said = facts.kept(told.path)
+    level = facts.level(said) or chance.level(run.dataset)
     reached = {} if level is None else {level.metric: level.value}
     sections = [
         ("verdict", "Verdict", _verdict(told, run, said, level)),
@@ -85,13 +86,21 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     versions = {label: told.versions for label, told in compared.items()}
     sections = [
         ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
-        ("curves", "Curves", _curves(compared, {})),
+        ("curves", "Curves", _curves(compared, _together(paths))),
         ("configs", "What the configs differ in", _differences(configs)),
         ("environment", "What the environments differ in", _differences(versions)),
     ]
     title = f"{len(compared)} runs beside one another"
     files.write_atomically(out, page(title, ", ".join(compared), sections))
     return out
+
+
+def _together(paths) -> dict[str, float]:
+    """What all the runs reach without reading the inputs, where they have kept it and
+    it is the same."""
+    levels = [facts.level(facts.kept(path)) for path in paths]
+    known = {(x.metric, round(x.value, 4)) for x in levels if x is not None}
+    return dict(known) if len(known) == 1 and None not in levels else {}
 
 
 def _writable(out: Path) -> Path:
@@ -123,17 +132,17 @@ def _verdict(told, run, said, level) -> str:
         (which, f"{step:,}", *(_number(s.get(n)) for n in names for s in scores))
         for which, step, *scores in _scored(told)
     ]
-    facts = [
+    measured = [
         ("parallel vs recurrent mode", told.gap()),
         ("parameters", _count(run.variables)),
         ("training steps took", told.took()),
         ("devices", told.devices()),
     ]
     parts = [paragraph(_sentence(told)), paragraph(level.said) if level else ""]
-    parts += [table(header, rows), table((), facts)]
-    if said:
-        parts += [paragraph("What the run took its data for:")]
-        parts += [table((), chance.facts(said))]
+    parts += [table(header, rows), table((), measured)]
+    if rows := facts.rows(said):
+        parts += [paragraph("What the run took its data for:"), table((), rows)]
+    parts += [paragraph(f"Warning: {text}") for text in facts.warned(said)]
     return "".join(parts)
 
 
