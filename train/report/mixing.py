@@ -66,7 +66,8 @@ def of(run: Run, stages: dict[str, dict]) -> dict[int, Mixing]:
         length = min(TOKENS, run.dataset.spec.length)
         if linear(layer, parts[trained], length):
             continue
-        entered = {k: _entered(run, v, batch, number) for k, v in stages.items()}
+        read = _reader(run, batch, number)
+        entered = {k: read(v) for k, v in stages.items()}
         if entered[trained] is None or entered[trained].ndim != 3:
             continue  # places of a grid have no one order
         try:
@@ -97,11 +98,14 @@ def precise(layer: nn.Module) -> nn.Module:
     return layer.clone(dtype=jnp.promote_types(layer.dtype, jnp.float32))
 
 
-def _entered(run: Run, variables: dict, batch: dict, number: int):
-    """The inputs [1, L, H] of a block's mixer when the model reads the example, without
-    padding; None of a mixer that is called by another name."""
+def _reader(run: Run, batch: dict, number: int):
+    """(variables of the model) -> the inputs [1, L, H] of a block's mixer when the model
+    reads the example, without padding; None of a mixer that is called by another
+    name."""
     stack, spec = run.model.stack(), run.dataset.spec
     kind = type(stack.pattern[number]().mixer())
+    mask = batch["mask"] if spec.padded else None
+    sequence = Sequence(mask, batch.get("reset"), batch.get("dt"))
 
     def kept(call, args, kwargs, context):
         module = context.module
@@ -110,15 +114,20 @@ def _entered(run: Run, variables: dict, batch: dict, number: int):
             module.sow(EXPOSED, "entered", args[0])
         return call(*args, **kwargs)
 
-    mask = batch["mask"] if spec.padded else None
-    sequence = Sequence(mask, batch.get("reset"), batch.get("dt"))
-    with nn.intercept_methods(kept):
-        _, shown = run.model.apply(
-            variables, batch["inputs"], sequence=sequence, mutable=[EXPOSED]
-        )
-    found = probe.mixer_variables(shown, stack, number).get(EXPOSED, {})
-    if "entered" not in found:
-        return None
-    # The model has moved real tokens to the front.
-    real = int(batch["mask"].reshape(-1, batch["mask"].shape[-1])[0].sum())
-    return found["entered"][0][:1, : max(1, real)]
+    @jax.jit
+    def shown(variables):
+        with nn.intercept_methods(kept):
+            _, found = run.model.apply(
+                variables, batch["inputs"], sequence=sequence, mutable=[EXPOSED]
+            )
+        return found
+
+    def read(variables):
+        found = probe.mixer_variables(shown(variables), stack, number).get(EXPOSED, {})
+        if "entered" not in found:
+            return None
+        # The model has moved real tokens to the front.
+        real = int(batch["mask"].reshape(-1, batch["mask"].shape[-1])[0].sum())
+        return found["entered"][0][:1, : max(1, real)]
+
+    return read
