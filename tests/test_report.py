@@ -250,8 +250,10 @@ def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_p
     assert "3: ant, bee, <cat>; the largest is bee, 40.0% of training" in text
     assert "Chance is 0.3750 on test: always answering bee" in text
     assert "Warning: the rows are <sorted>" in text
-    several = read(pages.compare([path, digits], tmp_path / "compare.html"))
-    assert "without reading the inputs" not in several.text["curves"]
+    out, line = tmp_path / "compare.html", "without reading the inputs"
+    assert line not in read(pages.compare([path, digits], out)).text["curves"]
+    shutil.copytree(path, tmp_path / "same")
+    assert line in read(pages.compare([path, tmp_path / "same"], out)).text["curves"]
 
 
 @pytest.mark.parametrize(

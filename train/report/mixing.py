@@ -99,9 +99,8 @@ def precise(layer: nn.Module) -> nn.Module:
 
 
 def _reader(run: Run, batch: dict, number: int):
-    """(variables of the model) -> the inputs [1, L, H] of a block's mixer when the model
-    reads the example, without padding; None of a mixer that is called by another
-    name."""
+    """(variables of the model) -> the inputs [1, L, H] of a block's mixer when the
+    model reads the example, without padding; None of a mixer of another name."""
     stack, spec = run.model.stack(), run.dataset.spec
     kind = type(stack.pattern[number]().mixer())
     mask = batch["mask"] if spec.padded else None

@@ -86,7 +86,7 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     versions = {label: told.versions for label, told in compared.items()}
     sections = [
         ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
-        ("curves", "Curves", _curves(compared, _together(paths))),
+        ("curves", "Curves", _curves(compared, _together(compared))),
         ("configs", "What the configs differ in", _differences(configs)),
         ("environment", "What the environments differ in", _differences(versions)),
     ]
@@ -95,10 +95,10 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     return out
 
 
-def _together(paths) -> dict[str, float]:
+def _together(compared: dict[str, Workdir]) -> dict[str, float]:
     """What all the runs reach without reading the inputs, where they have kept it and
     it is the same."""
-    levels = [facts.level(facts.kept(path)) for path in paths]
+    levels = [facts.level(facts.kept(told.path)) for told in compared.values()]
     known = {(x.metric, round(x.value, 4)) for x in levels if x is not None}
     return dict(known) if len(known) == 1 and None not in levels else {}
 
