@@ -10,17 +10,27 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+# Where Jupyter starts a kernel, and where a command of the root does.
+PLACES = (ROOT / "notebooks", ROOT)
+CASES = [(path, place) for path in NOTEBOOKS for place in PLACES]
+
+
 @pytest.mark.parametrize(
-    "path",
-    [NOTEBOOKS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS[1:])],
+    ("path", "place"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
     ids=lambda path: path.stem,
 )
-def test_notebook_runs(path):
+def test_notebook_runs(path, place):
+    images = PLACES[0] / "images"
+    before = sorted(images.iterdir())
     notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata.kernelspec.name == "python3", "that of any environment"
     client = NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=300, resources={"metadata": {"path": str(place)}}
     )
     client.execute()
+    assert sorted(images.iterdir()) == before
+    assert not (PLACES[0] / "notebooks").exists()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,9 +1,12 @@
 """The page of a run: every section, nothing from outside, and what it shows is so."""
 
+import dataclasses
 import html.parser
+import json
 import re
 import shutil
 
+import browser
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,14 +17,15 @@ import pytest
 from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
-from train import loop, main, probe, runs, sharding, state
+from layers.inside import EXPOSED
+from train import data, loop, main, probe, resolve, runs, sharding, state
 from train.checkpoint import CheckpointError
 from train.data.spec import Spec
 from train.draw import figures
-from train.report import answers, inside, pages
+from train.report import answers, chance, facts, inside, mixing, pages
 from train.report.__main__ import main as command
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
 TRAIN = dict(steps=2, batch_size=8, eval_every=2, log_every=1, checkpoint_every=2)
 
 
@@ -75,7 +79,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.open, self.ids, self.references, self.said = [], [], [], []
-        self.tags, self.text = set(), {}
+        self.tags, self.text, self.loose = set(), {}, []
         source = path.read_text(encoding="ascii")
         self.size = len(source)
         self.feed(source)
@@ -84,10 +88,13 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.handle_startendtag(tag, attributes)
         if tag not in VOID:
-            self.open.append((tag, dict(attributes).get("id")))
+            self.open.append((tag, attributes))
 
     def handle_startendtag(self, tag, attributes):
         self.tags.add(tag)
+        boxed = any(dict(a).get("class") == "wide" for _, a in self.open)
+        if tag == "table" and not boxed:
+            self.loose.append(tag)
         for name, value in attributes:
             if name == "id":
                 self.ids.append(value)
@@ -101,7 +108,9 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
-        section = next((i for tag, i in self.open if tag == "section"), "top")
+        section = next(
+            (dict(a)["id"] for tag, a in self.open if tag == "section"), "top"
+        )
         self.text[section] = self.text.get(section, "") + data
         if any(tag == "style" for tag, _ in self.open):
             assert "url(" not in data and "@import" not in data
@@ -117,8 +126,9 @@ def read(path):
     inside = {f"#{name}" for name in page.ids}
     for reference in page.references:
         assert reference in inside or reference.startswith("data:image/"), reference
-    assert not page.tags & {"script", "link", "iframe", "object", "img"}
+    assert not page.tags & {"script", "link", "iframe", "object"}
     assert page.size < 2_000_000
+    assert not page.loose, "a table that is in no box that scrolls"
     return page
 
 
@@ -140,8 +150,39 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
         assert f"{block}: trained" in page.text["filters"]
         assert block in page.text["spectra"]
     assert "of 144 are right" in page.text["answers"]
+    dataset = runs.load_run(digits).dataset
+    (batch,) = dataset.evaluation("train", dataset.num_examples("train"))
+    counts = np.bincount(batch["targets"])
+    level = chance.level(dataset)
+    assert level.metric == "accuracy" and level.value == counts.max() / counts.sum()
+    assert re.search(r"Chance is 0\.\d{4}.*: always answering", page.text["verdict"])
+    assert "without reading the inputs" in page.text["curves"]
     assert '"features": 6' in page.text["reproduce"]
     assert jax.__version__ in page.text["environment"]
+
+
+def test_reports_fit_into_wide_and_narrow_windows(digits, tmp_path):
+    one = pages.write(digits, tmp_path / "page.html")
+    other = tmp_path / "a run of a name that is long enough to be broken into lines"
+    shutil.copytree(digits, other)
+    several = pages.compare([digits, other], tmp_path / "compare.html")
+    browser.fits(one, several)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '<p style="width: 400px">wide</p>',
+        '<img src="data:image/png;base64,AAAA">',
+        '<script>console.log("hear me")</script>',
+        '<img src="missing.png">',
+    ],
+)
+def test_what_is_wrong_with_a_page_is_seen(wrong, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(f'<meta name="viewport" content="width=device-width">{wrong}')
+    with pytest.raises(AssertionError, match="'messages': "):
+        browser.fits(page)
 
 
 @pytest.mark.slow
@@ -160,6 +201,7 @@ def test_a_report_of_tokens_without_eigenvalues(tokens):
     assert page.sections() == [name for name in EVERY if name != "spectra"]
     assert "Accuracy by position" in page.text["answers"]
     assert len(re.findall("target  ", page.text["answers"])) == 3
+    assert "Chance is 0." in page.text["verdict"]
 
 
 @pytest.mark.slow
@@ -169,6 +211,60 @@ def test_a_report_of_a_regression(regression):
     assert "test error" in page.text["verdict"]
     assert "Predictions over targets" in page.text["answers"]
     assert "absolute error" in page.text["curves"]
+    assert "mean of the training targets has the error" in page.text["verdict"]
+    dataset = runs.load_run(regression).dataset
+    columns = dataset.sources["train"][:]
+    real = columns["targets"][columns["mask"]].astype(float)
+    level = chance.level(dataset)
+    assert level.metric == "loss"
+    assert_close(level.value, real.var(axis=0).mean(), dtype="float32")
+
+
+def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(digits, path)
+    length = {"min": 9, "median": 40, "max": 64}
+    said = {
+        "splits": {"train": {"sequences": 1153, "examined": 512, "length": length}},
+        "encoder": "scalar",
+        "dtype": "uint8",
+        "low": 0,
+        "high": 16,
+        "channels": 1,
+        "why": "numbers, as they have no names",
+        "normalised": {"mean": [0.25], "std": [0.5]},
+        "outputs": 3,
+        "classes": ["ant", "bee", "<cat>"],
+        "largest": {"class": "bee", "share": 0.4},
+        "loss": "classification",
+        "chance": {"split": "test", "metric": "accuracy", "value": 0.375},
+        "warnings": ["the rows are <sorted>"],
+    }
+    spec = dataclasses.asdict(runs.load_run(digits).dataset.spec)
+    kept = {"spec": spec, "examples": {}, "said": said}
+    (path / "data.json").write_text(json.dumps(kept))
+    text = read(pages.write(path)).text["verdict"]
+    assert "1,153 sequences of 9 to 64 (median 40) tokens; 512 were looked at" in text
+    assert "uint8 in [0, 16], 1 channel: numbers, as they have no names" in text
+    assert "mean 0.25, std 0.5" in text
+    assert "3: ant, bee, <cat>; the largest is bee, 40.0% of training" in text
+    assert "Chance is 0.3750 on test: always answering bee" in text
+    assert "Warning: the rows are <sorted>" in text
+    out, line = tmp_path / "compare.html", "without reading the inputs"
+    assert line not in read(pages.compare([path, digits], out)).text["curves"]
+    shutil.copytree(path, tmp_path / "same")
+    assert line in read(pages.compare([path, tmp_path / "same"], out)).text["curves"]
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"said": 3}, {"said": {"splits": 1, "chance": {"metric": 2}}}]
+)
+def test_facts_of_the_data_that_cannot_be_are_left_out(said, tmp_path):
+    assert facts.kept(tmp_path) == {}
+    (tmp_path / "data.json").write_text(json.dumps(said))
+    found = facts.kept(tmp_path)
+    assert facts.rows(found) == facts.warned(found) == []
+    assert facts.level(found) is None
 
 
 def test_an_unfinished_run_has_a_report_too(digits, tokens, tmp_path):
@@ -344,12 +440,12 @@ def test_a_layer_that_reads_the_future_gets_its_impulse_in_the_middle():
     assert np.all(block.responses["now"].memory > 0)
 
 
-def shown(loss, inputs, outputs, targets, **spec):
+def shown(loss, inputs, answered, targets, **spec):
     """The section of made-up answers, its text."""
     n, mask = len(inputs), spec.pop("mask", None)
     mask = np.ones(inputs.shape[:2], bool) if mask is None else mask
     confidence = None if loss == "regression" else np.linspace(0.5, 0.9, n)
-    found = answers.Answers("test", n + 3, inputs, targets, mask, outputs, confidence)
+    found = answers.Answers("test", n + 3, inputs, targets, mask, answered, confidence)
     return answers.section(
         found,
         Spec(**dict(encoder="scalar", length=1, outputs=4, loss=loss) | spec),
@@ -363,9 +459,9 @@ def test_answers_are_shown_as_pictures_lines_or_text():
     said = shown(
         "classification", rng.normal(size=(5, 16)), outputs, targets, encoder="scalar"
     )
-    assert "3 of 5 are right" in said and "the first 5 of 8 examples" in said
-    assert said.count("data:image/png") == 6  # five pictures, and the confusion
-    assert said.index("(90%)") < said.index("(70%)")
+    assert "3 of 5 are right" in said and "; 5 of 8 examples, evenly spaced" in said
+    assert said.count("data:image/png") == 5 and 'class="counts"' in said
+    assert "(90%)" in said and "(70%)" in said
     lines = shown(
         "classification",
         rng.normal(size=(5, 16, 2)),
@@ -373,7 +469,7 @@ def test_answers_are_shown_as_pictures_lines_or_text():
         targets,
         encoder="scalar",
     )
-    assert lines.count("data:image/png") == 1
+    assert lines.count("<svg ") == 5 and "data:image/png" not in lines
     colour = rng.integers(0, 255, (5, 4, 4, 3), np.uint8)
     said = shown(
         "classification",
@@ -383,7 +479,7 @@ def test_answers_are_shown_as_pictures_lines_or_text():
         encoder="image",
         mask=np.ones((5, 16), bool),
     )
-    assert said.count("data:image/png") == 6
+    assert said.count("data:image/png") == 5
     words = rng.integers(0, 3, (5, 300))
     said = shown(
         "classification",
@@ -406,12 +502,77 @@ def test_answers_are_shown_as_pictures_lines_or_text():
     assert "(90%)</th>" in said
 
 
+def test_examples_are_of_every_class_and_classes_have_their_names():
+    """The file is sorted, and the model is right but for one class."""
+    targets = np.repeat(np.arange(5), 20)
+    outputs = np.where(targets == 3, 0, targets)
+    names = ("ant", "bee", "cat", "dog", "<elk>")
+    said = shown(
+        "classification",
+        np.zeros((100, 7)),
+        outputs,
+        targets,
+        encoder="scalar",
+        outputs=5,
+        classes=names,
+    )
+    right = said[said.index("Right, 80") : said.index("Wrong, 20")]
+    found = re.findall('<div class="name">(.*?)</div>', right)
+    assert sorted({*found}) == ["&lt;elk&gt;", "ant", "bee", "cat"]
+    assert len(found) == answers.SHOWN
+    assert f"dog {answers.ARROW} ant (" in said and "<elk>" not in said
+    assert '<th scope="row">bee</th>' in said
+
+
+def test_many_classes_are_shown_by_some_of_them():
+    classes = np.arange(100) % 30
+    rows = answers.mixed(classes, np.arange(100))
+    assert len(rows) == answers.SHOWN == len({*classes[rows]})
+    assert {0, 29} <= {*classes[rows]}
+    assert answers.mixed(classes, []).size == 0
+    few = answers.mixed(np.zeros(3, int), [2, 1])
+    np.testing.assert_array_equal(few, [2, 1])
+
+
+def untrained(config):
+    """A run at its first step."""
+    dataset = data.load(config.data)
+    config = resolve.complete(config, dataset.spec)
+    model = build(config.model)
+    batch = next(iter(dataset.evaluation("train", 1)))
+    init = jax.jit(lambda key: state.init_variables(model, batch, key))
+    return runs.Run(config, dataset, model, init(jax.random.key(0)), 0)
+
+
+def test_a_layer_that_selects_shows_how_it_mixes_one_example():
+    """Of the values that it shows in the model's own call, the matrix makes what it
+    shows as their mixture; a GRU has no values, and an LRU has filters."""
+    config = small(common.base(), ("gru", "lru", "mamba"), dropout=0.0)
+    config.data.update(name="digits", target="label")
+    config.model.depth = 3
+    run = untrained(config)
+    kinds = mixing.kinds(run)
+    assert kinds == {2: 64}
+    (shown,) = mixing.of(run, {"trained": run.variables}, kinds)
+    assert shown.title == "block 3, Mamba" and shown.channels == (12,)
+    batch = next(iter(run.dataset.evaluation(shown.split, 1)))
+    _, exposed = jax.jit(lambda *x: run.model.apply(*x, mutable=[EXPOSED]))(
+        run.variables, batch["inputs"]
+    )
+    exposed = probe.mixer_variables(exposed, run.model.stack(), 2)[EXPOSED]
+    values, mixed = (exposed[k][0][0, :, shown.channel[0]] for k in ("values", "mixed"))
+    M = shown.matrices["trained"]
+    assert M.shape == (64, 64) and np.abs(np.triu(M, 1)).max() == 0
+    assert np.abs(np.tril(M, -1)).max() > 0
+    assert_close(M @ values, mixed, "gradient")
+
+
 def test_regressed_values_are_shown():
     x = np.linspace(-1, 1, 20)
     said = shown(
         "regression", np.tile(x[:, None], (1, 5)), 2 * x[:, None], x, encoder="scalar"
     )
-    assert "-1 \N{RIGHTWARDS ARROW} -2" in said
+    assert "1 \N{RIGHTWARDS ARROW} 2" in said
     one = shown(
         "regression", np.ones((1, 5)), np.ones((1, 1)), np.ones(1), encoder="scalar"
     )
@@ -430,8 +591,11 @@ def test_figures_of_long_sequences_and_deep_stacks_stay_small():
     responses = {"initial": response(), "trained": response()}
     block = probe.Block("block", np.arange(9), np.arange(L), responses)
     one = figures.filters([block]) + figures.spectra([block], L)
-    assert len(one) * figures.BLOCKS < 1_700_000
+    assert sum(len(panel.content) for panel in one) * figures.BLOCKS < 1_700_000
     block = block._replace(lags=block.lags[:1])
     few = {k: probe.Response(np.ones((9, 1)), np.ones(1), None) for k in responses}
     many = figures.filters([block._replace(responses=few)] * (figures.BLOCKS + 5))
-    assert many.count("size over all features") == figures.BLOCKS
+    titles = [panel.title for panel in many]
+    assert titles.count("size over all features") == figures.BLOCKS
+    ids = [i for panel in many for i in re.findall(r'\bid="([^"]*)"', panel.content)]
+    assert len({*ids}) == len(ids)

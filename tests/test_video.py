@@ -2,6 +2,7 @@
 
 import json
 
+import browser
 import flax.linen as nn
 import jax
 import jax.flatten_util
@@ -341,7 +342,9 @@ def test_a_run_ends_in_rollouts_and_a_report(tmp_path, capsys):
     assert (tmp_path / rollout.PNG).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / rollout.GIF).read_bytes().startswith(b"GIF8")
     page = pages.write(tmp_path).read_text()
-    assert page.count("data:image/") == 2 and "frames ahead" in page
+    # Of each clip the context, and truth and prediction of what follows; a film.
+    assert page.count("data:image/png") == 3 * (3 + 2 * 4)
+    assert page.count("data:image/gif") == 1 and "frames ahead" in page
     capsys.readouterr()
     arguments = ["--workdir", str(tmp_path), "--horizon", "2", "--clips", "2"]
     assert rollout.main(arguments) == 0
@@ -357,6 +360,12 @@ def test_a_run_ends_in_rollouts_and_a_report(tmp_path, capsys):
     with pytest.raises(SystemExit):
         rollout.main(["--workdir", str(tmp_path), "--horizon", "-1"])
     assert "rollout.horizon must be 0 or more, got -1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_report_of_rollouts_fits_into_wide_and_narrow_windows(tmp_path):
+    loop.run(tiny(), tmp_path)
+    browser.fits(pages.write(tmp_path))
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What a kind of task checks before a run, makes at its end and shows in the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +27,13 @@ class Ending(NamedTuple):
     Attributes:
         check: raises a `ValueError` before training where `make` could not run after.
         make: writes its files into the workdir; what it adds to results.json.
-        sections: of the report.
+        sections: of the report, given the scores that are reached without reading the
+            inputs.
     """
 
     check: Callable[[ConfigDict, Spec, nn.Module], None]
     make: Callable[[Run, Path], dict]
-    sections: Callable[[Workdir, Run], list[Section]]
+    sections: Callable[[Workdir, Run, Mapping[str, float]], list[Section]]
 
 
 def _nothing_to_check(config, spec, model) -> None:

@@ -84,10 +84,9 @@ def blocks(model, stages: dict[str, dict], length: int) -> list[Block]:
     compiled = [_probe(make().mixer(), length) for make in stack.pattern]
     found = []
     for number in signals.stoppable(range(stack.depth)):
-        repeat, kind = divmod(number, len(stack.pattern))
-        layer, features, lags, respond = compiled[kind]
+        layer, features, lags, respond = compiled[number % len(stack.pattern)]
         responses = {
-            name: respond(_mixer_variables(variables, stack, repeat, kind))
+            name: respond(mixer_variables(variables, stack, number))
             for name, variables in stages.items()
         }
         title = f"block {number + 1}, {type(layer).__name__}"
@@ -95,8 +94,10 @@ def blocks(model, stages: dict[str, dict], length: int) -> list[Block]:
     return found
 
 
-def _mixer_variables(variables, stack, repeat, kind):
-    """Those of one mixer; the repeated blocks have a leading axis of repetitions."""
+def mixer_variables(variables: dict, stack: nn.Module, number: int) -> dict:
+    """Those of the mixer of block `number`, from 0, among a model's variables; the
+    repeated blocks have a leading axis of repetitions."""
+    repeat, kind = divmod(number, len(stack.pattern))
     repeated = repeat < stack.depth // len(stack.pattern)
     path = ("repeated", f"block_{kind}") if repeated else (f"rest_{kind}",)
     found = {}

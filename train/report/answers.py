@@ -1,6 +1,7 @@
 """A model's answers to examples of a split, and how a page shows them."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -10,18 +11,20 @@ import numpy as np
 from ssm.sequence import Sequence
 from train import signals
 from train.draw import figures
-from train.draw.markup import figure, paragraph, table, text
+from train.draw.markup import counts, figure, paragraph, table, text
 from train.losses import IGNORED
+from train.report import some
 from train.runs import Run
 
 LIMIT = 2**20  # tokens that are answered, or one batch
 SHOWN = 8  # right and wrong examples
 TOKENS = 200  # of an example that is shown as text
+CLASSES = 20  # at most, in a table of them
 ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 class Answers(NamedTuple):
-    """The answers to the first examples of a split.
+    """The answers to examples of a split, evenly spaced where there are many.
 
     Attributes:
         split, total: which one, and how many examples it has.
@@ -45,17 +48,15 @@ def answer(run: Run) -> Answers:
     split = next(s for s in ("validation", "test", "train") if s in sources)
     total, options = run.dataset.num_examples(split), run.config.train
     size = min(options.eval_batch_size or options.batch_size, total)
+    dataset = some.of(run.dataset, split, LIMIT, size)
     compiled = _compiled(run.model, spec)
-    kept, tokens = [], 0
-    for batch in signals.stoppable(run.dataset.evaluation(split, size)):
+    kept = []
+    for batch in signals.stoppable(dataset.evaluation(split, size)):
         outputs, confidence = jax.device_get(compiled(run.variables, dict(batch)))
         found = {k: batch[k] for k in ("inputs", "targets", "mask")}
         found |= {"outputs": outputs, "confidence": confidence}
         real = batch["mask"].reshape(size, -1).any(axis=1)
         kept.append({k: None if v is None else v[real] for k, v in found.items()})
-        tokens += batch["mask"].size
-        if tokens >= LIMIT:
-            break
     columns = {
         k: None if first is None else np.concatenate([row[k] for row in kept])
         for k, first in kept[0].items()
@@ -78,64 +79,110 @@ def _compiled(model, spec):
     return answered
 
 
-def section(found: Answers, spec, step: int) -> str:
-    """HTML: how right the answers are, and examples."""
+def section(found: Answers, spec, step: int, chance: float | None = None) -> str:
+    """HTML: how right the answers are, and examples, right and wrong ones of every
+    kind. `chance` is the accuracy without reading the inputs, where it is known."""
     shown = {"classification": _classes, "token": _tokens, "regression": _values}
     said = f"The {found.split} split, checkpoint of step {step:,}"
     if len(found.outputs) < found.total:
-        said += f"; the first {len(found.outputs):,} of {found.total:,} examples"
-    return paragraph(said + ".", "soft") + shown[spec.loss](found, spec)
+        said += f"; {len(found.outputs):,} of {found.total:,} examples, evenly spaced"
+    return paragraph(said + ".", "soft") + shown[spec.loss](found, spec, chance)
 
 
-def _classes(found, spec):
+def _classes(found, spec, chance):
     targets, answers = found.targets, found.outputs
-    counts = np.zeros((spec.outputs, int(max(spec.outputs, answers.max() + 1))))
-    np.add.at(counts, (targets, answers), 1)
+    table_of = np.zeros((spec.outputs, int(max(spec.outputs, answers.max() + 1))))
+    np.add.at(table_of, (targets, answers), 1)
     right, wrong = (np.flatnonzero(x) for x in (answers == targets, answers != targets))
     wrong = wrong[np.argsort(-found.confidence[wrong], kind="stable")]
     caption = (
         f"{len(right):,} of {len(targets):,} are right. Rows: the class; columns: "
     )
     caption += "the answer; colour: its share of the class."
-    parts = [figure(figures.confusion(counts, spec.classes), caption)]
-    right, surest = right[:SHOWN], wrong[:SHOWN]
-    labels = _names(targets[right], spec)
-    parts.append(_examples(found, spec, right, labels, "Right: the first of the split"))
-    told = zip(
-        _names(targets[surest], spec),
-        _names(answers[surest], spec),
-        found.confidence[surest],
+    if table_of.shape[1] <= CLASSES:
+        names = _names(range(table_of.shape[1]), spec)
+        drawn = counts(table_of, names[: len(table_of)], names)
+        parts = [drawn, paragraph(caption, "soft")]
+    else:
+        parts = [figure(figures.confusion(table_of), caption)]
+    rule = "a class at a time"
+    chosen = mixed(targets, right)
+    labels = _names(targets[chosen], spec)
+    title = f"Right, {len(right):,} in all: the first of the split, {rule}"
+    parts.append(_examples(found, spec, chosen, labels, title))
+    chosen = mixed(targets, wrong)
+    named = zip(
+        _names(targets[chosen], spec),
+        _names(answers[chosen], spec),
+        found.confidence[chosen],
         strict=True,
     )
-    labels = [f"{target} {ARROW} {it} ({sure:.0%})" for target, it, sure in told]
-    title = f"Wrong, {len(wrong):,} in all: those of which the model was surest"
-    parts.append(_examples(found, spec, surest, labels, title))
+    labels = [f"{target} {ARROW} {said} ({sure:.0%})" for target, said, sure in named]
+    title = f"Wrong, {len(wrong):,} in all: those of which the model was surest, {rule}"
+    parts.append(_examples(found, spec, chosen, labels, title))
     return "".join(parts)
 
 
-def _tokens(found, spec):
+def mixed(classes: np.ndarray, rows: Iterable[int], most: int = SHOWN) -> np.ndarray:
+    """At most `most` of the rows: the first of every class, then the second of every
+    class and so on, in the order of the classes; of more classes than that, some that
+    are evenly spaced.
+
+    Args:
+        classes: [n], of all rows.
+        rows: some of them, the best first.
+        most: how many are taken.
+    """
+    queues = {}
+    for row in rows:
+        queues.setdefault(classes[row], []).append(row)
+    queues = figures.spread([queues[k] for k in sorted(queues)], most)
+    rounds = [
+        (turn, place, row)
+        for place, queue in enumerate(queues)
+        for turn, row in enumerate(queue[:most])
+    ]
+    taken = sorted(rounds)[:most]
+    by_class = sorted(taken, key=lambda item: (item[1], item[0]))
+    return np.array([row for _, _, row in by_class], int)
+
+
+def _tokens(found, spec, chance):
     counted = found.mask & (found.targets != IGNORED)
     correct = counted & (found.outputs == found.targets)
     caption = (
         f"Accuracy by position; {correct.sum():,} of {counted.sum():,} tokens are "
     )
-    parts = [figure(figures.positions(correct, counted), caption + "right.")]
-    parts.append(paragraph("The first examples, wrong answers underlined:", "soft"))
-    for row in range(min(3, len(counted))):
+    parts = [figure(figures.positions(correct, counted, chance), caption + "right.")]
+    said = (
+        "The example with the most right answers, one in the middle and the one with "
+    )
+    parts.append(paragraph(said + "the fewest; wrong answers are underlined:", "soft"))
+    answered = np.flatnonzero(counted.any(axis=1))
+    share = correct[answered].sum(axis=1) / counted[answered].sum(axis=1)
+    order = answered[np.argsort(-share, kind="stable")]
+    for row in figures.spread(order, 3):
         places = np.flatnonzero(counted[row])[:TOKENS]
         targets, answers = found.targets[row, places], found.outputs[row, places]
-        marked = [
-            text(word) if target == token else f"<mark>{text(word)}</mark>"
-            for word, target, token in zip(
-                _names(answers, spec), targets, answers, strict=True
-            )
-        ]
-        said = text(" ".join(_names(targets, spec)))
+        said, marked = [], []
+        # In columns: a box that scrolls shows each answer below its target.
+        for word, target, same in zip(
+            _names(answers, spec),
+            _names(targets, spec),
+            answers == targets,
+            strict=True,
+        ):
+            width = max(len(word), len(target))
+            space = " " * (width - len(word))
+            said.append(target.ljust(width))
+            word = text(word) if same else f"<mark>{text(word)}</mark>"
+            marked.append(word + space)
+        said = text(" ".join(said))
         parts.append(f"<pre>target  {said}\nanswer  {' '.join(marked)}</pre>\n")
     return "".join(parts)
 
 
-def _values(found, spec):
+def _values(found, spec, chance):
     outputs, targets = found.outputs, found.targets
     if targets.ndim == outputs.ndim - 1:
         targets = targets[..., None]
@@ -148,15 +195,18 @@ def _values(found, spec):
     if per_token:
         error = (error * real).sum(axis=1) / np.maximum(real.sum(axis=1), 1)
     order = np.argsort(error, kind="stable")
-    few = max(1, min(len(order), SHOWN // 2 if per_token else SHOWN) // 2)
-    chosen = order if len(order) == 1 else np.r_[order[:few], order[-few:]]
-    title = "the smallest errors, then the largest"
+    chosen = figures.spread(order, SHOWN // 2 if per_token else SHOWN)
+    title = "from the smallest error to the largest, evenly spaced between them"
     if per_token:
-        drawn = figures.followed(outputs[chosen], targets[chosen], found.mask[chosen])
-        parts.append(figure(drawn, f"Output 0 by token: {title}.", above=True))
+        labels = [f"error {error[i]:.3g}" for i in chosen]
+        drawn = figures.followed(
+            outputs[chosen], targets[chosen], found.mask[chosen], labels
+        )
+        caption = f"Output 0 by token, {title}."
+        parts.append(figure(drawn, caption, columns=2, above=True))
     else:
         labels = [f"{targets[i, 0]:.3g} {ARROW} {outputs[i, 0]:.3g}" for i in chosen]
-        title = f"Target {ARROW} prediction of output 0: {title}"
+        title = f"Target {ARROW} prediction of output 0, {title}"
         parts.append(_examples(found, spec, chosen, labels, title))
     return "".join(parts)
 
@@ -175,10 +225,13 @@ def _examples(found, spec, rows, labels, title):
         return paragraph(f"{title}.", "soft") + table((), shown)
     images = _images(inputs, mask, spec)
     if images is not None:
-        return figure(figures.pictures(images, labels), f"{title}.", above=True)
+        drawn = figures.pictures(images, labels)
+        look = dict(columns=figures.THUMBS, least=5, above=True)
+        return figure(drawn, f"{title}.", **look)
     if mask.ndim == 3:  # two documents, one after the other
         inputs, mask = (x.reshape(len(x), -1, *x.shape[3:]) for x in (inputs, mask))
-    return figure(figures.lines(inputs, mask, labels), f"{title}.", above=True)
+    drawn = figures.lines(inputs, mask, labels)
+    return figure(drawn, f"{title}.", columns=4, least=9.5, above=True)
 
 
 def _images(inputs, mask, spec):

@@ -1,30 +1,72 @@
 """What is to be seen inside a trained model: filters, spectra, its answers."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from layers.models.model import Model
 from train import checkpoint, probe
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
-from train.report import answers
+from train.report import answers, mixing
 from train.runs import DataError, Run, Workdir
 
 
-def sections(told: Workdir, run: Run) -> list[Section]:
-    """Of a `Model`; none of another kind of model."""
+def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
+    """Of a `Model`; none of another kind of model. `reached`: the scores without
+    reading the inputs."""
     if not isinstance(run.model, Model):
         return []
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, told.config.model.length)
+    selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
+    linear = [block for i, block in enumerate(blocks) if i % pattern not in selective]
+    shown = remark + _filters(told, run, linear) if linear else ""
+    mixed = ""
     try:
-        found = answers.section(answers.answer(run), run.spec, run.step)
+        if selective:
+            mixed = _mixing(run, mixing.of(run, stages, selective))
+            mixed = mixed if shown else remark + mixed
+        found = answers.section(
+            answers.answer(run), run.spec, run.step, reached.get("accuracy")
+        )
     except DataError as error:
         found = paragraph(f"The answers cannot be shown: {error}.", "soft")
     return [
-        ("filters", "Learned filters", remark + _filters(told, run, blocks)),
+        ("filters", "Learned filters", shown),
+        ("mixing", "What a token reads", mixed),
         ("spectra", "Spectra and timescales", _spectra(told, blocks)),
         ("answers", "Answers", found),
     ]
+
+
+def _mixing(run, found: list[mixing.Mixing]) -> str:
+    """A figure for each kind of layer."""
+    parts = []
+    for mixed in found:
+        place = "one channel"
+        if mixed.channels:
+            place = f"channel {_place(mixed.channel, 1)} of {_place(mixed.channels)}"
+        length = len(next(iter(mixed.matrices.values())))
+        caption = (
+            f"How {mixed.title} mixes the first {length:,} tokens of the first example "
+            f"of the {mixed.split} split, checkpoint of step {run.step:,}: a row says "
+            "how much that token takes of the value of every other, blue added and "
+            "orange subtracted. Its own, on the diagonal, is left out, as a skip "
+            f"connection would dwarf the rest. Of {place}, which takes the most from "
+            "the past. What this layer lets pass depends on the input, so it has no "
+            "filters."
+        )
+        drawn = figures.matrices(
+            {f"{mixed.title}: {stage}": M for stage, M in mixed.matrices.items()}
+        )
+        parts.append(figure(drawn, caption, columns=2))
+    return "".join(parts)
+
+
+def _place(numbers: tuple[int, ...], first: int = 0) -> str:
+    """Numbers of the axes, as 4 x 16; those of a place are counted from `first`."""
+    return (", " if first else " x ").join(str(i + first) for i in numbers)
 
 
 def _stages(run) -> tuple[dict, str]:
@@ -41,19 +83,18 @@ def _filters(told, run, blocks) -> str:
     block, L = blocks[0], told.config.model.length
     lines = min(len(block.features), figures.LINES)
     caption = (
-        f"Checkpoint of step {run.step:,}. Left: what a block's mixer alone answers "
+        f"Checkpoint of step {run.step:,}. What a block's mixer alone answers to a "
     )
-    caption += (
-        f"to a unit impulse, in {lines} of the features, each after an impulse in "
-    )
+    caption += f"unit impulse, in {lines} of the features, each after an impulse in "
     caption += "itself; its answer to silence is subtracted, and lag 0, where a skip "
     caption += (
-        "connection would dwarf the rest, is left out. Right: root mean square of "
+        "connection would dwarf the rest, is left out. Size: root mean square of "
     )
     caption += f"the whole output over impulses in {len(block.features)} features."
     if len(block.lags) < L:
         caption += f" The first {len(block.lags):,} of {L:,} tokens."
-    return figure(figures.filters(blocks), caption + _not_all(blocks))
+    columns = len(block.responses) + 1
+    return figure(figures.filters(blocks), caption + _not_all(blocks), columns)
 
 
 def _spectra(told, blocks) -> str:
@@ -86,7 +127,7 @@ def _spectra(told, blocks) -> str:
             ]
             cells.append(f"{np.mean(times > L):.0%}")
         rows.append((block.title, *cells, np.count_nonzero(response.log_a.real >= 0)))
-    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks))
+    drawn = figure(figures.spectra(blocks, L), caption + _not_all(blocks), 3)
     return drawn + table((*header, "do not decay"), rows)
 
 

@@ -18,7 +18,8 @@ from train.draw.markup import (
     table,
 )
 from train.endings import ENDINGS
-from train.runs import UNKNOWN, Workdir
+from train.report import chance, facts
+from train.runs import UNKNOWN, DataError, Run, Workdir
 
 
 def write(
@@ -41,10 +42,13 @@ def write(
     told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
+    said = facts.kept(told.path)
+    level = facts.level(said) or _chance(run)
+    reached = {} if level is None else {level.metric: level.value}
     sections = [
-        ("verdict", "Verdict", _verdict(told, run)),
-        ("curves", "Curves", _curves({told.name: told})),
-        *ENDINGS[run.spec.loss].sections(told, run),
+        ("verdict", "Verdict", _verdict(told, run, said, level)),
+        ("curves", "Curves", _curves({told.name: told}, reached)),
+        *ENDINGS[run.spec.loss].sections(told, run, reached),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]
@@ -54,6 +58,13 @@ def write(
     title = f"{told.layer} on {told.config.data.name}"
     files.write_atomically(out, page(title, subtitle, sections))
     return out
+
+
+def _chance(run: Run) -> chance.Level | None:
+    try:
+        return chance.level(run.dataset)
+    except DataError:
+        return None
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
@@ -82,13 +93,21 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     versions = {label: told.versions for label, told in compared.items()}
     sections = [
         ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
-        ("curves", "Curves", _curves(compared)),
+        ("curves", "Curves", _curves(compared, _together(compared))),
         ("configs", "What the configs differ in", _differences(configs)),
         ("environment", "What the environments differ in", _differences(versions)),
     ]
     title = f"{len(compared)} runs beside one another"
     files.write_atomically(out, page(title, ", ".join(compared), sections))
     return out
+
+
+def _together(compared: dict[str, Workdir]) -> dict[str, float]:
+    """What all the runs reach without reading the inputs, where they have kept it and
+    it is the same."""
+    levels = [facts.level(facts.kept(told.path)) for told in compared.values()]
+    known = {(x.metric, round(x.value, 4)) for x in levels if x is not None}
+    return dict(known) if len(known) == 1 and None not in levels else {}
 
 
 def _writable(out: Path) -> Path:
@@ -110,7 +129,7 @@ def _labelled(runs: list[Workdir]) -> dict[str, Workdir]:
     return dict(zip(labels, runs, strict=True))
 
 
-def _verdict(told, run) -> str:
+def _verdict(told, run, said, level) -> str:
     name, label = told.score
     names = (name,) if name == "loss" else (name, "loss")
     header = ["", "step"]
@@ -120,13 +139,18 @@ def _verdict(told, run) -> str:
         (which, f"{step:,}", *(_number(s.get(n)) for n in names for s in scores))
         for which, step, *scores in _scored(told)
     ]
-    facts = [
+    measured = [
         ("parallel vs recurrent mode", told.gap()),
         ("parameters", _count(run.variables)),
         ("training steps took", told.took()),
         ("devices", told.devices()),
     ]
-    return paragraph(_sentence(told)) + table(header, rows) + table((), facts)
+    parts = [paragraph(_sentence(told)), paragraph(level.said) if level else ""]
+    parts += [table(header, rows), table((), measured)]
+    if rows := facts.rows(said):
+        parts += [paragraph("What the run took its data for:"), table((), rows)]
+    parts += [paragraph(f"Warning: {text}") for text in facts.warned(said)]
+    return "".join(parts)
 
 
 def _scored(told):
@@ -158,7 +182,7 @@ def _sentence(told) -> str:
     return said + ". The test split has selected nothing." * bool(test)
 
 
-def _curves(runs: dict[str, Workdir]) -> str:
+def _curves(runs: dict[str, Workdir], reached: dict[str, float]) -> str:
     several = len(runs) > 1
     panels = []
     for name in ("loss", "accuracy", "absolute_error"):
@@ -176,7 +200,10 @@ def _curves(runs: dict[str, Workdir]) -> str:
         return paragraph("Nothing was logged yet.")
     caption = "Training values are means over the steps between two logs, with the "
     caption += "dropout and augmentation of the run; validation has neither."
-    return figure(figures.curves(rows, panels), caption)
+    if reached:
+        caption += " Dotted: what is reached without reading the inputs."
+    lines = figures.key(list(rows)) if several else ()
+    return figure(figures.curves(rows, panels, reached), caption, columns=2, key=lines)
 
 
 def _reproduce(told) -> str:

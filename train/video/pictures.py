@@ -1,7 +1,7 @@
-"""Rollouts to look at: a sheet of frames as PNG, a film as GIF.
+"""Rollouts to look at: a sheet of frames as PNG, strips of them for a page, a film as
+GIF.
 
 Frames are uint8, or floats in [0, 1], [..., h, w, C] with 1 or 3 channels.
-`markup.picture` sets both into a page.
 """
 
 import io
@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from train.draw.figures import AFTER, SOFT, STYLE, WIDTH, spread
+from train.draw.figures import AFTER, SOFT, STYLE, WIDTH, png, spread
+from train.draw.markup import Panel, image
 from train.video.metrics import check_frames
 
 CONTEXTS, HORIZONS = 3, 6  # columns of a sheet
@@ -32,8 +33,7 @@ def contact_sheet(context, truth, prediction) -> bytes:
         ValueError: frames of another form.
     """
     context, truth, prediction = _frames(context, truth, prediction, 5)
-    T, H = context.shape[1], truth.shape[1]
-    seen, ahead = spread(np.arange(T), CONTEXTS), spread(np.arange(H), HORIZONS)
+    seen, ahead = _columns(context, truth)
     with matplotlib.rc_context(STYLE):
         columns, rows = len(seen) + len(ahead), 2 * len(truth)
         side = WIDTH / columns
@@ -53,10 +53,45 @@ def contact_sheet(context, truth, prediction) -> bytes:
             for axis, label in ((upper[0], "truth"), (lower[len(seen)], "prediction")):
                 # Readable on a dark page and on a light one, as a PNG has no page.
                 axis.set_ylabel(label, color=SOFT, fontsize=8)
-        labels = [f"seen {t + 1}" for t in seen] + [f"+{t + 1}" for t in ahead]
+        labels = _labels(seen, ahead)
         for axis, label in zip(axes[0], labels, strict=True):
             axis.set_title(label, color=SOFT, fontsize=8)
         return _png(figure)
+
+
+def strips(context, truth, prediction) -> list[list[Panel]]:
+    """The frames of `contact_sheet`, one by one so that a narrow page breaks the row:
+    of each clip those seen, then the truth above the prediction.
+
+    Args:
+        context: [n, T, h, w, C].
+        truth, prediction: [n, H, h, w, C].
+
+    Raises:
+        ValueError: frames of another form.
+    """
+    context, truth, prediction = _frames(context, truth, prediction, 5)
+    seen, ahead = _columns(context, truth)
+    labels = _labels(seen, ahead)
+    strips = []
+    for before, true, predicted in zip(context, truth, prediction, strict=True):
+        shown = [image(png(before[t]), f"seen, frame {t + 1}") for t in seen]
+        for t in ahead:
+            pair = ((true, "truth"), (predicted, "prediction"))
+            images = [image(png(x[t]), f"{what}, +{t + 1}") for x, what in pair]
+            shown.append("".join(images))
+        strips.append([Panel(*pair) for pair in zip(labels, shown, strict=True)])
+    return strips
+
+
+def _columns(context, truth) -> tuple[np.ndarray, np.ndarray]:
+    """The frames of the context and of what follows that are shown."""
+    T, H = context.shape[1], truth.shape[1]
+    return spread(np.arange(T), CONTEXTS), spread(np.arange(H), HORIZONS)
+
+
+def _labels(seen, ahead) -> list[str]:
+    return [f"seen {t + 1}" for t in seen] + [f"+{t + 1}" for t in ahead]
 
 
 def gif(context, truth, prediction) -> bytes:

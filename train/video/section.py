@@ -1,16 +1,18 @@
 """Rollouts of a video model as a section of its report."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from layers.models.video import Video
 from train import runs
-from train.draw.markup import Section, paragraph, picture, table
+from train.draw.markup import Section, figure, paragraph, picture, table
 from train.runs import DataError, Run, Workdir
 from train.video import pictures, rollout
 
 
-def sections(told: Workdir, run: Run) -> list[Section]:
-    """Rollouts of a `Video`; none of another kind of model."""
+def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
+    """Rollouts of a `Video`, whose scores stand beside those of repeating the last
+    frame; none of another kind of model."""
     if not isinstance(run.model, Video):
         return []
     try:
@@ -29,22 +31,23 @@ def _rollouts(told, run) -> str:
     said += f"frames and then its own answers for {ahead}."
     parts = [paragraph(said)]
     if found.truth.ndim == 5:
-        parts += [picture(sheet, caption) for sheet, caption in _pictures(found)]
+        parts += _pictures(found)
     if scored := (told.results or {}).get("rollout"):
         check(told.path / runs.RESULTS, scored)
         parts.append(_by_horizon(scored))
     return "".join(parts)
 
 
-def _pictures(found):
-    yield (
-        pictures.contact_sheet(*found.frames()),
-        "Frames of the context and of what follows: truth above, prediction below.",
-    )
-    yield (
-        pictures.gif(*(frames[0] for frames in found.frames())),
-        "The first clip: truth on the left; on the right the context, then the model.",
-    )
+def _pictures(found) -> list[str]:
+    parts, rest = [], "truth above, prediction below"
+    for number, panels in enumerate(pictures.strips(*found.frames()), 1):
+        caption = f"Clip {number}: frames that were seen, then the next ones, {rest}."
+        look = dict(columns=len(panels), least=4, above=True)
+        parts.append(figure(panels, caption, **look))
+    film = pictures.gif(*(frames[0] for frames in found.frames()))
+    caption = "The first clip: truth on the left; on the right the context, then the "
+    parts.append(picture(film, caption + "model."))
+    return parts
 
 
 def _by_horizon(scored) -> str:
