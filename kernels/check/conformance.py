@@ -71,7 +71,7 @@ class Row:
     def attempt(self, case: Case, function: Callable):
         """What `function()` gives; None where the backend refuses or fails."""
         try:
-            found = function()
+            result = function()
         except Exception as problem:
             reason = _refusal(problem, self.op, self.backend)
             if reason is not None:
@@ -81,59 +81,59 @@ class Row:
             self.failures.append(f"{case}: {_one_line(problem)}")
             return None
         self.cases += 1
-        return found
+        return result
 
-    def compare(self, case: Case, found: tuple, expected: tuple) -> None:
+    def compare(self, case: Case, actual: tuple, expected: tuple) -> None:
         """Both are (values, gradients by name)."""
         named = comparison.named_outputs
-        values, targets = named(found[0]), named(expected[0])
+        values, targets = named(actual[0]), named(expected[0])
         self.value = self._worst(case, "value", values, targets, self.value)
         self.gradient = self._worst(
-            case, "gradient", found[1], expected[1], self.gradient
+            case, "gradient", actual[1], expected[1], self.gradient
         )
 
-    def _worst(self, case, kind, found, expected, worst):
-        allowed = limit(self.dtype, kind)
+    def _worst(self, case, kind, actual, expected, worst):
+        bound = limit(self.dtype, kind)
         named = comparison.named_arrays
-        found, expected = named(found), named(expected)
+        actual, expected = named(actual), named(expected)
         for name, target in expected.items():
-            if name not in found:
+            if name not in actual:
                 self.failures.append(f"{case}: {kind} {name} is missing")
                 continue
-            here = error(found[name], target)
-            if not here <= allowed:
-                what = name if kind == "value" else f"gradient of {name}"
+            size = error(actual[name], target)
+            if not size <= bound:
+                subject = name if kind == "value" else f"gradient of {name}"
                 self.failures.append(
-                    f"{case}: {what}: {_off(here, found[name], target, allowed)}"
+                    f"{case}: {subject}: {_off(size, actual[name], target, bound)}"
                 )
-            if worst is None or here > worst.error:
-                worst = Worst(here, allowed, name, str(case))
+            if worst is None or size > worst.error:
+                worst = Worst(size, bound, name, str(case))
         return worst
 
     def as_json(self) -> dict:
-        made = asdict(self) | {"verdict": self.verdict}
+        record = asdict(self) | {"verdict": self.verdict}
         for kind in ("value", "gradient"):
-            if made[kind] and not math.isfinite(made[kind]["error"]):
-                made[kind]["error"] = None  # not finite, or of another shape
-        return made
+            if record[kind] and not math.isfinite(record[kind]["error"]):
+                record[kind]["error"] = None  # not finite, or of another shape
+        return record
 
     @classmethod
-    def from_json(cls, made: dict) -> "Row":
-        made = {k: v for k, v in made.items() if k != "verdict"}
+    def from_json(cls, record: dict) -> "Row":
+        record = {k: v for k, v in record.items() if k != "verdict"}
         for kind in ("value", "gradient"):
-            if made[kind]:
-                found = made[kind]["error"]
-                made[kind]["error"] = math.inf if found is None else found
-                made[kind] = Worst(**made[kind])
-        return cls(**made)
+            if record[kind]:
+                size = record[kind]["error"]
+                record[kind]["error"] = math.inf if size is None else size
+                record[kind] = Worst(**record[kind])
+        return cls(**record)
 
 
-def _off(size: float, found, target, allowed: float) -> str:
-    if found.shape != target.shape:
-        return f"shape {found.shape} instead of {target.shape}"
+def _off(size: float, actual, target, bound: float) -> str:
+    if actual.shape != target.shape:
+        return f"shape {actual.shape} instead of {target.shape}"
     if not math.isfinite(size):
         return "not finite"
-    return f"error {size:.2g}, limit {allowed:.0e}"
+    return f"error {size:.2g}, limit {bound:.0e}"
 
 
 def _refusal(problem: Exception, op: str, backend: str) -> str | None:
@@ -142,8 +142,8 @@ def _refusal(problem: Exception, op: str, backend: str) -> str | None:
     text = str(problem)
     if not isinstance(problem, ValueError) or not text.startswith(beginning):
         return None
-    found = re.search(rf"{re.escape(repr(backend))}: (.*?)(?:; '|$)", text, re.S)
-    return found[1]
+    match = re.search(rf"{re.escape(repr(backend))}: (.*?)(?:; '|$)", text, re.S)
+    return match[1]
 
 
 def _one_line(problem: Exception) -> str:
@@ -176,14 +176,14 @@ def run(
     if compat.platform() == "gpu" or compat.interpreted():
         elsewhere = []
     # Triton away from a GPU works in other processes or outside Python's lock.
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
         try:
             if elsewhere:
                 for way, of in (
                     (interpreted, elsewhere),
                     *((compiled, operation) for operation in elsewhere),
                 ):
-                    waiting.append(beside.submit(way, of, dtypes, coverage))
+                    waiting.append(executor.submit(way, of, dtypes, coverage))
             for operation in operations:
                 progress(operation.name)
                 names = [name for name in operation.backends if name in backends]
@@ -196,7 +196,7 @@ def run(
             for job in waiting:
                 rows += job.result()
         finally:
-            beside.shutdown(cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
     return sorted(rows, key=_place)
 
 
@@ -258,8 +258,8 @@ def computed(operation, backends, dtypes, coverage) -> list[Row]:
             options = _compiler_options(name, dtype)
 
             def both(static=static | {"backend": name}, inputs=inputs, options=options):
-                found = comparison.evaluate(operation.call, inputs, static, options)
-                return found, definition()  # noqa: B023 - called in this round
+                actual = comparison.evaluate(operation.call, inputs, static, options)
+                return actual, definition()  # noqa: B023 - called in this round
 
             how = "interpreted" if _is_interpreted(name) else "run"
             row = rows.setdefault((name, dtype), Row(operation.name, name, how, dtype))
@@ -310,9 +310,9 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
 
         @functools.cache  # traced twice, JAX would remember and call nothing
         def record(both=both, arrays=arrays):
-            with compat.lowering_for("gpu"), compat.recorded() as found:
+            with compat.lowering_for("gpu"), compat.recorded() as calls:
                 jax.eval_shape(both, *arrays)
-            return found
+            return calls
 
         for capability in capabilities:
             how = f"compiled sm_{capability}"
@@ -335,12 +335,12 @@ def _compile(row, case, call, capability):
     except Exception as problem:
         row.failures.append(f"{case}: {name}: {_one_line(problem)}")
         return
-    about = {"kernel": name, "case": str(case), "num_warps": call.num_warps}
-    row.kernels.append(about | figures)
-    most, wanted = CAPABILITIES[capability], figures["shared_bytes"]
-    if wanted > most:
+    label = {"kernel": name, "case": str(case), "num_warps": call.num_warps}
+    row.kernels.append(label | figures)
+    available, needed = CAPABILITIES[capability], figures["shared_bytes"]
+    if needed > available:
         row.failures.append(
-            f"{case}: {name}: {wanted} B of shared memory, there are {most}"
+            f"{case}: {name}: {needed} B of shared memory, there are {available}"
         )
 
 
@@ -386,7 +386,7 @@ def interpreted(operations, dtypes, coverage) -> list[Row]:
         command.append(f"--{coverage}")
     with tempfile.TemporaryDirectory() as place:
         out = Path(place, "rows.json")
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "--out", str(out)],
             cwd=Path(__file__).parents[len(__package__.split("."))],
             env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
@@ -394,16 +394,16 @@ def interpreted(operations, dtypes, coverage) -> list[Row]:
             text=True,
         )
         if out.exists():
-            made = json.loads(out.read_text())
-            return [Row.from_json(row) for row in made["results"]]
+            contents = json.loads(out.read_text())
+            return [Row.from_json(row) for row in contents["results"]]
     if len(operations) > 1:
         return [
             row
             for operation in operations
             for row in interpreted([operation], dtypes, coverage)
         ]
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    died = f"the interpreter's process ended with code {done.returncode}: {last}"
+    last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    died = f"the interpreter's process ended with code {process.returncode}: {last}"
     name = operations[0].name
     return [Row(name, "triton", "interpreted", d, 1, failures=[died]) for d in dtypes]
 
