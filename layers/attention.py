@@ -48,11 +48,11 @@ def filled(cache: KVCache) -> jax.Array:
 
 def remember(cache: KVCache, k: jax.Array, v: jax.Array, sequence: Sequence) -> KVCache:
     """The cache after keys and values [B, L, ...] with right padding only."""
-    seen = jnp.ones(k.shape[:2], bool)
+    real = jnp.ones(k.shape[:2], bool)
     return KVCache(
         seq.window(cache.key, k, sequence),
         seq.window(cache.value, v, sequence),
-        seq.lengths(seq.window(filled(cache), seen, sequence)),
+        seq.lengths(seq.window(filled(cache), real, sequence)),
     )
 
 
@@ -67,8 +67,8 @@ def joined(
         segment = jnp.cumsum(sequence.reset, axis=1)
     unseen = cache.key.shape[1] - (reach - 1)
     key, value = (
-        jnp.concatenate([old[:, unseen:].astype(now.dtype), now], axis=1)
-        for old, now in ((cache.key, k), (cache.value, v))
+        jnp.concatenate([old[:, unseen:].astype(new.dtype), new], axis=1)
+        for old, new in ((cache.key, k), (cache.value, v))
     )
     before = jnp.where(filled(cache)[:, unseen:], 0, -1)
     return key, value, jnp.concatenate([before, segment], axis=1), segment
@@ -111,8 +111,8 @@ def attend_isolated(
     ill_token = _ill(k) | _ill(v)
     q = jnp.where(ill_query[..., None, None], 0, q)
     k, v = (jnp.where(ill_token[..., None, None], 0, z) for z in (k, v))
-    reached = ill_query | jnp.any(visible & ill_token[:, None], axis=-1)
-    return jnp.where(reached[..., None, None], jnp.nan, attend(q, k, v, visible))
+    ill = ill_query | jnp.any(visible & ill_token[:, None], axis=-1)
+    return jnp.where(ill[..., None, None], jnp.nan, attend(q, k, v, visible))
 
 
 def _ill(x):
@@ -281,8 +281,8 @@ class Attention(nn.Module):
             def own(x, width):
                 return jax.lax.dynamic_slice_in_dim(x, i * size, width, 1)
 
-            k, v, seen = (own(x, ahead + size) for x in (key, value, segments))
-            visible = near & (own(segment, size)[:, :, None] == seen[:, None])
+            k, v, key_segment = (own(x, ahead + size) for x in (key, value, segments))
+            visible = near & (own(segment, size)[:, :, None] == key_segment[:, None])
             return inner(self._turn(own(q, size), ahead), self._turn(k), v, visible)
 
         if blocks == 1:
