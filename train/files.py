@@ -61,12 +61,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
         text = _text(path)
     except FileNotFoundError:
         return None
-    found = _parsed(path, text)
-    if not isinstance(found, kind):
+    value = _parsed(path, text)
+    if not isinstance(value, kind):
         raise ValueError(
             f"{path} must hold a JSON {KINDS[kind]}, got {quoted(text.strip())}"
         )
-    return found
+    return value
 
 
 def read_lines(path: Path) -> list[str]:
