@@ -65,12 +65,12 @@ def joined(
     segment = jnp.zeros(k.shape[:2], jnp.int32)
     if sequence.reset is not None:
         segment = jnp.cumsum(sequence.reset, axis=1)
-    unseen = cache.key.shape[1] - (reach - 1)
+    skipped = cache.key.shape[1] - (reach - 1)
     key, value = (
-        jnp.concatenate([old[:, unseen:].astype(new.dtype), new], axis=1)
+        jnp.concatenate([old[:, skipped:].astype(new.dtype), new], axis=1)
         for old, new in ((cache.key, k), (cache.value, v))
     )
-    before = jnp.where(filled(cache)[:, unseen:], 0, -1)
+    before = jnp.where(filled(cache)[:, skipped:], 0, -1)
     return key, value, jnp.concatenate([before, segment], axis=1), segment
 
 
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         context: the longest call and the capacity of the cache. Not with `window`.
         window: R of a sliding window; 0 for full attention.
         rotary: share of the K channels that turn, in whole pairs; 0 for no positions.
-        base: of the rotary frequencies.
+        base: b of the rotary frequencies b^(-2 i / size), see `ssm.rotary`.
         bidirectional: every token sees all others of its segment; then no state.
         dtype: of activations; logits and the cache are float32 or better.
     """
@@ -242,14 +242,14 @@ class Attention(nn.Module):
     @nn.nowrap
     def _causal(self, q, k, v, cache, sequence, reach):
         length = q.shape[1]
-        fresh = cache is None
-        cache = self.init_state(q.shape[0]) if fresh else cache
+        empty = cache is None
+        cache = self.init_state(q.shape[0]) if empty else cache
         new = remember(cache, k, v, sequence)
-        if fresh and sequence.reset is None and length <= reach:
+        if empty and sequence.reset is None and length <= reach:
             # Padding stands on the right, where no token that exists looks.
             return attend(self._turn(q), self._turn(k), v, is_causal=True), new
         # Of an empty cache no more is looked at than the call is long.
-        reach = min(reach, length) if fresh else reach
+        reach = min(reach, length) if empty else reach
         key, value, segments, segment = joined(cache, k, v, sequence, reach)
         inner = attend if sequence.reset is None else attend_isolated
         return self._in_blocks(inner, q, key, value, segment, segments, reach), new

@@ -190,8 +190,8 @@ def restore_params(
     """The variables of a run, as NumPy arrays, whatever devices it had.
 
     Args:
-        workdir: of the run.
-        step: of the checkpoint; None takes the newest good one.
+        workdir: folder of the run.
+        step: number of the checkpoint; None takes the newest good one.
 
     Returns:
         {"params" [, "batch_stats", "buffers"]}, with the averaged weights as "params"
@@ -281,7 +281,7 @@ class Checkpoints:
     the digest and only then removes what is no longer kept. One save at a time.
 
     Args:
-        workdir: of the run.
+        workdir: folder of the run.
         keep: how many of the newest steps to keep, at least 1.
         check: raises an error once nothing more may be written there.
     """

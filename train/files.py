@@ -51,7 +51,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """What a JSON file holds; None where there is no such file.
 
     Args:
-        path: of the file.
+        path: where the file is.
         kind: dict, list or float: what the whole must be.
 
     Raises:

@@ -79,17 +79,17 @@ def _run(config, workdir, profile, model, stop) -> dict:
     # A finished run is told of also where nothing can be written.
     if not os.access(workdir, os.W_OK) and (finished := runs.finished(workdir, config)):
         return finished
-    with processes.held(workdir) as own:
+    with processes.held(workdir) as lock:
         return runs.finished(workdir, config) or go_on(
-            config, workdir, dataset, mesh, model, profile, stop, own
+            config, workdir, dataset, mesh, model, profile, stop, lock
         )
 
 
-def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
+def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
     """What `run` does in a workdir that is its own and not finished."""
     runs.check_writable(workdir)
     try:
-        with Checkpoints(workdir, config.train.keep, own.check) as checkpoints:
+        with Checkpoints(workdir, config.train.keep, lock.check) as checkpoints:
             parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
             runs.write_config(workdir, config)

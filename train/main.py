@@ -274,8 +274,8 @@ def _ours(error: Exception) -> bool:
         return True
     if not isinstance(error, (ValueError, FloatingPointError)):
         return False
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return Path(__file__).resolve().parents[1] in raised_in.resolve().parents
+    source = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return Path(__file__).resolve().parents[1] in source.resolve().parents
 
 
 def _unless_stopped(main: Callable[[list[str]], int], argv: list[str]) -> int:

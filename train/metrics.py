@@ -46,7 +46,7 @@ class Metrics:
     was killed and resumed equals that of one which never stopped, apart from CLOCK.
 
     Args:
-        workdir: of the run.
+        workdir: folder of the run.
         start: the step that the run goes on from.
         steps: the step at which it ends.
         unvalidated: whether `start` is still to be validated: a line that says so is
@@ -140,7 +140,7 @@ class _Board:
     callers wait for ever for room in its queue.
 
     Args:
-        folder: of the file.
+        folder: where the file of events goes.
         first: events of this step and later ones in older files are hidden.
     """
 
@@ -251,9 +251,9 @@ def print_table(
         config: the run's.
         groups: pattern -> paths of its parameters.
         params: tree of shapes.
-        mesh: of the devices.
+        mesh: the devices, by axis.
         compiled: the train step.
-        seconds: that compiling it took.
+        seconds: how long compiling it took.
     """
     leaves = named_leaves(params)
     sizes = {path: math.prod(leaf.shape) for path, leaf in leaves}

@@ -76,9 +76,9 @@ def blocks(model, stages: dict[str, dict], length: int) -> list[Block]:
     the middle, any other at the first token.
 
     Args:
-        model: of `layers.models.build.build`.
+        model: a `Model` or `Video`, as `layers.models.build.build` returns it.
         stages: name -> variables of the model.
-        length: of the sequences; at most LAGS of it are looked at.
+        length: tokens of a sequence; at most LAGS of it are looked at.
     """
     stack = model.stack()
     compiled = [_probe(make().mixer(), length) for make in stack.pattern]

@@ -69,7 +69,8 @@ def read_back(folder: Path, arrays: dict[str, Stored]) -> None:
     """Reads one array of every data file, the smallest, and one that is in none.
 
     Args:
-        folder, arrays: as of `contents`.
+        folder: as in `contents`.
+        arrays: what `contents` returned for it.
 
     Raises:
         ValueError: one cannot be read.

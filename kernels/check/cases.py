@@ -108,12 +108,14 @@ def covering(candidates: list[tuple], strength: int = 2) -> list[tuple]:
 
     Greedy: the next one shows the most that was not seen yet, the first of several.
     """
-    shows = {c: set(itertools.combinations(enumerate(c), strength)) for c in candidates}
-    unseen, chosen = set().union(*shows.values()), []
-    while unseen:
-        chosen.append(max(candidates, key=lambda c: len(shows[c] & unseen)))
-        unseen -= shows[chosen[-1]]
-    return chosen
+    combinations = {
+        c: set(itertools.combinations(enumerate(c), strength)) for c in candidates
+    }
+    uncovered, cover = set().union(*combinations.values()), []
+    while uncovered:
+        cover.append(max(candidates, key=lambda c: len(combinations[c] & uncovered)))
+        uncovered -= combinations[cover[-1]]
+    return cover
 
 
 # Inputs. The total decay of a long call is not so small that float32 has only 0 for it.

@@ -164,30 +164,30 @@ def run(
     """Tries the backends of these names in every way there is here.
 
     Args:
-        operations: of OPERATIONS.
+        operations: values of `cases.OPERATIONS`.
         backends: names; an operation that has none of them gives no rows.
-        dtypes: of DTYPES.
+        dtypes: names among `cases.DTYPES`.
         coverage: "quick" is one case, "default" covers every two values of what a case
             consists of, "full" is the product, with longer sequences too.
         progress: is told what is being tried.
     """
     rows, waiting = [], []
-    elsewhere = [o for o in operations if "triton" in {*backends} & {*o.backends}]
+    separate = [o for o in operations if "triton" in {*backends} & {*o.backends}]
     if compat.platform() == "gpu" or compat.interpreted():
-        elsewhere = []
+        separate = []
     # Triton away from a GPU works in other processes or outside Python's lock.
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         try:
-            if elsewhere:
-                for way, of in (
-                    (interpreted, elsewhere),
-                    *((compiled, operation) for operation in elsewhere),
+            if separate:
+                for method, subject in (
+                    (interpreted, separate),
+                    *((compiled, operation) for operation in separate),
                 ):
-                    waiting.append(executor.submit(way, of, dtypes, coverage))
+                    waiting.append(executor.submit(method, subject, dtypes, coverage))
             for operation in operations:
                 progress(operation.name)
                 names = [name for name in operation.backends if name in backends]
-                if operation in elsewhere:
+                if operation in separate:
                     names.remove("triton")
                 rows += computed(operation, names, dtypes, coverage)
                 if "pallas_tpu" in names and compat.platform() != "tpu":
@@ -276,9 +276,9 @@ def lowered(operation, dtypes, coverage) -> list[Row]:
     for case, dtype in _wide_cases(operation, dtypes, coverage):
         empty = Row(operation.name, "pallas_tpu", "lowered", dtype)
         row = rows.setdefault(dtype, empty)
-        forward, both, arrays = passes(operation, case, dtype, "pallas_tpu")
+        forward, both_passes, arrays = passes(operation, case, dtype, "pallas_tpu")
 
-        def count(arrays=arrays, functions=(forward, both)):
+        def count(arrays=arrays, functions=(forward, both_passes)):
             return [_tpu_kernels(function, arrays) for function in functions]
 
         counts = row.attempt(case, count)
@@ -304,14 +304,14 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
     if _not_installed():
         return []
     capabilities = [90] if coverage == "quick" else list(CAPABILITIES)
-    rows, done = {}, []
+    rows, jobs = {}, []
     for case, dtype in _wide_cases(operation, dtypes, coverage):
-        _, both, arrays = passes(operation, case, dtype, "triton")
+        _, both_passes, arrays = passes(operation, case, dtype, "triton")
 
         @functools.cache  # traced twice, JAX would remember and call nothing
-        def record(both=both, arrays=arrays):
+        def record(both_passes=both_passes, arrays=arrays):
             with compat.lowering_for("gpu"), compat.recorded() as calls:
-                jax.eval_shape(both, *arrays)
+                jax.eval_shape(both_passes, *arrays)
             return calls
 
         for capability in capabilities:
@@ -319,8 +319,8 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
             empty = Row(operation.name, "triton", how, dtype)
             row = rows.setdefault((dtype, capability), empty)
             for call in row.attempt(case, record) or ():
-                if (call, dtype, capability) not in done:
-                    done.append((call, dtype, capability))
+                if (call, dtype, capability) not in jobs:
+                    jobs.append((call, dtype, capability))
                     _compile(row, case, call, capability)
     for row in rows.values():
         if row.cases and not row.kernels and not row.failures:
@@ -372,10 +372,10 @@ def passes(operation, case, dtype, backend, wide=True):
 def interpreted(operations, dtypes, coverage) -> list[Row]:
     """triton in Triton's interpreter, which must be asked for before anything is
     imported: `kernels.check` in another process. Where that dies, one per operation."""
-    missing = _not_installed()
-    if missing:
+    reason = _not_installed()
+    if reason:
         return [
-            Row(o.name, "triton", "interpreted", dtype, not_taken=[f"all: {missing}"])
+            Row(o.name, "triton", "interpreted", dtype, not_taken=[f"all: {reason}"])
             for o in operations
             for dtype in dtypes
         ]

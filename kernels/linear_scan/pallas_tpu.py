@@ -138,8 +138,8 @@ def _row_each(pair):
     return tuple(part.reshape(part.shape[0], 1, -1) for part in pair)
 
 
-def _like(parts, others):
-    return tuple(part.reshape(others[0].shape) for part in parts)
+def _like(parts, references):
+    return tuple(part.reshape(references[0].shape) for part in parts)
 
 
 def _reduced(array, shape):
@@ -371,9 +371,9 @@ def _shifted(parts, before, down):
 def _neighbour(walk, h, border, start, dtype):
     """The group of states on the side the states of this group come from."""
     start, last = start + (-GROUP if walk.descending else GROUP), walk.steps - GROUP
-    here = (start >= 0) & (start <= last)
-    within = _read(h, pl.multiple_of(jnp.clip(start, 0, last), GROUP), dtype)
+    inside = (start >= 0) & (start <= last)
+    group = _read(h, pl.multiple_of(jnp.clip(start, 0, last), GROUP), dtype)
     return tuple(
-        jnp.where(here, inner, outer[...].astype(dtype))
-        for inner, outer in zip(within, border, strict=True)
+        jnp.where(inside, inner, outer[...].astype(dtype))
+        for inner, outer in zip(group, border, strict=True)
     )

@@ -40,8 +40,8 @@ def over_time(a):
 
 def _along_rows(parts: Parts) -> Parts:
     first = jax.tree.map(lambda x: x[:, 0], parts)
-    others = jax.tree.map(lambda x: jnp.moveaxis(x[:, 1:], 1, 0), parts)
-    return jax.lax.scan(lambda p, q: (_times(p, q), None), first, others)[0]
+    following = jax.tree.map(lambda x: jnp.moveaxis(x[:, 1:], 1, 0), parts)
+    return jax.lax.scan(lambda p, q: (_times(p, q), None), first, following)[0]
 
 
 def _split(a) -> Parts:

@@ -169,8 +169,8 @@ def _documents(case):
     p, last = case.piece, case.length - case.piece
     starts = np.asarray([[0, p], [p // 2, last - 1], [1, last]])
     reset = np.ones((B, case.length), bool)
-    for row, both in enumerate(starts):
-        for start in both:
+    for row, pair in enumerate(starts):
+        for start in pair:
             reset[row, start + 1 : start + p] = False
     return starts, jnp.asarray(reset)
 
@@ -282,10 +282,10 @@ def isolation(case: Case) -> Yields:
     x = jnp.where(_beside(before, case.x), jnp.nan, case.x)
     yield Equal("NaN in tokens", behind(x, case.state), expected)
     if case.state is not None:
-        lost = jax.tree.map(
+        poisoned = jax.tree.map(
             lambda s: jnp.full_like(s, jnp.nan) if moves(s) else s, case.state
         )
-        yield Equal("NaN in the state", behind(case.x, lost), expected)
+        yield Equal("NaN in the state", behind(case.x, poisoned), expected)
 
 
 def _beside(flags, values):
@@ -299,9 +299,9 @@ def rows(case: Case) -> Yields:
     sequence = case.everything()
     together = case(case.x, case.state, sequence)
     for row in range(B):
-        own = functools.partial(jax.tree.map, lambda leaf, r=row: leaf[r : r + 1])
-        alone = case(own(case.x), own(case.state), own(sequence))
-        yield Equal(f"row {row} alone", alone, own(together))
+        take_row = functools.partial(jax.tree.map, lambda leaf, r=row: leaf[r : r + 1])
+        alone = case(take_row(case.x), take_row(case.state), take_row(sequence))
+        yield Equal(f"row {row} alone", alone, take_row(together))
 
 
 def elapsed_time(case: Case) -> Yields:
@@ -327,11 +327,11 @@ def elapsed_time(case: Case) -> Yields:
     yield Equal(
         "single tokens", case.in_pieces(tokens, case.x, case.state, plainly), one_call
     )
-    everything = case.everything()
+    sequence = case.everything()
     yield Equal(
         "single tokens with masks and resets",
-        case.in_pieces(tokens, case.x, case.state, everything),
-        case(case.x, case.state, everything),
+        case.in_pieces(tokens, case.x, case.state, sequence),
+        case(case.x, case.state, sequence),
     )
 
 
@@ -475,7 +475,7 @@ def scan_over_calls(case: Case) -> Yields:
     expected_result, expected = case.gradients(case.whole, case.x, case.state)
     yield Equal("values", result, expected_result)
     yield Equal("gradients", gradients, expected, "gradient")
-    donating = jit(lambda *given: Result(*case.scanned(*given)), donate_argnums=2)
+    donating = jit(lambda *args: Result(*case.scanned(*args)), donate_argnums=2)
     first = donating(case.variables, case.x, case.initial())
     expected = case(case.x, case.initial())
     yield Equal("a donated state", first, expected)

@@ -23,7 +23,7 @@ def materialize(
 
     Args:
         layer: a mixer, with or without a recurrent mode.
-        variables: of the layer.
+        variables: those that `layer.apply` takes.
         x: [B, L, H]; or a length L, where M does not depend on the input.
 
     Returns:
