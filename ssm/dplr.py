@@ -288,7 +288,7 @@ def final_state(
 
 
 def _advanced(A_bar, x, counts, limit):
-    """A_bar^counts[b] x[b] for counts <= most: one matrix per binary digit."""
+    """A_bar^counts[b] x[b] for counts <= limit: one matrix per binary digit."""
     for digit in range(limit.bit_length()):
         stepped = jnp.einsum("hmn,bhn->bhm", A_bar, x)
         x = jnp.where((counts >> digit & 1 == 1)[:, None, None], stepped, x)
