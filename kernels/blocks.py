@@ -28,18 +28,18 @@ def unsupported(*arrays) -> str | None:
     return None
 
 
-def lanes(channels: int, most: int) -> int:
+def lanes(channels: int, limit: int) -> int:
     """The width of a block of channels: all of them, or a multiple of 128."""
-    if channels <= most:
+    if channels <= limit:
         return channels
-    widths = range(most, 0, -128)
-    return next((width for width in widths if channels % width == 0), most)
+    widths = range(limit, 0, -128)
+    return next((width for width in widths if channels % width == 0), limit)
 
 
 def steps(length: int, width: int) -> int:
     """The length of a block of time, a multiple of GROUP."""
-    most = ELEMENTS // (-(-width // 128) * 128) // GROUP * GROUP
-    return min(max(most, GROUP), -(-length // GROUP) * GROUP)
+    longest = ELEMENTS // (-(-width // 128) * 128) // GROUP * GROUP
+    return min(max(longest, GROUP), -(-length // GROUP) * GROUP)
 
 
 class Walk(NamedTuple):

@@ -36,8 +36,8 @@ def rows(op: str, **arguments) -> None:
 
 def arrays_or_none(op: str, **arguments) -> None:
     """Each must be None or an array; where it may be empty its shape says."""
-    given = {name: array for name, array in arguments.items() if array is not None}
-    arrays(op, allow_empty=True, **given)
+    present = {name: array for name, array in arguments.items() if array is not None}
+    arrays(op, allow_empty=True, **present)
 
 
 def state_dtype(*arrays) -> jnp.dtype:
@@ -46,8 +46,8 @@ def state_dtype(*arrays) -> jnp.dtype:
 
     So one argument of float64 makes the whole call float64, an initial state too.
     """
-    given = (x.dtype for x in arrays if x is not None)
-    return jnp.result_type(jnp.float32, *given)
+    dtypes = (x.dtype for x in arrays if x is not None)
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def _kind(argument) -> str:
@@ -68,9 +68,9 @@ def floating(op: str, real: bool = False, **arrays) -> None:
             continue
         kinds = jnp.floating if real else jnp.inexact
         if not jnp.issubdtype(jnp.result_type(array), kinds):
-            wanted = "real floating point" if real else "floating point or complex"
+            description = "real floating point" if real else "floating point or complex"
             raise ValueError(
-                f"{op}: {name} must be {wanted}, got {jnp.result_type(array).name}"
+                f"{op}: {name} must be {description}, got {jnp.result_type(array).name}"
             )
 
 

@@ -144,7 +144,7 @@ def triton_call(kernel, grid, arguments, outputs, *, num_warps=4, **constants):
         grid: one to three sizes.
         arguments: arrays, contiguous, and Python ints, which are not compiled in.
         outputs: ShapeDtypeStructs; their memory is not initialised.
-        num_warps: of each program.
+        num_warps: warps that each program of the grid has.
         **constants: the `tl.constexpr` parameters.
 
     Returns:

@@ -128,13 +128,13 @@ def pick(
             raise ValueError(f"{op}: backend {backend!r} cannot run; {listing()}")
         _note(op, backend, "named by the caller")
         return backends[backend]
-    passed = []
+    skipped = []
     for name, module in backends.items():
         reason = why_not(name)
         if reason is None:
-            _note(op, name, "; ".join([*passed, f"{name}: {suits(name)[1]}"]))
+            _note(op, name, "; ".join([*skipped, f"{name}: {suits(name)[1]}"]))
             return module
-        passed.append(f"{name}: {reason}")
+        skipped.append(f"{name}: {reason}")
     raise ValueError(f"{op}: no backend can run; {listing()}")
 
 
@@ -198,7 +198,7 @@ def _not_by_default(module) -> str | None:
     return module.not_by_default() if isinstance(module, OnPlatform) else None
 
 
-def _note(op: str, backend: str, why: str) -> None:
+def _note(op: str, backend: str, reason: str) -> None:
     if op not in _chosen:
-        _log.info("%s: backend %s (%s)", op, backend, why)
-    _chosen[op] = (backend, why)
+        _log.info("%s: backend %s (%s)", op, backend, reason)
+    _chosen[op] = (backend, reason)

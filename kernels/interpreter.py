@@ -91,23 +91,23 @@ def call(kernel, grid, arguments, outputs, constants):
 
     def run(*words):
         arrays_here = map(_from_words, words, arrays)
-        given = [
+        operands = [
             x if isinstance(x, int) else _Tensor(next(arrays_here)) for x in arguments
         ]
         # what a kernel fails to write must not look right
-        made = [_unwritten(out) for out in outputs]
+        buffers = [_unwritten(out) for out in outputs]
         with np.errstate(all="ignore"):
-            kernel[grid](*given, *map(_Tensor, made), **constants)
-        return tuple(map(_to_words, made))
+            kernel[grid](*operands, *map(_Tensor, buffers), **constants)
+        return tuple(map(_to_words, buffers))
 
     shapes = tuple(
         jax.ShapeDtypeStruct(words.shape, words.dtype)
         for words in (jax.eval_shape(_to_words_here, out) for out in outputs)
     )
-    made = jax.pure_callback(
+    results = jax.pure_callback(
         run, shapes, *map(_to_words_here, arrays), vmap_method="sequential"
     )
-    return tuple(map(_from_words_here, made, outputs))
+    return tuple(map(_from_words_here, results, outputs))
 
 
 # A callback may run in a thread that does not know of `jax.enable_x64`, where JAX would

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 def none(call: Callable, *arguments):
     """call(*arguments), whose results all begin with the batch, for a batch of 0 rows;
     what begins with an empty axis, and may be None, is given one."""
-    made = call(*jax.tree.map(_one, arguments))
-    return jax.tree.map(lambda x: x[:0], made)
+    results = call(*jax.tree.map(_one, arguments))
+    return jax.tree.map(lambda x: x[:0], results)
 
 
 def _one(x):

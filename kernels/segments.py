@@ -64,12 +64,12 @@ def tail(u, state, segment, out):
     zero.
     """
     count, length = state.shape[1], u.shape[1]
-    kept = min(count, length)
-    last = u[:, length - kept :].astype(state.dtype)
-    early = state[:, kept:]
+    recent = min(count, length)
+    last = u[:, length - recent :].astype(state.dtype)
+    early = state[:, recent:]
     if segment is not None:
         final = segment[:, -1:]
-        last = jnp.where((segment[:, length - kept :] == final)[..., None], last, 0)
+        last = jnp.where((segment[:, length - recent :] == final)[..., None], last, 0)
         early = jnp.where((final == 0)[..., None], early, 0)
-    whole = jnp.concatenate([early, last], 1)
-    return whole if out is None else jnp.where(out[:, None, None], 0, whole)
+    inputs = jnp.concatenate([early, last], 1)
+    return inputs if out is None else jnp.where(out[:, None, None], 0, inputs)

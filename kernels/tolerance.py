@@ -62,14 +62,14 @@ def assert_close(actual, expected, kind: str = "value", dtype=None) -> None:
         raise AssertionError(f"structures differ: {actual_tree} and {expected_tree}")
     failures = []
     for (path, leaf), target in zip(actual_leaves, expected_leaves, strict=True):
-        allowed = limit(np.asarray(leaf).dtype if dtype is None else dtype, kind)
-        found = error(leaf, target)
-        if not found <= allowed:
+        bound = limit(np.asarray(leaf).dtype if dtype is None else dtype, kind)
+        deviation = error(leaf, target)
+        if not deviation <= bound:
             name = jax.tree_util.keystr(path) or "value"
             note = ""
             if np.shape(leaf) != np.shape(target):
                 note = f" (shapes {np.shape(leaf)} and {np.shape(target)})"
-            failures.append(f"{name}: error {found:.3g}, limit {allowed:.3g}{note}")
+            failures.append(f"{name}: error {deviation:.3g}, limit {bound:.3g}{note}")
     if failures:
         raise AssertionError(f"{kind} not close:\n  " + "\n  ".join(failures))
 

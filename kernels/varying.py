@@ -21,10 +21,10 @@ import jax
 
 def axes(*arrays) -> frozenset:
     """The mesh axes along which any of these varies: arrays, or trees with them."""
-    found = frozenset()
+    names = frozenset()
     for array in jax.tree.leaves(arrays):
-        found |= _axes(array)
-    return found
+        names |= _axes(array)
+    return names
 
 
 def like(value, *arrays):
@@ -35,8 +35,8 @@ def like(value, *arrays):
         value: an array or a tree of arrays (or None), the carry of a loop.
         *arrays: arrays or trees of them (or None), all that the loop reads.
     """
-    wanted = axes(*arrays)
-    return jax.tree.map(lambda x: _widened(x, wanted), value) if wanted else value
+    names = axes(*arrays)
+    return jax.tree.map(lambda x: _widened(x, names), value) if names else value
 
 
 def together(*values):
@@ -49,6 +49,6 @@ def _axes(array) -> frozenset:
     return jax.typeof(array).mat.varying
 
 
-def _widened(array, wanted):
-    missing = tuple(sorted(wanted - _axes(array), key=str))
+def _widened(array, names):
+    missing = tuple(sorted(names - _axes(array), key=str))
     return jax.lax.pcast(array, missing, to="varying") if missing else array

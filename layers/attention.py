@@ -48,11 +48,11 @@ def filled(cache: KVCache) -> jax.Array:
 
 def remember(cache: KVCache, k: jax.Array, v: jax.Array, sequence: Sequence) -> KVCache:
     """The cache after keys and values [B, L, ...] with right padding only."""
-    seen = jnp.ones(k.shape[:2], bool)
+    real = jnp.ones(k.shape[:2], bool)
     return KVCache(
         seq.window(cache.key, k, sequence),
         seq.window(cache.value, v, sequence),
-        seq.lengths(seq.window(filled(cache), seen, sequence)),
+        seq.lengths(seq.window(filled(cache), real, sequence)),
     )
 
 
@@ -65,12 +65,12 @@ def joined(
     segment = jnp.zeros(k.shape[:2], jnp.int32)
     if sequence.reset is not None:
         segment = jnp.cumsum(sequence.reset, axis=1)
-    unseen = cache.key.shape[1] - (reach - 1)
+    skipped = cache.key.shape[1] - (reach - 1)
     key, value = (
-        jnp.concatenate([old[:, unseen:].astype(now.dtype), now], axis=1)
-        for old, now in ((cache.key, k), (cache.value, v))
+        jnp.concatenate([old[:, skipped:].astype(new.dtype), new], axis=1)
+        for old, new in ((cache.key, k), (cache.value, v))
     )
-    before = jnp.where(filled(cache)[:, unseen:], 0, -1)
+    before = jnp.where(filled(cache)[:, skipped:], 0, -1)
     return key, value, jnp.concatenate([before, segment], axis=1), segment
 
 
@@ -111,8 +111,8 @@ def attend_isolated(
     ill_token = _ill(k) | _ill(v)
     q = jnp.where(ill_query[..., None, None], 0, q)
     k, v = (jnp.where(ill_token[..., None, None], 0, z) for z in (k, v))
-    reached = ill_query | jnp.any(visible & ill_token[:, None], axis=-1)
-    return jnp.where(reached[..., None, None], jnp.nan, attend(q, k, v, visible))
+    ill = ill_query | jnp.any(visible & ill_token[:, None], axis=-1)
+    return jnp.where(ill[..., None, None], jnp.nan, attend(q, k, v, visible))
 
 
 def _ill(x):
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         context: the longest call and the capacity of the cache. Not with `window`.
         window: R of a sliding window; 0 for full attention.
         rotary: share of the K channels that turn, in whole pairs; 0 for no positions.
-        base: of the rotary frequencies.
+        base: b of the rotary frequencies b^(-2 i / size), see `ssm.rotary`.
         bidirectional: every token sees all others of its segment; then no state.
         dtype: of activations; logits and the cache are float32 or better.
     """
@@ -242,14 +242,14 @@ class Attention(nn.Module):
     @nn.nowrap
     def _causal(self, q, k, v, cache, sequence, reach):
         length = q.shape[1]
-        fresh = cache is None
-        cache = self.init_state(q.shape[0]) if fresh else cache
+        empty = cache is None
+        cache = self.init_state(q.shape[0]) if empty else cache
         new = remember(cache, k, v, sequence)
-        if fresh and sequence.reset is None and length <= reach:
+        if empty and sequence.reset is None and length <= reach:
             # Padding stands on the right, where no token that exists looks.
             return attend(self._turn(q), self._turn(k), v, is_causal=True), new
         # Of an empty cache no more is looked at than the call is long.
-        reach = min(reach, length) if fresh else reach
+        reach = min(reach, length) if empty else reach
         key, value, segments, segment = joined(cache, k, v, sequence, reach)
         inner = attend if sequence.reset is None else attend_isolated
         return self._in_blocks(inner, q, key, value, segment, segments, reach), new
@@ -281,8 +281,8 @@ class Attention(nn.Module):
             def own(x, width):
                 return jax.lax.dynamic_slice_in_dim(x, i * size, width, 1)
 
-            k, v, seen = (own(x, ahead + size) for x in (key, value, segments))
-            visible = near & (own(segment, size)[:, :, None] == seen[:, None])
+            k, v, key_segment = (own(x, ahead + size) for x in (key, value, segments))
+            visible = near & (own(segment, size)[:, :, None] == key_segment[:, None])
             return inner(self._turn(own(q, size), ahead), self._turn(k), v, visible)
 
         if blocks == 1:

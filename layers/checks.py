@@ -104,11 +104,11 @@ def one_of(layer: nn.Module, **valid: Collection[str]) -> None:
             raise ValueError(f"{name}: must be one of {sorted(names)}, got {value!r}")
 
 
-def divides(layer: nn.Module, name: str, what: str, whole: float) -> None:
-    """The same for a field that must divide `whole`, which `what` names."""
+def divides(layer: nn.Module, name: str, description: str, total: float) -> None:
+    """The same for a field that must divide `total`, which `description` names."""
     value = getattr(layer, name)
-    if value < 1 or whole < value or whole % value:
-        raise ValueError(f"{name}: must divide {what} = {whole:g}, got {value}")
+    if value < 1 or total < value or total % value:
+        raise ValueError(f"{name}: must divide {description} = {total:g}, got {value}")
 
 
 def interval(layer: nn.Module, *names: str) -> None:
@@ -137,11 +137,12 @@ def check_state(state: Any, expected: Any) -> None:
     shapes of `expected`, what `init_state` returns for this batch."""
     if state is None:
         return
-    found = jax.tree.map(jnp.shape, state)
-    wanted = jax.tree.map(jnp.shape, expected)
-    if found != wanted:
+    shapes = jax.tree.map(jnp.shape, state)
+    expected_shapes = jax.tree.map(jnp.shape, expected)
+    if shapes != expected_shapes:
         raise ValueError(
-            f"state: must be None or what init_state gives, {wanted}, got {found}"
+            f"state: must be None or what init_state gives, {expected_shapes}, got "
+            f"{shapes}"
         )
 
 

@@ -41,7 +41,7 @@ def short_convolutions(
     the convolutions keep."""
     K, V = heads.sizes(layer)
     at_least_one(layer, "conv_width")
-    found, tails = [], []
+    projections, tails = [], []
     for name, size in (("query", K), ("key", K), ("value", V)):
         z = heads.project(x, layer.heads, size, name, layer.dtype)
         conv = ShortConv(
@@ -53,9 +53,9 @@ def short_convolutions(
         )
         before = None if state is None else getattr(state, name)
         z, tail = conv(z.reshape(*x.shape[:2], -1), before, sequence)
-        found.append(heads.split(nn.silu(z), layer.heads))
+        projections.append(heads.split(nn.silu(z), layer.heads))
         tails.append(tail)
-    q, k, v = found
+    q, k, v = projections
     q, k = (heads.l2_normalise(z).astype(layer.dtype) for z in (q, k))
     return q * K**-0.5, k, v, tails
 

@@ -34,7 +34,7 @@ def prepare(module: nn.Module, variables: Mapping, token: Any) -> dict:
 
     Args:
         module: a layer or model with a recurrent mode.
-        variables: of the module.
+        variables: those that `module.apply` takes.
         token: an input of length 1 (any values), such as x[:, :1].
     """
     state = module.init_state(token.shape[0])

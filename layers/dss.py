@@ -143,14 +143,14 @@ class DSS(nn.Module):
     def _filter(self, lam, dt, C, L):
         """K [H, L]. Growing modes are summed backwards from their end, at `length`."""
         system = self._system(lam, dt, C)
-        whole = math.ceil(self.length / self.step_scale)
-        if self.variant == "exp" or whole < L:
+        taps = math.ceil(self.length / self.step_scale)
+        if self.variant == "exp" or taps < L:
             return vandermonde(system.c * system.b, system.log_a, L)
         weights, z = self._weights(lam, dt, C)
         grows = (dt * lam).real > 0
-        end = jnp.exp((self.length / self.step_scale - whole) * z) * weights
+        end = jnp.exp((self.length / self.step_scale - taps) * z) * weights
         parts = jnp.stack([jnp.where(grows, 0, weights), jnp.where(grows, end, 0)])
-        forward, backward = vandermonde(parts, z, whole)
+        forward, backward = vandermonde(parts, z, taps)
         # XLA (jax 0.10.2, CPU) dies of the reverse of a sum over an axis of size 1, as
         # gradients may bring it here; the barrier keeps the two apart.
         backward = jax.lax.optimization_barrier(backward[:, ::-1])

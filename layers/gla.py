@@ -28,7 +28,7 @@ class GLA(nn.Module):
         heads: their number.
         expand_k, expand_v: all keys together have expand_k H channels, values
             expand_v H.
-        rank: of W_2 W_1.
+        rank: rank of the product W_2 W_1, the width between the two.
         normaliser: brings the initial decay near 1.
         dtype: of activations; decays and states are float32 or better.
     """

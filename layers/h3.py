@@ -42,7 +42,7 @@ class H3(nn.Module):
         state_size: N of S4D, real.
         taps: d.
         head_size: P, which divides H.
-        spectrum, dt_min, dt_max: of S4D.
+        spectrum, dt_min, dt_max: fields of the `S4D` inside, see there.
         dtype: of activations; filters and states are float32 or better.
     """
 

@@ -12,12 +12,12 @@ def sizes(layer: nn.Module) -> list[int]:
     """K and V per head: features times expand_k or expand_v, over the heads.
     `ValueError` names the field that does not divide."""
     at_least_one(layer, "heads")
-    found = []
+    per_head = []
     for name in ("expand_k", "expand_v"):
         width = layer.features * getattr(layer, name)
         divides(layer, "heads", f"features x {name}", width)
-        found.append(int(width) // layer.heads)
-    return found
+        per_head.append(int(width) // layer.heads)
+    return per_head
 
 
 def split(x: jax.Array, heads: int) -> jax.Array:

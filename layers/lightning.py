@@ -19,10 +19,10 @@ from ssm import sequence as seq
 def slopes(count: int) -> np.ndarray:
     """ALiBi's 2^(-8 (h + 1) / count), h < count; where count is no power of 2, those of
     the power below, then every second one of the power above."""
-    whole = 2 ** math.floor(math.log2(count))
-    first = 2.0 ** (-8 * np.arange(1, whole + 1) / whole)
-    between = 2.0 ** (-8 * np.arange(1, 2 * whole, 2) / (2 * whole))
-    return np.concatenate([first, between[: count - whole]])
+    power = 2 ** math.floor(math.log2(count))
+    first = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-8 * np.arange(1, 2 * power, 2) / (2 * power))
+    return np.concatenate([first, between[: count - power]])
 
 
 class Lightning(nn.Module):

@@ -104,12 +104,12 @@ class LongConv(nn.Module):
             raise ValueError(
                 f"filter_dropout: must be in [0, 1), got {self.filter_dropout}"
             )
-        most = 2 * implicit_filters.SCALES[self.start]
+        limit = 2 * implicit_filters.SCALES[self.start]
         if self.smooth and self.smooth_domain == "time":
-            most /= math.sqrt(self.smooth)  # as averages shrink
-        if not 0 <= self.squash <= most:
+            limit /= math.sqrt(self.smooth)  # as averages shrink
+        if not 0 <= self.squash <= limit:
             raise ValueError(
-                f"squash: must be from 0 to {most:.2g}, twice the standard deviation "
+                f"squash: must be from 0 to {limit:.2g}, twice the standard deviation "
                 f"of the initial taps (beyond it almost every tap starts, and stays, "
                 f"at 0), got {self.squash}"
             )

@@ -107,8 +107,8 @@ class Mamba2(nn.Module):
         at_least_one(self, "state_size", "groups", "expand", "conv_width")
         interval(self, "dt_limit")
         E = self.expand * self.features
-        whole = [p for p in range(1, 65) if E % p == 0 and E // p % self.groups == 0]
-        P = self.head_size or max(whole, default=1)
+        sizes = [p for p in range(1, 65) if E % p == 0 and E // p % self.groups == 0]
+        P = self.head_size or max(sizes, default=1)
         if self.head_size:
             divides(self, "head_size", "expand x features", E)
         divides(self, "groups", "the number of heads", E // P)

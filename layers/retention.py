@@ -32,7 +32,7 @@ class Retention(nn.Module):
         heads: their number.
         expand_k, expand_v: all keys together have expand_k H channels, values
             expand_v H.
-        base: of the rotary frequencies.
+        base: b of the rotary frequencies b^(-2 i / size), see `ssm.rotary`.
         dtype: of activations; decays and states are float32 or better.
     """
 

@@ -166,10 +166,10 @@ class S4(nn.Module):
         final = dplr.final_state(scaled, aligned, before, counts)
         if state is not None:
             C = dplr.untruncated(system, C_tilde[0], self.length)
-            heard = dplr.response(scaled, C, state, u.shape[1])
+            response = dplr.response(scaled, C, state, u.shape[1])
             if reset is not None:
-                heard = jnp.where((segment == 0)[..., None], heard, 0)
-            y = y + heard
+                response = jnp.where((segment == 0)[..., None], response, 0)
+            y = y + response
         return restore(y), final
 
     def _step(self, system, C_tilde, D, u, state, sequence):

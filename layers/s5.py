@@ -91,8 +91,8 @@ class S5(nn.Module):
     def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, P] complex."""
         checks.recurrent(self)
-        stored = self.state_size // (1 + self.conj_sym)
-        return jnp.zeros((batch_size, stored), at_least_complex64(self.dtype))
+        count = self.state_size // (1 + self.conj_sym)
+        return jnp.zeros((batch_size, count), at_least_complex64(self.dtype))
 
     def eigenvalues(self) -> jax.Array:
         """log a [P] complex per token, a the eigenvalues of the recurrence; one of

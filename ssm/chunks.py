@@ -32,16 +32,16 @@ def in_chunks(
         # the state that leaves a chunk varies as all that made it
         state, pieces = varying.like((state, pieces), constants)
         pure, constants = _converted(body, state, pieces, chunk)
-    whole = L // chunk * chunk
+    split = L // chunk * chunk
     first, rest = (
         jax.tree.map(lambda x, part=part: x[:, part], pieces)
-        for part in (slice(whole), slice(whole, None))
+        for part in (slice(split), slice(split, None))
     )
 
     def over(state):
         return _chunks(pure, chunk, reverse, constants, state, first)
 
-    if whole == L:
+    if split == L:
         return over(state)
     last = jax.checkpoint(body)
     if reverse:
@@ -104,8 +104,8 @@ def _chunks_backward(body, chunk, reverse, saved, cotangents):
 
         _, pull = jax.vjp(call, constants, states[k], u_k, elapsed_k)
         dy_k = jax.lax.dynamic_slice_in_dim(dy, k * chunk, chunk, 1)
-        more, dstate, du_k, delapsed_k = pull((dstate, dy_k))
-        dconstants = jax.tree.map(jnp.add, dconstants, more)
+        dconstants_k, dstate, du_k, delapsed_k = pull((dstate, dy_k))
+        dconstants = jax.tree.map(jnp.add, dconstants, dconstants_k)
         du = _put(du, du_k, k, chunk)
         if delapsed is not None:
             delapsed = _put(delapsed, delapsed_k, k, chunk)
@@ -126,5 +126,5 @@ def _piece(arrays, k, chunk):
     )
 
 
-def _put(whole, part, k, chunk):
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, k * chunk, 1)
+def _put(array, part, k, chunk):
+    return jax.lax.dynamic_update_slice_in_dim(array, part, k * chunk, 1)

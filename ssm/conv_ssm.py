@@ -74,10 +74,10 @@ def _gradients(images, kernel, dy):
     h, w = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (low, high), (low, high), (0, 0)))
     # The k taps of a row side by side: one product for each row of the kernel.
-    beside = jnp.concatenate([padded[:, :, j : j + w] for j in range(k)], axis=-1)
+    taps = jnp.concatenate([padded[:, :, j : j + w] for j in range(k)], axis=-1)
     rows = [
         jnp.matmul(
-            beside[:, i : i + h].reshape(-1, k * I).T,
+            taps[:, i : i + h].reshape(-1, k * I).T,
             dy.reshape(-1, O),
             preferred_element_type=jnp.promote_types(kernel.dtype, jnp.float32),
         )

@@ -104,8 +104,8 @@ def varying(
             u, step_length, restart = token
             if restart is not None:
                 state = jnp.where(restart[:, None, None], 0, state)
-            here = DPLR(lam, P, B, dt * step_length[:, None, None])
-            state = step(here, prepare(here), u, state)
+            current = DPLR(lam, P, B, dt * step_length[:, None, None])
+            state = step(current, prepare(current), u, state)
             return state, output(C, state)
 
         tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (u, steps, reset))
@@ -152,9 +152,9 @@ def dense(system: DPLR) -> tuple[jax.Array, jax.Array]:
     units = _units(system.lam)
     dtype = system.lam.real.dtype
     columns = step(system, prepared, jnp.zeros(units.shape[:-1], dtype), units)
-    nothing = jnp.zeros_like(units[0])
-    ones = jnp.ones(nothing.shape[:-1], dtype)
-    B_bar = to_real(step(system, prepared, ones, nothing))
+    zeros = jnp.zeros_like(units[0])
+    ones = jnp.ones(zeros.shape[:-1], dtype)
+    B_bar = to_real(step(system, prepared, ones, zeros))
     return jnp.moveaxis(to_real(columns), 0, -1), B_bar
 
 
@@ -169,8 +169,8 @@ def _inverse(system):
             [(1.0 if r == s else 0.0) - _both(w * p) for s, p in enumerate(P)]
             for r, w in enumerate(rows)
         ]
-        seen = small_solve(G, [_both(w * units) for w in rows])
-        right = right + sum(p * s for p, s in zip(P, seen, strict=True)) / lam
+        solved = small_solve(G, [_both(w * units) for w in rows])
+        right = right + sum(p * s for p, s in zip(P, solved, strict=True)) / lam
     return jnp.moveaxis(to_real(right), 0, -1)
 
 
@@ -189,11 +189,11 @@ def power(A_bar: jax.Array, count: int) -> jax.Array:
 def _geometric(A_bar, count):
     """sum_{k < count} A_bar^k, count >= 1, by doubling."""
     total = jnp.broadcast_to(jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype), A_bar.shape)
-    reached = A_bar
+    A_power = A_bar
     for digit in bin(count)[3:]:
-        total, reached = total + reached @ total, reached @ reached
+        total, A_power = total + A_power @ total, A_power @ A_power
         if digit == "1":
-            total, reached = total + reached, reached @ A_bar
+            total, A_power = total + A_power, A_power @ A_bar
     return total
 
 
@@ -202,8 +202,8 @@ def truncated(system: DPLR, C: jax.Array, length: int) -> jax.Array:
     """C~ = C (I - A_bar^length): C [..., H, n] -> [..., H, n]."""
     A_bar, _ = dense(system)
     c = row(C)
-    beyond = jnp.einsum("...hm,hmn->...hn", c, power(A_bar, length))
-    return from_row(c - beyond)
+    remainder = jnp.einsum("...hm,hmn->...hn", c, power(A_bar, length))
+    return from_row(c - remainder)
 
 
 @jax.default_matmul_precision("highest")
@@ -238,14 +238,14 @@ def response(system: DPLR, C: jax.Array, state: jax.Array, length: int) -> jax.A
     system, C, state = together(system, C, state)
     A_bar, _ = dense(system)
     size = _chunk(length)
-    rows, reached = row(C)[:, None] @ A_bar, A_bar  # [H, 1, N]
+    rows, A_power = row(C)[:, None] @ A_bar, A_bar  # [H, 1, N]
     while rows.shape[1] < size:
-        rows = jnp.concatenate([rows, rows @ reached], 1)
-        reached = reached @ reached
-    # reached = A_bar^size
+        rows = jnp.concatenate([rows, rows @ A_power], 1)
+        A_power = A_power @ A_power
+    # A_power = A_bar^size
 
     def one(x, _):
-        return jnp.einsum("hmn,bhn->bhm", reached, x), x
+        return jnp.einsum("hmn,bhn->bhm", A_power, x), x
 
     count = -(-length // size)
     start = to_real(state).astype(A_bar.dtype)
@@ -268,18 +268,18 @@ def final_state(
     A_bar, B_bar = dense(system)
     length = u.shape[1]
     size = _chunk(length)
-    columns, reached = B_bar[..., None], A_bar  # [H, N, 1]: A_bar^(size-1-l) B_bar
+    columns, A_power = B_bar[..., None], A_bar  # [H, N, 1]: A_bar^(size-1-l) B_bar
     while columns.shape[-1] < size:
-        columns = jnp.concatenate([reached @ columns, columns], -1)
-        reached = reached @ reached
+        columns = jnp.concatenate([A_power @ columns, columns], -1)
+        A_power = A_power @ A_power
     u = jnp.pad(u, ((0, 0), (-length % size, 0), (0, 0)))
     u = u.reshape(u.shape[0], u.shape[1] // size, size, u.shape[2])
-    given = jnp.einsum("hnl,bclh->cbhn", columns, u)
+    driven = jnp.einsum("hnl,bclh->cbhn", columns, u)
 
-    def one(x, given):
-        return jnp.einsum("hmn,bhn->bhm", reached, x) + given, None
+    def one(x, driven):
+        return jnp.einsum("hmn,bhn->bhm", A_power, x) + driven, None
 
-    x, _ = jax.lax.scan(one, jnp.zeros_like(given[0]), given)
+    x, _ = jax.lax.scan(one, jnp.zeros_like(driven[0]), driven)
     if state is not None:
         counts = jnp.full(u.shape[0], length) if counts is None else counts
         start = to_real(state).astype(A_bar.dtype)
@@ -287,10 +287,10 @@ def final_state(
     return from_real(x)
 
 
-def _advanced(A_bar, x, counts, most):
-    """A_bar^counts[b] x[b] for counts <= most: one matrix per binary digit."""
-    for digit in range(most.bit_length()):
-        moved = jnp.einsum("hmn,bhn->bhm", A_bar, x)
-        x = jnp.where((counts >> digit & 1 == 1)[:, None, None], moved, x)
+def _advanced(A_bar, x, counts, limit):
+    """A_bar^counts[b] x[b] for counts <= limit: one matrix per binary digit."""
+    for digit in range(limit.bit_length()):
+        stepped = jnp.einsum("hmn,bhn->bhm", A_bar, x)
+        x = jnp.where((counts >> digit & 1 == 1)[:, None, None], stepped, x)
         A_bar = A_bar @ A_bar
     return x

@@ -205,18 +205,18 @@ def resolve(measure: str) -> str:
     return name
 
 
-def own_arguments(measure: str, **given: dict) -> dict:
+def own_arguments(measure: str, **arguments: dict) -> dict:
     """Those of the arguments that are not None; `ValueError` for one that the measure
     does not take."""
     takes = [*inspect.signature(MEASURES[resolve(measure)]).parameters][1:]
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name, value in arguments.items():
         if name not in takes:
             raise ValueError(
                 f"{name}: {measure!r} takes {takes or 'no arguments'}, "
                 f"got {name}={value}"
             )
-    return given
+    return arguments
 
 
 def transition(
@@ -237,8 +237,8 @@ def transition(
     """
     name = resolve(measure)
     _check_size(N)
-    own = own_arguments(name, alpha=alpha, beta=beta, theta=theta, seed=seed)
-    return MEASURES[name](N, **own)
+    arguments = own_arguments(name, alpha=alpha, beta=beta, theta=theta, seed=seed)
+    return MEASURES[name](N, **arguments)
 
 
 def legs_low_rank(N: int) -> np.ndarray:

@@ -151,10 +151,10 @@ def basis(
             f"measure: must be one of {sorted(EXPANSIONS)}, got {measure!r}, which has "
             "no closed basis"
         )
-    own = hippo.own_arguments(name, alpha=alpha, beta=beta, theta=theta)
+    arguments = hippo.own_arguments(name, alpha=alpha, beta=beta, theta=theta)
     t = _times(t)
     window = WINDOWS.get(name, np.inf)
-    q, k, _ = EXPANSIONS[name](N, np.minimum(t, window), **own)
+    q, k, _ = EXPANSIONS[name](N, np.minimum(t, window), **arguments)
     return np.where(t <= window, q * k, 0.0)
 
 
@@ -175,15 +175,15 @@ def reconstruct(
     """
     name = hippo.resolve(measure)
     if name in FORGETFUL:
-        others = sorted(set(EXPANSIONS) - set(FORGETFUL))
+        allowed = sorted(set(EXPANSIONS) - set(FORGETFUL))
         raise ValueError(
-            f"measure: must be one of {others}, got {measure!r}, which has no "
+            f"measure: must be one of {allowed}, got {measure!r}, which has no "
             f"reconstruction: {FORGETFUL[name]}"
         )
-    own = hippo.own_arguments(name, alpha=alpha, beta=beta)
+    arguments = hippo.own_arguments(name, alpha=alpha, beta=beta)
     x = np.asarray(x, np.float64)
     t = _times(t, WINDOWS.get(name, np.inf))
-    q, _, f = EXPANSIONS[name](x.shape[-1], t, **own)
+    q, _, f = EXPANSIONS[name](x.shape[-1], t, **arguments)
     return x @ (q * f)
 
 

@@ -27,10 +27,10 @@ def summed(steps: jax.Array) -> Time:
     Differentiable in the steps. The error does not grow with the sum.
     """
 
-    def add(before, now):
-        part = before.part + now.part
+    def add(before, step):
+        part = before.part + step.part
         carried = jnp.floor(part)
-        whole = before.whole + now.whole + carried.astype(jnp.int32)
+        whole = before.whole + step.whole + carried.astype(jnp.int32)
         return Time(whole, part - carried)
 
     return jax.lax.associative_scan(add, _split(steps), axis=1)

@@ -143,7 +143,7 @@ def compact(
     gather = _gather_along_length(order)
     count = lengths(sequence.mask)
     mask = jnp.arange(sequence.mask.shape[1]) < count[:, None]
-    moved = Sequence(
+    compacted = Sequence(
         mask=mask,
         reset=_compact_reset(sequence, gather, count),
         dt=None if sequence.dt is None else jnp.where(mask, gather(sequence.dt), 1.0),
@@ -153,7 +153,7 @@ def compact(
     def restore(y):
         return zero_masked(_gather_along_length(back)(y), sequence)
 
-    return zero_masked(gather(x), moved), moved, restore
+    return zero_masked(gather(x), compacted), compacted, restore
 
 
 def _gather_along_length(index) -> Callable:
@@ -169,13 +169,15 @@ def _compact_reset(sequence, gather, count):
     if sequence.reset is None:
         return None
     segment = jnp.cumsum(sequence.reset, axis=1)
-    moved = gather(segment)
+    gathered = gather(segment)
     # Padding takes the segment in which the row ends, so that a reset behind the last
     # real token stays on the first padding and reaches the final state.
-    position = jnp.arange(moved.shape[1])
-    moved = jnp.where(position < count[:, None], moved, segment[:, -1:])
-    previous = jnp.concatenate([jnp.zeros_like(moved[:, :1]), moved[:, :-1]], axis=1)
-    return moved > previous
+    position = jnp.arange(gathered.shape[1])
+    gathered = jnp.where(position < count[:, None], gathered, segment[:, -1:])
+    previous = jnp.concatenate(
+        [jnp.zeros_like(gathered[:, :1]), gathered[:, :-1]], axis=1
+    )
+    return gathered > previous
 
 
 def align_right(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -195,18 +197,20 @@ def window(before: jax.Array, x: jax.Array, sequence: Sequence) -> jax.Array:
     """
     W, L = before.shape[1], x.shape[1]
     x = zero_masked(x, sequence).astype(before.dtype)
-    both = jnp.concatenate([before, x], axis=1)
+    values = jnp.concatenate([before, x], axis=1)
     if sequence.mask is None:
-        last, index = both[:, L:], None
+        last, index = values[:, L:], None
     else:
         index = lengths(sequence.mask)[:, None] + jnp.arange(W)
-        last = _gather_along_length(index)(both)
+        last = _gather_along_length(index)(values)
     if sequence.reset is None:
         return last
     segment = jnp.cumsum(sequence.reset, axis=1)
     segments = jnp.pad(segment, ((0, 0), (W, 0)))
-    here = segments[:, L:] if index is None else jnp.take_along_axis(segments, index, 1)
-    current = Sequence(mask=here == segment[:, -1:])
+    last_segments = (
+        segments[:, L:] if index is None else jnp.take_along_axis(segments, index, 1)
+    )
+    current = Sequence(mask=last_segments == segment[:, -1:])
     return zero_masked(last, current)
 
 

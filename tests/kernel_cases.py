@@ -48,8 +48,8 @@ def product(**axes):
     All are marked slow but as few as hold every value, the first of each axis together
     in one of them.
     """
-    most = max(len(values) for values in axes.values())
-    quick = [tuple(v[k % len(v)] for v in axes.values()) for k in range(most)]
+    count = max(len(values) for values in axes.values())
+    quick = [tuple(v[k % len(v)] for v in axes.values()) for k in range(count)]
     cases = []
     for case in itertools.product(*axes.values()):
         words = [option_id(v) if isinstance(v, frozenset) else v for v in case]

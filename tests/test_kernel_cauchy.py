@@ -41,23 +41,23 @@ def test_is_the_textbook_sum_away_from_the_singularity():
     """s k[m] = sum v / (g - z) with g = 2 (1 - w) / (1 + w), w = e^{-i theta}."""
     inputs, length = case(), 33
     with jax.enable_x64(True):
-        found = np.asarray(cauchy(**inputs, length=length))
+        actual = np.asarray(cauchy(**inputs, length=length))
     root = np.exp(-2j * np.pi * np.arange(length // 2 + 1) / length)
     g = 2 * (1 - root) / (1 + root)
     v, z = inputs["v"][..., None], inputs["z"][..., None]
-    plain = (v / (g - z) + v.conj() / (g - z.conj())).sum(-2)
+    expected = (v / (g - z) + v.conj() / (g - z.conj())).sum(-2)
     s = 2 * np.cos(np.pi * np.arange(length // 2 + 1) / length)
-    np.testing.assert_allclose(s * found, plain, rtol=1e-12)
+    np.testing.assert_allclose(s * actual, expected, rtol=1e-12)
 
 
 def test_the_last_frequency_of_an_even_grid_is_exact():
     """theta = pi: w = 4i and s = 0, so k = 2 Re(sum v) / 4i."""
     inputs = case()
-    found = cauchy(
+    actual = cauchy(
         **{k: jnp.asarray(x, jnp.complex64) for k, x in inputs.items()}, length=64
     )
     expected = 2 * inputs["v"].real.sum(-1) / 4j
-    assert error(found[..., -1], expected) < 1e-6
+    assert error(actual[..., -1], expected) < 1e-6
 
 
 def test_the_gradient_makes_no_table():

@@ -194,9 +194,9 @@ def test_delta_rule_with_orthonormal_keys_adds_beta_v():
         inputs = case("delta rule, scalar decay", length=40, width=40)
         basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))
         inputs["k"] = jnp.broadcast_to(basis[None, :, None], inputs["k"].shape)
-        found = jitted(inputs)
+        actual = jitted(inputs)
         inputs["v"] = inputs["v"] * inputs.pop("beta")[..., None]
-        assert_close(found, jitted(inputs))
+        assert_close(actual, jitted(inputs))
 
 
 def test_delta_rule_with_one_key_replaces():
@@ -230,8 +230,8 @@ def test_tokens_that_do_not_exist(form):
         inputs[name][masked] = 0
     _, state = jitted(arrays(inputs))
     for name in inputs.keys() - {"initial_state"}:
-        kept = inputs[name][~masked]
-        inputs[name] = kept.reshape(2, 24, *kept.shape[1:])
+        remaining = inputs[name][~masked]
+        inputs[name] = remaining.reshape(2, 24, *remaining.shape[1:])
     assert_close(state, jitted(arrays(inputs))[1])
 
 
@@ -281,12 +281,14 @@ def test_infinite_decay_is_a_reset():
     reset = inputs.pop("reset")
     decay = np.where(reset[..., None], -np.inf, inputs["log_decay"])
     with jax.enable_x64(True):
-        found, gradients = results(
+        actual, gradients = results(
             chunked_scan, widened({**inputs, "log_decay": decay})
         )
-        expected, wanted = results(chunked_scan, widened({**inputs, "reset": reset}))
-        assert_close(found, expected)
-        assert_close(gradients, wanted, "gradient")
+        expected, expected_gradients = results(
+            chunked_scan, widened({**inputs, "reset": reset})
+        )
+        assert_close(actual, expected)
+        assert_close(gradients, expected_gradients, "gradient")
 
 
 def test_mapped_twice():
@@ -300,8 +302,8 @@ def test_mapped_twice():
     mapped = jax.jit(jax.vmap(jax.vmap(gradient)))(stacked)
     for i in range(2):
         one = jax.jit(gradient)(jax.tree.map(lambda x, i=i: x[0, i], stacked))
-        found = jax.tree.map(lambda x, i=i: x[1, i], mapped)
-        assert_close(found, one, "gradient")
+        actual = jax.tree.map(lambda x, i=i: x[1, i], mapped)
+        assert_close(actual, one, "gradient")
 
 
 def gradient_of(form, length):
@@ -390,16 +392,16 @@ def test_slow_decay_of_a_state(delta, per_channel, length):
     rate = np.linspace(0.2, 2, 6).reshape(2, 3) / length
     g = -(rate if per_channel else rate[:, 0]).astype(np.float32)
     log_decay = np.broadcast_to(g, (1, length, *g.shape))
-    nothing = np.zeros((1, length, 2, 3), np.float32)
-    beta = nothing[..., 0] if delta else None
+    zeros = np.zeros((1, length, 2, 3), np.float32)
+    beta = zeros[..., 0] if delta else None
     state = np.ones((1, 2, 3, 3), np.float32)
     _, final, transition = jax.jit(
         lambda *x: chunked_scan(*x, return_transition=True, backend="xla")
-    )(nothing, nothing, nothing, log_decay, beta, state)
-    kept = np.exp(length * g.astype(np.float64))
-    expected = np.broadcast_to(kept.reshape(1, 2, -1, 1), state.shape)
+    )(zeros, zeros, zeros, log_decay, beta, state)
+    decay = np.exp(length * g.astype(np.float64))
+    expected = np.broadcast_to(decay.reshape(1, 2, -1, 1), state.shape)
     assert_close(final, expected)
     if delta:
         assert_close(transition, expected * np.eye(3))
     else:
-        assert_close(transition, kept[None])
+        assert_close(transition, decay[None])

@@ -39,14 +39,14 @@ def abstract_inputs(operation, variant):
     if "conv" in operation.name and "K" in size:
         size["K"] = STANDS_FOR_LONG
     rng = np.random.default_rng(0)
-    made = operation.make(rng, variant, STANDS_FOR_LONG, size)
+    arrays = operation.make(rng, variant, STANDS_FOR_LONG, size)
 
     def abstract(x):
         shape = tuple(long.get(n, n) for n in x.shape)
         dtype = {"f": jnp.float32, "c": jnp.complex64}.get(x.dtype.kind, x.dtype)
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    inputs = {k: jax.tree.map(abstract, x) for k, x in made.items()}
+    inputs = {k: jax.tree.map(abstract, x) for k, x in arrays.items()}
     for name in {"u_factors", "k_factors"} & inputs.keys():
         heads = inputs[name][0].shape[:-3]
         inputs[name] = [
@@ -64,16 +64,16 @@ def test_no_program_of_an_operation_holds_a_table(op, variant, backend):
     if "return_transition" in static:
         static["return_transition"] = True
     inputs = abstract_inputs(operation, variant)
-    left_out = {"initial_state", "reset"}
-    plain = {name: x for name, x in inputs.items() if name not in left_out}
+    optional = {"initial_state", "reset"}
+    plain = {name: x for name, x in inputs.items() if name not in optional}
 
     def total(moving, fixed):
         leaves = jax.tree.leaves(operation.call(**moving, **fixed, **static))
         return sum(jnp.sum(jnp.abs(x)) for x in leaves)
 
-    for given in [plain] if inputs.keys() == plain.keys() else [inputs, plain]:
-        fixed = {name: x for name, x in given.items() if name == "reset"}
-        moving = {name: x for name, x in given.items() if name != "reset"}
+    for arguments in [plain] if inputs.keys() == plain.keys() else [inputs, plain]:
+        fixed = {name: x for name, x in arguments.items() if name == "reset"}
+        moving = {name: x for name, x in arguments.items() if name != "reset"}
         for function in (total, jax.grad(total)):
-            found = largest_constant(jax.jit(function).lower(moving, fixed))
-            assert found <= GROWING.get((op, backend), 2**20) + 100
+            size = largest_constant(jax.jit(function).lower(moving, fixed))
+            assert size <= GROWING.get((op, backend), 2**20) + 100

@@ -38,8 +38,8 @@ TABLE = {"fast": FAST, "slow": SLOW}
 def test_default_is_the_first_that_can_run():
     assert dispatch.pick("op", TABLE, None) is SLOW
     assert dispatch.pick("op", {"slow": SLOW, "fast": FAST}, None) is SLOW
-    able = backend()
-    assert dispatch.pick("op", {"fast": able, "slow": SLOW}, None) is able
+    fast = backend()
+    assert dispatch.pick("op", {"fast": fast, "slow": SLOW}, None) is fast
 
 
 def test_arguments_decide():
@@ -66,16 +66,16 @@ def test_nothing_can_run():
 
 
 def test_excluded_backend_is_not_the_default_but_can_be_named(made_up):
-    able = backend()
-    table = {"fast": able, "slow": SLOW}
+    fast = backend()
+    table = {"fast": fast, "slow": SLOW}
     kernels.exclude("op", "fast", "wrong gradient here")
     assert dispatch.pick("op", table, None) is SLOW
-    assert dispatch.pick("other", table, None) is able
-    assert dispatch.pick("op", table, "fast") is able
+    assert dispatch.pick("other", table, None) is fast
+    assert dispatch.pick("op", table, "fast") is fast
     assert dispatch.pick("op", table, None) is SLOW
-    name, why = kernels.backend_report()["op"]
+    name, reason = kernels.backend_report()["op"]
     assert name == "slow"
-    assert "fast: wrong gradient here" in why
+    assert "fast: wrong gradient here" in reason
     kernels.exclude("op", "slow", "too slow")
     with pytest.raises(ValueError, match=r"'fast': wrong.*'slow': too slow"):
         dispatch.pick("op", table, None)
@@ -97,10 +97,10 @@ def test_unknown_names_are_refused():
         kernels.exclude,
         lambda *names: kernels.prefer(**{names[0]: names[1]}),
     ):
-        what = "exclude" if call is kernels.exclude else "prefer"
-        with pytest.raises(ValueError, match=f"{what}: operation must be one of .*scn"):
+        name = "exclude" if call is kernels.exclude else "prefer"
+        with pytest.raises(ValueError, match=f"{name}: operation must be one of .*scn"):
             enter(call("linear_scn", "xla", "why"))
-        words = f"{what}: backend of cauchy must be one of triton, xla, ref.*'pallas'"
+        words = f"{name}: backend of cauchy must be one of triton, xla, ref.*'pallas'"
         with pytest.raises(ValueError, match=words):
             enter(call("cauchy", "pallas", "why"))
     with pytest.raises(ValueError, match="linear_scan: unknown backend ''"):
@@ -127,8 +127,8 @@ def test_a_backend_for_another_platform_waits_to_be_named(monkeypatch):
     missing = dispatch.OnPlatform("no.such.module", "tpu", lambda: None)
     table = {"tpu": missing, "slow": SLOW}
     assert dispatch.pick("op", table, None) is SLOW
-    _, why = kernels.backend_report()["op"]
-    assert "tpu: for tpu, would be interpreted here" in why
+    _, reason = kernels.backend_report()["op"]
+    assert "tpu: for tpu, would be interpreted here" in reason
     with pytest.raises(ModuleNotFoundError, match="no"):
         dispatch.pick("op", table, "tpu")
     monkeypatch.setattr(compat, "platform", lambda: "tpu")

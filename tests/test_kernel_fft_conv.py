@@ -38,9 +38,9 @@ def inputs_for(length, options, taps=None, channels=3, batch=2):
     """Beside u and k what `options` has: "state", "reset", "k_reverse" and GATES."""
     variant = "two-sided" if "k_reverse" in options else "gated"
     sizes = dict(K=length if taps is None else taps, H=channels, B=batch)
-    made = inputs_of("fft_conv", variant, length, options, **sizes)
-    left_out = {*GATES} - {*options}
-    return {name: x for name, x in made.items() if name not in left_out}
+    arrays = inputs_of("fft_conv", variant, length, options, **sizes)
+    absent = {*GATES} - {*options}
+    return {name: x for name, x in arrays.items() if name not in absent}
 
 
 @product(
@@ -119,14 +119,14 @@ def test_two_calls_compose(cut_taps, reverse, reset):
         compiled = jax.jit(partial(fft_conv, reverse=reverse))
 
         state = inputs["initial_state"]
-        whole, final = run(slice(None), state)
+        expected, final = run(slice(None), state)
         parts = [slice(0, cut), slice(cut, None)]
         if reverse:
             parts.reverse()
         first, middle = run(parts[0], state)
         second, last = run(parts[1], middle)
         joined = [second, first] if reverse else [first, second]
-        assert_close((jnp.concatenate(joined, 1), last), (whole, final))
+        assert_close((jnp.concatenate(joined, 1), last), (expected, final))
 
 
 @pytest.mark.parametrize("two_sided", [(), ("k_reverse",)])
@@ -157,9 +157,9 @@ def test_state_holds_the_gated_inputs():
 def test_output_does_not_see_the_future():
     inputs = inputs_for(40, set())
     u, k = np.float32(inputs["u"]), np.float32(inputs["k"])
-    later = u.copy()
-    later[:, 25:] += 100
-    assert_close(fft_conv(later, k)[0][:, :25], fft_conv(u, k)[0][:, :25])
+    changed = u.copy()
+    changed[:, 25:] += 100
+    assert_close(fft_conv(changed, k)[0][:, :25], fft_conv(u, k)[0][:, :25])
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -170,15 +170,15 @@ def test_memory_of_the_backward_pass_is_linear(reset):
 
         return jax.grad(loss, (0, 1))(u, k)
 
-    used = []
+    sizes = []
     for length in (512, 1024):
         u = jax.ShapeDtypeStruct((2, length, 8), jnp.float32)
         k = jax.ShapeDtypeStruct((8, length), jnp.float32)
         flags = jax.ShapeDtypeStruct((2, length), jnp.bool_) if reset else None
-        used.append(temporary_bytes(gradient, u, k, flags))
-    assert used[1] < 2.4 * used[0]
+        sizes.append(temporary_bytes(gradient, u, k, flags))
+    assert sizes[1] < 2.4 * sizes[0]
     # with resets each of the log2(L) levels has its own buffers
-    assert used[1] < (50 if reset else 20) * 2 * 1024 * 8 * 4
+    assert sizes[1] < (50 if reset else 20) * 2 * 1024 * 8 * 4
 
 
 @pytest.mark.parametrize("poison", [np.nan, 1e6])
@@ -249,13 +249,13 @@ def test_overlap_save_streams_blocks(monkeypatch, taps_start):
     v, k = rng.standard_normal((2, 3, 331)), rng.standard_normal((3, taps))
     count = 331 - start
     with jax.enable_x64(True):
-        found, expected = (
+        actual, expected = (
             jax.jit(partial(_with_gradients, partial(f, start=start, count=count)))(
                 v, k
             )
             for f in (overlap_save.window, xla.window)
         )
-        assert_close(found, expected)
+        assert_close(actual, expected)
 
 
 def _with_gradients(f, *arguments):
@@ -279,8 +279,10 @@ def test_block_fft_is_the_fft_in_permuted_order(sizes):
 
     with jax.enable_x64(True):
         (re, im), back = jax.jit(transform)(x)
-        kept = np.fft.fft(x)[:, order].reshape(2, sizes[0], -1)[:, : sizes[0] // 2 + 1]
-        assert_close(np.asarray(re) + 1j * np.asarray(im), kept)
+        expected = np.fft.fft(x)[:, order].reshape(2, sizes[0], -1)[
+            :, : sizes[0] // 2 + 1
+        ]
+        assert_close(np.asarray(re) + 1j * np.asarray(im), expected)
         assert_close(back, x)
 
 
@@ -298,11 +300,11 @@ def test_block_convolution_of_every_order(sizes, window):
         return monarch.circular(v, k, sizes, start, count, False)
 
     with jax.enable_x64(True):
-        found, expected = (
+        actual, expected = (
             jax.jit(partial(_with_gradients, f))(v, k)
             for f in (block, partial(xla.window, start=start, count=count))
         )
-        assert_close(found, expected)
+        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -318,10 +320,10 @@ def test_three_passes_over_a_long_sequence(length):
     def run(u, k, backend):
         return _with_gradients(lambda u, k: fft_conv(u, k, backend=backend)[0], u, k)
 
-    found, expected = (
+    actual, expected = (
         jax.jit(partial(run, backend=backend))(u, k) for backend in ("monarch", "xla")
     )
-    assert_close(found, expected, "gradient")
+    assert_close(actual, expected, "gradient")
     assert temporary_bytes(partial(run, backend="monarch"), u, k) < 40 * u.nbytes
 
 
@@ -344,7 +346,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_choice_is_in_the_open(name):
-    shape, taps, state, platform, chosen, words = CHOICES[name]
+    shape, taps, state, platform, expected, words = CHOICES[name]
     u = jax.ShapeDtypeStruct(shape, jnp.float32)
     k = jax.ShapeDtypeStruct((shape[2], taps), jnp.float32)
     tail = None
@@ -353,14 +355,15 @@ def test_choice_is_in_the_open(name):
     with compat.lowering_for(platform):
         advice = choice.advice(u, k, tail, None)
         assert (
-            next((name for name, (fits, _) in advice.items() if fits), "xla") == chosen
+            next((name for name, (fits, _) in advice.items() if fits), "xla")
+            == expected
         )
     if platform != "cpu":
-        assert words in advice[chosen][1]
+        assert words in advice[expected][1]
         return
     jax.eval_shape(fft_conv, u, k, tail)
-    backend, why = backend_report()["fft_conv"]
-    assert backend == chosen and words in why
+    backend, reason = backend_report()["fft_conv"]
+    assert backend == expected and words in reason
 
 
 # FlashButterfly.
@@ -378,14 +381,14 @@ def butterfly(u, k, k_reverse=None, skip=None, backend=None, **factors):
 def butterfly_inputs(length, sizes, options, taps=None, channels=3):
     """Factors near the DFT's; those with an even place of its own for each channel."""
     inputs = inputs_for(length, options, taps, channels)
-    made = dict(inputs)
+    arrays = dict(inputs)
     rng = np.random.default_rng(length)
     for i, factor in enumerate(dft_factors(sizes)):
-        for name, own in (("u", i % 2 == 0), ("k", i % 2 == 1)):
-            shape = ((channels,) if own else ()) + factor.shape
+        for name, per_channel in (("u", i % 2 == 0), ("k", i % 2 == 1)):
+            shape = ((channels,) if per_channel else ()) + factor.shape
             noise = 0.1 * rng.standard_normal(shape)
-            made[f"{name}_{i}"] = np.asarray(factor, np.float64) + noise
-    return made
+            arrays[f"{name}_{i}"] = np.asarray(factor, np.float64) + noise
+    return arrays
 
 
 @pytest.mark.slow
@@ -423,8 +426,8 @@ def test_butterfly_begins_as_the_fft_convolution(sizes, two_sided):
 
             return jax.jit(jax.value_and_grad(run, has_aux=True))(moving)
 
-        found = gradients(learned)
-        assert_close(found, gradients(lambda **x: fft_conv(**x)[0]))
+        actual = gradients(learned)
+        assert_close(actual, gradients(lambda **x: fft_conv(**x)[0]))
 
 
 def test_butterfly_keeps_no_step_for_its_gradient():
@@ -435,8 +438,8 @@ def test_butterfly_keeps_no_step_for_its_gradient():
         pull = jax.vjp(lambda *a: butterfly_conv(*a, factors), u, k, factors)[1]
         return jax.tree.leaves(pull)
 
-    kept = jax.eval_shape(residuals, u, k, factors)
-    assert sum(x.size for x in kept) < 4 * (u.size + k.size)
+    arrays = jax.eval_shape(residuals, u, k, factors)
+    assert sum(x.size for x in arrays) < 4 * (u.size + k.size)
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def test_decay_that_broadcasts(kind, shape, reverse):
         if name != "reset":
             inputs[name] = x.reshape(*x.shape[:-1], 3, 4)
     # the first along every axis of which there is one
-    whole = inputs["a"] if len(shape) == 4 else inputs["a"][0, 0]
-    inputs["a"] = whole[tuple(slice(size) for size in shape)]
+    decay = inputs["a"] if len(shape) == 4 else inputs["a"][0, 0]
+    inputs["a"] = decay[tuple(slice(size) for size in shape)]
     check(
         linear_scan, inputs, "float64", "xla", reverse=reverse, return_transition=True
     )
@@ -149,11 +149,11 @@ def test_a_backend_on_real_pairs():
 
     def backward(a, h, state, keep, like_x, dh, dfinal, reverse):
         """On pairs the gradient is conjugated: g[t] = dh[t] + conj(a[t+1]) g[t+1]."""
-        held = (pairs.join(pair) for pair in (pairs.conj(a), pairs.conj(h)))
-        a, h = held
+        arrays = (pairs.join(pair) for pair in (pairs.conj(a), pairs.conj(h)))
+        a, h = arrays
         state = pairs.join(pairs.conj(state))
-        moved = (pairs.join(pair) for pair in (like_x, dh, dfinal))
-        gradients = xla.backward(a, h, state, keep, *moved, reverse)
+        cotangents = (pairs.join(pair) for pair in (like_x, dh, dfinal))
+        gradients = xla.backward(a, h, state, keep, *cotangents, reverse)
         return tuple(pairs.split(gradient) for gradient in gradients)
 
     module = SimpleNamespace(PAIRS=True, forward=forward, backward=backward)
@@ -211,17 +211,17 @@ def test_memory_of_the_backward_pass_is_linear():
     def gradient(a, x):
         return jax.grad(lambda a, x: jnp.sum(linear_scan(a, x)[0] ** 2), (0, 1))(a, x)
 
-    used = []
+    sizes = []
     for length in (512, 1024):
         shape = jax.ShapeDtypeStruct((2, length, 64), jnp.float32)
-        used.append(temporary_bytes(gradient, shape, shape))
-    whole = 2 * 1024 * 64 * 4
-    assert used[1] < 2.2 * used[0]
-    assert used[1] < 3 * whole
+        sizes.append(temporary_bytes(gradient, shape, shape))
+    nbytes = 2 * 1024 * 64 * 4
+    assert sizes[1] < 2.2 * sizes[0]
+    assert sizes[1] < 3 * nbytes
 
     constant = jax.ShapeDtypeStruct((64,), jnp.float32)
     small = jax.jit(lambda a, x: gradient(a, x)[0])
-    assert temporary_bytes(small, constant, shape) < 3 * whole
+    assert temporary_bytes(small, constant, shape) < 3 * nbytes
 
 
 def bank_inputs(length, options, kind="complex"):
@@ -350,12 +350,12 @@ def test_a_constant_decay_is_not_rounded_once_for_all_steps():
         (_, results), gradients = gradient(log_a, b, c, state)
         return results, gradients
 
-    found = jax.jit(both)(*single, u.astype(np.float32))
+    actual = jax.jit(both)(*single, u.astype(np.float32))
     with jax.enable_x64(True):
         double = (x.astype(np.complex128) for x in single)
         expected = jax.jit(both)(*double, u.astype(np.float32).astype(float))
-    assert_close(found[0], expected[0])
-    assert_close(found[1], expected[1], kind="gradient")
+    assert_close(actual[0], expected[0])
+    assert_close(actual[1], expected[1], kind="gradient")
 
 
 @pytest.mark.slow
@@ -370,13 +370,13 @@ def test_contracted_memory_is_linear_and_without_modes():
 
     system = [jax.ShapeDtypeStruct((channels, modes), jnp.complex64)] * 3
     for with_dt in (False, True):
-        used = []
+        sizes = []
         for length in (4096, 8192):
             u = jax.ShapeDtypeStruct((batch, length, channels), jnp.float32)
             dt = jax.ShapeDtypeStruct((batch, length), jnp.float32) if with_dt else None
-            used.append(temporary_bytes(gradient, *system, u, dt))
-        assert used[1] < 2.2 * used[0]
-        assert used[1] < batch * 8192 * channels * modes * 8 / 8
+            sizes.append(temporary_bytes(gradient, *system, u, dt))
+        assert sizes[1] < 2.2 * sizes[0]
+        assert sizes[1] < batch * 8192 * channels * modes * 8 / 8
 
 
 @pytest.mark.parametrize(
@@ -433,9 +433,9 @@ def test_transition_of_many_decays_near_one(kind, at_each, length):
         return linear_scan(a, x, return_transition=True)[2]
 
     wide = a.astype(np.complex128)
-    whole = np.prod(wide, 1) if at_each else wide[:, 0] ** length
-    assert_close(transition(a), whole if kind == "complex" else whole.real)
-    (found,) = jax.vjp(transition, a)[1](jnp.ones((1, 3), a.dtype))
-    expected = whole[:, None] / wide * (1 if at_each else length)
+    total = np.prod(wide, 1) if at_each else wide[:, 0] ** length
+    assert_close(transition(a), total if kind == "complex" else total.real)
+    (actual,) = jax.vjp(transition, a)[1](jnp.ones((1, 3), a.dtype))
+    expected = total[:, None] / wide * (1 if at_each else length)
     expected = expected if kind == "complex" else expected.real
-    assert_close(found, expected, "gradient")
+    assert_close(actual, expected, "gradient")

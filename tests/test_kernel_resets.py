@@ -62,9 +62,9 @@ class Trial:
 
     def __init__(self, name, variant, backend, length=6, bad=1, reset=3, chunk=1):
         operation = OPERATIONS[name]
-        made = operation.inputs(Case(variant, length, state=True))
-        self.inputs = jax.tree.map(jnp.asarray, made)
-        self.names = [n for n in SEQUENCES[name] if n in made]
+        arrays = operation.inputs(Case(variant, length, state=True))
+        self.inputs = jax.tree.map(jnp.asarray, arrays)
+        self.names = [n for n in SEQUENCES[name] if n in arrays]
         self.length, self.bad, self.at = length, bad, reset
         self.before = slice(0, reset // chunk * chunk)
         self.after = slice(-(-reset // chunk) * chunk, None)
@@ -88,38 +88,38 @@ class Trial:
             cotangent = np.ones((2, self.length), np.float32)
         return self.compiled(self.inputs | changed, self.reset, cotangent)
 
-    def check_gradients(self, found, clean):
+    def check_gradients(self, results, clean):
         for n in self.names:
             for row, part in ((0, clean), (1, slice(None))):
-                close(found[2][n][row, part], self.good[2][n][row, part], n)
+                close(results[2][n][row, part], self.good[2][n][row, part], n)
 
-    def check(self, found):
+    def check(self, results):
         """After the reset, and in the other row, it is as if nothing were bad."""
-        close(found[0][0, self.after], self.good[0][0, self.after], "output")
-        close(found[0][1], self.good[0][1], "other row")
-        close(found[1], self.good[1], "final state")
-        self.check_gradients(found, self.after)
+        close(results[0][0, self.after], self.good[0][0, self.after], "output")
+        close(results[0][1], self.good[0][1], "other row")
+        close(results[1], self.good[1], "final state")
+        self.check_gradients(results, self.after)
 
     def check_inputs(self):
         for n in self.names:
             # a log decay is not positive
             for value in (np.nan,) if n == "log_decay" else (np.nan, 3e38):
-                found = self.run(**{n: self.inputs[n].at[0, self.bad].set(value)})
-                self.check(found)
-                assert np.isnan(found[0][0, self.bad]).any() or value > 0
+                results = self.run(**{n: self.inputs[n].at[0, self.bad].set(value)})
+                self.check(results)
+                assert np.isnan(results[0][0, self.bad]).any() or value > 0
         state = self.inputs["initial_state"].at[0].set(np.nan)
         self.check(self.run(initial_state=state))
 
     def check_cotangent(self, at, clean):
         cotangent = np.ones((2, self.length), np.float32)
         cotangent[0, at] = np.nan
-        found = self.run(cotangent)
-        self.check_gradients(found, clean)
-        assert any(np.isnan(found[2][n][0, at]).any() for n in self.names)
+        results = self.run(cotangent)
+        self.check_gradients(results, clean)
+        assert any(np.isnan(results[2][n][0, at]).any() for n in self.names)
 
 
-def close(actual, expected, what):
-    np.testing.assert_allclose(actual, expected, 1e-3, 1e-3, err_msg=what)
+def close(actual, expected, name):
+    np.testing.assert_allclose(actual, expected, 1e-3, 1e-3, err_msg=name)
 
 
 def everything(trial):
@@ -168,7 +168,7 @@ def chunkwise(variant, backend):
 def test_nothing_passes_a_reset_on_a_gpu(name):
     pytest.importorskip("triton", reason="not installed: pip install -e '.[test]'")
     root = Path(__file__).parents[1]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, name],
         cwd=root,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
@@ -176,7 +176,7 @@ def test_nothing_passes_a_reset_on_a_gpu(name):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def interpreted(name):

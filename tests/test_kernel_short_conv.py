@@ -51,14 +51,14 @@ def test_two_calls_compose(cut, reverse, reset):
 
         compiled = jax.jit(partial(short_conv, reverse=reverse))
 
-        whole, final = run(slice(None), state)
+        expected, final = run(slice(None), state)
         parts = [slice(0, cut), slice(cut, None)]
         if reverse:
             parts.reverse()
         first, middle = run(parts[0], state)
         second, last = run(parts[1], middle)
         joined = [second, first] if reverse else [first, second]
-        assert_close((jnp.concatenate(joined, 1), last), (whole, final))
+        assert_close((jnp.concatenate(joined, 1), last), (expected, final))
 
 
 def test_reset_equals_separate_segments():

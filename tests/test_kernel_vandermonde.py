@@ -38,16 +38,16 @@ def test_moments_equal_naive_sum(kind, dtype, length, backend):
 
 @pytest.mark.parametrize("op", [vandermonde, vandermonde_transpose])
 def test_bfloat16(op):
-    more = {"length": 64} if op is vandermonde else {}
-    check(op, inputs_of(op.__name__, "real", 64), "bfloat16", "xla", **more)
+    options = {"length": 64} if op is vandermonde else {}
+    check(op, inputs_of(op.__name__, "real", 64), "bfloat16", "xla", **options)
 
 
 @product(extra=[(2, 4), (), (2,)], leading=[(2, 3), (), (3,)])
 def test_leading_axes(extra, leading):
     channels, rows = math.prod(leading), math.prod(extra)
-    made = inputs_of("vandermonde_transpose", "complex", 9, B=rows, H=channels)
-    log_z = made["log_z"].reshape(*leading, 5)
-    u = made["u"].reshape(*extra, *leading, 9)
+    arrays = inputs_of("vandermonde_transpose", "complex", 9, B=rows, H=channels)
+    log_z = arrays["log_z"].reshape(*leading, 5)
+    u = arrays["u"].reshape(*extra, *leading, 9)
     check(vandermonde_transpose, {"u": u, "log_z": log_z}, "float64", "xla")
     c = u[..., :5] + 1j * u[..., 4:]
     check(vandermonde, {"c": c, "log_z": log_z}, "float64", "xla", length=9)

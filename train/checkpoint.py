@@ -85,7 +85,9 @@ def damage(folder: Path) -> str | None:
 def _altered(folder: Path) -> str | None:
     try:
         digest = json.loads((folder / DIGEST).read_text())
-        files = {name: (want["bytes"], want["sha256"]) for name, want in digest.items()}
+        files = {
+            name: (entry["bytes"], entry["sha256"]) for name, entry in digest.items()
+        }
     except FileNotFoundError:
         empty = folder.is_dir() and not any(folder.iterdir())
         return "the folder is empty" if empty else f"{DIGEST} is missing"
@@ -109,9 +111,9 @@ def _altered(folder: Path) -> str | None:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             return f"{DIGEST} names {name}, outside of its folder"
         try:
-            found = (folder / name).lstat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
+            actual = (folder / name).lstat().st_size
+            if actual != size:
+                return f"{name} has {actual} bytes instead of {size}"
             if sha256(folder / name) != digest:
                 return f"{name} has altered bytes"
         except OSError as error:
@@ -145,7 +147,7 @@ def _newest(workdir: str | Path, use: Callable[[int], T]) -> T | None:
     Raises:
         CheckpointError: there are complete checkpoints, and all are unusable.
     """
-    tried, damaged = [], False
+    problems, damaged = [], False
     for step in reversed(steps(workdir)):
         folder = _folder(workdir, step)
         try:
@@ -154,12 +156,12 @@ def _newest(workdir: str | Path, use: Callable[[int], T]) -> T | None:
                 return use(step)
         except _Unusable as error:
             reason = str(error)
-        tried.append(f"{step}: {reason}")
+        problems.append(f"{step}: {reason}")
         damaged |= not _unfinished(folder)
         logging.warning("checkpoint %d is not used: %s", step, reason)
     if damaged:
         raise CheckpointError(
-            f"no checkpoint in {workdir} can be used ({'; '.join(tried)}); to start "
+            f"no checkpoint in {workdir} can be used ({'; '.join(problems)}); to start "
             f"afresh, remove {Path(workdir) / FOLDER} or give another --workdir"
         )
     return None
@@ -188,8 +190,8 @@ def restore_params(
     """The variables of a run, as NumPy arrays, whatever devices it had.
 
     Args:
-        workdir: of the run.
-        step: of the checkpoint; None takes the newest good one.
+        workdir: folder of the run.
+        step: number of the checkpoint; None takes the newest good one.
 
     Returns:
         {"params" [, "batch_stats", "buffers"]}, with the averaged weights as "params"
@@ -199,10 +201,10 @@ def restore_params(
         CheckpointError: no such checkpoint, or it is damaged.
     """
     if step is None:
-        found = _newest(workdir, lambda step: (_read_params(workdir, step), step))
-        if found is None:
+        result = _newest(workdir, lambda step: (_read_params(workdir, step), step))
+        if result is None:
             raise CheckpointError(f"there is no checkpoint in {workdir}")
-        return found
+        return result
     if step not in steps(workdir):
         raise CheckpointError(
             f"no checkpoint of step {step} in {workdir}, which has {steps(workdir)}"
@@ -221,25 +223,23 @@ def _read_params(workdir: str | Path, step: int) -> dict[str, Any]:
         folder = path / STATE
         handler = ocp.PyTreeCheckpointHandler()
         saved = handler.metadata(epath.Path(folder)).tree
-        wanted = {k: saved[k] for k in ("params", "batch_stats", "buffers", "ema")}
-        if wanted["ema"]:
-            del wanted["params"]
+        tree = {k: saved[k] for k in ("params", "batch_stats", "buffers", "ema")}
+        if tree["ema"]:
+            del tree["params"]
         arrays = stored.contents(folder)
-        stored.check_size(
-            {k: v for k, v in arrays.items() if k.split(".")[0] in wanted}
-        )
+        stored.check_size({k: v for k, v in arrays.items() if k.split(".")[0] in tree})
         as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
         )
-        found = handler.restore(
+        variables = handler.restore(
             epath.Path(folder),
             args=ocp.args.PyTreeRestore(
-                item=wanted, restore_args=as_numpy, partial_restore=True
+                item=tree, restore_args=as_numpy, partial_restore=True
             ),
         )
-    params = found.pop("ema") or found["params"]
-    found["params"] = params
-    return {name: value for name, value in found.items() if value}
+    params = variables.pop("ema") or variables["params"]
+    variables["params"] = params
+    return {name: value for name, value in variables.items() if value}
 
 
 def init_from(workdir: str | Path, state: TrainState) -> TrainState:
@@ -253,25 +253,25 @@ def init_from(workdir: str | Path, state: TrainState) -> TrainState:
         CheckpointError: no checkpoint there can be used.
     """
     variables, step = restore_params(workdir)
-    found = dict(named_leaves(variables))
-    fresh = []
+    available = dict(named_leaves(variables))
+    unmatched = []
 
     def take(name, leaf):
-        if name not in found or found[name].shape != leaf.shape:
-            fresh.append(name)
+        if name not in available or available[name].shape != leaf.shape:
+            unmatched.append(name)
             return leaf
-        return jax.device_put(found[name].astype(leaf.dtype), leaf.sharding)
+        return jax.device_put(available[name].astype(leaf.dtype), leaf.sharding)
 
-    own = {"params": state.params, **state.collections()}
-    leaves = [take(name, leaf) for name, leaf in named_leaves(own)]
-    taken = jax.tree.unflatten(jax.tree.structure(own), leaves)
-    if len(fresh) == len(leaves):
+    current = {"params": state.params, **state.collections()}
+    leaves = [take(name, leaf) for name, leaf in named_leaves(current)]
+    merged = jax.tree.unflatten(jax.tree.structure(current), leaves)
+    if len(unmatched) == len(leaves):
         raise ValueError(f"train.init_from: no parameter of {workdir} fits this model")
     print(f"initialised from step {step} of {workdir}")
-    if fresh:
-        print(f"not initialised from there: {', '.join(fresh)}")
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, taken["params"])
-    return state.replace(**taken, ema=ema)
+    if unmatched:
+        print(f"not initialised from there: {', '.join(unmatched)}")
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, merged["params"])
+    return state.replace(**merged, ema=ema)
 
 
 class Checkpoints:
@@ -281,22 +281,22 @@ class Checkpoints:
     the digest and only then removes what is no longer kept. One save at a time.
 
     Args:
-        workdir: of the run.
+        workdir: folder of the run.
         keep: how many of the newest steps to keep, at least 1.
-        allowed: raises an error once nothing more may be written there.
+        check: raises an error once nothing more may be written there.
     """
 
     def __init__(
         self,
         workdir: str | Path,
         keep: int,
-        allowed: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,
     ):
         if keep < 1:
             raise ValueError(f"train.keep must be 1 or more, got {keep}")
         self._workdir = Path(workdir).absolute()
         self._keep = keep
-        self._allowed = allowed
+        self._check = check
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -337,7 +337,7 @@ class Checkpoints:
             CheckpointError: the disk is full; now or in the save before this one.
         """
         self.wait()
-        self._allowed()
+        self._check()
         step = int(state.step)
         self._saving = step, sum(x.nbytes for x in jax.tree.leaves(state))
         shapes = _shapes(state)
@@ -358,7 +358,7 @@ class Checkpoints:
     def poll(self) -> None:
         """Raises the error of the save in the background, if it has failed already, or
         that nothing more may be saved."""
-        self._allowed()
+        self._check()
         if self._error is not None:
             self.wait()
 
@@ -386,10 +386,10 @@ class Checkpoints:
         Raises:
             CheckpointError: there are complete checkpoints, and all are damaged.
         """
-        found = _newest(self._workdir, lambda step: (step, self._read(step, target)))
+        newest = _newest(self._workdir, lambda step: (step, self._read(step, target)))
         if jax.process_index() == 0:
-            self._tidy(found and found[0])
-        return found and found[1]
+            self._tidy(newest and newest[0])
+        return newest and newest[1]
 
     def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict, dict]:
         items = ocp.args.Composite(
@@ -403,13 +403,13 @@ class Checkpoints:
         with _readable(), literal(_folder(self._workdir, step)) as path:
             # Orbax cuts off and pads what has another shape.
             _compare(stored.contents(path / STATE), _shapes(target))
-            found = self._writer.restore(epath.Path(path), args=items)
-        for what in ("data", "metadata"):
-            if not isinstance(found[what], dict):
-                raise _Unusable(f"{what} must be an object, got {found[what]!r:.60}")
-        if found.metadata.get("step", step) != step:
-            raise _Unusable(f"it remembers step {found.metadata['step']}")
-        return found.state, found.data, found.metadata
+            restored = self._writer.restore(epath.Path(path), args=items)
+        for key in ("data", "metadata"):
+            if not isinstance(restored[key], dict):
+                raise _Unusable(f"{key} must be an object, got {restored[key]!r:.60}")
+        if restored.metadata.get("step", step) != step:
+            raise _Unusable(f"it remembers step {restored.metadata['step']}")
+        return restored.state, restored.data, restored.metadata
 
     def _tidy(self, newest: int | None) -> None:
         for leftover in (self._workdir / FOLDER).glob(f"*{UNFINISHED}"):
@@ -420,9 +420,9 @@ class Checkpoints:
                 logging.warning("checkpoint %d is removed: its save was cut off", step)
                 _remove(folder)
             elif step > newest:
-                aside = self._workdir / FOLDER / f"damaged-{step}"
-                _remove(aside)
-                folder.rename(aside)
+                backup = self._workdir / FOLDER / f"damaged-{step}"
+                _remove(backup)
+                folder.rename(backup)
 
     def _finish(self, step: int, best: int | None, shapes: dict) -> None:
         try:
@@ -430,8 +430,8 @@ class Checkpoints:
             if jax.process_index() == 0:
                 _read_back(_folder(self._workdir, step), shapes)
                 _write_digest(_folder(self._workdir, step))
-                kept = {*steps(self._workdir)[-self._keep :], best}
-                for old in set(steps(self._workdir)) - kept:
+                remaining = {*steps(self._workdir)[-self._keep :], best}
+                for old in set(steps(self._workdir)) - remaining:
                     _remove(_folder(self._workdir, old))
         except BaseException as error:  # raised again in the main thread
             self._error = error
@@ -584,8 +584,8 @@ def _said_once():
     orbax = Path(ocp.__file__).parent
 
     def not_from_orbax(record) -> bool:
-        inside = orbax in Path(record.pathname).parents
-        return not (inside and record.levelname == "ERROR")
+        from_orbax = orbax in Path(record.pathname).parents
+        return not (from_orbax and record.levelname == "ERROR")
 
     def not_full_disk(record) -> bool:
         return not (record.exc_info and disk_full(record.exc_info[1]))
@@ -601,13 +601,13 @@ def _said_once():
         logging.get_absl_logger(): not_from_orbax,
         asyncio.log.logger: not_full_disk,
     }
-    for logger, wanted in loggers.items():
-        logger.addFilter(wanted)
+    for logger, condition in loggers.items():
+        logger.addFilter(condition)
     sys.unraisablehook = unless_loop_closed
     try:
         yield
     finally:
-        for logger, wanted in loggers.items():
-            logger.removeFilter(wanted)
+        for logger, condition in loggers.items():
+            logger.removeFilter(condition)
         if sys.unraisablehook is unless_loop_closed:
             sys.unraisablehook = hook

@@ -54,23 +54,25 @@ def decide(path: str | Path | None) -> dict[str, list]:
             "--certificate must be a file that python -m kernels.check wrote, got "
             f"{place}"
         )
-    made = read(place)
+    contents = read(place)
     start, advice = f"certificate {place}", "python -m kernels.check makes a new one"
-    other = [
-        f"{key} {there.get(key)} there, {value} here"
-        for there, here in (
-            (made["device"], certificate.device()),
-            (made["versions"], certificate.versions()),
+    differences = [
+        f"{key} {recorded.get(key)} there, {value} here"
+        for recorded, current in (
+            (contents["device"], certificate.device()),
+            (contents["versions"], certificate.versions()),
         )
-        for key, value in here.items()
-        if there.get(key) != value
+        for key, value in current.items()
+        if recorded.get(key) != value
     ]
-    if other:
-        line = f"{start} is ignored ({'; '.join(other)}); {advice}"
+    if differences:
+        line = f"{start} is ignored ({'; '.join(differences)}); {advice}"
         return {"lines": [line], "exclude": []}
-    changed = {op for op, digest in made["sources"].items() if digest != _digest(op)}
+    changed = {
+        op for op, digest in contents["sources"].items() if digest != _digest(op)
+    }
     failed: dict[tuple[str, str], list] = {}
-    for row in made["results"]:
+    for row in contents["results"]:
         # what was only interpreted or compiled was tried for another device
         if row["verdict"] == "failed" and row["how"] == "run":
             failed.setdefault((row["op"], row["backend"]), []).append(row)
@@ -91,17 +93,17 @@ def decide(path: str | Path | None) -> dict[str, list]:
 def read(path: Path) -> dict:
     """A certificate whose structure is what `kernels.check.certificate` says."""
     try:
-        made = json.loads(path.read_text())
-        if made["format"] != certificate.FORMAT:
-            raise ValueError(f"format {made['format']}, not {certificate.FORMAT}")
+        contents = json.loads(path.read_text())
+        if contents["format"] != certificate.FORMAT:
+            raise ValueError(f"format {contents['format']}, not {certificate.FORMAT}")
         for key in ("device", "versions", "sources"):
-            if not isinstance(made[key], dict):
+            if not isinstance(contents[key], dict):
                 raise TypeError(f"{key} is no object")
-        for row in made["results"]:
+        for row in contents["results"]:
             texts = [row[key] for key in ("op", "backend", "how", "dtype", "verdict")]
             if row["verdict"] == "failed":
                 texts.append(row["failures"][0])
-            if row["op"] not in made["sources"]:
+            if row["op"] not in contents["sources"]:
                 raise ValueError(f"sources has no {row['op']}")
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError("an entry of results is no text")
@@ -110,7 +112,7 @@ def read(path: Path) -> dict:
             f"{path} is no certificate of python -m kernels.check "
             f"({type(error).__name__}: {error})"
         ) from None
-    return made
+    return contents
 
 
 def _digest(op: str) -> str | None:

@@ -60,7 +60,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """What a JSON file holds; None where there is no such file.
 
     Args:
-        path: of the file.
+        path: where the file is.
         kind: dict, list or float: what the whole must be.
 
     Raises:
@@ -70,12 +70,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
         text = _text(path)
     except FileNotFoundError:
         return None
-    found = _parsed(path, text)
-    if not isinstance(found, kind):
+    value = _parsed(path, text)
+    if not isinstance(value, kind):
         raise ValueError(
             f"{path} must hold a JSON {KINDS[kind]}, got {quoted(text.strip())}"
         )
-    return found
+    return value
 
 
 def read_lines(path: Path) -> list[str]:

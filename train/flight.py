@@ -34,7 +34,7 @@ def make_probe(model: nn.Module, loss_fn: LossFn, seed: int, padded: bool) -> Ca
     """The jitted (state, batch) -> `Probe` of the step that would come next."""
 
     def forward(params, collections, batch, key):
-        (outputs, _), changed = model.apply(
+        (outputs, _), recorded = model.apply(
             {"params": params, **collections},
             batch["inputs"],
             sequence=sequence_of(batch, padded),
@@ -43,7 +43,7 @@ def make_probe(model: nn.Module, loss_fn: LossFn, seed: int, padded: bool) -> Ca
             mutable=[*collections, RECORD],
         )
         loss, weight, _ = loss_fn(outputs, batch)
-        return loss / jnp.maximum(weight, 1), changed.get(RECORD, {})
+        return loss / jnp.maximum(weight, 1), recorded.get(RECORD, {})
 
     def probe(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -62,24 +62,24 @@ def quantities(record: Mapping) -> dict[str, float]:
 
     Of a model that is not a stack of blocks the names are paths.
     """
-    found = []
+    entries = []
     for path, value in named_leaves(jax.device_get(record)):
         match = re.fullmatch(r"stack/(repeated/block|rest)_(\d+)/(.*)", path)
         if match is None:
-            found.append((math.inf, path.replace("/", ": "), float(value.max())))
+            entries.append((math.inf, path.replace("/", ": "), float(value.max())))
             continue
         kind, position, name = match[1], int(match[2]), match[3]
         name = name.removeprefix("mixer/").replace("/", " ")
         if kind == "rest":
-            found.append((_repeated(record) + position, name, float(value)))
+            entries.append((_repeated(record) + position, name, float(value)))
             continue
         pattern = len(record["stack"]["repeated"])
         for repetition, one in enumerate(value):
-            found.append((repetition * pattern + position, name, float(one)))
-    found.sort(key=lambda entry: entry[0])
+            entries.append((repetition * pattern + position, name, float(one)))
+    entries.sort(key=lambda entry: entry[0])
     return {
         name if math.isinf(block) else f"block {block + 1}: {name}": value
-        for block, name, value in found
+        for block, name, value in entries
     }
 
 
@@ -94,20 +94,20 @@ def first_bad(probe: Probe) -> str:
     """The first quantity that is not finite, in the order of the computation, and its
     value; "" if all are."""
 
-    def bad(named):
-        return next(((k, v) for k, v in named if not math.isfinite(v)), None)
+    def bad(values):
+        return next(((k, v) for k, v in values if not math.isfinite(v)), None)
 
     def leaves(tree, kind):
         return ((f"{kind} {p}", float(v)) for p, v in named_leaves(tree))
 
     host = jax.device_get(probe)
-    found = (
+    offender = (
         bad(leaves(host.weights, "the parameter"))
         or bad(quantities(host.record).items())
         or bad([("the loss", float(host.loss))])
         or bad(leaves(host.gradients, "the gradient of"))
     )
-    return "" if found is None else f"{found[0]} is {found[1]}"
+    return "" if offender is None else f"{offender[0]} is {offender[1]}"
 
 
 def find(
@@ -117,8 +117,8 @@ def find(
     does."""
     for number in steps:
         batch = sharding.place(next(batches), mesh)
-        said = first_bad(probe(state, batch))
-        if said:
-            return f"{said} in step {number}"
+        cause = first_bad(probe(state, batch))
+        if cause:
+            return f"{cause} in step {number}"
         state, _ = train_step(state, batch)
     return ""

@@ -61,24 +61,24 @@ def held(workdir: str | Path) -> Iterator[Lock]:
         ValueError: another run has it, or `workdir` cannot be written.
         OSError: the disk is full.
     """
-    workdir, lock, made = Path(workdir).absolute(), Lock(), []
+    workdir, lock, folders = Path(workdir).absolute(), Lock(), []
     with contextlib.ExitStack() as leaving:
-        leaving.callback(_remove_empty, made)
-        _make(workdir, made)
-        own = _acquire(workdir / NAME)
-        leaving.callback(_release, workdir / NAME, own)
-        leaving.enter_context(_beating(workdir / NAME, own, lock))
+        leaving.callback(_remove_empty, folders)
+        _make(workdir, folders)
+        record = _acquire(workdir / NAME)
+        leaving.callback(_release, workdir / NAME, record)
+        leaving.enter_context(_beating(workdir / NAME, record, lock))
         yield lock
 
 
-def _make(workdir: Path, made: list[Path]) -> None:
-    """Makes the folder and those above it, which are added to `made`."""
+def _make(workdir: Path, folders: list[Path]) -> None:
+    """Makes the folder and those above it, which are added to `folders`."""
     try:
         for path in (*reversed(workdir.parents), workdir):
             if not path.is_dir():
                 try:
                     path.mkdir()
-                    made.append(path)
+                    folders.append(path)
                 except FileExistsError:
                     if not path.is_dir():  # else another run has made it just now
                         raise ValueError(
@@ -98,7 +98,7 @@ def _refuse(workdir: Path, error: OSError) -> None:
 
 def _acquire(path: Path) -> dict:
     """Puts an own lock at `path`; what it says."""
-    own = {
+    record = {
         "id": secrets.token_hex(8),
         "host": socket.gethostname(),
         "place": _place(),
@@ -106,43 +106,43 @@ def _acquire(path: Path) -> dict:
         "started": _started(os.getpid()),
         "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    aside = path.with_name(f"{NAME}.{own['id']}.tmp")
+    draft = path.with_name(f"{NAME}.{record['id']}.tmp")
     try:
-        aside.write_text(json.dumps(own))
-        while not _create(aside, path):
+        draft.write_text(json.dumps(record))
+        while not _create(draft, path):
             chain, holder = _chain(path)
             if holder is None:
                 continue  # it went away just now
-            if holder.get("id") == own["id"]:
+            if holder.get("id") == record["id"]:
                 break  # a network repeated the link that had succeeded
-            if not _dead(holder, chain[-1], aside):
+            if not _dead(holder, chain[-1], draft):
                 raise ValueError(_in_use(path.parent, holder))
-            if _succeed(aside, own, chain, holder):
+            if _succeed(draft, record, chain, holder):
                 logging.warning(
                     "%s is taken over: %s has ended", path, _who(holder).strip()
                 )
                 break
             time.sleep(0.01)
-        _sweep(path, aside)
+        _sweep(path, draft)
     except OSError as error:
         _refuse(path.parent, error)
     finally:
-        files.remove(aside)
-    return own
+        files.remove(draft)
+    return record
 
 
-def _sweep(path: Path, fresh: Path) -> None:
+def _sweep(path: Path, draft: Path) -> None:
     """Removes what takers that were killed have left beside the lock."""
-    for left in path.parent.glob(f"{NAME}.*"):
+    for leftover in path.parent.glob(f"{NAME}.*"):
         with contextlib.suppress(OSError):
-            if fresh.stat().st_mtime - left.stat().st_mtime > STALE:
-                left.unlink()
+            if draft.stat().st_mtime - leftover.stat().st_mtime > STALE:
+                leftover.unlink()
 
 
-def _create(aside: Path, path: Path) -> bool:
-    """Whether `path`, which was not there, now has the content of `aside`."""
+def _create(draft: Path, path: Path) -> bool:
+    """Whether `path`, which was not there, now has the content of `draft`."""
     try:
-        os.link(aside, path)
+        os.link(draft, path)
         return True
     except FileExistsError:
         return False
@@ -151,8 +151,8 @@ def _create(aside: Path, path: Path) -> bool:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with open(file, "wb") as opened:
-            opened.write(aside.read_bytes())
+        with open(file, "wb") as stream:
+            stream.write(draft.read_bytes())
         return True
 
 
@@ -160,12 +160,12 @@ def _chain(path: Path) -> tuple[list[Path], dict | None]:
     """The lock and those that succeed to it, and what the last one says: the holder's
     word, {} if it cannot be read; None where there is no lock."""
     chain, holder = [], None
-    while (found := _read(path)) is not None:
+    while (record := _read(path)) is not None:
         chain.append(path)
-        holder = found
-        if not found or len(chain) > 100:
+        holder = record
+        if not record or len(chain) > 100:
             break
-        path = chain[0].with_name(f"{NAME}.{found['id']}")
+        path = chain[0].with_name(f"{NAME}.{record['id']}")
     return chain, holder
 
 
@@ -174,11 +174,11 @@ def _read(path: Path) -> dict | None:
     deadline = time.monotonic() + WRITING
     while True:
         try:
-            found = json.loads(path.read_text())
-            known = isinstance(found, dict) and isinstance(found.get("id"), str)
+            record = json.loads(path.read_text())
+            valid = isinstance(record, dict) and isinstance(record.get("id"), str)
             # An id becomes part of a file's name.
-            if known and found["id"].isalnum():
-                return found
+            if valid and record["id"].isalnum():
+                return record
         except FileNotFoundError:
             return None
         except IsADirectoryError:
@@ -192,35 +192,35 @@ def _read(path: Path) -> dict | None:
         time.sleep(0.05)
 
 
-def _dead(holder: dict, path: Path, fresh: Path) -> bool:
-    """Whether a holder has ended; `fresh` was just written, by the same clock."""
+def _dead(holder: dict, path: Path, draft: Path) -> bool:
+    """Whether a holder has ended; `draft` was just written, by the same clock."""
     process, started = holder.get("process"), holder.get("started")
     if holder.get("place") == _place() and type(process) is int and started:
-        now = _started(process)
-        if now != HIDDEN:
-            return now != started
+        current = _started(process)
+        if current != HIDDEN:
+            return current != started
     try:
-        fresh.touch()
-        return fresh.stat().st_mtime - path.stat().st_mtime > STALE
+        draft.touch()
+        return draft.stat().st_mtime - path.stat().st_mtime > STALE
     except FileNotFoundError:
         return False  # it went away just now
 
 
-def _succeed(aside: Path, own: dict, chain: list[Path], holder: dict) -> bool:
+def _succeed(draft: Path, record: dict, chain: list[Path], holder: dict) -> bool:
     """Whether the own lock took the place of a chain of dead ones."""
     root = chain[0]
     heir = root.with_name(f"{NAME}.{holder.get('id', 'unreadable')}")
     if not holder:  # such as an empty file: nobody can succeed it by name
         heir = root.with_name(f"{NAME}.unreadable")
-    if not _create(aside, heir):
+    if not _create(draft, heir):
         if not holder:
-            _expire(heir, aside)
+            _expire(heir, draft)
         return False
-    now, last = _chain(root)
+    current, last = _chain(root)
     expected = [*chain, heir] if holder else chain
     if (
-        now != expected
-        or (holder and last["id"] != own["id"])
+        current != expected
+        or (holder and last["id"] != record["id"])
         or bool(last) != bool(holder)
     ):
         files.remove(heir)
@@ -234,32 +234,33 @@ def _succeed(aside: Path, own: dict, chain: list[Path], holder: dict) -> bool:
     return True
 
 
-def _expire(heir: Path, fresh: Path) -> None:
+def _expire(heir: Path, draft: Path) -> None:
     """Removes the successor of an unreadable lock if it was left behind."""
     holder = _read(heir)
-    if holder is not None and _dead(holder, heir, fresh):
+    if holder is not None and _dead(holder, heir, draft):
         files.remove(heir)
 
 
 @contextlib.contextmanager
-def _beating(path: Path, own: dict, lock: Lock):
+def _beating(path: Path, record: dict, lock: Lock):
     """Touches the lock from a thread until this is left."""
-    done = threading.Event()
+    finished = threading.Event()
 
     def beat():
-        while not done.wait(BEAT):
+        while not finished.wait(BEAT):
             with contextlib.suppress(OSError):
-                found = _read(path)
-                if done.is_set():
+                current = _read(path)
+                if finished.is_set():
                     return
-                if found is None:  # removed by hand
-                    _rewrite(path, own)
-                elif found.get("id") == own["id"]:
+                if current is None:  # removed by hand
+                    _rewrite(path, record)
+                elif current.get("id") == record["id"]:
                     os.utime(path)
                 else:
                     lock.lost = (
                         f"{path.parent} is no longer this run's, which did not touch "
-                        f"its {NAME} for more than {STALE:.0f} s: {_who(found)} has it"
+                        f"its {NAME} for more than {STALE:.0f} s: {_who(current)} "
+                        "has it"
                     )
                     return
 
@@ -268,27 +269,27 @@ def _beating(path: Path, own: dict, lock: Lock):
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()
 
 
-def _rewrite(path: Path, own: dict) -> None:
-    aside = path.with_name(f"{NAME}.{own['id']}.tmp")
+def _rewrite(path: Path, record: dict) -> None:
+    draft = path.with_name(f"{NAME}.{record['id']}.tmp")
     try:
-        aside.write_text(json.dumps(own))
-        _create(aside, path)
+        draft.write_text(json.dumps(record))
+        _create(draft, path)
     finally:
-        files.remove(aside)
+        files.remove(draft)
 
 
-def _release(path: Path, own: dict) -> None:
-    found = _read(path)
-    if found is not None and found.get("id") == own["id"]:
+def _release(path: Path, record: dict) -> None:
+    current = _read(path)
+    if current is not None and current.get("id") == record["id"]:
         files.remove(path)
 
 
-def _remove_empty(made: list[Path]) -> None:
-    for path in reversed(made):
+def _remove_empty(folders: list[Path]) -> None:
+    for path in reversed(folders):
         with contextlib.suppress(OSError):
             path.rmdir()
 
@@ -350,8 +351,8 @@ def _started_by_ps(process: int) -> str | None:
     """The same where there is no /proc."""
     command = ["ps", "-o", "stat=,lstart=", "-p", str(process)]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    state, _, began = told.stdout.strip().partition(" ")
+    state, _, began = result.stdout.strip().partition(" ")
     return began.strip() if began and not state.startswith("Z") else None

@@ -79,18 +79,18 @@ def _run(config, workdir, profile, model, stop) -> dict:
     # A finished run is told of also where nothing can be written.
     if not os.access(workdir, os.W_OK) and (finished := runs.finished(workdir, config)):
         return finished
-    with processes.held(workdir) as own:
+    with processes.held(workdir) as lock:
         return runs.finished(workdir, config) or go_on(
-            config, workdir, dataset, mesh, model, profile, stop, own
+            config, workdir, dataset, mesh, model, profile, stop, lock
         )
 
 
-def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
+def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
     """What `run` does in a workdir that is its own and not finished."""
     runs.check_writable(workdir)
     runs.check_data(workdir, dataset)
     try:
-        with Checkpoints(workdir, config.train.keep, own.check) as checkpoints:
+        with Checkpoints(workdir, config.train.keep, lock.check) as checkpoints:
             parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
             runs.write_config(workdir, config)
@@ -153,10 +153,10 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
                     break
                 batch = sharding.place(next(parts.batches), parts.mesh)
                 with jax.transfer_guard("disallow"):
-                    progress.state, measured = parts.train_step(progress.state, batch)
+                    progress.state, measures = parts.train_step(progress.state, batch)
                 progress.step += 1
-                progress.window.append(measured)
-                pace.begun(measured["loss"], stop.signal is not None)
+                progress.window.append(measures)
+                pace.begun(measures["loss"], stop.signal is not None)
                 checkpoints.poll()
                 last, better = progress.step == options.steps, False
                 if last or progress.step % options.log_every == 0:
@@ -197,8 +197,8 @@ def log(config, parts, progress, metrics, batch) -> None:
     means["lr"] = float(parts.schedule(progress.step - 1))
     means["steps_per_second"] = metrics.rate(progress.step)
     if config.train.record:
-        shown = flight.quantities(parts.probe(progress.state, batch).record)
-        means |= {f"record/{name}": value for name, value in shown.items()}
+        quantities = flight.quantities(parts.probe(progress.state, batch).record)
+        means |= {f"record/{name}": value for name, value in quantities.items()}
     metrics.write(progress.step, "train", means)
     progress.window = []
 
@@ -211,12 +211,12 @@ def check_window(progress) -> None:
         ValueError: a batch had nothing to learn from.
     """
     progress.window = jax.tree.map(float, jax.device_get(progress.window))
-    begun = progress.step - len(progress.window)
-    for number, measured in enumerate(progress.window, begun + 1):
-        for name, value in measured.items():
+    logged = progress.step - len(progress.window)
+    for number, measures in enumerate(progress.window, logged + 1):
+        for name, value in measures.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value} at step {number}")
-        if measured["weight"] == 0:
+        if measures["weight"] == 0:
             raise ValueError(
                 f"the batch of step {number} must have a target to learn from, got "
                 f"only masked ones or {losses.IGNORED}, which is ignored"

@@ -104,8 +104,8 @@ def _cross_entropy(outputs, targets, real, label_smoothing):
     correct = logits.argmax(axis=-1) == targets
     metrics = {"accuracy": correct}
     if correct.ndim > 1:
-        whole = jnp.all(correct | ~real, axis=1, keepdims=True)
-        metrics["sequence_accuracy"] = jnp.broadcast_to(whole, real.shape)
+        complete = jnp.all(correct | ~real, axis=1, keepdims=True)
+        metrics["sequence_accuracy"] = jnp.broadcast_to(complete, real.shape)
     return _sums(losses, real, metrics)
 
 
@@ -143,8 +143,8 @@ def _pixel_errors(frames, target, real):
     """Mean square and mean absolute value of frames - x per frame, x = p / 127.5 - 1 of
     the bytes p in `target`; 0 where not `real`."""
     frames = jnp.where(real[..., None, None, None], frames.astype(jnp.float32), 0)
-    wrong = frames - from_bytes(target)
-    return tuple(f(wrong).mean((-3, -2, -1)) for f in (jnp.square, jnp.abs))
+    errors = frames - from_bytes(target)
+    return tuple(f(errors).mean((-3, -2, -1)) for f in (jnp.square, jnp.abs))
 
 
 def _codes(outputs, batch, label_smoothing):
@@ -165,14 +165,14 @@ def _codes(outputs, batch, label_smoothing):
 def _autoencoder(outputs, batch):
     inputs = batch["inputs"]
     frames = inputs["frames"] if isinstance(inputs, Mapping) else inputs
-    found = getattr(outputs, "frames", outputs)
-    if not hasattr(outputs, "commitment") or found.shape != frames.shape:
+    decoded = getattr(outputs, "frames", outputs)
+    if not hasattr(outputs, "commitment") or decoded.shape != frames.shape:
         raise ValueError(
             "the loss autoencoder takes a Reconstruction of frames "
-            f"{frames.shape}, which model.layer vq gives, got {jnp.shape(found)}"
+            f"{frames.shape}, which model.layer vq gives, got {jnp.shape(decoded)}"
         )
     real = batch["mask"] if outputs.commitment.ndim == 2 else _rows(batch)
-    squared, absolute = _pixel_errors(found, frames, real)
+    squared, absolute = _pixel_errors(decoded, frames, real)
     commitment = jnp.where(real, outputs.commitment.astype(jnp.float32), 0)
     share = _where(real, outputs.usage.astype(jnp.float32))
     share = share.reshape(-1, share.shape[-1]).sum(0) / jnp.maximum(real.sum(), 1)

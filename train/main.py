@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     times = () if LENGTHS.value is None else evaluate.parse_times(LENGTHS.value)
     for n in times:  # now, not after hours
         data.stretched(CONFIG.value.data, n)
-    found = {}
+    outcomes = {}
     for seed in seeds:
         config = CONFIG.value.copy_and_resolve_references()
         config.seed = seed
@@ -87,8 +87,8 @@ def main(argv: list[str]) -> int:
             if os.path.exists(path) and not os.path.isdir(path):
                 raise ValueError(f"--workdir must be a folder, got the file {path}")
         print(f"workdir: {workdir}", flush=True)
-        found[seed] = loop.run(config, workdir, PROFILE.value)
-        if "stopped" in found[seed]:
+        outcomes[seed] = loop.run(config, workdir, PROFILE.value)
+        if "stopped" in outcomes[seed]:
             return 0
         if times:
             # Its layer is that of the command line, which has been trained here.
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> int:
             _write_report(workdir)
         check()
     if len(seeds) > 1:
-        _print_seeds(found)
+        _print_seeds(outcomes)
     return 0
 
 
@@ -131,8 +131,8 @@ def _write_report(workdir: Path) -> None:
 
 def _number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,100}", text):
-        shown = text if len(text) <= 40 else f"{text[:40]}..."
-        raise ValueError(f"--seeds must be whole numbers such as 0,1,2, got {shown!r}")
+        quoted = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ValueError(f"--seeds must be whole numbers such as 0,1,2, got {quoted!r}")
     settings.check_seed("--seeds", int(text))
     return int(text)
 
@@ -153,19 +153,19 @@ def _workdir(seed: int, several: bool) -> Path:
         raise ValueError(f"--workdir must be given: by default, {problem}") from None
 
 
-def _print_seeds(found: dict[int, dict]) -> None:
+def _print_seeds(outcomes: dict[int, dict]) -> None:
     """The tests of several seeds, and their median and range."""
     from train.losses import LOSSES
 
-    kind = LOSSES[next(iter(found.values()))["loss"]]
-    tests = {"last": {seed: results["test"] for seed, results in found.items()}}
-    if all(results["best"] for results in found.values()):
-        tests["best"] = {s: results["best"]["test"] for s, results in found.items()}
+    kind = LOSSES[next(iter(outcomes.values()))["loss"]]
+    tests = {"last": {seed: results["test"] for seed, results in outcomes.items()}}
+    if all(results["best"] for results in outcomes.values()):
+        tests["best"] = {s: results["best"]["test"] for s, results in outcomes.items()}
     if not all(tests["last"].values()):
         return
-    print(f"\ntest {kind.title:<8}" + "".join(f"{which:>10}" for which in tests))
-    columns = [[tests[which][s][kind.metric] for s in found] for which in tests]
-    for seed, *values in zip(found, *columns, strict=True):
+    print(f"\ntest {kind.title:<8}" + "".join(f"{name:>10}" for name in tests))
+    columns = [[tests[name][s][kind.metric] for s in outcomes] for name in tests]
+    for seed, *values in zip(outcomes, *columns, strict=True):
         print(f"seed {seed:<8}" + "".join(f"{value:>10.4f}" for value in values))
     for title, of in (("median", statistics.median), ("lowest", min), ("highest", max)):
         print(f"{title:<13}" + "".join(f"{of(column):>10.4f}" for column in columns))
@@ -199,25 +199,25 @@ def _parse(argv: list[str]) -> list[str]:
                 _check_config(path[1], config)
                 for key in keys:
                     _check_key(config, key)
-        said = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
         raise ValueError(
             f"--config: {path[1] if path else ''} cannot be used "
-            f"({type(error).__name__}: {said[0]})"
+            f"({type(error).__name__}: {lines[0]})"
         ) from error
 
 
 def _with_paths(argv: list[str]) -> list[str]:
     """The arguments, with its path where --config names a file of `configs/` alone."""
     paths = {path.stem: path for path in _own_configs()}
-    found = []
+    arguments = []
     for before, argument in zip(["", *argv], argv, strict=False):
         flag = re.match(r"--?config=", argument)
         if flag or before in ("--config", "-config"):
             start = flag.end() if flag else 0
             name, colon, rest = argument[start:].partition(":")
             argument = f"{argument[:start]}{paths.get(name, name)}{colon}{rest}"
-        found.append(argument)
-    return found
+        arguments.append(argument)
+    return arguments
 
 
 def _own_configs() -> list[Path]:
@@ -278,8 +278,8 @@ def _ours(error: Exception) -> bool:
         return True
     if not isinstance(error, (ValueError, FloatingPointError)):
         return False
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return Path(__file__).resolve().parents[1] in raised_in.resolve().parents
+    source = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return Path(__file__).resolve().parents[1] in source.resolve().parents
 
 
 def _unless_stopped(main: Callable[[list[str]], int], argv: list[str]) -> int:

@@ -46,7 +46,7 @@ class Metrics:
     was killed and resumed equals that of one which never stopped, apart from CLOCK.
 
     Args:
-        workdir: of the run.
+        workdir: folder of the run.
         start: the step that the run goes on from.
         steps: the step at which it ends.
         unvalidated: whether `start` is still to be validated: a line that says so is
@@ -81,15 +81,15 @@ class Metrics:
             self._bar.stop()
         if not self._first:
             return
-        failed = None
-        for path, opened in ((self._path, self._file), (self._board.path, self._board)):
+        problem = None
+        for path, stream in ((self._path, self._file), (self._board.path, self._board)):
             try:
                 with _named(path):
-                    opened.close()
+                    stream.close()
             except OSError as error:
-                failed = failed or error
-        if failed is not None and kind is None:
-            raise failed
+                problem = problem or error
+        if problem is not None and kind is None:
+            raise problem
 
     def advance(self, step: int) -> None:
         """Moves the progress bar, where there is one, to the last step that is done."""
@@ -106,9 +106,9 @@ class Metrics:
     @contextlib.contextmanager
     def paused(self):
         """Leaves the time spent inside out of the rate."""
-        begun = time.monotonic()
+        start = time.monotonic()
         yield
-        self._time += time.monotonic() - begun
+        self._time += time.monotonic() - start
 
     def write(self, step: int, split: str, scalars: dict[str, float]) -> None:
         """Adds one line of `scalars`, measured after `step` updates on `split`."""
@@ -140,7 +140,7 @@ class _Board:
     callers wait for ever for room in its queue.
 
     Args:
-        folder: of the file.
+        folder: where the file of events goes.
         first: events of this step and later ones in older files are hidden.
     """
 
@@ -218,7 +218,7 @@ def _drop_after(path: Path, step: int, unvalidated: bool) -> None:
     be made; a line that was cut off is of a later one."""
     if not path.exists():
         return
-    kept = []
+    remaining = []
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
@@ -238,8 +238,8 @@ def _drop_after(path: Path, step: int, unvalidated: bool) -> None:
             and early
             and not (unvalidated and at == (step, "validation"))
         ):
-            kept.append(line)
-    write_atomically(path, "".join(kept))
+            remaining.append(line)
+    write_atomically(path, "".join(remaining))
 
 
 def print_table(
@@ -251,12 +251,12 @@ def print_table(
         config: the run's.
         groups: pattern -> paths of its parameters.
         params: tree of shapes.
-        mesh: of the devices.
+        mesh: the devices, by axis.
         compiled: the train step.
-        seconds: that compiling it took.
+        seconds: how long compiling it took.
     """
-    named = named_leaves(params)
-    sizes = {path: math.prod(leaf.shape) for path, leaf in named}
+    leaves = named_leaves(params)
+    sizes = {path: math.prod(leaf.shape) for path, leaf in leaves}
     factors = dict(config.groups)
     counts = [
         (group_name(pattern, factors[pattern]), sum(map(sizes.get, paths)))
@@ -283,11 +283,11 @@ def group_name(pattern: str, factors: Mapping) -> str:
     """A parameter group in words: what it is, where the configs say so of `pattern`,
     and how it learns."""
     lr, wd = factors.get("lr", 1.0), factors.get("wd", 1.0)
-    how = [f"lr x {lr:.3g}"] * (lr not in (0, 1))
-    how += [f"decay x {wd:.3g}" if wd else "no decay"] * (wd != 1)
-    how = "frozen" if lr == 0 else ", ".join(how)
+    rates = [f"lr x {lr:.3g}"] * (lr not in (0, 1))
+    rates += [f"decay x {wd:.3g}" if wd else "no decay"] * (wd != 1)
+    rates = "frozen" if lr == 0 else ", ".join(rates)
     name = GROUP_NAMES.get(pattern, f"what matches {pattern}")
-    return f"{name} ({how})" if how else name
+    return f"{name} ({rates})" if rates else name
 
 
 def print_results(results: Mapping) -> None:

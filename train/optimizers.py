@@ -62,7 +62,7 @@ def make(
     warmup = warmup_steps(optimizer["warmup"], steps)
     schedule = make_schedule({**optimizer, "warmup": warmup}, steps)
     options = [
-        (pattern, _options(pattern, given)) for pattern, given in config["groups"]
+        (pattern, _options(pattern, fields)) for pattern, fields in config["groups"]
     ]
     labels, groups = _assign(options, params)
     transforms = {
@@ -143,30 +143,30 @@ def settle_warmup(config: Mapping, saved: int | None = None) -> None:
     recipe = -optimizer["warmup"]
     if recipe <= 0:
         return
-    found = warmup_steps(-recipe, steps) if saved is None else saved
-    optimizer["warmup"] = found
-    if saved is None and found != recipe:
+    warmup = warmup_steps(-recipe, steps) if saved is None else saved
+    optimizer["warmup"] = warmup
+    if saved is None and warmup != recipe:
         print(
-            f"warmup: {found} steps, a tenth of train.steps = {steps}; "
+            f"warmup: {warmup} steps, a tenth of train.steps = {steps}; "
             f"the recipe has {recipe}",
             flush=True,
         )
 
 
-def _options(pattern: str, given: Mapping) -> dict:
+def _options(pattern: str, factors: Mapping) -> dict:
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(
             f"groups: {pattern!r} must be a regular expression ({error})"
         ) from None
-    unknown = sorted(set(given) - set(OPTIONS))
+    unknown = sorted(set(factors) - set(OPTIONS))
     if unknown:
         raise ValueError(
             f"group {pattern!r}: {', '.join(unknown)} must be one of "
             f"{', '.join(OPTIONS)}"
         )
-    options = {"lr": 1.0, "wd": 1.0, "optional": False, **given}
+    options = {"lr": 1.0, "wd": 1.0, "optional": False, **factors}
     for name in ("lr", "wd"):
         if options[name] < 0:
             raise ValueError(

@@ -34,14 +34,14 @@ class Pace:
         """How many steps were begun and are not known to be done."""
         return len(self._steps)
 
-    def begun(self, measured: jax.Array, asked: bool) -> None:
+    def begun(self, result: jax.Array, stopping: bool) -> None:
         """Takes note of a step.
 
         Args:
-            measured: one of its results.
-            asked: whether this process is to stop.
+            result: one of its results.
+            stopping: whether this process is to stop.
         """
-        self._steps.append((measured, self._sum(asked) if self._several else None))
+        self._steps.append((result, self._sum(stopping) if self._several else None))
 
     def wait(self) -> None:
         """Returns when another step may be begun."""
@@ -55,21 +55,21 @@ class Pace:
         """Whether one of several processes was asked to stop in a step that is done."""
         return self._agreed
 
-    def _wait(self, most: int) -> None:
-        while len(self._steps) > most:
-            measured, asked = self._steps.popleft()
-            jax.block_until_ready(measured)
+    def _wait(self, limit: int) -> None:
+        while len(self._steps) > limit:
+            result, stopping = self._steps.popleft()
+            jax.block_until_ready(result)
             now = time.monotonic()
             self._slow, self._ended = now - self._ended > SLOW, now
-            if asked is not None:
-                self._agreed |= bool(asked)
+            if stopping is not None:
+                self._agreed |= bool(stopping)
 
-    def _sum(self, asked: bool) -> jax.Array:
+    def _sum(self, stopping: bool) -> jax.Array:
         """How many devices belong to a process that was asked to stop."""
         devices = self._mesh.devices.size
         every = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
-        mine = np.full(devices, asked, np.int32)
-        flags = jax.make_array_from_callback((devices,), every, lambda at: mine[at])
+        local = np.full(devices, stopping, np.int32)
+        flags = jax.make_array_from_callback((devices,), every, lambda at: local[at])
         return _total(flags, NamedSharding(self._mesh, PartitionSpec()))
 
 

@@ -82,8 +82,8 @@ class Progress:
 
     def memory(self) -> dict:
         """What is kept beside the state."""
-        kept = ("step", "best", "window", "unvalidated")
-        return {key: getattr(self, key) for key in kept}
+        keys = ("step", "best", "window", "unvalidated")
+        return {key: getattr(self, key) for key in keys}
 
 
 def set_up(
@@ -105,8 +105,8 @@ def set_up(
     shapes = nn.unbox(boxes)
     if jax.default_backend() == "cpu":
         leaves = jax.tree.leaves(shapes)
-        taken = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-        settings.check_memory("model", taken, "its parameters")
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        settings.check_memory("model", size, "its parameters")
     optimizer, groups, schedule = optimizers.make(config, boxes)
     create = functools.partial(
         state.create, model, optimizer, sample, seed, mesh, ema=options.ema > 0
@@ -122,9 +122,9 @@ def set_up(
     )
     stop.nothing_to_save("compiling")
     print(f"compiling the training step: {_described(config, sample)}", flush=True)
-    begun = time.monotonic()
+    before = time.monotonic()
     compiled = train_step.lower(target, sample).compile()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - before
     stop.nothing_to_save("starting")
     print_table(config, groups, shapes, mesh, compiled, seconds)
     return Parts(
@@ -163,7 +163,7 @@ def start(
         print(f"resumed from step {memory['step']} in {workdir}")
         # "unvalidated" is not known to checkpoints from before it was.
         return Progress(trained, **memory)
-    fresh = parts.create()
+    initial = parts.create()
     if config.train.init_from:
-        fresh = checkpoint.init_from(config.train.init_from, fresh)
-    return Progress(fresh)
+        initial = checkpoint.init_from(config.train.init_from, initial)
+    return Progress(initial)

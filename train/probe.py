@@ -48,8 +48,8 @@ class Block(NamedTuple):
 
     def has_spectrum(self) -> bool:
         """Whether its layer has eigenvalues."""
-        found = (response.log_a for response in self.responses.values())
-        return any(log_a is not None and log_a.size for log_a in found)
+        spectra = (response.log_a for response in self.responses.values())
+        return any(log_a is not None and log_a.size for log_a in spectra)
 
 
 def initial_variables(run: Run) -> dict:
@@ -64,8 +64,8 @@ def initial_variables(run: Run) -> dict:
     if not run.config.train.init_from:
         return variables
     parts = {name: variables.get(name, {}) for name in state.COLLECTIONS}
-    fresh = state.TrainState(step=0, opt_state=None, ema=None, **parts)
-    return checkpoint.init_from(run.config.train.init_from, fresh).variables()
+    initial = state.TrainState(step=0, opt_state=None, ema=None, **parts)
+    return checkpoint.init_from(run.config.train.init_from, initial).variables()
 
 
 def blocks(model, stages: dict[str, dict], length: int) -> list[Block]:
@@ -76,9 +76,9 @@ def blocks(model, stages: dict[str, dict], length: int) -> list[Block]:
     the middle, any other at the first token.
 
     Args:
-        model: of `layers.models.build.build`.
+        model: a `Model` or `Video`, as `layers.models.build.build` returns it.
         stages: name -> variables of the model.
-        length: of the sequences; at most LAGS of it are looked at.
+        length: tokens of a sequence; at most LAGS of it are looked at.
     """
     stack = model.stack()
     compiled = [_probe(make().mixer(), length) for make in stack.pattern]

@@ -32,15 +32,15 @@ def held(workdir: str | Path) -> Iterator[lock.Lock]:
         OSError: the disk is full; in the other processes that is a `ValueError` too.
     """
     with contextlib.ExitStack() as leaving:
-        own, refusal = lock.Lock(), None
+        handle, refusal = lock.Lock(), None
         if jax.process_index() == 0:
             try:
-                own = leaving.enter_context(lock.held(workdir))
+                handle = leaving.enter_context(lock.held(workdir))
             except (ValueError, OSError) as error:
                 refusal = error
-        said = from_the_first({"refusal": refusal and str(refusal)})["refusal"]
+        message = from_the_first({"refusal": refusal and str(refusal)})["refusal"]
         if refusal is not None:
             raise refusal
-        if said:
-            raise ValueError(said)
-        yield own
+        if message:
+            raise ValueError(message)
+        yield handle

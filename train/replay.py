@@ -17,14 +17,14 @@ def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) ->
     batches = parts.dataset.train(options.batch_size, config.seed, config.data.workers)
     parts.batches = batches
     with Checkpoints(workdir, options.keep) as checkpoints:
-        begun = start(config, workdir, parts, checkpoints)
+        progress = start(config, workdir, parts, checkpoints)
     with contextlib.closing(parts.batches) as batches:
-        said = flight.find(
+        cause = flight.find(
             parts.probe,
             parts.train_step,
-            begun.state,
+            progress.state,
             batches,
             parts.mesh,
-            range(begun.step + 1, until + 1),
+            range(progress.step + 1, until + 1),
         )
-    return f"first of all, {said}; " if said else ""
+    return f"first of all, {cause}; " if cause else ""

@@ -23,10 +23,10 @@ def complete(config: ConfigDict, spec: Spec, warmup: int | None = None) -> Confi
     """
     config = config.copy_and_resolve_references()
     for key in ("vocab_size", "outputs"):
-        value, least = config.model[key], getattr(spec, key)
-        if value and value < least:
+        value, lower = config.model[key], getattr(spec, key)
+        if value and value < lower:
             raise ValueError(
-                f"model.{key} must be {least} or more, what the dataset has, or 0 for "
+                f"model.{key} must be {lower} or more, what the dataset has, or 0 for "
                 f"that; got {value}"
             )
     if config.model.grid and spec.encoder == "image":
@@ -44,13 +44,13 @@ def complete(config: ConfigDict, spec: Spec, warmup: int | None = None) -> Confi
 
 def _resolve_video(options: ConfigDict, spec: Spec) -> None:
     for key in ("size", "channels", "actions"):
-        value, there = options[key], getattr(spec, key)
-        if np.any(value) and tuple(np.ravel(value)) != tuple(np.ravel(there)):
+        value, expected = options[key], getattr(spec, key)
+        if np.any(value) and tuple(np.ravel(value)) != tuple(np.ravel(expected)):
             raise ValueError(
-                f"model.video.{key} must be {there}, what the dataset has, or 0 for "
+                f"model.video.{key} must be {expected}, what the dataset has, or 0 for "
                 f"that; got {value}"
             )
-        options[key] = there
+        options[key] = expected
 
 
 def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:

@@ -76,21 +76,21 @@ def _check_model(model: Mapping) -> None:
     if _is_text(names):
         _check_fields("model.layer_args.", args, names)
         return
-    for name, own in args.items():
-        check(f"model.layer_args.{name}", own, {})
-        _check_fields(f"model.layer_args.{name}.", own, name)
+    for name, fields in args.items():
+        check(f"model.layer_args.{name}", fields, {})
+        _check_fields(f"model.layer_args.{name}.", fields, name)
 
 
 def _check_fields(path: str, values: Mapping, layer: str) -> None:
-    known = common.LAYER_ARGS.get(layer, {})  # those of others are not known
-    _check_tree(path, values, known)
-    for name in (name for name in known if name in values):
-        value, least, most = values[name], LEAST_FIELD.get(name), MOST_FIELD.get(name)
-        if least is not None and value < least:
-            raise ValueError(f"{path}{name} must be {least} or more, got {value}")
-        if most is not None and value > most:
+    defaults = common.LAYER_ARGS.get(layer, {})  # those of others are not known
+    _check_tree(path, values, defaults)
+    for name in (name for name in defaults if name in values):
+        value, lower, upper = values[name], LEAST_FIELD.get(name), MOST_FIELD.get(name)
+        if lower is not None and value < lower:
+            raise ValueError(f"{path}{name} must be {lower} or more, got {value}")
+        if upper is not None and value > upper:
             raise ValueError(
-                f"{path}{name} must be {most} or less, got {_shown(value)}"
+                f"{path}{name} must be {upper} or less, got {_shown(value)}"
             )
 
 
@@ -99,9 +99,9 @@ def _check_tree(path: str, values: Mapping, defaults: Mapping) -> None:
         if key not in values:
             continue
         check(path + key, values[key], default)
-        least = LEAST.get(path + key)
-        if least is not None and values[key] < least:
-            raise ValueError(f"{path}{key} must be {least} or more, got {values[key]}")
+        lower = LEAST.get(path + key)
+        if lower is not None and values[key] < lower:
+            raise ValueError(f"{path}{key} must be {lower} or more, got {values[key]}")
         if _is_mapping(default):
             _check_tree(f"{path}{key}.", values[key], default)
 
@@ -127,13 +127,13 @@ def check(key: str, value, default) -> None:
 
 def _check_plain(key: str, value, default) -> None:
     kind = type(default)
-    taken = {
+    types = {
         bool: (bool, np.bool_),
         int: (int, np.integer),
         float: (int, np.integer, float, np.floating),
     }.get(kind, kind)
-    wrong = isinstance(value, (bool, np.bool_)) and kind is not bool
-    if wrong or not isinstance(value, taken):
+    is_flag = isinstance(value, (bool, np.bool_)) and kind is not bool
+    if is_flag or not isinstance(value, types):
         raise ValueError(
             f"{key} must be {NAMES.get(kind, kind.__name__)}, got {_shown(value)}"
         )
@@ -160,14 +160,14 @@ def place(key: str, text: str | Path) -> Path:
     return path
 
 
-def check_memory(key: str, count: int, what: str) -> None:
-    """Raises a `ValueError` that names `key` where `count` bytes for `what` are more
+def check_memory(key: str, count: int, purpose: str) -> None:
+    """Raises a `ValueError` that names `key` where `count` bytes for `purpose` are more
     than this machine has."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if count > there:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if count > available:
         raise ValueError(
-            f"{key} must be smaller: {what} would take {count / 1e9:,.1f} GB of "
-            f"memory, and this machine has {there / 1e9:,.1f} GB"
+            f"{key} must be smaller: {purpose} would take {count / 1e9:,.1f} GB of "
+            f"memory, and this machine has {available / 1e9:,.1f} GB"
         )
 
 
@@ -190,8 +190,8 @@ def _check_groups(groups) -> None:
                 f"groups[{i}] must be a pair of a pattern and its factors, such as "
                 f"('.*', {{'lr': 1.0}}), got {_shown(group)}"
             )
-        known = {"lr": 1.0, "wd": 1.0, "optional": False}
-        _check_tree(f"groups[{i}].", group[1], known)
+        defaults = {"lr": 1.0, "wd": 1.0, "optional": False}
+        _check_tree(f"groups[{i}].", group[1], defaults)
 
 
 def _is_text(value) -> bool:

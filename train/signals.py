@@ -39,21 +39,21 @@ class Stop:
         self.signal: str | None = None
         self.program = program
         self._lock = threading.Lock()
-        self._doing: str | None = "setting up"
+        self._activity: str | None = "setting up"
         self._unit: str | None = None
         self._step: int | None = None
         self._last: int | None = None
 
-    def nothing_to_save(self, doing: str) -> None:
+    def nothing_to_save(self, activity: str) -> None:
         """From now on a signal ends the program at once, such as while "compiling"."""
         with self._lock:
-            self._doing, self._unit, self._step = doing, None, None
+            self._activity, self._unit, self._step = activity, None, None
 
     def ends_after(self, unit: str) -> None:
         """From now on a signal ends what goes on after the current `unit`, such as
         "batch", where `check` is asked."""
         with self._lock:
-            self._doing, self._unit, self._step = None, unit, None
+            self._activity, self._unit, self._step = None, unit, None
 
     def may_begin(self, step: int) -> bool:
         """Whether `step` may be computed. If so it is what a signal saves from now on,
@@ -61,7 +61,7 @@ class Stop:
         with self._lock:
             if self.signal is not None:
                 return self._last is not None and step <= self._last
-            self._doing = self._unit = None
+            self._activity = self._unit = None
             self._step = step
             return True
 
@@ -86,17 +86,17 @@ class Stop:
         """What the thread does about a signal."""
         name = signal.Signals(number).name
         with self._lock:
-            again, self.signal = self.signal is not None, self.signal or name
-            if not again:
+            repeated, self.signal = self.signal is not None, self.signal or name
+            if not repeated:
                 self._last = self._step
-            doing, unit, step = self._doing, self._unit, self._last
-        if again:
+            activity, unit, step = self._activity, self._unit, self._last
+        if repeated:
             if self.program:
                 self._end(f"ended by a second signal, {name}", 128 + number)
-        elif doing is not None and self.program:
-            self._end(f"stopped by {name} while {doing}: nothing to save", 0)
-        elif doing is not None:
-            self._say(f"stopping ({name}) after {doing}: nothing to save")
+        elif activity is not None and self.program:
+            self._end(f"stopped by {name} while {activity}: nothing to save", 0)
+        elif activity is not None:
+            self._say(f"stopping ({name}) after {activity}: nothing to save")
         elif unit is not None:
             self._say(f"stopping ({name}) after this {unit}")
         else:
@@ -153,11 +153,11 @@ def _received(stop: Stop) -> Iterator[None]:
 
     def again(number, _):
         # The thread is told as well, but must not end what is no program.
-        if seen and not stop.program:
+        if received and not stop.program:
             for other, handler in before.items():
                 signal.signal(other, handler)
             signal.raise_signal(number)
-        seen.append(number)
+        received.append(number)
 
     def read():
         while numbers := os.read(reading, 64):
@@ -165,7 +165,7 @@ def _received(stop: Stop) -> Iterator[None]:
                 if number in before:
                     stop.receive(number)
 
-    seen = []
+    received = []
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     thread = threading.Thread(target=read, daemon=True, name="signals")

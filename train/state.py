@@ -23,7 +23,7 @@ class TrainState:
     Attributes:
         step: int32 [], updates made so far.
         params, batch_stats, buffers: collections of the model ({} where it has none).
-        opt_state: of the optimizer.
+        opt_state: what the optimizer remembers between steps.
         ema: the averaged params, or None where `train.ema` is 0.
     """
 
@@ -51,7 +51,7 @@ def init_variables(model: nn.Module, batch: Mapping, key: jax.Array) -> dict[str
     Args:
         model: obeys the contract of `layers.models.build.build`.
         batch: a batch, of whose "inputs" only shape and dtype matter.
-        key: of the random numbers.
+        key: random key that the parameters are drawn with.
 
     Raises:
         ValueError: a collection that TrainState does not know.

@@ -35,7 +35,7 @@ def make_train_step(
 
     Args:
         model: obeys the contract of `layers.models.build.build`.
-        optimizer: of all parameters.
+        optimizer: one transformation for all parameters.
         loss_fn: (outputs, batch) -> (loss_sum, weight, metric_sums).
         config: the run's, of which "seed" and "train" are read.
         padded: whether real examples may have masked tokens. Without any, the model is

@@ -46,39 +46,40 @@ def contents(folder: Path) -> dict[str, Stored]:
     """
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
-    described, chunks = {}, {}
+    descriptions, chunks = {}, {}
     for key, value, place in _entries(folder):
         name, _, part = key.rpartition("/")
         if place is not None:
             _check_place(folder, *place)
         if part == DESCRIPTION:
-            described[name] = value
+            descriptions[name] = value
         else:
             chunks.setdefault(name, []).append(place)
-    found = {
+    arrays = {
         name: _stored(name, text, chunks.get(name, []))
-        for name, text in described.items()
+        for name, text in descriptions.items()
     }
-    lacking = _named(folder) - set(found)
-    if lacking:
-        raise ValueError(f"{min(lacking)} is missing")
-    return found
+    missing = _named(folder) - set(arrays)
+    if missing:
+        raise ValueError(f"{min(missing)} is missing")
+    return arrays
 
 
 def read_back(folder: Path, arrays: dict[str, Stored]) -> None:
     """Reads one array of every data file, the smallest, and one that is in none.
 
     Args:
-        folder, arrays: as of `contents`.
+        folder: as in `contents`.
+        arrays: what `contents` returned for it.
 
     Raises:
         ValueError: one cannot be read.
     """
-    chosen = {}
+    smallest = {}
     for name, array in sorted(arrays.items(), key=lambda item: item[1].nbytes):
         for file in {file for file, _ in array.places} or {None}:
-            chosen.setdefault(file, name)
-    for name in sorted(set(chosen.values())):
+            smallest.setdefault(file, name)
+    for name in sorted(set(smallest.values())):
         read(folder, name)
 
 
@@ -166,9 +167,9 @@ def _place(location: str) -> tuple[str, int]:
 
 def _slice(folder: Path, location: str) -> bytes:
     file, offset, length = _parts(location)
-    with (folder / file).open("rb") as opened:
-        opened.seek(offset)
-        return opened.read(length)
+    with (folder / file).open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(length)
 
 
 def _check_place(folder: Path, file: str, end: int) -> None:

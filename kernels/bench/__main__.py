@@ -85,41 +85,43 @@ def run_case(case: Case, size: dict, options, floor: dict, too_slow=()) -> list[
     subject = next(iter(forms))
     result = jax.eval_shape(forms[subject], *arguments)
     cotangent = jnp.ones(result.shape, result.dtype)
-    least = least_seconds(case, size, arguments, cotangent, floor)
+    floor_s = least_seconds(case, size, arguments, cotangent, floor)
     rows = []
     for kind in KINDS:
-        both = kind == "forward+backward"
-        inputs = (cotangent, *arguments) if both else tuple(arguments)
-        functions, made = {}, {}
+        backward = kind == "forward+backward"
+        inputs = (cotangent, *arguments) if backward else tuple(arguments)
+        functions, by_form = {}, {}
         for name, form in forms.items():
-            made[name] = {
+            by_form[name] = {
                 "op": case.op,
                 "case": case.name,
                 "size": size,
                 "kind": kind,
                 "form": name,
                 "subject": name == subject,
-                "floor_s": least * (3 if both else 1),
+                "floor_s": floor_s * (3 if backward else 1),
             }
             if name in too_slow:
-                made[name]["left_out"] = f"over {options.limit} s at the length before"
+                by_form[name]["left_out"] = (
+                    f"over {options.limit} s at the length before"
+                )
                 continue
             try:
                 compiled, seconds, temporary = timing.compile_function(
-                    timing.with_gradients(form) if both else form, inputs
+                    timing.with_gradients(form) if backward else form, inputs
                 )
             except jax.errors.JaxRuntimeError as error:
-                made[name]["left_out"] = str(error).splitlines()[0][:80]
+                by_form[name]["left_out"] = str(error).splitlines()[0][:80]
                 continue
-            made[name] |= {"compile_s": seconds, "temporary_bytes": temporary}
+            by_form[name] |= {"compile_s": seconds, "temporary_bytes": temporary}
             if temporary > timing.memory() / 2:
-                made[name]["left_out"] = f"needs {temporary / 2**30:.0f} GiB"
+                by_form[name]["left_out"] = f"needs {temporary / 2**30:.0f} GiB"
             else:
                 functions[name] = (compiled, inputs)
-        measured = timing.measure(functions, options.repeats, options.limit)
-        for name, times in measured.items():
-            made[name] |= timing.summary(times)
-        rows += made.values()
+        timings = timing.measure(functions, options.repeats, options.limit)
+        for name, times in timings.items():
+            by_form[name] |= timing.summary(times)
+        rows += by_form.values()
     return rows + peer_rows(case, arguments, options, rows)
 
 
@@ -132,15 +134,16 @@ def _cast(arguments, options):
 
 def least_seconds(case, size, arguments, cotangent, floor) -> float:
     """What the hardware allows: the bytes that must move, or the FLOPs."""
-    moved = sum(x.nbytes for x in arguments) + cotangent.nbytes
+    traffic = sum(x.nbytes for x in arguments) + cotangent.nbytes
     return max(
-        moved / floor["copy_bytes_per_s"], case.flops(size) / floor["matmul_flop_per_s"]
+        traffic / floor["copy_bytes_per_s"],
+        case.flops(size) / floor["matmul_flop_per_s"],
     )
 
 
 def peer_rows(case, arguments, options, rows) -> list[dict]:
     """A row per installed peer, forward and with gradients."""
-    found = []
+    records = []
     for peer in peers.installed(case.op, case.name):
         for kind, figures in peers.measure(peer, arguments, options.repeats).items():
             like = next(row for row in rows if row["kind"] == (kind or KINDS[0]))
@@ -151,18 +154,18 @@ def peer_rows(case, arguments, options, rows) -> list[dict]:
             else:
                 row["temporary_bytes"] = figures["temporary_bytes"]
                 row |= timing.summary(figures["times_s"])
-            found.append(row)
-    return found
+            records.append(row)
+    return records
 
 
 def compile_times(case: Case, size: dict) -> dict[str, float]:
     """Seconds to compile both passes at L / 4 and at L: the program is one size."""
     seconds = {}
     for length in (size["L"] // 4, size["L"]):
-        here = size | {"L": length}
-        made = case.make(here, np.random.default_rng(0))
-        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made]
-        form = next(iter(case.forms(here).values()))
+        scaled = size | {"L": length}
+        arrays = case.make(scaled, np.random.default_rng(0))
+        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        form = next(iter(case.forms(scaled).values()))
         result = jax.eval_shape(form, *arguments)
         _, seconds[f"L={length}"], _ = timing.compile_function(
             timing.with_gradients(form), (result, *arguments)
@@ -175,30 +178,30 @@ def sweep(case: Case, options, floor: dict) -> list[dict]:
     rows, too_slow = [], set()
     for length in options.lengths:
         size = case.at_length(length, options.small)
-        found = run_case(case, size, options, floor, too_slow)
+        new_rows = run_case(case, size, options, floor, too_slow)
         too_slow |= {
-            row["form"] for row in found if row.get("median_s", 0) > options.limit
+            row["form"] for row in new_rows if row.get("median_s", 0) > options.limit
         }
-        rows += found
+        rows += new_rows
     return rows
 
 
 def table(rows: list[dict], title: str) -> Table:
     """Medians with quartiles, and the ratios of each form to its subject."""
-    shown = Table(title=title)
+    sheet = Table(title=title)
     for name in ("operation", "size", "pass", "form", "ms (quartiles)", "time ratio",
                  "temp MB", "temp ratio", "x floor"):  # fmt: skip
-        shown.add_column(name, no_wrap=name not in ("operation", "ms (quartiles)"))
+        sheet.add_column(name, no_wrap=name not in ("operation", "ms (quartiles)"))
     subjects = {_place(row): row for row in rows if row["subject"]}
     for row in sorted(rows, key=lambda row: list(subjects).index(_place(row))):
         subject = subjects[_place(row)]
         if row is subject:
-            shown.add_section()
+            sheet.add_section()
         size = " ".join(f"{k}{v}" for k, v in row["size"].items())
         names = [f"{row['op']}: {row['case']}", size, row["kind"]]
         first = names if row is subject else ["", "", row["kind"]]
-        shown.add_row(*first, row["form"], *_figures(row, subject))
-    return shown
+        sheet.add_row(*first, row["form"], *_figures(row, subject))
+    return sheet
 
 
 def _place(row):
@@ -209,13 +212,13 @@ def _figures(row, subject) -> list[str]:
     if "left_out" in row:
         return [row["left_out"]]
     low, high = row["quartiles_s"]
-    memory, least = row["temporary_bytes"], max(subject.get("temporary_bytes", 1), 1)
+    memory, base = row["temporary_bytes"], max(subject.get("temporary_bytes", 1), 1)
     ratio = row["median_s"] / subject["median_s"] if "median_s" in subject else None
     return [
         f"{1e3 * row['median_s']:.2f} ({1e3 * low:.2f}-{1e3 * high:.2f})",
         "" if ratio is None else f"{ratio:.2f}",
         f"{memory / 1e6:.1f}",
-        f"{memory / least:.1f}",
+        f"{memory / base:.1f}",
         f"{row['median_s'] / row['floor_s']:.1f}",
     ]
 
@@ -234,26 +237,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     console.print(title)
     cases = [case for case in CASES if not options.op or case.op in options.op]
-    found = {"rows": [], "compile_s": {}, "sweep": []}
-    kept = timing.environment() | {"dtype": options.dtype, "floors": floor}
+    figures = {"rows": [], "compile_s": {}, "sweep": []}
+    header = timing.environment() | {"dtype": options.dtype, "floors": floor}
     out = options.out
     for case in cases:
         size = case.small if options.small else case.size
         rows = run_case(case, size, options, floor)
         console.print(table(rows, "ratios are to the first form"))
-        found["rows"] += rows
+        figures["rows"] += rows
         name = f"{case.op}: {case.name}"
-        found["compile_s"][name] = seconds = compile_times(case, size)
+        figures["compile_s"][name] = seconds = compile_times(case, size)
         listed = ", ".join(f"{length}: {s:.2f} s" for length, s in seconds.items())
         console.print(f"compile forward+backward, {listed}")
         if options.lengths:
             rows = sweep(case, options, floor)
             console.print(table(rows, "the same number of entries at every length"))
-            found["sweep"] += rows
-        write(out, kept | found)  # a later case may end the process
+            figures["sweep"] += rows
+        write(out, header | figures)  # a later case may end the process
     console.print(f"figures: {out}")
-    if found["sweep"]:
-        plot.write(found["sweep"], title, out.with_suffix(".png"))
+    if figures["sweep"]:
+        plot.write(figures["sweep"], title, out.with_suffix(".png"))
         console.print(f"picture: {out.with_suffix('.png')}")
     return 0
 
@@ -299,8 +302,8 @@ def _parser():
     )
     add = parser.add_argument
     ops = sorted({case.op for case in CASES})
-    shown = f"only these operations: {', '.join(ops)}"
-    add("--op", choices=ops, nargs="+", metavar="NAME", help=shown)
+    text = f"only these operations: {', '.join(ops)}"
+    add("--op", choices=ops, nargs="+", metavar="NAME", help=text)
     platforms, dtypes = ("cpu", "gpu", "tpu"), ("float32", "bfloat16")
     add("--device", choices=platforms, metavar="NAME", help="cpu, gpu or tpu")
     add(
@@ -310,10 +313,10 @@ def _parser():
         metavar="NAME",
         help="of the inputs: float32 (default) or bfloat16",
     )
-    shown = "of the sweep, such as 1024,65536; none leaves it out"
-    add("--lengths", metavar="L,L,...", help=shown)
-    shown = "no longer sequences for a form that took longer (2)"
-    add("--limit", type=float, default=2, metavar="SECONDS", help=shown)
+    text = "of the sweep, such as 1024,65536; none leaves it out"
+    add("--lengths", metavar="L,L,...", help=text)
+    text = "no longer sequences for a form that took longer (2)"
+    add("--limit", type=float, default=2, metavar="SECONDS", help=text)
     add("--out", type=Path, metavar="FILE.json", help="figures, and FILE.png beside")
     add("--repeats", type=int, default=7, metavar="N", help="of every timing (7)")
     add("--small", action="store_true", help="small sizes, no sweep")

@@ -91,26 +91,26 @@ def bank_of_states(scan):
 def selective_by_associative_scan(u, dt, A, B, C):
     """S6 with every state [B, L, D, N] in memory."""
     decay = jnp.exp(dt[..., None] * A)
-    given = (dt * u)[..., None] * B[:, :, None]
-    return jnp.einsum("bldn,bln->bld", scan_by_associative_scan(decay, given), C)
+    increment = (dt * u)[..., None] * B[:, :, None]
+    return jnp.einsum("bldn,bln->bld", scan_by_associative_scan(decay, increment), C)
 
 
 def selective_by_materialised_scan(u, dt, A, B, C):
     """Decays and inputs of all steps first, then a scan over them under checkpoint."""
     decay = jnp.exp(dt[..., None] * A)
-    given = (dt * u)[..., None] * B[:, :, None]
+    increment = (dt * u)[..., None] * B[:, :, None]
 
     @jax.checkpoint
-    def contracted(decay, given, C):
+    def contracted(decay, increment, C):
         def step(h, token):
-            decay, given, C = token
-            h = decay * h + given
+            decay, increment, C = token
+            h = decay * h + increment
             return h, jnp.sum(h * C[:, None], -1)
 
-        tokens = [x.swapaxes(0, 1) for x in (decay, given, C)]
-        return jax.lax.scan(step, jnp.zeros_like(given[:, 0]), tokens)[1]
+        tokens = [x.swapaxes(0, 1) for x in (decay, increment, C)]
+        return jax.lax.scan(step, jnp.zeros_like(increment[:, 0]), tokens)[1]
 
-    return contracted(decay, given, C).swapaxes(0, 1)
+    return contracted(decay, increment, C).swapaxes(0, 1)
 
 
 def selective_by_lax_scan(u, dt, A, B, C):
@@ -262,9 +262,9 @@ def inputs_of(operation: str, variant: str, **sizes: int | str) -> Callable:
 
     def make(size, rng):
         size = {name: size.get(like, like) for name, like in sizes.items()} | size
-        made = OPERATIONS[operation].make(rng, variant, size["L"], size)
+        arrays = OPERATIONS[operation].make(rng, variant, size["L"], size)
         optional = ("initial_state", "reset")
-        return [_narrow(x) for name, x in made.items() if name not in optional]
+        return [_narrow(x) for name, x in arrays.items() if name not in optional]
 
     return make
 

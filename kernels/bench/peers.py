@@ -55,8 +55,8 @@ def _first(function, **order):
     """The first result of a function called by name, with scale 1."""
 
     def run(*tensors):
-        named = {name: tensors[i] for name, i in order.items()}
-        return function(**named, scale=1.0)[0]
+        keywords = {name: tensors[i] for name, i in order.items()}
+        return function(**keywords, scale=1.0)[0]
 
     return run
 
@@ -125,18 +125,18 @@ def measure(peer: Peer, arguments, repeats: int) -> dict[str, dict]:
 
     tensors = [_tensor(x) for x in arguments]
     try:
-        function, given = peer.prepare(tensors)
-        given = [x.detach().requires_grad_() for x in given]
-        cotangent = torch.ones_like(function(*given))
+        function, inputs = peer.prepare(tensors)
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        cotangent = torch.ones_like(function(*inputs))
     except Exception as error:
         return {"": {"failed": f"{type(error).__name__}: {error}"}}
 
     def forward():
         with torch.no_grad():
-            return function(*given)
+            return function(*inputs)
 
     def both():
-        return torch.autograd.grad(function(*given), given, cotangent)
+        return torch.autograd.grad(function(*inputs), inputs, cotangent)
 
     return {
         kind: _measured(run, repeats)

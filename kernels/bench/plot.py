@@ -20,18 +20,18 @@ def write(rows: list[dict], title: str, path: Path) -> None:
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
     for axis, (op, name) in zip(axes.flat, cases, strict=False):
-        shown = [row for row in rows if (row["op"], row["case"]) == (op, name)]
-        for form in dict.fromkeys(row["form"] for row in shown):
-            mine = [r for r in shown if r["form"] == form and "median_s" in r]
+        panel = [row for row in rows if (row["op"], row["case"]) == (op, name)]
+        for form in dict.fromkeys(row["form"] for row in panel):
+            points = [r for r in panel if r["form"] == form and "median_s" in r]
             axis.plot(
-                [row["size"]["L"] for row in mine],
-                [1e3 * row["median_s"] for row in mine],
+                [row["size"]["L"] for row in points],
+                [1e3 * row["median_s"] for row in points],
                 marker="o",
                 markersize=3,
-                linewidth=2 if mine and mine[0]["subject"] else 1,
+                linewidth=2 if points and points[0]["subject"] else 1,
                 label=form,
             )
-        subject = [row for row in shown if row["subject"]]
+        subject = [row for row in panel if row["subject"]]
         axis.plot(
             [row["size"]["L"] for row in subject],
             [1e3 * row["floor_s"] for row in subject],

@@ -48,11 +48,11 @@ def measure(
     counts = {}
     for name, (function, arguments) in functions.items():
         slow = _seconds(function, arguments, 1) > limit
-        again = _seconds(function, arguments, 1)
+        seconds = _seconds(function, arguments, 1)
         if slow:
-            times[name].append(again)
+            times[name].append(seconds)
         else:
-            counts[name] = max(1, math.ceil(LEAST / again))
+            counts[name] = max(1, math.ceil(LEAST / seconds))
     for _ in range(repeats):
         for name, count in counts.items():
             times[name].append(_seconds(*functions[name], count))
@@ -108,8 +108,8 @@ def memory() -> int:
     if MEMORY.exists():
         lines = MEMORY.read_text().splitlines()
         kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
-        own = int(RESIDENT.read_text().split()[1])
-        return 1024 * int(kilobytes) + page * own
+        resident = int(RESIDENT.read_text().split()[1])
+        return 1024 * int(kilobytes) + page * resident
     if "SC_PHYS_PAGES" in os.sysconf_names:
         return page * os.sysconf("SC_PHYS_PAGES")
     return 8 * 2**30

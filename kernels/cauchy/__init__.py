@@ -78,7 +78,7 @@ def dplr_filter(
         p: [R, *H, n] complex, the low-rank factors times sqrt(dt); R >= 0, small.
         z: [*H, n] complex, the diagonal part times dt.
         length: L >= 1.
-        backend: of `cauchy`.
+        backend: a name, as `cauchy` takes it, or None for the default.
 
     Returns:
         K: [E, *H, L] real.

@@ -33,8 +33,8 @@ def filter_of_sums(g, R, length):
     if R:
         s = 2 * np.sin((np.pi - theta) / 2).astype(g.real.dtype)
         identity = np.eye(R, dtype=s.dtype).reshape(R, R, *[1] * (g.ndim - 2))
-        seen = small_solve(identity + s * g[outputs:, 1:], g[outputs:, 0])
-        through = sum(g[:outputs, 1 + r] * seen[r] for r in range(R))
+        solved = small_solve(identity + s * g[outputs:, 1:], g[outputs:, 0])
+        through = sum(g[:outputs, 1 + r] * solved[r] for r in range(R))
         spectrum = spectrum - s * through
     turn = 2 * np.exp(0.5j * theta).astype(g.dtype)
     return jnp.fft.irfft(turn * spectrum, length)

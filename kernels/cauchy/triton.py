@@ -93,9 +93,9 @@ def _constants(sums):
 def _points(s, mu, start, points, POINTS: tl.constexpr):
     """s and mu of a tile; beyond the end those of theta = pi."""
     m = start + tl.arange(0, POINTS)
-    known = m < points
-    s = tl.load(s + m, mask=known, other=0.0)
-    return m, known, s, tl.load(mu + m, mask=known, other=4.0)
+    m_mask = m < points
+    s = tl.load(s + m, mask=m_mask, other=0.0)
+    return m, m_mask, s, tl.load(mu + m, mask=m_mask, other=4.0)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _forward(
     tiles = tl.cdiv(points, POINTS)
     g = (tl.program_id(0) // tiles).to(tl.int64)
     start = tl.program_id(0) % tiles * POINTS
-    m, known, s_m, mu_m = _points(s, mu, start, points, POINTS)
+    m, m_mask, s_m, mu_m = _points(s, mu, start, points, POINTS)
     e = tl.program_id(1) * SUMS + tl.arange(0, SUMS)
     row = e * heads + g
     a_re = tl.zeros((SUMS, POINTS), s.dtype.element_ty)
@@ -141,7 +141,7 @@ def _forward(
         b_re += tl.sum(b_n * r_re[None], 1)
         b_im += tl.sum(b_n * r_im[None], 1)
     at = row[:, None] * points + m[None, :]
-    mask = (e < sums)[:, None] & known[None, :]
+    mask = (e < sums)[:, None] & m_mask[None, :]
     s_m, mu_m = s_m[None, :], mu_m[None, :]
     tl.store(out_re + at, -2 * (s_m * a_re + mu_m * b_im), mask=mask)
     tl.store(out_im + at, 2 * (mu_m * b_re - s_m * a_im), mask=mask)
@@ -174,11 +174,11 @@ def _backward(
     sum_x = tl.zeros((NODES, POINTS), dtype)
     first = chunk * TILES * POINTS
     for start in range(first, tl.minimum(first + TILES * POINTS, points), POINTS):
-        m, known, s_m, mu_m = _points(s, mu, start, points, POINTS)
+        m, m_mask, s_m, mu_m = _points(s, mu, start, points, POINTS)
         at = row[:, None] * points + m[None, :]
-        seen = (e < sums)[:, None] & known[None, :]
-        g_re = 2 * tl.load(d_re + at, mask=seen, other=0.0)
-        g_im = 2 * tl.load(d_im + at, mask=seen, other=0.0)
+        d_mask = (e < sums)[:, None] & m_mask[None, :]
+        g_re = 2 * tl.load(d_re + at, mask=d_mask, other=0.0)
+        g_im = 2 * tl.load(d_im + at, mask=d_mask, other=0.0)
         r_re, r_im = _reciprocal(s_m, mu_m, size_n, x_n)
         a_re = (-s_m[None, :] * g_re)[:, None, :]
         a_im = (-s_m[None, :] * g_im)[:, None, :]

@@ -94,8 +94,8 @@ def _backward(length, saved, cotangent):
         dq_im = cross * dr_re - square * dr_im
         d_size = 2 * size * jnp.sum(s * s * dq_re, -1)
         d_x = -2 * jnp.sum(mu * s * dq_im, -1)
-        found = (d_coefficients, d_size, d_x)
-        return jax.tree.map(jnp.add, totals, found), None
+        gradients = (d_coefficients, d_size, d_x)
+        return jax.tree.map(jnp.add, totals, gradients), None
 
     zeros = jax.tree.map(jnp.zeros_like, saved)
     blocks = (points, jnp.moveaxis(cotangent, 3, 0))

@@ -44,20 +44,20 @@ SHOWN = 5  # failures of one row
 
 def table(rows: Iterable[Row]) -> Table:
     """A line per row, grouped by operation."""
-    shown = Table(title="largest error over largest value, and its limit")
+    sheet = Table(title="largest error over largest value, and its limit")
     for name in ("operation", "backend", "how", "dtype", "cases", "values", "gradients",
                  "kernels", "verdict"):  # fmt: skip
-        shown.add_column(name, no_wrap=name in ("operation", "backend", "dtype"))
+        sheet.add_column(name, no_wrap=name in ("operation", "backend", "dtype"))
     before = None
     for row in rows:
         if row.op != before:
-            shown.add_section()
+            sheet.add_section()
         verdict = row.verdict
         if row.failures:
             verdict = "[red]FAILED[/red]"
         elif row.cases and row.not_taken:
             verdict += f", {len(row.not_taken)} not taken"
-        shown.add_row(
+        sheet.add_row(
             row.op if row.op != before else "",
             row.backend,
             row.how,
@@ -69,7 +69,7 @@ def table(rows: Iterable[Row]) -> Table:
             verdict,
         )
         before = row.op
-    return shown
+    return sheet
 
 
 def _shown(worst: Worst | None, named: bool = False) -> str:
@@ -87,13 +87,13 @@ def _kernels(kernels: list[dict]) -> str:
             max(k["forward"] for k in kernels),
             max(k["both_passes"] - k["forward"] for k in kernels),
         )
-    most = {
+    maxima = {
         name: max(kernel[name] for kernel in kernels)
         for name in ("registers", "spilled_bytes", "shared_bytes")
     }
     return (
-        f"{most['registers']} registers, {most['spilled_bytes']} B spilled, "
-        f"{most['shared_bytes']} B shared"
+        f"{maxima['registers']} registers, {maxima['spilled_bytes']} B spilled, "
+        f"{maxima['shared_bytes']} B shared"
     )
 
 
@@ -141,20 +141,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 200
-    chosen = [OPERATIONS[name] for name in options.op]
+    operations = [OPERATIONS[name] for name in options.op]
     coverage = "quick" if options.quick else "full" if options.full else "default"
     device = certificate.device()
     console.print(f"{device['kind']} ({device['driver']}), jax {jax.__version__}")
     with console.status("") as status:
-        rows = run(chosen, options.backend, options.dtype, coverage, status.update)
+        rows = run(operations, options.backend, options.dtype, coverage, status.update)
     console.print(table(rows))
     for line in [*reasons(rows), *failures(rows)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if options.out is None:
         print("no certificate of a part; --out FILE writes one all the same")
     else:
-        named = f"{coverage}, part" if options.part else coverage
-        certificate.write(options.out, contents(rows, named))
+        label = f"{coverage}, part" if options.part else coverage
+        certificate.write(options.out, contents(rows, label))
         print(f"certificate: {options.out}")
     return int(any(row.failures for row in rows))
 
@@ -189,13 +189,13 @@ def _parse(argv):
     if compat.platform() == "tpu":
         dtypes.remove("float64")  # a TPU has none
     for flag, default in (("op", OPERATIONS), ("backend", backends), ("dtype", dtypes)):
-        given = getattr(options, flag)
-        setattr(options, flag, list(dict.fromkeys(given or default)))
-    there = sorted({name for op in options.op for name in OPERATIONS[op].backends})
-    if not {*there} & {*options.backend}:
+        values = getattr(options, flag)
+        setattr(options, flag, list(dict.fromkeys(values or default)))
+    available = sorted({name for op in options.op for name in OPERATIONS[op].backends})
+    if not {*available} & {*options.backend}:
         parser.error(
-            f"argument --backend: {', '.join(options.op)} has {', '.join(there)}, not "
-            f"{', '.join(options.backend)}"
+            f"argument --backend: {', '.join(options.op)} has {', '.join(available)}, "
+            f"not {', '.join(options.backend)}"
         )
     if options.out is None and not (options.part or options.quick):
         options.out = certificate.default_path()

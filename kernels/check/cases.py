@@ -82,22 +82,22 @@ class Operation:
         """The arrays of a case, in float64, of these sizes instead of its own."""
         rng = np.random.default_rng(case.length)
         size = (self.wide if wide else self.small) | sizes
-        made = self.make(rng, case.variant, case.length, size)
-        left_out = {"initial_state": case.state, "reset": case.reset}
-        return {k: x for k, x in made.items() if left_out.get(k, True)}
+        arrays = self.make(rng, case.variant, case.length, size)
+        included = {"initial_state": case.state, "reset": case.reset}
+        return {k: x for k, x in arrays.items() if included.get(k, True)}
 
     def product(self, lengths, dtypes, wide: bool = False) -> Iterator[tuple]:
         """All (variant, length, state, reset, reverse, dtype); the first is the case
         with every option. Long ones only if the definition is not needed (`wide`)."""
         for variant in self.variants:
-            made = self.make(np.random.default_rng(0), variant, 1, self.small)
-            real = any(x.dtype.kind == "f" for x in jax.tree.leaves(made))
+            arrays = self.make(np.random.default_rng(0), variant, 1, self.small)
+            real = any(x.dtype.kind == "f" for x in jax.tree.leaves(arrays))
             yield from itertools.product(
                 [variant],
                 [length for length in lengths if length <= self.longest or wide],
-                (True, False) if "initial_state" in made else (False,),
-                (True, False) if "reset" in made else (False,),
-                (True, False) if "reset" in made else (False,),
+                (True, False) if "initial_state" in arrays else (False,),
+                (True, False) if "reset" in arrays else (False,),
+                (True, False) if "reset" in arrays else (False,),
                 # what is complex alone has no bfloat16
                 [dtype for dtype in dtypes if real or dtype != "bfloat16"],
             )
@@ -108,12 +108,14 @@ def covering(candidates: list[tuple], strength: int = 2) -> list[tuple]:
 
     Greedy: the next one shows the most that was not seen yet, the first of several.
     """
-    shows = {c: set(itertools.combinations(enumerate(c), strength)) for c in candidates}
-    unseen, chosen = set().union(*shows.values()), []
-    while unseen:
-        chosen.append(max(candidates, key=lambda c: len(shows[c] & unseen)))
-        unseen -= shows[chosen[-1]]
-    return chosen
+    combinations = {
+        c: set(itertools.combinations(enumerate(c), strength)) for c in candidates
+    }
+    uncovered, cover = set().union(*combinations.values()), []
+    while uncovered:
+        cover.append(max(candidates, key=lambda c: len(combinations[c] & uncovered)))
+        uncovered -= combinations[cover[-1]]
+    return cover
 
 
 # Inputs. The total decay of a long call is not so small that float32 has only 0 for it.
@@ -164,7 +166,7 @@ def _bank(rng, variant, length, size):
         log_a = log_a + 1j * rng.uniform(-1, 1, (H, N)) * (
             0.5 * _mild(length) if timed else 3
         )
-    made = {
+    arrays = {
         "log_a": log_a,
         "b": normal(rng, H, N, kind=kind),
         "c": normal(rng, H, N, kind=kind),
@@ -175,13 +177,13 @@ def _bank(rng, variant, length, size):
     if timed:
         # as often whole steps, also none
         dt = rng.uniform(0, 3, (B, length))
-        made["dt"] = np.where(rng.uniform(size=dt.shape) < 0.5, np.floor(dt), dt)
-    return made
+        arrays["dt"] = np.where(rng.uniform(size=dt.shape) < 0.5, np.floor(dt), dt)
+    return arrays
 
 
 def _selective(rng, variant, length, size):
     B, D, N = size["B"], size["D"], size["N"]
-    made = {
+    arrays = {
         "u": normal(rng, B, length, D),
         "dt": rng.uniform(0.01, 0.5, (B, length, D)),
         "A": -rng.uniform(0.1, 2, (D, N)) * _mild(length),
@@ -191,14 +193,14 @@ def _selective(rng, variant, length, size):
         "reset": _resets(rng, B, length),
     }
     if variant == "skip":
-        made["skip"] = normal(rng, D)
-    return made
+        arrays["skip"] = normal(rng, D)
+    return arrays
 
 
 def _chunked(rng, variant, length, size):
     B, H, G, K, V = (size[name] for name in "BHGKV")
     k = normal(rng, B, length, G, K)
-    made = {
+    arrays = {
         "q": normal(rng, B, length, G, K) / np.sqrt(K),
         # the delta rule is stable for beta |k|^2 <= 2
         "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
@@ -213,47 +215,49 @@ def _chunked(rng, variant, length, size):
     if decay != "no":
         shape = decays[decay.removeprefix("strong ")]
         decay = rng.uniform(16, 17, shape) if strong else rng.uniform(0.01, 1, shape)
-        made["log_decay"] = -decay * (1 if strong else _mild(length))
+        arrays["log_decay"] = -decay * (1 if strong else _mild(length))
     if rule == ["delta rule"]:
-        made["beta"] = rng.uniform(0.1, 1, (B, length, H)) * _mild(length)
-    return made
+        arrays["beta"] = rng.uniform(0.1, 1, (B, length, H)) * _mild(length)
+    return arrays
 
 
 def _convolution(rng, variant, length, size):
     B, H = size["B"], size["H"]
-    whole = size.get("K", min(length, LONGEST_FILTER))
-    taps = 17 if variant == "short filter" else whole
+    longest = size.get("K", min(length, LONGEST_FILTER))
+    taps = 17 if variant == "short filter" else longest
     decay = np.exp(-np.arange(taps) / 20)
-    made = {
+    arrays = {
         "u": normal(rng, B, length, H),
         "k": normal(rng, H, taps) * decay,
         "initial_state": normal(rng, B, taps - 1, H),
         "reset": _resets(rng, B, length),
     }
     if variant in ("gated", "two-sided"):
-        made["skip"] = normal(rng, H)
-        made["pre_gate"] = normal(rng, B, length, H)
-        made["post_gate"] = normal(rng, B, length, H)
+        arrays["skip"] = normal(rng, H)
+        arrays["pre_gate"] = normal(rng, B, length, H)
+        arrays["post_gate"] = normal(rng, B, length, H)
     if variant == "two-sided":
-        made["k_reverse"] = normal(rng, H, taps) * decay
-        del made["initial_state"]
-    return made
+        arrays["k_reverse"] = normal(rng, H, taps) * decay
+        del arrays["initial_state"]
+    return arrays
 
 
 def _butterfly(rng, variant, length, size):
     B, H = size["B"], size["H"]
     taps = min(length, size["K"])
-    made = {
+    arrays = {
         "u": normal(rng, B, length, H),
         "k": normal(rng, H, taps) * np.exp(-np.arange(taps) / 20),
         "skip": normal(rng, H),
     }
     if variant == "two-sided":
-        made["k_reverse"] = normal(rng, H, taps)
+        arrays["k_reverse"] = normal(rng, H, taps)
     heads = (H,) if variant == "factors per channel" else ()
     for name in ("u_factors", "k_factors"):
-        made[name] = [_learned(rng, n, heads) for n in block_sizes(length + size["K"])]
-    return made
+        arrays[name] = [
+            _learned(rng, n, heads) for n in block_sizes(length + size["K"])
+        ]
+    return arrays
 
 
 def _learned(rng, n, heads):
@@ -265,15 +269,15 @@ def _learned(rng, n, heads):
 
 def _short(rng, variant, length, size):
     B, H, W = size["B"], size["H"], size["W"]
-    made = {
+    arrays = {
         "u": normal(rng, B, length, H),
         "w": normal(rng, H, W),
         "initial_state": normal(rng, B, W - 1, H),
         "reset": _resets(rng, B, length),
     }
     if variant == "bias":
-        made["bias"] = normal(rng, H)
-    return made
+        arrays["bias"] = normal(rng, H)
+    return arrays
 
 
 def nodes(rng, variant, size):

@@ -50,13 +50,13 @@ def device() -> dict[str, str]:
 
 def versions() -> dict[str, str | None]:
     """Of Python and of PACKAGES; None for what is not installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def source_hash(folder: str) -> str:
@@ -71,22 +71,22 @@ def source_hash(folder: str) -> str:
 def write(path: Path, contents: dict) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    text = json.dumps({"format": FORMAT, "made": made, **contents}, indent=1)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text + "\n")
-    os.replace(aside, path)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    text = json.dumps({"format": FORMAT, "made": date, **contents}, indent=1)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
 
 
 def obstacle(path: Path) -> str | None:
     """Why no file can be written there, for who is about to work for its contents."""
     if path.is_dir():
         return f"must be a file, got folder {path}"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        aside.unlink()
+        temporary.touch()
+        temporary.unlink()
     except OSError as problem:
         return str(problem)
     if path.exists() and not os.access(path, os.W_OK):
@@ -95,13 +95,13 @@ def obstacle(path: Path) -> str | None:
 
 
 def _closure(paths: list[Path]) -> list[Path]:
-    found = set(paths)
+    closure = set(paths)
     waiting = list(paths)
     while waiting:
-        new = set(_imported(waiting.pop())) - found
-        found |= new
+        new = set(_imported(waiting.pop())) - closure
+        closure |= new
         waiting += new
-    return sorted(found)
+    return sorted(closure)
 
 
 def _imported(path: Path) -> list[Path]:
@@ -127,5 +127,5 @@ def _parts(source: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    inside = (name.removeprefix(start) for name in names if name.startswith(start))
-    return {name.split(".")[0] for name in inside}
+    internal = (name.removeprefix(start) for name in names if name.startswith(start))
+    return {name.split(".")[0] for name in internal}

@@ -61,7 +61,7 @@ def evaluate(op, inputs, static, compiler_options=None):
     """`results`, compiled with these options of XLA."""
     moving, fixed = parted(inputs)
     items = (
-        tuple(sorted((given or {}).items())) for given in (static, compiler_options)
+        tuple(sorted((options or {}).items())) for options in (static, compiler_options)
     )
     return jax.tree.map(np.asarray, _compiled(op, *items)(moving, fixed))
 
@@ -111,10 +111,10 @@ def check(op, inputs, dtype, backend, **static):
     inputs = rounded(inputs, dtype)
     values, gradients = expected(op, inputs, **static)
     with jax.enable_x64(dtype == "float64"):
-        found, found_gradients = results(op, inputs, backend=backend, **static)
-    assert_close(found, values, "value", dtype)
-    assert_close(found_gradients, gradients, "gradient", dtype)
-    return found
+        actual, actual_gradients = results(op, inputs, backend=backend, **static)
+    assert_close(actual, values, "value", dtype)
+    assert_close(actual_gradients, gradients, "gradient", dtype)
+    return actual
 
 
 def named_outputs(values) -> dict:

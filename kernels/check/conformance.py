@@ -71,7 +71,7 @@ class Row:
     def attempt(self, case: Case, function: Callable):
         """What `function()` gives; None where the backend refuses or fails."""
         try:
-            found = function()
+            result = function()
         except Exception as problem:
             reason = _refusal(problem, self.op, self.backend)
             if reason is not None:
@@ -81,59 +81,59 @@ class Row:
             self.failures.append(f"{case}: {_one_line(problem)}")
             return None
         self.cases += 1
-        return found
+        return result
 
-    def compare(self, case: Case, found: tuple, expected: tuple) -> None:
+    def compare(self, case: Case, actual: tuple, expected: tuple) -> None:
         """Both are (values, gradients by name)."""
         named = comparison.named_outputs
-        values, targets = named(found[0]), named(expected[0])
+        values, targets = named(actual[0]), named(expected[0])
         self.value = self._worst(case, "value", values, targets, self.value)
         self.gradient = self._worst(
-            case, "gradient", found[1], expected[1], self.gradient
+            case, "gradient", actual[1], expected[1], self.gradient
         )
 
-    def _worst(self, case, kind, found, expected, worst):
-        allowed = limit(self.dtype, kind)
+    def _worst(self, case, kind, actual, expected, worst):
+        bound = limit(self.dtype, kind)
         named = comparison.named_arrays
-        found, expected = named(found), named(expected)
+        actual, expected = named(actual), named(expected)
         for name, target in expected.items():
-            if name not in found:
+            if name not in actual:
                 self.failures.append(f"{case}: {kind} {name} is missing")
                 continue
-            here = error(found[name], target)
-            if not here <= allowed:
-                what = name if kind == "value" else f"gradient of {name}"
+            size = error(actual[name], target)
+            if not size <= bound:
+                subject = name if kind == "value" else f"gradient of {name}"
                 self.failures.append(
-                    f"{case}: {what}: {_off(here, found[name], target, allowed)}"
+                    f"{case}: {subject}: {_off(size, actual[name], target, bound)}"
                 )
-            if worst is None or here > worst.error:
-                worst = Worst(here, allowed, name, str(case))
+            if worst is None or size > worst.error:
+                worst = Worst(size, bound, name, str(case))
         return worst
 
     def as_json(self) -> dict:
-        made = asdict(self) | {"verdict": self.verdict}
+        record = asdict(self) | {"verdict": self.verdict}
         for kind in ("value", "gradient"):
-            if made[kind] and not math.isfinite(made[kind]["error"]):
-                made[kind]["error"] = None  # not finite, or of another shape
-        return made
+            if record[kind] and not math.isfinite(record[kind]["error"]):
+                record[kind]["error"] = None  # not finite, or of another shape
+        return record
 
     @classmethod
-    def from_json(cls, made: dict) -> "Row":
-        made = {k: v for k, v in made.items() if k != "verdict"}
+    def from_json(cls, record: dict) -> "Row":
+        record = {k: v for k, v in record.items() if k != "verdict"}
         for kind in ("value", "gradient"):
-            if made[kind]:
-                found = made[kind]["error"]
-                made[kind]["error"] = math.inf if found is None else found
-                made[kind] = Worst(**made[kind])
-        return cls(**made)
+            if record[kind]:
+                size = record[kind]["error"]
+                record[kind]["error"] = math.inf if size is None else size
+                record[kind] = Worst(**record[kind])
+        return cls(**record)
 
 
-def _off(size: float, found, target, allowed: float) -> str:
-    if found.shape != target.shape:
-        return f"shape {found.shape} instead of {target.shape}"
+def _off(size: float, actual, target, bound: float) -> str:
+    if actual.shape != target.shape:
+        return f"shape {actual.shape} instead of {target.shape}"
     if not math.isfinite(size):
         return "not finite"
-    return f"error {size:.2g}, limit {allowed:.0e}"
+    return f"error {size:.2g}, limit {bound:.0e}"
 
 
 def _refusal(problem: Exception, op: str, backend: str) -> str | None:
@@ -142,8 +142,8 @@ def _refusal(problem: Exception, op: str, backend: str) -> str | None:
     text = str(problem)
     if not isinstance(problem, ValueError) or not text.startswith(beginning):
         return None
-    found = re.search(rf"{re.escape(repr(backend))}: (.*?)(?:; '|$)", text, re.S)
-    return found[1]
+    match = re.search(rf"{re.escape(repr(backend))}: (.*?)(?:; '|$)", text, re.S)
+    return match[1]
 
 
 def _one_line(problem: Exception) -> str:
@@ -164,30 +164,30 @@ def run(
     """Tries the backends of these names in every way there is here.
 
     Args:
-        operations: of OPERATIONS.
+        operations: values of `cases.OPERATIONS`.
         backends: names; an operation that has none of them gives no rows.
-        dtypes: of DTYPES.
+        dtypes: names among `cases.DTYPES`.
         coverage: "quick" is one case, "default" covers every two values of what a case
             consists of, "full" is the product, with longer sequences too.
         progress: is told what is being tried.
     """
     rows, waiting = [], []
-    elsewhere = [o for o in operations if "triton" in {*backends} & {*o.backends}]
+    separate = [o for o in operations if "triton" in {*backends} & {*o.backends}]
     if compat.platform() == "gpu" or compat.interpreted():
-        elsewhere = []
+        separate = []
     # Triton away from a GPU works in other processes or outside Python's lock.
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
         try:
-            if elsewhere:
-                for way, of in (
-                    (interpreted, elsewhere),
-                    *((compiled, operation) for operation in elsewhere),
+            if separate:
+                for method, subject in (
+                    (interpreted, separate),
+                    *((compiled, operation) for operation in separate),
                 ):
-                    waiting.append(beside.submit(way, of, dtypes, coverage))
+                    waiting.append(executor.submit(method, subject, dtypes, coverage))
             for operation in operations:
                 progress(operation.name)
                 names = [name for name in operation.backends if name in backends]
-                if operation in elsewhere:
+                if operation in separate:
                     names.remove("triton")
                 rows += computed(operation, names, dtypes, coverage)
                 if "pallas_tpu" in names and compat.platform() != "tpu":
@@ -196,7 +196,7 @@ def run(
             for job in waiting:
                 rows += job.result()
         finally:
-            beside.shutdown(cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
     return sorted(rows, key=_place)
 
 
@@ -258,8 +258,8 @@ def computed(operation, backends, dtypes, coverage) -> list[Row]:
             options = _compiler_options(name, dtype)
 
             def both(static=static | {"backend": name}, inputs=inputs, options=options):
-                found = comparison.evaluate(operation.call, inputs, static, options)
-                return found, definition()  # noqa: B023 - called in this round
+                actual = comparison.evaluate(operation.call, inputs, static, options)
+                return actual, definition()  # noqa: B023 - called in this round
 
             how = "interpreted" if _is_interpreted(name) else "run"
             row = rows.setdefault((name, dtype), Row(operation.name, name, how, dtype))
@@ -276,9 +276,9 @@ def lowered(operation, dtypes, coverage) -> list[Row]:
     for case, dtype in _wide_cases(operation, dtypes, coverage):
         empty = Row(operation.name, "pallas_tpu", "lowered", dtype)
         row = rows.setdefault(dtype, empty)
-        forward, both, arrays = passes(operation, case, dtype, "pallas_tpu")
+        forward, both_passes, arrays = passes(operation, case, dtype, "pallas_tpu")
 
-        def count(arrays=arrays, functions=(forward, both)):
+        def count(arrays=arrays, functions=(forward, both_passes)):
             return [_tpu_kernels(function, arrays) for function in functions]
 
         counts = row.attempt(case, count)
@@ -304,23 +304,23 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
     if _not_installed():
         return []
     capabilities = [90] if coverage == "quick" else list(CAPABILITIES)
-    rows, done = {}, []
+    rows, jobs = {}, []
     for case, dtype in _wide_cases(operation, dtypes, coverage):
-        _, both, arrays = passes(operation, case, dtype, "triton")
+        _, both_passes, arrays = passes(operation, case, dtype, "triton")
 
         @functools.cache  # traced twice, JAX would remember and call nothing
-        def record(both=both, arrays=arrays):
-            with compat.lowering_for("gpu"), compat.recorded() as found:
-                jax.eval_shape(both, *arrays)
-            return found
+        def record(both_passes=both_passes, arrays=arrays):
+            with compat.lowering_for("gpu"), compat.recorded() as calls:
+                jax.eval_shape(both_passes, *arrays)
+            return calls
 
         for capability in capabilities:
             how = f"compiled sm_{capability}"
             empty = Row(operation.name, "triton", how, dtype)
             row = rows.setdefault((dtype, capability), empty)
             for call in row.attempt(case, record) or ():
-                if (call, dtype, capability) not in done:
-                    done.append((call, dtype, capability))
+                if (call, dtype, capability) not in jobs:
+                    jobs.append((call, dtype, capability))
                     _compile(row, case, call, capability)
     for row in rows.values():
         if row.cases and not row.kernels and not row.failures:
@@ -335,12 +335,12 @@ def _compile(row, case, call, capability):
     except Exception as problem:
         row.failures.append(f"{case}: {name}: {_one_line(problem)}")
         return
-    about = {"kernel": name, "case": str(case), "num_warps": call.num_warps}
-    row.kernels.append(about | figures)
-    most, wanted = CAPABILITIES[capability], figures["shared_bytes"]
-    if wanted > most:
+    label = {"kernel": name, "case": str(case), "num_warps": call.num_warps}
+    row.kernels.append(label | figures)
+    available, needed = CAPABILITIES[capability], figures["shared_bytes"]
+    if needed > available:
         row.failures.append(
-            f"{case}: {name}: {wanted} B of shared memory, there are {most}"
+            f"{case}: {name}: {needed} B of shared memory, there are {available}"
         )
 
 
@@ -372,10 +372,10 @@ def passes(operation, case, dtype, backend, wide=True):
 def interpreted(operations, dtypes, coverage) -> list[Row]:
     """triton in Triton's interpreter, which must be asked for before anything is
     imported: `kernels.check` in another process. Where that dies, one per operation."""
-    missing = _not_installed()
-    if missing:
+    reason = _not_installed()
+    if reason:
         return [
-            Row(o.name, "triton", "interpreted", dtype, not_taken=[f"all: {missing}"])
+            Row(o.name, "triton", "interpreted", dtype, not_taken=[f"all: {reason}"])
             for o in operations
             for dtype in dtypes
         ]
@@ -386,7 +386,7 @@ def interpreted(operations, dtypes, coverage) -> list[Row]:
         command.append(f"--{coverage}")
     with tempfile.TemporaryDirectory() as place:
         out = Path(place, "rows.json")
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "--out", str(out)],
             cwd=Path(__file__).parents[len(__package__.split("."))],
             env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
@@ -394,16 +394,16 @@ def interpreted(operations, dtypes, coverage) -> list[Row]:
             text=True,
         )
         if out.exists():
-            made = json.loads(out.read_text())
-            return [Row.from_json(row) for row in made["results"]]
+            contents = json.loads(out.read_text())
+            return [Row.from_json(row) for row in contents["results"]]
     if len(operations) > 1:
         return [
             row
             for operation in operations
             for row in interpreted([operation], dtypes, coverage)
         ]
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    died = f"the interpreter's process ended with code {done.returncode}: {last}"
+    last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    died = f"the interpreter's process ended with code {process.returncode}: {last}"
     name = operations[0].name
     return [Row(name, "triton", "interpreted", d, 1, failures=[died]) for d in dtypes]
 

@@ -23,15 +23,15 @@ def compiled(call: TritonCall, capability: int = 90) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
 
     names = call.kernel.arg_names
-    given = [*call.arguments, *call.outputs]
+    operands = [*call.arguments, *call.outputs]
     signature = {
         name: "i32" if isinstance(x, int) else "*" + interpreter.TYPES[x.dtype.name]
-        for name, x in zip(names, given, strict=False)
+        for name, x in zip(names, operands, strict=False)
     }
-    signature |= {name: "constexpr" for name in names[len(given) :]}
+    signature |= {name: "constexpr" for name in names[len(operands) :]}
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, x in enumerate(given)
+        for i, x in enumerate(operands)
         if not isinstance(x, int) or x % 16 == 0
     }
     source = triton.compiler.ASTSource(
@@ -39,16 +39,16 @@ def compiled(call: TritonCall, capability: int = 90) -> dict[str, int]:
     )
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache
-        made = triton.compile(
+        binary = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": call.num_warps},
         )
-    registers, spilled = _registers(made.asm["ptx"])
+    registers, spilled = _registers(binary.asm["ptx"])
     return {
         "registers": registers,
         "spilled_bytes": spilled,
-        "shared_bytes": made.metadata.shared,
+        "shared_bytes": binary.metadata.shared,
     }
 
 
@@ -64,13 +64,13 @@ def _registers(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as place:
         source = pathlib.Path(place, "kernel.ptx")
         source.write_text(ptx)
-        said = subprocess.run(
+        process = subprocess.run(
             [assembler, "-v", f"-arch={architecture}", source, "-o", "/dev/null"],
             capture_output=True,
             text=True,
         )
-    if said.returncode:
-        raise RuntimeError(f"ptxas: {said.stderr.strip()}")
-    registers = re.search(r"Used (\d+) registers", said.stderr)[1]
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.stderr)
+    if process.returncode:
+        raise RuntimeError(f"ptxas: {process.stderr.strip()}")
+    registers = re.search(r"Used (\d+) registers", process.stderr)[1]
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", process.stderr)
     return int(registers), sum(map(int, spills))

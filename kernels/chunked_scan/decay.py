@@ -34,8 +34,8 @@ class Scalar(NamedTuple):
         return shared[:, None] * self.between
 
     def read(self, rows, state, precision):
-        found = jnp.matmul(rows[:, None], state, precision=precision)
-        return self.enter[..., None] * found
+        product = jnp.matmul(rows[:, None], state, precision=precision)
+        return self.enter[..., None] * product
 
     def write(self, keys, u):
         u = self.between[..., -1, :, None] * u
@@ -110,23 +110,23 @@ def _sums_between(g):
     size = min(BLOCK, g.shape[-1])
     g = g.reshape(*g.shape[:-1], -1, size)
     count = g.shape[-2]
-    inside, whole = np.arange(size), np.arange(count)
+    steps, blocks = np.arange(size), np.arange(count)
 
     def sums(equation, x, mask):
         return jnp.einsum(equation, x, mask.astype(g.dtype), precision="highest")
 
-    until = sums("...bt,ti->...bi", g, inside[:, None] <= inside)
-    after = sums("...bt,tj->...bj", g, inside[:, None] > inside)
-    e, b, c = np.ix_(whole, whole, whole)
+    until = sums("...bt,ti->...bi", g, steps[:, None] <= steps)
+    after = sums("...bt,tj->...bj", g, steps[:, None] > steps)
+    e, b, c = np.ix_(blocks, blocks, blocks)
     middle = sums("...e,ebc->...bc", g.sum(-1), (c < e) & (e < b))
-    t, i, j = np.ix_(inside, inside, inside)
+    t, i, j = np.ix_(steps, steps, steps)
     near = sums("...bt,tij->...bij", g, (j < t) & (t <= i))
     far = (
         until[..., :, :, None, None]
         + middle[..., :, None, :, None]
         + after[..., None, None, :, :]
     )
-    same = (whole[:, None] == whole)[:, None, :, None]
+    same = (blocks[:, None] == blocks)[:, None, :, None]
     table = jnp.where(same, near[..., :, :, None, :], far)
     return table.reshape(*g.shape[:-2], count * size, count * size)
 

@@ -22,8 +22,8 @@ def chunk(inner: Callable, state, q, k, v, g, beta, into):
     beta [N, R, T] or None, into [N, 1, T].
     """
     number = segments.ids(into[:, 0])[:, None]
-    given = unusable(k, v, g, beta)
-    after = reached_by(number, given, behind=True) | _first(number, state)
+    bad = unusable(k, v, g, beta)
+    after = reached_by(number, bad, behind=True) | _first(number, state)
     arguments = (finite(x) for x in (state, q, k, v))
     final, o = inner(*arguments, decays(g), finite(beta), into)
     o = jnp.where((after | _bad(q, 3))[..., None], jnp.nan, o)

@@ -61,9 +61,9 @@ def _forward_rule(q, k, U, W, g, number, state):
     return (o, final), (q, k, U, W, weights, states)
 
 
-def _backward_rule(saved, given):
+def _backward_rule(saved, cotangents):
     q, k, U, W, weights, states = saved
-    d_out, d_final = given
+    d_out, d_final = cotangents
     dq, dk, dU, dW, dg, d_state = _walk_back(
         q, k, U, W, weights, states, d_out, d_final
     )
@@ -164,7 +164,7 @@ def _walk_back(q, k, U, W, weights, states, d_out, d_final):
     dtype = states.dtype
     batch, heads, length, _ = U.shape
     per_token = shape((batch, heads, length, q.shape[-1]), dtype)
-    made = compat.pallas_tpu_call(
+    outputs = compat.pallas_tpu_call(
         partial(_walk_back_kernel, delta_rule=delta_rule),
         grid=grid,
         semantics=SEMANTICS,
@@ -181,7 +181,7 @@ def _walk_back(q, k, U, W, weights, states, d_out, d_final):
         + [shape(W.shape, W.dtype) for _ in range(delta_rule)],
         scratch_shapes=[pltpu.VMEM(d_final.shape[2:], dtype)],
     )(q, k, U, weights, states, d_out, d_final, *[W] * delta_rule)
-    dq, dk, dU, d_rows, d_state, *dW = made
+    dq, dk, dU, d_rows, d_state, *dW = outputs
     dW = dW[0] if dW else None
     return dq, dk, dU, dW, d_rows[..., 0, :], d_state
 
@@ -242,8 +242,8 @@ def _walk_kernel(q_ref, k_ref, u_ref, rows_ref, state_ref, *refs, delta_rule):
         u = (u - _reached(enter, _dot(w_ref[...], S))).astype(k.dtype)
     scores = _linked(between, _dot(q, k, COLUMNS)).astype(q.dtype)
     o_ref[...] = (_dot(scores, u) + _linked(enter, _dot(q, S))).astype(o_ref.dtype)
-    given = _dot(_linked(leave, k).astype(k.dtype), _reached(leave, u), ROWS)
-    S = _linked(through, S) + given
+    increment = _dot(_linked(leave, k).astype(k.dtype), _reached(leave, u), ROWS)
+    S = _linked(through, S) + increment
     carry[...] = S
     final_ref[...] = S
 
@@ -278,18 +278,18 @@ def _walk_back_kernel(
     other = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     until = (t <= other).astype(scores.dtype)  # [t, i]
     before = (other < t).astype(scores.dtype)  # [t, j]
-    moved = _sums(before * _dot(until, scores * d_scores))
+    inner = _sums(before * _dot(until, scores * d_scores))
     entered, left = _sums(q * dq), _sums(k * dk)
-    dg = moved + _dot(entered, until, COLUMNS) + _dot(left, before, COLUMNS)
-    passed = jnp.sum(S * dS, keepdims=True).reshape(1, 1)
-    dg = dg + _linked(through, passed)
+    dg = inner + _dot(entered, until, COLUMNS) + _dot(left, before, COLUMNS)
+    products = jnp.sum(S * dS, keepdims=True).reshape(1, 1)
+    dg = dg + _linked(through, products)
     d_rows_ref[0:1, :] = dg
     d_scores = _linked(between, d_scores).astype(dtype)
     dq_ref[...] = dq + _dot(d_scores, k)
     dk_ref[...] = dk + _dot(d_scores, q, ROWS)
     du_ref[...] = du.astype(du_ref.dtype)
-    given = _dot(_linked(enter, q).astype(dtype), _reached(enter, do), ROWS)
-    dS = _linked(through, dS) + given
+    increment = _dot(_linked(enter, q).astype(dtype), _reached(enter, do), ROWS)
+    dS = _linked(through, dS) + increment
     if delta_rule:
         du = _reached(enter, du.astype(dtype))
         dW = _reached(enter, -_dot(du, S, COLUMNS))

@@ -36,9 +36,9 @@ def _forward_rule(q, k, v, g, state, segment):
     return scan(q, k, v, g, state, segment), (q, k, v, g, state, segment)
 
 
-def _backward_rule(saved, given):
+def _backward_rule(saved, cotangents):
     q, k, v, g, state, segment = saved
-    d_out, d_final = given
+    d_out, d_final = cotangents
     states, _ = walk(k, v, g, state, segment, reverse=False)
     # the gradient of the states is the same walk from the end with (q, do) for (k, v)
     d_states, d_state = walk(q, d_out, g, d_final, segment, reverse=True)
@@ -159,11 +159,11 @@ def decays(
     parts are multiples of 1/16, exact in float32, and a rest that stays small.
     """
     t = start + tl.arange(0, CHUNK)
-    given = tl.load(g + (b * length + t) * heads + h, mask=t < length, other=0.0)
+    log_decay = tl.load(g + (b * length + t) * heads + h, mask=t < length, other=0.0)
     # exp of which is 0 as well
-    given = tl.maximum(given, -1e4, propagate_nan=tl.PropagateNan.ALL)
-    coarse = tl.floor(16.0 * given) / 16.0
-    fine = given - coarse
+    log_decay = tl.maximum(log_decay, -1e4, propagate_nan=tl.PropagateNan.ALL)
+    coarse = tl.floor(16.0 * log_decay) / 16.0
+    fine = log_decay - coarse
     number = tl.zeros_like(t)
     if SEGMENTS:
         number = tl.load(segment + b * length + tl.minimum(t, length - 1))
@@ -213,13 +213,13 @@ def _states_kernel(
     b, h = row // heads, row % heads
     group = h // (heads // groups)
     n, d = tl.arange(0, MODES), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = n[:, None] * V + d[None, :]
+    offset = n[:, None] * V + d[None, :]
     real = (n < K)[:, None] & (d < V)[None, :]
-    S = tl.load(state + row * K * V + inside, mask=real, other=0.0)
+    S = tl.load(state + row * K * V + offset, mask=real, other=0.0)
     for step in range(0, chunks):
         c = chunks - 1 - step if REVERSE else step
         start = c * CHUNK
-        tl.store(states + (row * chunks + c) * K * V + inside, S, mask=real)
+        tl.store(states + (row * chunks + c) * K * V + offset, S, mask=real)
         _, _, _, enter, leave, through = decays(
             g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
         )
@@ -231,11 +231,11 @@ def _states_kernel(
             weight[:, None], tl.load(v_at, mask=v_mask, other=0.0), SEGMENTS
         )
         weighted = linked(weight[:, None], k_tile, SEGMENTS).to(k_tile.dtype)
-        given = tl.dot(
+        increment = tl.dot(
             tl.trans(weighted), v_tile.to(k_tile.dtype), input_precision=PRECISION
         )
-        S = linked(through, S, SEGMENTS) + given.to(S.dtype)
-    tl.store(final + row * K * V + inside, S, mask=real)
+        S = linked(through, S, SEGMENTS) + increment.to(S.dtype)
+    tl.store(final + row * K * V + offset, S, mask=real)
 
 
 @triton.jit
@@ -268,9 +268,9 @@ def _outputs_kernel(
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     scores = scores * mask(G, F, number, CHUNK)
     y = tl.dot(scores.to(v_tile.dtype), v_tile, input_precision=PRECISION)
-    seen = tl.dot(q_tile, S.to(q_tile.dtype), input_precision=PRECISION)
+    from_state = tl.dot(q_tile, S.to(q_tile.dtype), input_precision=PRECISION)
     o_at, o_mask = rows(out, b, length, heads, h, start, d, V, CHUNK)
-    y += linked(enter[:, None], seen, SEGMENTS)
+    y += linked(enter[:, None], from_state, SEGMENTS)
     tl.store(o_at, y.to(out.dtype.element_ty), mask=o_mask)
 
 
@@ -332,7 +332,7 @@ def _gradients_kernel(
     d_scores = tl.zeros_like(scores)
     dq = tl.zeros([CHUNK, MODES], scores.dtype)
     dk = tl.zeros([CHUNK, MODES], scores.dtype)
-    passed = tl.zeros([MODES, TILE], scores.dtype)
+    products = tl.zeros([MODES, TILE], scores.dtype)
     for first in range(0, V, TILE):
         d = first + tl.arange(0, TILE)
         v_at, v_mask = rows(v, b, length, heads, h, start, d, V, CHUNK)
@@ -343,7 +343,7 @@ def _gradients_kernel(
         real = (n < K)[:, None] & (d < V)[None, :]
         S = tl.load(states + at, mask=real, other=0.0)
         dS = tl.load(d_states + at, mask=real, other=0.0)
-        passed += S * dS
+        products += S * dS
         S, dS = S.to(dtype), dS.to(dtype)
         d_scores += tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         dq += tl.dot(do, tl.trans(S), input_precision=PRECISION)
@@ -364,7 +364,7 @@ def _gradients_kernel(
     d_g = tl.sum(tl.where(before, since + left[None, :], 0.0), 1)
     d_g += tl.sum(tl.where(before, 0.0, entered[None, :]), 1)
     # and the last step's in what is left of the state behind the chunk
-    d_g += linked(through, tl.sum(tl.sum(passed, 1), 0), SEGMENTS)
+    d_g += linked(through, tl.sum(tl.sum(products, 1), 0), SEGMENTS)
     d_scores = (d_scores * between).to(dtype)
     dq += tl.dot(d_scores, k_tile, input_precision=PRECISION)
     dk += tl.dot(tl.trans(d_scores), q_tile, input_precision=PRECISION)

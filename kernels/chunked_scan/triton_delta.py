@@ -32,9 +32,9 @@ def _forward_rule(q, k, U, W, g, state, segment):
     return _scan(q, k, U, W, g, state, segment), (q, k, U, W, g, state, segment)
 
 
-def _backward_rule(saved, given):
+def _backward_rule(saved, cotangents):
     q, k, U, W, g, state, segment = saved
-    d_out, d_final = given
+    d_out, d_final = cotangents
     states, u, _ = _walk(k, U, W, g, state, segment)
     d_states, du, d_state = _walk_back(q, k, W, d_out, g, d_final, segment)
     dq, dk, _, dg = plain.gradients(q, k, u, d_out, g, states, d_states, segment)
@@ -109,12 +109,12 @@ def _walk_kernel(
     b, h = row // heads, row % heads
     group = h // (heads // groups)
     n, d = tl.arange(0, MODES), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = n[:, None] * V + d[None, :]
+    offset = n[:, None] * V + d[None, :]
     real = (n < K)[:, None] & (d < V)[None, :]
-    S = tl.load(state + row * K * V + inside, mask=real, other=0.0)
+    S = tl.load(state + row * K * V + offset, mask=real, other=0.0)
     for c in range(0, chunks):
         start = c * CHUNK
-        tl.store(states + (row * chunks + c) * K * V + inside, S, mask=real)
+        tl.store(states + (row * chunks + c) * K * V + offset, S, mask=real)
         _, _, _, enter, leave, through = plain.decays(
             g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
         )
@@ -123,18 +123,18 @@ def _walk_kernel(
         u_at, u_mask = plain.rows(U, b, length, heads, h, start, d, V, CHUNK)
         k_tile = tl.load(k_at, mask=k_mask, other=0.0)
         w_tile = tl.load(w_at, mask=w_mask, other=0.0)
-        known = tl.dot(w_tile, S.to(w_tile.dtype), input_precision=PRECISION)
-        known = plain.reached(enter[:, None], known, SEGMENTS)
-        u = tl.load(u_at, mask=u_mask, other=0.0).to(known.dtype) - known
+        recalled = tl.dot(w_tile, S.to(w_tile.dtype), input_precision=PRECISION)
+        recalled = plain.reached(enter[:, None], recalled, SEGMENTS)
+        u = tl.load(u_at, mask=u_mask, other=0.0).to(recalled.dtype) - recalled
         out_at, _ = plain.rows(u_out, b, length, heads, h, start, d, V, CHUNK)
         tl.store(out_at, u.to(u_out.dtype.element_ty), mask=u_mask)
         weighted = plain.linked(leave[:, None], k_tile, SEGMENTS).to(k_tile.dtype)
         u = plain.reached(leave[:, None], u, SEGMENTS)
-        given = tl.dot(
+        increment = tl.dot(
             tl.trans(weighted), u.to(k_tile.dtype), input_precision=PRECISION
         )
-        S = plain.linked(through, S, SEGMENTS) + given.to(S.dtype)
-    tl.store(final + row * K * V + inside, S, mask=real)
+        S = plain.linked(through, S, SEGMENTS) + increment.to(S.dtype)
+    tl.store(final + row * K * V + offset, S, mask=real)
 
 
 @triton.jit
@@ -148,13 +148,13 @@ def _walk_back_kernel(
     b, h = row // heads, row % heads
     group = h // (heads // groups)
     n, d = tl.arange(0, MODES), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = n[:, None] * V + d[None, :]
+    offset = n[:, None] * V + d[None, :]
     real = (n < K)[:, None] & (d < V)[None, :]
-    dS = tl.load(d_final + row * K * V + inside, mask=real, other=0.0)
+    dS = tl.load(d_final + row * K * V + offset, mask=real, other=0.0)
     for step in range(0, chunks):
         c = chunks - 1 - step
         start = c * CHUNK
-        tl.store(d_states + (row * chunks + c) * K * V + inside, dS, mask=real)
+        tl.store(d_states + (row * chunks + c) * K * V + offset, dS, mask=real)
         G, F, number, enter, leave, through = plain.decays(
             g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
         )
@@ -170,15 +170,15 @@ def _walk_back_kernel(
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         scores = scores * tl.trans(plain.mask(G, F, number, CHUNK))
         du = tl.dot(scores.to(dtype), do, input_precision=PRECISION)
-        behind = tl.dot(k_tile, dS.to(dtype), input_precision=PRECISION)
-        du += plain.linked(leave[:, None], behind, SEGMENTS)
+        from_state = tl.dot(k_tile, dS.to(dtype), input_precision=PRECISION)
+        du += plain.linked(leave[:, None], from_state, SEGMENTS)
         du_at, _ = plain.rows(du_out, b, length, heads, h, start, d, V, CHUNK)
         tl.store(du_at, du.to(du_out.dtype.element_ty), mask=o_mask)
         weighted = plain.linked(enter[:, None], q_tile, SEGMENTS).to(dtype)
         du = plain.reached(enter[:, None], du, SEGMENTS)
         # read again, for want of registers
         do = tl.load(o_at, mask=o_mask & (enter >= 0)[:, None], other=0.0).to(dtype)
-        given = tl.dot(tl.trans(weighted), do, input_precision=PRECISION)
-        given -= tl.dot(tl.trans(w_tile), du.to(dtype), input_precision=PRECISION)
-        dS = plain.linked(through, dS, SEGMENTS) + given.to(dS.dtype)
-    tl.store(d_state + row * K * V + inside, dS, mask=real)
+        increment = tl.dot(tl.trans(weighted), do, input_precision=PRECISION)
+        increment -= tl.dot(tl.trans(w_tile), du.to(dtype), input_precision=PRECISION)
+        dS = plain.linked(through, dS, SEGMENTS) + increment.to(dS.dtype)
+    tl.store(d_state + row * K * V + offset, dS, mask=real)

@@ -78,14 +78,14 @@ def _chunk(precision, state, q, k, v, g, beta, into):
     decays = decay.scalar(g) if g.ndim == 3 else decay.vector(g)
     if beta is not None:
         beta = beta[..., None]
-        known = _where(first, decays.read(k, state, "highest"))
+        recalled = _where(first, decays.read(k, state, "highest"))
         among = _where(linked, decays.scores(k, k, "highest"))
-        v = delta.solve(beta * among, beta * (v - known))
+        v = delta.solve(beta * among, beta * (v - recalled))
     scores = _where(linked, decays.scores(q, k, precision))
     o = jnp.matmul(scores, v, precision=precision)
     o = o + _where(first, decays.read(q, state, precision))
-    kept = _where(through, decays.keep(state))
-    return kept + decays.write(k, _where(last, v)), o
+    carried = _where(through, decays.keep(state))
+    return carried + decays.write(k, _where(last, v)), o
 
 
 def _where(linked, x):

@@ -11,9 +11,9 @@ them in the same pass. The spectrum of the filter is made once, for all examples
 
 A backend has SIDES, powers of two, and
 
-    largest(low)                                      points of a block: real, complex
-    blocks(x, K, block, taken, made, low)             the convolution of every block
-    spectrum_gradient(x, dy, K, block, given, low)    sum_b conj(X) D / points
+    largest(low)                                       points of a block: real, complex
+    blocks(x, K, block, source, target, low)           the convolution of every block
+    spectrum_gradient(x, dy, K, block, target, low)    sum_b conj(X) D / points
 """
 
 import math
@@ -38,10 +38,10 @@ def convolve(backend, v, k, k_reverse, state, segment, low):
     return windows.convolve(window, transform, v, k, k_reverse, state, segment)
 
 
-def block_sizes(points, most, of_row, sides) -> tuple[int, ...]:
-    """(n_1, n_2), or beyond `most` points (rows, n_1, n_2) with up to `of_row` in each:
-    the fewest that suffice."""
-    rows = 1 if points <= most else -(-points // of_row)
+def block_sizes(points, limit, of_row, sides) -> tuple[int, ...]:
+    """(n_1, n_2), or beyond `limit` points (rows, n_1, n_2) with up to `of_row` in
+    each: the fewest that suffice."""
+    rows = 1 if points <= limit else -(-points // of_row)
     points = -(-points // rows)
     enough = ((a, b) for a in sides for b in sides if a >= b and a * b >= points)
     block = min(enough, key=math.prod)
@@ -77,8 +77,8 @@ def _channels(X, points):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5, 6))
 def _convolve(backend, x, K, block, start, count, low):
     """x [B, C, *] times spectra K [C, points], pairs; (re,) where x is real."""
-    taken = 0, x[0].shape[-1]
-    return backend.blocks(x, K, block, taken, (start, count), low)
+    source = 0, x[0].shape[-1]
+    return backend.blocks(x, K, block, source, (start, count), low)
 
 
 def _forward(backend, x, K, *static):
@@ -88,9 +88,9 @@ def _forward(backend, x, K, *static):
 def _backward(backend, block, start, count, low, saved, dy):
     """dx = F^-1(conj(K) F(dy)), dK = sum_b conj(F(x)) F(dy), F a block's transform."""
     x, K = saved
-    taken, given = (0, x[0].shape[-1]), (start, count)
-    dx = backend.blocks(dy, pairs.conj(K), block, given, taken, low)
-    return dx, backend.spectrum_gradient(x, dy, K, block, given, low)
+    source, target = (0, x[0].shape[-1]), (start, count)
+    dx = backend.blocks(dy, pairs.conj(K), block, target, source, low)
+    return dx, backend.spectrum_gradient(x, dy, K, block, target, low)
 
 
 _convolve.defvjp(_forward, _backward)

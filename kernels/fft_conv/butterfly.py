@@ -70,16 +70,16 @@ def butterfly_conv(
         u, k, u_factors, k_factors, k_reverse, skip
     )
     v = u.swapaxes(1, 2).astype(dtype)
-    whole = k[:, :length].astype(dtype)
+    kernel = k[:, :length].astype(dtype)
     if k_reverse is not None:
         ahead = k_reverse[:, : length - 1].astype(dtype)[:, ::-1]
-        gap = points - whole.shape[1] - ahead.shape[1]
-        whole = jnp.concatenate([jnp.pad(whole, ((0, 0), (0, gap))), ahead], 1)
+        gap = points - kernel.shape[1] - ahead.shape[1]
+        kernel = jnp.concatenate([jnp.pad(kernel, ((0, 0), (0, gap))), ahead], 1)
     factors = (
-        [(f[..., 0].astype(dtype), f[..., 1].astype(dtype)) for f in given]
-        for given in (u_factors, k_factors)
+        [(f[..., 0].astype(dtype), f[..., 1].astype(dtype)) for f in step_factors]
+        for step_factors in (u_factors, k_factors)
     )
-    y = module.butterfly(v, whole, *factors, u.dtype == jnp.bfloat16)
+    y = module.butterfly(v, kernel, *factors, u.dtype == jnp.bfloat16)
     y = y.swapaxes(1, 2)
     if skip is not None:
         y = y + skip.astype(dtype) * u.astype(dtype)

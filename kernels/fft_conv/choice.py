@@ -18,11 +18,11 @@ SHORT = 32  # and how many times longer than its filter the sequence must be the
 def advice(u, k, initial_state, k_reverse) -> dict[str, tuple[bool, str]]:
     """Backend -> whether to take it by default, and why (not)."""
     length, taps = u.shape[1], k.shape[1]
-    seen = taps if initial_state is not None else min(taps, length)
+    used_taps = taps if initial_state is not None else min(taps, length)
     if k_reverse is not None:
         taps = max(taps, k_reverse.shape[1])
-        seen += min(k_reverse.shape[1], length - 1)
-    few = min(seen, length) <= FEW
+        used_taps += min(k_reverse.shape[1], length - 1)
+    few = min(used_taps, length) <= FEW
     short = length >= max(LONG, SHORT * taps)
     tpu = compat.platform() == "tpu"
     low = u.dtype == jnp.bfloat16

@@ -30,21 +30,21 @@ def convolve(v, k, k_reverse, state, segment, low):
     if k_reverse is None or length == 1:
         return y
     ahead = k_reverse[:, : length - 1]
-    later = ((0, 0), (0, ahead.shape[1]))
+    margin = ((0, 0), (0, ahead.shape[1]))
     if segment is not None:
-        number = jnp.pad(segment[:, 1:], later, constant_values=-1)
-    return y + _correlate(jnp.pad(v[:, 1:], (*later, (0, 0))), number, segment, ahead)
+        number = jnp.pad(segment[:, 1:], margin, constant_values=-1)
+    return y + _correlate(jnp.pad(v[:, 1:], (*margin, (0, 0))), number, segment, ahead)
 
 
 @jax.custom_vjp
-def _correlate(whole, number, segment, taps):
-    """y[t] = sum_j taps[j] whole[t+j], where number[t+j] is segment[t]."""
+def _correlate(padded, number, segment, taps):
+    """y[t] = sum_j taps[j] padded[t+j], where number[t+j] is segment[t]."""
     count = taps.shape[1]
-    steps = whole.shape[1] - count + 1
+    steps = padded.shape[1] - count + 1
     rows = _rows(taps)
-    seen = _windows(whole, number, segment, count)
-    zero = jnp.zeros((whole.shape[0], steps, whole.shape[2]), whole.dtype)
-    return _sum(count, lambda j: rows[j] * seen(j), varying.like(zero, whole))
+    window = _windows(padded, number, segment, count)
+    zero = jnp.zeros((padded.shape[0], steps, padded.shape[2]), padded.dtype)
+    return _sum(count, lambda j: rows[j] * window(j), varying.like(zero, padded))
 
 
 def _forward(*arguments):
@@ -52,32 +52,32 @@ def _forward(*arguments):
 
 
 def _backward(saved, dy):
-    """dwhole[i] = sum_j taps[j] dy[i-j], dtaps[j] = sum_t whole[t+j] dy[t], where the
+    """dpadded[i] = sum_j taps[j] dy[i-j], dtaps[j] = sum_t padded[t+j] dy[t], where the
     segments are the same."""
-    whole, number, segment, taps = saved
+    padded, number, segment, taps = saved
     by_steps = dy.shape[1] < taps.shape[1]
     form = _backward_by_steps if by_steps else _backward_by_taps
-    dwhole, dtaps = form(whole, number, segment, taps, dy)
-    return dwhole, None, None, dtaps
+    dpadded, dtaps = form(padded, number, segment, taps, dy)
+    return dpadded, None, None, dtaps
 
 
 _correlate.defvjp(_forward, _backward)
 
 
-def _backward_by_taps(whole, number, segment, taps, dy):
-    """Tap after tap for their gradient, or XLA would hold `whole` once per tap."""
+def _backward_by_taps(padded, number, segment, taps, dy):
+    """Tap after tap for their gradient, or XLA would hold `padded` once per tap."""
     count = taps.shape[1]
-    seen = _windows(whole, number, segment, count)
-    around = ((0, 0), (count - 1, count - 1))
+    window = _windows(padded, number, segment, count)
+    margin = ((0, 0), (count - 1, count - 1))
     after = None
     if number is not None:
-        after = jnp.pad(segment, around, constant_values=-1)
-    dwhole = _correlate(jnp.pad(dy, (*around, (0, 0))), after, number, taps[:, ::-1])
-    dtaps = jax.lax.map(lambda j: (dy * seen(j)).sum((0, 1)), jnp.arange(count))
-    return dwhole, dtaps.T
+        after = jnp.pad(segment, margin, constant_values=-1)
+    dpadded = _correlate(jnp.pad(dy, (*margin, (0, 0))), after, number, taps[:, ::-1])
+    dtaps = jax.lax.map(lambda j: (dy * window(j)).sum((0, 1)), jnp.arange(count))
+    return dpadded, dtaps.T
 
 
-def _backward_by_steps(whole, number, segment, taps, dy):
+def _backward_by_steps(padded, number, segment, taps, dy):
     """What each step gives to all taps, and to all inputs."""
     count, steps = taps.shape[1], dy.shape[1]
     shifted = jnp.pad(_rows(taps), ((steps - 1, steps - 1), (0, 0)))[None]
@@ -89,14 +89,14 @@ def _backward_by_steps(whole, number, segment, taps, dy):
         return jnp.where(linked[..., None], term, 0)
 
     def to_taps(t):
-        return same(t, t, count, _part(dy, t, 1) * _part(whole, t, count))
+        return same(t, t, count, _part(dy, t, 1) * _part(padded, t, count))
 
     def to_inputs(t):
-        tap = _part(shifted, steps - 1 - t, whole.shape[1])
-        return same(t, 0, whole.shape[1], _part(dy, t, 1) * tap)
+        tap = _part(shifted, steps - 1 - t, padded.shape[1])
+        return same(t, 0, padded.shape[1], _part(dy, t, 1) * tap)
 
-    dtaps = _sum(steps, to_taps, jnp.zeros_like(whole[:, :count])).sum(0)
-    return _sum(steps, to_inputs, jnp.zeros_like(whole)), dtaps.T
+    dtaps = _sum(steps, to_taps, jnp.zeros_like(padded[:, :count])).sum(0)
+    return _sum(steps, to_inputs, jnp.zeros_like(padded)), dtaps.T
 
 
 def _sum(count, term, total):
@@ -120,17 +120,17 @@ def _rows(taps):
     return jax.lax.optimization_barrier(taps.T)
 
 
-def _windows(whole, number, segment, count):
-    """seen(j) = whole[t+j] for all t, zero where another segment is."""
-    steps = whole.shape[1] - count + 1
+def _windows(padded, number, segment, count):
+    """window(j) = padded[t+j] for all t, zero where another segment is."""
+    steps = padded.shape[1] - count + 1
 
-    def seen(j):
-        here = _part(whole, j, steps)
+    def window(j):
+        part = _part(padded, j, steps)
         if number is None:
-            return here
-        return jnp.where((_part(number, j, steps) == segment)[..., None], here, 0)
+            return part
+        return jnp.where((_part(number, j, steps) == segment)[..., None], part, 0)
 
-    return seen
+    return window
 
 
 def _part(x, start, count):

@@ -75,8 +75,8 @@ def _backward(start, count, saved, dy):
     (dK, over), dv = jax.lax.scan(some, (dK, over), jnp.arange(groups))
     dv = jnp.concatenate([_joined(dv), over], -1)[..., taps.shape[1] - 1 - start :]
     dv = dv[..., : v.shape[-1]]
-    beyond = ((0, 0), (0, 0), (0, v.shape[-1] - dv.shape[-1]))
-    return jnp.pad(dv, beyond), jnp.fft.irfft(dK, size)[:, : taps.shape[1]]
+    padding = ((0, 0), (0, 0), (0, v.shape[-1] - dv.shape[-1]))
+    return jnp.pad(dv, padding), jnp.fft.irfft(dK, size)[:, : taps.shape[1]]
 
 
 window.defvjp(_forward, _backward)
@@ -88,8 +88,8 @@ def _sizes(v, taps, count):
     size = next_fast_len(min(shortest, count + taps.shape[1] - 1), real=True)
     step = size - taps.shape[1] + 1
     blocks = -(-count // step)
-    most = windows.CACHED if compat.platform() == "cpu" else windows.MOST
-    group = max(1, min(blocks, most // (v.shape[0] * v.shape[1] * size)))
+    limit = windows.CACHED if compat.platform() == "cpu" else windows.MOST
+    group = max(1, min(blocks, limit // (v.shape[0] * v.shape[1] * size)))
     groups = -(-blocks // group)
     return size, step, -(-blocks // groups), groups
 

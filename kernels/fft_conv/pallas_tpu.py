@@ -29,10 +29,10 @@ def convolve(*arguments):
     return blockwise.convolve(sys.modules[__name__], *arguments)
 
 
-def blocks(x, K, block, taken, made, low):
-    """x stands at points taken[0], ... of a block of zeros; the points made[0], ... of
-    the convolution come back."""
-    x = tuple(_block(part, block, taken) for part in x)
+def blocks(x, K, block, source, target, low):
+    """x stands at points source[0], ... of a block of zeros; the points target[0], ...
+    of the convolution come back."""
+    x = tuple(_block(part, block, source) for part in x)
     K = tuple(part.reshape(-1, *block) for part in K)
     grid, example, channel, table = _specs(x, block)
     y = compat.pallas_tpu_call(
@@ -43,17 +43,17 @@ def blocks(x, K, block, taken, made, low):
         out_specs=[example] * len(x),
         out_shape=[jax.ShapeDtypeStruct(part.shape, part.dtype) for part in x],
     )(*x, *K, *blockwise.tables(block, K[0].dtype, low))
-    start, count = made
+    start, count = target
     return tuple(
         part.reshape(*part.shape[:2], -1)[..., start : start + count] for part in y
     )
 
 
-def spectrum_gradient(x, dy, K, block, given, low):
+def spectrum_gradient(x, dy, K, block, target, low):
     """sum_b conj(X) D / points of the spectra X of x and D of dy."""
     parts = len(x)
     x = tuple(_block(part, block, (0, part.shape[-1])) for part in x)
-    dy = tuple(_block(part, block, given) for part in dy)
+    dy = tuple(_block(part, block, target) for part in dy)
     grid, example, channel, table = _specs(x, block)
     dK = compat.pallas_tpu_call(
         partial(_spectrum_kernel, low=low, parts=parts),
@@ -66,9 +66,9 @@ def spectrum_gradient(x, dy, K, block, given, low):
     return tuple(part.reshape(K[0].shape) for part in dK)
 
 
-def _block(x, block, where):
-    """[B, C, count] as points where[0], ... of [B, C, n_1, n_2]."""
-    start, count = where
+def _block(x, block, place):
+    """[B, C, count] as points place[0], ... of [B, C, n_1, n_2]."""
+    start, count = place
     after = block[0] * block[1] - start - count
     x = jnp.pad(x, ((0, 0), (0, 0), (start, after)))
     return x.reshape(*x.shape[:2], *block)

@@ -29,24 +29,24 @@ def convolve(v, k, k_reverse, state, segment, low):
     y = _lags(jnp.concatenate([state, v], 1), number, segment, k[:, ::-1])
     if k_reverse is not None:
         ahead = k_reverse.shape[1]
-        later = jnp.pad(v[:, 1:], ((0, 0), (0, ahead), (0, 0)))
+        padded = jnp.pad(v[:, 1:], ((0, 0), (0, ahead), (0, 0)))
         number = jnp.pad(segment[:, 1:], ((0, 0), (0, ahead)), constant_values=-1)
-        y = y + _lags(later, number, segment, k_reverse)
+        y = y + _lags(padded, number, segment, k_reverse)
     return y
 
 
-def _lags(whole, number, segment, taps):
-    """sum_j taps[j] whole[t+j], where the segment of t+j is the segment of t."""
+def _lags(padded, number, segment, taps):
+    """sum_j taps[j] padded[t+j], where the segment of t+j is the segment of t."""
     length = segment.shape[1]
 
     def add(y, inputs):
         j, tap = inputs
-        here = jax.lax.dynamic_slice_in_dim(whole, j, length, 1)
+        window = jax.lax.dynamic_slice_in_dim(padded, j, length, 1)
         same = jax.lax.dynamic_slice_in_dim(number, j, length, 1) == segment
-        return y + jnp.where(same[..., None], tap * here, 0), None
+        return y + jnp.where(same[..., None], tap * window, 0), None
 
-    y = jnp.zeros((*segment.shape, whole.shape[2]), whole.dtype)
-    y = varying.like(y, whole)
+    y = jnp.zeros((*segment.shape, padded.shape[2]), padded.dtype)
+    y = varying.like(y, padded)
     return jax.lax.scan(add, y, (jnp.arange(taps.shape[1]), taps.T))[0]
 
 
@@ -86,5 +86,5 @@ def _block_matrix(factors):
     T = _block_matrix(rest)
     n, M = first.shape[-1], T.shape[-1]
     twiddle = jnp.asarray(_dft(n * M)[:n, :M], T.dtype)
-    whole = jnp.einsum("...kj,km,...cm->...kcjm", first, twiddle, T)
-    return whole.reshape(*whole.shape[:-4], n * M, n * M)
+    product = jnp.einsum("...kj,km,...cm->...kcjm", first, twiddle, T)
+    return product.reshape(*product.shape[:-4], n * M, n * M)

@@ -124,27 +124,27 @@ def _add(dk, window, start):
 
 
 def _near(v, k, segment):
-    moved, age = _history(v, segment, k.shape[1])
+    lagged, age = _history(v, segment, k.shape[1])
     y = 0
     for lag in range(k.shape[1]):
-        y = y + jnp.where(lag <= age, k[:, lag, None] * moved(lag), 0)
+        y = y + jnp.where(lag <= age, k[:, lag, None] * lagged(lag), 0)
     return y
 
 
 def _near_backward(v, k, segment, dy):
     count, length = k.shape[1], v.shape[-1]
-    moved, age = _history(v, segment, count)
+    lagged, age = _history(v, segment, count)
     ahead = jnp.pad(dy, ((0, 0), (0, 0), (0, count - 1)))
-    later = jnp.pad(age, ((0, 0), (0, 0), (0, count - 1)), constant_values=-1)
-    ahead, later = jax.lax.optimization_barrier((ahead, later))
+    later_age = jnp.pad(age, ((0, 0), (0, 0), (0, count - 1)), constant_values=-1)
+    ahead, later_age = jax.lax.optimization_barrier((ahead, later_age))
     dv = 0
     for lag in range(count):
-        here = slice(lag, lag + length)
-        term = k[:, lag, None] * ahead[..., here]
-        dv = dv + jnp.where(lag <= later[..., here], term, 0)
+        window = slice(lag, lag + length)
+        term = k[:, lag, None] * ahead[..., window]
+        dv = dv + jnp.where(lag <= later_age[..., window], term, 0)
 
     def tap(lag):
-        return jnp.where(lag <= age, dy * moved(lag), 0).sum((0, 2))
+        return jnp.where(lag <= age, dy * lagged(lag), 0).sum((0, 2))
 
     return dv, jax.lax.map(tap, jnp.arange(count)).T
 
@@ -174,20 +174,20 @@ def _half(y, v, k, segment, half):
     """y with what each left half gives to its right half."""
     first, last, x = _halves(v, segment, half)
     matrix = _toeplitz(_window(k, half), half)
-    more = _precise(
+    contribution = _precise(
         "hts,bhns->bhnt", matrix, jnp.where(last, x[..., :1, :], 0)[..., 0, :]
     )
-    return _added(y, jnp.where(first, more[..., None, :], 0), 1)
+    return _added(y, jnp.where(first, contribution[..., None, :], 0), 1)
 
 
 def _half_backward(dv, dk, v, k, segment, dy, half):
     first, last, x = _halves(v, segment, half)
-    given = jnp.where(last, x[..., :1, :], 0)[..., 0, :]
+    inputs = jnp.where(last, x[..., :1, :], 0)[..., 0, :]
     dy = jnp.where(first, dy.reshape(x.shape)[..., 1:, :], 0)[..., 0, :]
     matrix, diagonals = jax.vjp(partial(_toeplitz, half=half), _window(k, half))
-    more = _precise("hts,bhnt->bhns", matrix, dy)[..., None, :]
-    (window,) = diagonals(_precise("bhnt,bhns->hts", dy, given))
-    return _added(dv, jnp.where(last, more, 0), 0), _add(dk, window, 0)
+    gradient = _precise("hts,bhnt->bhns", matrix, dy)[..., None, :]
+    (window,) = diagonals(_precise("bhnt,bhns->hts", dy, inputs))
+    return _added(dv, jnp.where(last, gradient, 0), 0), _add(dk, window, 0)
 
 
 def _halves(v, segment, half):
@@ -209,16 +209,16 @@ def _toeplitz(window, half):
     return flat.reshape(-1, half, 2 * half)[..., :half][..., ::-1]
 
 
-def _added(y, more, start):
-    """y [B, H, L] with `more` [B, H, groups, m, T] added to m blocks of each group,
-    of which one, the first or the last, gets nothing.
+def _added(y, contribution, start):
+    """y [B, H, L] with `contribution` [B, H, groups, m, T] added to m blocks of each
+    group, of which one, the first or the last, gets nothing.
 
     In a pass of its own: XLA would compute y anew for every part of the sum.
     """
-    groups, block = more.shape[2], more.shape[-1]
+    groups, block = contribution.shape[2], contribution.shape[-1]
     blocks = y.reshape(*y.shape[:2], groups, -1, block)
-    stop = start + more.shape[3]
-    parts = [blocks[..., :start, :], blocks[..., start:stop, :] + more]
+    stop = start + contribution.shape[3]
+    parts = [blocks[..., :start, :], blocks[..., start:stop, :] + contribution]
     blocks = jnp.concatenate([*parts, blocks[..., stop:, :]], -2)
     return jax.lax.optimization_barrier(blocks.reshape(y.shape))
 
@@ -233,8 +233,10 @@ def _level(y, transform, v, k, segment, block, group, reach):
     X = _given(transform, plan, v, last, group, block)
     K = transform.forward(_windows(k, block, reach), plan)
     Y = _sum_over_distance(X, K, same, group, reach, back=True)
-    more = jnp.where(first, transform.inverse(Y, plan)[..., block : 2 * block], 0)
-    return _added(y, more, 1)
+    contribution = jnp.where(
+        first, transform.inverse(Y, plan)[..., block : 2 * block], 0
+    )
+    return _added(y, contribution, 1)
 
 
 def _level_backward(dv, dk, transform, v, k, segment, dy, block, group, reach):
@@ -246,12 +248,12 @@ def _level_backward(dv, dk, transform, v, k, segment, dy, block, group, reach):
     D = transform.forward(dy, plan)
     K = pairs.conj(transform.forward(_windows(k, block, reach), plan))
     dX = _sum_over_distance(D, K, same, group, reach, back=False)
-    more = jnp.where(last, transform.inverse(dX, plan)[..., :block], 0)
+    gradient = jnp.where(last, transform.inverse(dX, plan)[..., :block], 0)
     dK = _sum_over_blocks(X, D, same, group, reach)
     windows = transform.inverse(dK, plan)[..., : 2 * block]
     for d in range(reach):
         dk = _add(dk, windows[:, d], d * block)
-    return _added(dv, more, 0), dk
+    return _added(dv, gradient, 0), dk
 
 
 def _links(segment, block, group):
@@ -288,8 +290,8 @@ def _sum_over_distance(X, K, same, group, reach, back):
     total = None
     for d in range(1, reach + 1):
         start = reach - d if back else d - 1
-        moved = tuple(p[..., start : start + group - 1, :] for p in X)
-        term = pairs.mul(tuple(p[:, None, d - 1 : d] for p in K), moved)
+        shifted = tuple(p[..., start : start + group - 1, :] for p in X)
+        term = pairs.mul(tuple(p[:, None, d - 1 : d] for p in K), shifted)
         gap = ((0, 0),) * 3 + ((d - 1, 0) if back else (0, d - 1), (0, 0))
         links = jnp.pad(same(d), gap)
         term = tuple(jnp.where(links, p, 0) for p in term)
@@ -302,6 +304,6 @@ def _sum_over_blocks(X, D, same, group, reach):
     sums = []
     for d in range(1, reach + 1):
         before = tuple(p[..., : group - d, :] for p in X)
-        met = pairs.mul(before, tuple(p[..., d - 1 :, :] for p in D))
-        sums.append([jnp.where(same(d), p, 0).sum((0, 2, 3)) for p in met])
+        products = pairs.mul(before, tuple(p[..., d - 1 :, :] for p in D))
+        sums.append([jnp.where(same(d), p, 0).sum((0, 2, 3)) for p in products])
     return tuple(jnp.stack(parts, 1) for parts in zip(*sums, strict=True))

@@ -40,23 +40,23 @@ def _constants(x, block, low):
     }
 
 
-def blocks(x, K, block, taken, made, low):
-    """x stands at points taken[0], ... of a block of zeros; the points made[0], ... of
-    the convolution come back."""
+def blocks(x, K, block, source, target, low):
+    """x stands at points source[0], ... of a block of zeros; the points target[0], ...
+    of the convolution come back."""
     batch, channels, _ = x[0].shape
-    shape = jax.ShapeDtypeStruct((batch, channels, made[1]), x[0].dtype)
+    shape = jax.ShapeDtypeStruct((batch, channels, target[1]), x[0].dtype)
     tables = blockwise.tables(block, K[0].dtype, low)
     outputs = triton_call(
         _block_kernel,
         (batch, channels),
-        (*_both(x), *K, *tables, channels, *taken, *made),
+        (*_both(x), *K, *tables, channels, *source, *target),
         (shape, shape),
         **_constants(x, block, low),
     )
     return outputs[: len(x)]
 
 
-def spectrum_gradient(x, dy, K, block, given, low):
+def spectrum_gradient(x, dy, K, block, target, low):
     """sum_b conj(X) D / points of the spectra X of x and D of dy."""
     batch, channels, count = x[0].shape
     shape = jax.ShapeDtypeStruct(K[0].shape, K[0].dtype)
@@ -64,7 +64,7 @@ def spectrum_gradient(x, dy, K, block, given, low):
     return triton_call(
         _spectrum_kernel,
         (channels,),
-        (*_both(x), *_both(dy), *tables, batch, channels, count, *given),
+        (*_both(x), *_both(dy), *tables, batch, channels, count, *target),
         (shape, shape),
         **_constants(x, block, low),
     )

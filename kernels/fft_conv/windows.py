@@ -36,13 +36,13 @@ def convolve(window, transform, v, k, k_reverse, state, segment):
         return _segments(window, transform, v, k, k_reverse, state, segment)
 
     cached = segment is not None and compat.platform() == "cpu"
-    most = CACHED if cached else MOST
-    return _in_pieces(run, most, v, k, k_reverse, state, segment).swapaxes(1, 2)
+    limit = CACHED if cached else MOST
+    return _in_pieces(run, limit, v, k, k_reverse, state, segment).swapaxes(1, 2)
 
 
-def least(given, taps, start, count):
+def least(inputs, taps, start, count):
     """Points of the shortest circular convolution that has the window unharmed."""
-    return max(start + count, given + taps - 1 - start)
+    return max(start + count, inputs + taps - 1 - start)
 
 
 def _whole(window, v, k, k_reverse, state):
@@ -61,11 +61,11 @@ def _segments(window, transform, v, k, k_reverse, state, segment):
     length = v.shape[-1]
     y = segmented.causal(transform, v, k[:, :length], segment)
     if state is not None and state.shape[-1]:
-        reached = min(length, state.shape[-1])
-        first = segment[:, None, :reached] == 0
-        more = window(state, k, k.shape[1] - 1, reached)
-        more = jnp.where(first, more, 0)
-        y = y + jnp.pad(more, ((0, 0), (0, 0), (0, length - reached)))
+        reach = min(length, state.shape[-1])
+        first = segment[:, None, :reach] == 0
+        response = window(state, k, k.shape[1] - 1, reach)
+        response = jnp.where(first, response, 0)
+        y = y + jnp.pad(response, ((0, 0), (0, 0), (0, length - reach)))
     if k_reverse is not None and length > 1:
         # the future, seen backwards, is a causal filter without lag 0
         past = jnp.pad(k_reverse[:, : length - 1], ((0, 0), (1, 0)))
@@ -74,21 +74,21 @@ def _segments(window, transform, v, k, k_reverse, state, segment):
     return y
 
 
-def _in_pieces(run, most, v, *others):
-    """`run`, on at most `most` elements of v at a time if that can be had: on some
+def _in_pieces(run, limit, v, *others):
+    """`run`, on at most `limit` elements of v at a time if that can be had: on some
     channels, and where one of them is too many, on some examples."""
     batch, channels, length = v.shape
-    if v.size <= most or compat.partitioned_by_xla():
+    if v.size <= limit or compat.partitioned_by_xla():
         return run(v, *others)
-    group = _divisor(channels, most // (batch * length))
-    part = _divisor(batch, most // (group * length))
+    group = _divisor(channels, limit // (batch * length))
+    part = _divisor(batch, limit // (group * length))
     by_example = partial(_mapped, run, part, (0, None, None, 0, 0))
     return _mapped(by_example, group, (1, 0, 0, 1, None), v, *others)
 
 
-def _divisor(number, most):
-    """The largest divisor of `number` up to `most`, at least 1."""
-    return next(d for d in range(max(1, min(number, most)), 0, -1) if number % d == 0)
+def _divisor(number, limit):
+    """The largest divisor of `number` up to `limit`, at least 1."""
+    return next(d for d in range(max(1, min(number, limit)), 0, -1) if number % d == 0)
 
 
 def _mapped(run, size, axes, *inputs):
@@ -96,12 +96,12 @@ def _mapped(run, size, axes, *inputs):
     result is cut as the first input is."""
     if size == inputs[0].shape[axes[0]]:
         return run(*inputs)
-    cut = {
+    split = {
         i: jnp.moveaxis(x.reshape(*x.shape[:a], -1, size, *x.shape[a + 1 :]), a, 0)
         for i, (x, a) in enumerate(zip(inputs, axes, strict=True))
         if x is not None and a is not None
     }
     y = jax.lax.map(
-        lambda pieces: run(*(pieces.get(i, x) for i, x in enumerate(inputs))), cut
+        lambda pieces: run(*(pieces.get(i, x) for i, x in enumerate(inputs))), split
     )
     return jnp.moveaxis(y, 0, axes[0]).reshape(inputs[0].shape)

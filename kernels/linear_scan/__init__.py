@@ -92,8 +92,8 @@ def _transition(a, shape, reset):
     """The product of a over time, in a's own shape as long as that is possible."""
     batch, length, *rest = shape
     a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
-    many = a.shape[1] > 1
-    total = product.over_time(a) if many else product.power(a[:, 0], length)
+    varies = a.shape[1] > 1
+    total = product.over_time(a) if varies else product.power(a[:, 0], length)
     return segments.through(jnp.broadcast_to(total, (batch, *rest)), reset)
 
 
@@ -104,7 +104,7 @@ def _check(op, a, x, initial_state, reset):
     checks.sequence(op, "x", x, "[B, L, *S]")
     state_shape = (x.shape[0], *x.shape[2:])
     with_time = a.ndim == x.ndim and all(
-        have in (1, want) for have, want in zip(a.shape, x.shape, strict=True)
+        size in (1, full) for size, full in zip(a.shape, x.shape, strict=True)
     )
     if not with_time and a.shape != x.shape[2:]:
         raise ValueError(

@@ -111,15 +111,15 @@ def _elapsed_power(log_a, dt):
 
 def _elapsed(dt):
     """[B], the sum of dt [B, L] as a number of sixteenths and a small rest."""
-    whole = jnp.zeros(dt.shape, jnp.int32)
+    sixteenths = jnp.zeros(dt.shape, jnp.int32)
     while True:
-        moved = jax.lax.stop_gradient(jnp.round(16 * dt))
-        whole, dt = whole + moved.astype(jnp.int32), dt - moved / 16
+        rounded = jax.lax.stop_gradient(jnp.round(16 * dt))
+        sixteenths, dt = sixteenths + rounded.astype(jnp.int32), dt - rounded / 16
         if dt.shape[1] == 1:
-            return whole[:, 0], dt[:, 0]
-        odd = ((0, 0), (0, dt.shape[1] % 2))
-        whole, dt = (jnp.pad(x, odd) for x in (whole, dt))
-        whole, dt = (x[:, ::2] + x[:, 1::2] for x in (whole, dt))
+            return sixteenths[:, 0], dt[:, 0]
+        padding = ((0, 0), (0, dt.shape[1] % 2))
+        sixteenths, dt = (jnp.pad(x, padding) for x in (sixteenths, dt))
+        sixteenths, dt = (x[:, ::2] + x[:, 1::2] for x in (sixteenths, dt))
 
 
 def _check(op, log_a, b, c, u, dt, initial_state, reset):

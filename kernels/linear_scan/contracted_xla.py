@@ -41,13 +41,13 @@ def contracted_scan(log_a, b, c, u, dt, initial_state, into):
 def _matmuls(log_a, b, c, u, state):
     length = u.shape[1]
     size = _chunk(length, len(b) * b[0].shape[-1])
-    whole = length // size * size
+    split = length // size * size
     outputs = []
-    if whole:
-        y, state = _matmul_chunks(log_a, b, c, u[:, :whole], state, size)
+    if split:
+        y, state = _matmul_chunks(log_a, b, c, u[:, :split], state, size)
         outputs.append(y)
-    if whole < length:
-        y, state = _matmul_chunks(log_a, b, c, u[:, whole:], state, length - whole)
+    if split < length:
+        y, state = _matmul_chunks(log_a, b, c, u[:, split:], state, length - split)
         outputs.append(y)
     return _joined(outputs), state
 
@@ -108,18 +108,18 @@ def _at_boundaries(log_a, size, driven, entering):
     groups = chunks // GROUP
     runs = driven[:, : groups * GROUP].reshape(channels * groups, GROUP, *rest)
     rates = tuple(jnp.repeat(part, groups, 0) for part in log_a)
-    inside, added = _at_boundaries(rates, size, runs, jnp.zeros_like(runs[:, 0]))
-    added = added.reshape(channels, groups, *rest)
-    between, last = _at_boundaries(log_a, size * GROUP, added, entering)
+    states, increments = _at_boundaries(rates, size, runs, jnp.zeros_like(runs[:, 0]))
+    increments = increments.reshape(channels, groups, *rest)
+    between, last = _at_boundaries(log_a, size * GROUP, increments, entering)
     table = pairs.powers(pairs.scale(log_a, float(size)), GROUP)  # [H, N, GROUP]
     decay = pairs.join(table).swapaxes(1, 2)[:, None, :, None]
-    inside = inside.reshape(channels, groups, GROUP, *rest)
-    inside += decay * between[:, :, None]
-    inside = inside.reshape(channels, groups * GROUP, *rest)
+    states = states.reshape(channels, groups, GROUP, *rest)
+    states += decay * between[:, :, None]
+    states = states.reshape(channels, groups * GROUP, *rest)
     if groups * GROUP == chunks:
-        return inside, last
+        return states, last
     after, last = _at_boundaries(log_a, size, driven[:, groups * GROUP :], last)
-    return jnp.concatenate([inside, after], 1), last
+    return jnp.concatenate([states, after], 1), last
 
 
 def _real_sum(table, c):
@@ -140,17 +140,17 @@ def _steps(log_a, b, c, u, dt, keep, state):
 
     system = (log_a, b, c)
     batch, length, channels = u.shape
-    whole = length // CHUNK * CHUNK
+    split = length // CHUNK * CHUNK
     outputs = []
-    if whole:
+    if split:
 
         def fold(x):
-            return x[:, :whole].reshape(batch, -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+            return x[:, :split].reshape(batch, -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
 
         state, y = jax.lax.scan(one, state, jax.tree.map(fold, (u, dt, keep)))
-        outputs.append(y.swapaxes(0, 1).reshape(batch, whole, channels))
-    if whole < length:
-        rest = jax.tree.map(lambda x: x[:, whole:], (u, dt, keep))
+        outputs.append(y.swapaxes(0, 1).reshape(batch, split, channels))
+    if split < length:
+        rest = jax.tree.map(lambda x: x[:, split:], (u, dt, keep))
         state, y = chunk(system, state, rest)
         outputs.append(y)
     return _joined(outputs), state

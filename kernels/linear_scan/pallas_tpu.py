@@ -83,7 +83,7 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
 
 def _call(kernel, walk, keep, arguments, outputs):
     """Both are [(parts, their block)], of which the kernel gets tuples; then it gets
-    `kept`, a column, where `keep` is given, and the carry."""
+    `column`, of the links kept, where `keep` is given, and the carry."""
     like = outputs[-1][0][0]
     sizes = [len(parts) for parts, _ in (*arguments, *outputs)]
     arrays = [part for parts, _ in arguments for part in parts]
@@ -95,16 +95,16 @@ def _call(kernel, walk, keep, arguments, outputs):
         scratch.append(pltpu.VMEM((walk.steps, 1), like.dtype))
 
     def body(*refs):
-        given, rest = refs[: len(arrays)], refs[len(arrays) :]
-        kept = None
+        input_refs, output_refs = refs[: len(arrays)], refs[len(arrays) :]
+        column = None
         if keep is not None:
-            *given, row = given
-            *rest, kept = rest
-            kept[...] = blocks.column(row[...])
-        *taken, carry = _take([*given, *rest], sizes)
-        kernel(walk, kept, carry, *taken)
+            *input_refs, row = input_refs
+            *output_refs, column = output_refs
+            column[...] = blocks.column(row[...])
+        *tuples, carry = _take([*input_refs, *output_refs], sizes)
+        kernel(walk, column, carry, *tuples)
 
-    made = walk.call(
+    results = walk.call(
         body,
         in_specs=in_specs,
         out_specs=[block for parts, block in outputs for _ in parts],
@@ -115,7 +115,7 @@ def _call(kernel, walk, keep, arguments, outputs):
         ],
         scratch_shapes=scratch,
     )(*arrays)
-    return _take(made, [len(parts) for parts, _ in outputs])[: len(outputs)]
+    return _take(results, [len(parts) for parts, _ in outputs])[: len(outputs)]
 
 
 def _take(items, sizes):
@@ -138,8 +138,8 @@ def _row_each(pair):
     return tuple(part.reshape(part.shape[0], 1, -1) for part in pair)
 
 
-def _like(parts, others):
-    return tuple(part.reshape(others[0].shape) for part in parts)
+def _like(parts, references):
+    return tuple(part.reshape(references[0].shape) for part in parts)
 
 
 def _reduced(array, shape):
@@ -170,7 +170,7 @@ def _beside(walk):
     return pl.BlockSpec((None, GROUP, walk.width), index)
 
 
-def _forward(walk, kept, carry, a, x, first, h, final):
+def _forward(walk, column, carry, a, x, first, h, final):
     k = pl.program_id(2)
     block, dtype, down = walk.at(k), first[0].dtype, walk.descending
     _begin(k, carry, first)
@@ -179,22 +179,22 @@ def _forward(walk, kept, carry, a, x, first, h, final):
         decays, inputs = _read(a, start, dtype), _read(x, start, dtype)
         if len(inputs) < len(state):
             inputs = (*inputs, jnp.zeros_like(inputs[0]))
-        made = {}
+        states = {}
         for tile in tiles:
-            decay, links = _tile(decays, tile), _links(walk, kept, start + tile)
-            inside = walk.inside(block * walk.steps + start + tile, TILE)
-            decay, value = _full(walk, decay, _tile(inputs, tile), inside)
+            decay, links = _tile(decays, tile), _links(walk, column, start + tile)
+            valid = walk.inside(block * walk.steps + start + tile, TILE)
+            decay, value = _full(walk, decay, _tile(inputs, tile), valid)
             decay, value, links = _prefixes(decay, value, links, down)
-            passed = _passed(links, pairs.mul(decay, state))
-            made[tile] = pairs.add(value, passed)
-            state = _last(made[tile], down)
-        _write(h, start, made)
+            carried = _passed(links, pairs.mul(decay, state))
+            states[tile] = pairs.add(value, carried)
+            state = _last(states[tile], down)
+        _write(h, start, states)
         return state
 
     _end(_groups(walk, group, _values(carry)), carry, final)
 
 
-def _backward(walk, kept, carry, a, h, beside, dh, first, dfinal, da, dx, dfirst):
+def _backward(walk, column, carry, a, h, border, dh, first, dfinal, da, dx, dfirst):
     k = pl.program_id(2)
     block, dtype, down = walk.at(k), first[0].dtype, walk.descending
     varying = da[0].shape[0] > 1
@@ -209,41 +209,41 @@ def _backward(walk, kept, carry, a, h, beside, dh, first, dfinal, da, dx, dfirst
         through, da_sum = state
         decays, states = _read(a, start, dtype), _read(h, start, dtype)
         gradients = _read(dh, start, dtype)
-        outside = _neighbour(walk, h, beside, start, dtype)
-        made_da, made_dx = {}, {}
+        outside = _neighbour(walk, h, border, start, dtype)
+        da_tiles, dx_tiles = {}, {}
         for tile in tiles:
             step = block * walk.steps + start + tile
-            inside = walk.inside(step, TILE)
+            valid = walk.inside(step, TILE)
             gradient = _tile(gradients, tile)
-            decay, own = (
+            decay, tile_links = (
                 pairs.conj(_tile(decays, tile)),
-                _links(walk, kept, start + tile),
+                _links(walk, column, start + tile),
             )
-            decay, gradient = _full(walk, decay, gradient, inside)
-            value = _passed(own, pairs.mul(decay, gradient))
-            total, value, links = _prefixes(decay, value, own, down)
-            passed = _passed(links, pairs.mul(total, through))
-            passed = pairs.add(value, passed)
-            g = pairs.add(gradient, _shifted(passed, through, down))
-            through = _last(passed, down)
-            made_dx[tile] = g
+            decay, gradient = _full(walk, decay, gradient, valid)
+            value = _passed(tile_links, pairs.mul(decay, gradient))
+            total, value, links = _prefixes(decay, value, tile_links, down)
+            carried = _passed(links, pairs.mul(total, through))
+            carried = pairs.add(value, carried)
+            g = pairs.add(gradient, _shifted(carried, through, down))
+            through = _last(carried, down)
+            dx_tiles[tile] = g
 
-            near = tile + (-TILE if down else TILE)
-            near = _tile(states, near) if near in tiles else outside
-            before = _shifted(_tile(states, tile), _last(near, not down), not down)
+            neighbour = tile + (-TILE if down else TILE)
+            neighbour = _tile(states, neighbour) if neighbour in tiles else outside
+            before = _shifted(_tile(states, tile), _last(neighbour, not down), not down)
             before = tuple(
                 jnp.where(step + row == first_step, other, part)
                 for part, other in zip(before, initial, strict=True)
             )
             product = pairs.mul(pairs.conj(before), g)[: len(da)]
-            product = _passed(own, product)
+            product = _passed(tile_links, product)
             if varying:
-                made_da[tile] = product
+                da_tiles[tile] = product
             else:
-                da_sum = pairs.add(da_sum, _where(inside, product, (0, 0)))
+                da_sum = pairs.add(da_sum, _where(valid, product, (0, 0)))
         if varying:
-            _write(da, start, made_da)
-        _write(dx, start, made_dx)
+            _write(da, start, da_tiles)
+        _write(dx, start, dx_tiles)
         return through, da_sum
 
     da_sum = () if varying else (jnp.zeros((TILE, walk.width), dtype),) * len(da)
@@ -295,8 +295,8 @@ def _read(refs, start, dtype):
 
 def _write(refs, start, tiles):
     for i, ref in enumerate(refs):
-        whole = jnp.concatenate([tiles[tile][i] for tile in sorted(tiles)])
-        ref[pl.ds(start, GROUP), :] = whole.astype(ref.dtype)
+        values = jnp.concatenate([tiles[tile][i] for tile in sorted(tiles)])
+        ref[pl.ds(start, GROUP), :] = values.astype(ref.dtype)
 
 
 def _tile(parts, tile):
@@ -305,11 +305,11 @@ def _tile(parts, tile):
     )
 
 
-def _links(walk, kept, start):
+def _links(walk, flags, start):
     """A tile, 0 where a reset cuts the link into a step, else 1; or None."""
-    if kept is None:
+    if flags is None:
         return None
-    column = kept[pl.ds(pl.multiple_of(start, TILE), TILE), :]
+    column = flags[pl.ds(pl.multiple_of(start, TILE), TILE), :]
     return jnp.broadcast_to(column, (TILE, walk.width))
 
 
@@ -320,10 +320,10 @@ def _passed(links, parts):
     return tuple(jnp.where(links > 0, part, 0) for part in parts)
 
 
-def _full(walk, decay, value, inside):
+def _full(walk, decay, value, valid):
     """Whole tiles; a step that does not exist passes the carry and adds nothing."""
     decay = tuple(jnp.broadcast_to(part, (TILE, walk.width)) for part in decay)
-    return _where(inside, decay, (1, 0)), _where(inside, value, (0, 0))
+    return _where(valid, decay, (1, 0)), _where(valid, value, (0, 0))
 
 
 def _where(condition, parts, other):
@@ -368,12 +368,12 @@ def _shifted(parts, before, down):
     )
 
 
-def _neighbour(walk, h, beside, start, dtype):
+def _neighbour(walk, h, border, start, dtype):
     """The group of states on the side the states of this group come from."""
     start, last = start + (-GROUP if walk.descending else GROUP), walk.steps - GROUP
-    here = (start >= 0) & (start <= last)
-    within = _read(h, pl.multiple_of(jnp.clip(start, 0, last), GROUP), dtype)
+    inside = (start >= 0) & (start <= last)
+    group = _read(h, pl.multiple_of(jnp.clip(start, 0, last), GROUP), dtype)
     return tuple(
-        jnp.where(here, inner, outer[...].astype(dtype))
-        for inner, outer in zip(within, beside, strict=True)
+        jnp.where(inside, inner, outer[...].astype(dtype))
+        for inner, outer in zip(group, border, strict=True)
     )

@@ -40,8 +40,8 @@ def over_time(a):
 
 def _along_rows(parts: Parts) -> Parts:
     first = jax.tree.map(lambda x: x[:, 0], parts)
-    others = jax.tree.map(lambda x: jnp.moveaxis(x[:, 1:], 1, 0), parts)
-    return jax.lax.scan(lambda p, q: (_times(p, q), None), first, others)[0]
+    following = jax.tree.map(lambda x: jnp.moveaxis(x[:, 1:], 1, 0), parts)
+    return jax.lax.scan(lambda p, q: (_times(p, q), None), first, following)[0]
 
 
 def _split(a) -> Parts:
@@ -52,12 +52,12 @@ def _joined(parts: Parts):
     return pairs.join(tuple(top + rest for top, rest in parts))
 
 
-def _parted(whole, rest):
-    """whole + rest as (top, rest)."""
-    about = jax.lax.stop_gradient(whole + rest)
-    info = jnp.finfo(about.dtype)
-    top = jax.lax.reduce_precision(about, info.nexp, (info.nmant - 1) // 2)
-    return top, (whole - top) + rest
+def _parted(total, rest):
+    """total + rest as (top, rest)."""
+    estimate = jax.lax.stop_gradient(total + rest)
+    info = jnp.finfo(estimate.dtype)
+    top = jax.lax.reduce_precision(estimate, info.nexp, (info.nmant - 1) // 2)
+    return top, (total - top) + rest
 
 
 def _times(p: Parts, q: Parts) -> Parts:
@@ -70,12 +70,12 @@ def _times(p: Parts, q: Parts) -> Parts:
 
 def _sum(*products):
     """The sum of one or two products as (top, rest)."""
-    whole, rest = 0, 0
+    high, rest = 0, 0
     for (top, small), (other, little) in products:
         exact = top * other
-        total = whole + exact
-        added = total - whole
-        rest = rest + (whole - (total - added)) + (exact - added)
+        total = high + exact
+        addend = total - high
+        rest = rest + (high - (total - addend)) + (exact - addend)
         rest = rest + (top * little + small * other + small * little)
-        whole = total
-    return _parted(whole, rest)
+        high = total
+    return _parted(high, rest)

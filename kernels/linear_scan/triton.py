@@ -29,33 +29,33 @@ def forward(a, x, initial_state, keep, reverse):
     dtypes = _h_dtypes(a, x, initial_state)
     outputs = [jax.ShapeDtypeStruct(x[0].shape, dtype) for dtype in dtypes]
     outputs += [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in initial_state]
-    made = triton_call(
+    results = triton_call(
         _forward,
         grid,
         (*_both(a), *_both(x), *_both(initial_state), _flags(keep, x[0]), *sizes),
         outputs if len(dtypes) == 2 else _doubled(outputs),
         **constants,
     )
-    return made[: len(dtypes)], made[2 : 2 + len(dtypes)]
+    return results[: len(dtypes)], results[2 : 2 + len(dtypes)]
 
 
 def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reverse):
     """Gradients of a, x and the initial state as plain gradients of their parts:
     g[t] = h_gradient[t] + conj(a[t+1]) g[t+1], da[t] = conj(h[t-1]) g[t]."""
-    whole, view = _view(a, h)
-    sizes, grid, constants = _plan(whole, h, initial_state, keep, reverse, view)
+    decay, view = _view(a, h)
+    sizes, grid, constants = _plan(decay, h, initial_state, keep, reverse, view)
     constants["X_COMPLEX"] = len(like_x) == 2
-    constant = whole[0].shape[1] == 1
+    constant = decay[0].shape[1] == 1
     da_shape = (h[0].shape[0], *h[0].shape[2:]) if constant else h[0].shape
     state = initial_state[0]
     outputs = [jax.ShapeDtypeStruct(da_shape, state.dtype)] * 2
     outputs += [jax.ShapeDtypeStruct(h[0].shape, like_x[0].dtype)] * 2
     outputs += [jax.ShapeDtypeStruct(state.shape, state.dtype)] * 2
-    made = triton_call(
+    results = triton_call(
         _backward,
         grid,
         (
-            *_both(whole),
+            *_both(decay),
             *_both(h),
             *_both(h_gradient),
             *_both(initial_state),
@@ -68,10 +68,10 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
     )
     da = tuple(
         _reduced(part[:, None] if constant else part, like.shape).astype(like.dtype)
-        for part, like in zip(made[:2], a, strict=False)
+        for part, like in zip(results[:2], a, strict=False)
     )
-    dx = made[2 : 2 + len(like_x)]
-    return da, dx, made[4 : 4 + len(initial_state)]
+    dx = results[2 : 2 + len(like_x)]
+    return da, dx, results[4 : 4 + len(initial_state)]
 
 
 def _view(a, x):
@@ -169,33 +169,33 @@ def _combine_kept_pairs(a_re, a_im, x_re, x_im, p, b_re, b_im, y_re, y_im, q):
 
 
 @triton.jit
-def _scan(a, x, kept, KEEP: tl.constexpr):
+def _scan(a, x, links, KEEP: tl.constexpr):
     """From nothing, with the product of the decays and whether all links are kept."""
     if KEEP:
-        kept = tl.broadcast_to(kept[:, None], a.shape)
-        p, h, kept = tl.associative_scan((a, x, kept), 0, _combine_kept)
+        links = tl.broadcast_to(links[:, None], a.shape)
+        p, h, links = tl.associative_scan((a, x, links), 0, _combine_kept)
     else:
         p, h = tl.associative_scan((a, x), 0, _combine)
-    return p, h, kept
+    return p, h, links
 
 
 @triton.jit
-def _scan_pairs(a_re, a_im, x_re, x_im, kept, KEEP: tl.constexpr):
+def _scan_pairs(a_re, a_im, x_re, x_im, links, KEEP: tl.constexpr):
     if KEEP:
-        kept = tl.broadcast_to(kept[:, None], a_re.shape)
-        pr, pi, hr, hi, kept = tl.associative_scan(
-            (a_re, a_im, x_re, x_im, kept), 0, _combine_kept_pairs
+        links = tl.broadcast_to(links[:, None], a_re.shape)
+        pr, pi, hr, hi, links = tl.associative_scan(
+            (a_re, a_im, x_re, x_im, links), 0, _combine_kept_pairs
         )
     else:
         pr, pi, hr, hi = tl.associative_scan(
             (a_re, a_im, x_re, x_im), 0, _combine_pairs
         )
-    return pr, pi, hr, hi, kept
+    return pr, pi, hr, hi, links
 
 
 @triton.jit
-def _where(kept, x, KEEP: tl.constexpr):
-    return tl.where(kept != 0, x, 0.0) if KEEP else x
+def _where(links, x, KEEP: tl.constexpr):
+    return tl.where(links != 0, x, 0.0) if KEEP else x
 
 
 @triton.jit
@@ -228,16 +228,16 @@ def _forward(
     ) % count
     for start in range(0, length, TILE):
         i = start + steps
-        here = i < length
+        t_mask = i < length
         t = (length - 1 - i if REVERSE else i).to(tl.int64)
-        mask = here[:, None] & real[None, :]
+        mask = t_mask[:, None] & real[None, :]
         at = (b * length + t)[:, None] * channels + d[None, :]
         a_at = a_first[None, :] + ((t * count)[:, None] if A_TIME else 0)
         ar = tl.load(a_re + a_at, mask=mask, other=1.0).to(dtype)
         xr = tl.load(x_re + at, mask=mask, other=0.0).to(dtype)
-        kept = tl.full((TILE,), 1, tl.int32)
+        links = tl.full((TILE,), 1, tl.int32)
         if KEEP:
-            kept = tl.load(keep + b * length + t, mask=here, other=1)
+            links = tl.load(keep + b * length + t, mask=t_mask, other=1)
         if COMPLEX:
             ai = tl.zeros_like(ar)
             xi = tl.zeros_like(xr)
@@ -245,7 +245,7 @@ def _forward(
                 ai = tl.load(a_im + a_at, mask=mask, other=0.0).to(dtype)
             if X_COMPLEX:
                 xi = tl.load(x_im + at, mask=mask, other=0.0).to(dtype)
-            pr, pi, hr, hi, linked = _scan_pairs(ar, ai, xr, xi, kept, KEEP)
+            pr, pi, hr, hi, linked = _scan_pairs(ar, ai, xr, xi, links, KEEP)
             from_re = pr * carry_re[None, :] - pi * carry_im[None, :]
             from_im = pr * carry_im[None, :] + pi * carry_re[None, :]
             hr += _where(linked, from_re, KEEP)
@@ -253,7 +253,7 @@ def _forward(
             tl.store(h_im + at, hi.to(h_im.dtype.element_ty), mask=mask)
             carry_im = _row(hi, TILE - 1, steps)
         else:
-            pr, hr, linked = _scan(ar, xr, kept, KEEP)
+            pr, hr, linked = _scan(ar, xr, links, KEEP)
             hr += _where(linked, pr * carry_re[None, :], KEEP)
         tl.store(h_re + at, hr.to(h_re.dtype.element_ty), mask=mask)
         carry_re = _row(hr, TILE - 1, steps)
@@ -292,11 +292,11 @@ def _backward(
     for start in range(0, length, TILE):
         # step i of the recurrence, from the last to the first
         i = length - 1 - start - steps
-        here = i >= 0
+        t_mask = i >= 0
         t = (length - 1 - i if REVERSE else i).to(tl.int64)
         after = t - 1 if REVERSE else t + 1
         before = t + 1 if REVERSE else t - 1
-        mask = here[:, None] & real[None, :]
+        mask = t_mask[:, None] & real[None, :]
         linked = mask & (i < length - 1)[:, None]
         at = (b * length + t)[:, None] * channels + d[None, :]
         h_at = (b * length + before)[:, None] * channels + d[None, :]
@@ -306,13 +306,13 @@ def _backward(
         gr = tl.load(g_re + at, mask=mask, other=0.0).to(dtype)
         hr = tl.load(h_re + h_at, mask=mask & (i > 0)[:, None], other=0.0).to(dtype)
         hr = tl.where((i == 0)[:, None], first_re[None, :], hr)
-        kept = here.to(tl.int32)
-        kept_after = kept
+        links = t_mask.to(tl.int32)
+        links_after = links
         if KEEP:
-            joined = here & (i < length - 1)
-            kept_after = tl.load(keep + b * length + after, mask=joined, other=1)
-            kept = tl.load(keep + b * length + t, mask=here, other=0)
-        kept = kept[:, None]
+            joined = t_mask & (i < length - 1)
+            links_after = tl.load(keep + b * length + after, mask=joined, other=1)
+            links = tl.load(keep + b * length + t, mask=t_mask, other=0)
+        links = links[:, None]
         if COMPLEX:
             ai = tl.zeros_like(ar)
             if A_COMPLEX:
@@ -320,14 +320,14 @@ def _backward(
             gi = tl.load(g_im + at, mask=mask, other=0.0).to(dtype)
             hi = tl.load(h_im + h_at, mask=mask & (i > 0)[:, None], other=0.0).to(dtype)
             hi = tl.where((i == 0)[:, None], first_im[None, :], hi)
-            pr, pi, gr, gi, near = _scan_pairs(ar, ai, gr, gi, kept_after, KEEP)
+            pr, pi, gr, gi, unbroken = _scan_pairs(ar, ai, gr, gi, links_after, KEEP)
             from_re = pr * carry_re[None, :] - pi * carry_im[None, :]
             from_im = pr * carry_im[None, :] + pi * carry_re[None, :]
-            gr += _where(near, from_re, KEEP)
-            gi += _where(near, from_im, KEEP)
-            through = tl.where(kept != 0, gr * hr + gi * hi, 0.0)
+            gr += _where(unbroken, from_re, KEEP)
+            gi += _where(unbroken, from_im, KEEP)
+            through = tl.where(links != 0, gr * hr + gi * hi, 0.0)
             if A_COMPLEX:
-                turned = tl.where(kept != 0, gi * hr - gr * hi, 0.0)
+                turned = tl.where(links != 0, gi * hr - gr * hi, 0.0)
                 if A_TIME:
                     tl.store(da_im + at, turned, mask=mask)
                 else:
@@ -336,9 +336,9 @@ def _backward(
                 tl.store(dx_im + at, gi.to(dx_im.dtype.element_ty), mask=mask)
             carry_im = _row(gi, TILE - 1, steps)
         else:
-            pr, gr, near = _scan(ar, gr, kept_after, KEEP)
-            gr += _where(near, pr * carry_re[None, :], KEEP)
-            through = tl.where(kept != 0, gr * hr, 0.0)
+            pr, gr, unbroken = _scan(ar, gr, links_after, KEEP)
+            gr += _where(unbroken, pr * carry_re[None, :], KEEP)
+            through = tl.where(links != 0, gr * hr, 0.0)
         if A_TIME:
             tl.store(da_re + at, through, mask=mask)
         else:
@@ -349,9 +349,9 @@ def _backward(
     t = ((length - 1) if REVERSE else 0) + b * 0
     a_at = a_first + (t * count if A_TIME else 0)
     ar = tl.load(a_re + a_at, mask=real, other=0.0).to(dtype)
-    kept = b * 0 + 1
+    links = b * 0 + 1
     if KEEP:
-        kept = tl.load(keep + b * length + t)
+        links = tl.load(keep + b * length + t)
     if COMPLEX:
         ai = tl.zeros_like(ar)
         if A_COMPLEX:
@@ -360,10 +360,10 @@ def _backward(
             ar * carry_re - ai * carry_im,
             ar * carry_im + ai * carry_re,
         )
-        tl.store(ds_im + state, _where(kept, carry_im, KEEP), mask=real)
+        tl.store(ds_im + state, _where(links, carry_im, KEEP), mask=real)
     else:
         carry_re = ar * carry_re
-    tl.store(ds_re + state, _where(kept, carry_re, KEEP), mask=real)
+    tl.store(ds_re + state, _where(links, carry_re, KEEP), mask=real)
     if not A_TIME:
         tl.store(da_re + state, sum_re, mask=real)
         if A_COMPLEX:

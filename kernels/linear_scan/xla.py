@@ -90,17 +90,17 @@ def _row(array, t):
     )
 
 
-def _kept(keep, t, passed):
+def _kept(keep, t, value):
     """What passes the link into step t."""
     if keep is None:
-        return passed
-    return jnp.where(_row(keep, t).reshape(-1, *[1] * (passed.ndim - 1)), passed, 0)
+        return value
+    return jnp.where(_row(keep, t).reshape(-1, *[1] * (value.ndim - 1)), value, 0)
 
 
-def _write(whole, row, t):
+def _write(array, row, t):
     """Puts a step's row in place, summed over axes along which the array is 1."""
-    row = _reduce(_like(row, whole), whole[:, 0].shape)
-    return jax.lax.dynamic_update_index_in_dim(whole, row, t, 1)
+    row = _reduce(_like(row, array), array[:, 0].shape)
+    return jax.lax.dynamic_update_index_in_dim(array, row, t, 1)
 
 
 def _like(array, target):

@@ -34,15 +34,17 @@ def selective_scan(u, dt, A, B, C, state, into):
     """y [B, L, D] and the final state; see reference.selective_scan."""
     (_, length, channels), modes = u.shape, A.shape[1]
     deep = -modes % TILE
-    most = max(128, STATE // (modes + deep) // 128 * 128)
+    widest = max(128, STATE // (modes + deep) // 128 * 128)
     # a sum over channels would take in what hangs over the last block
-    wide = -channels % 128 if channels > most else 0
+    wide = -channels % 128 if channels > widest else 0
     long = -length % STEPS
     u, dt = (_padded(x, wide) for x in (u, dt))
     A, state = (_padded(x.swapaxes(-1, -2), wide, deep) for x in (A, state))
     B, C = (_padded(x.swapaxes(1, 2), long, deep) for x in (B, C))
     keep = () if into is None else (blocks.rows((~into).astype(u.dtype), STEPS, 1),)
-    y, final = _solve(blocks.lanes(channels + wide, most), u, dt, A, B, C, state, keep)
+    y, final = _solve(
+        blocks.lanes(channels + wide, widest), u, dt, A, B, C, state, keep
+    )
     return y[..., :channels], final[:, :modes, :channels].swapaxes(1, 2)
 
 
@@ -58,8 +60,8 @@ def _solve(width, u, dt, A, B, C, state, keep):
 
 
 def _solve_forward(width, u, dt, A, B, C, state, keep):
-    kept = _run(width, u, dt, A, B, C, state, keep, save=True)
-    *results, starts = checkpoint_name(kept, "selective_scan")
+    outputs = _run(width, u, dt, A, B, C, state, keep, save=True)
+    *results, starts = checkpoint_name(outputs, "selective_scan")
     return tuple(results), (u, dt, A, B, C, starts, keep)
 
 
@@ -210,12 +212,12 @@ def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
         dy_rows = part.real(dy[part.rows, :])
         dx_sums, decay_sums = [], []
         for step in reversed(range(TILE)):
-            before, here = states[i * TILE + step], lane == i * TILE + step
+            before, at_step = states[i * TILE + step], lane == i * TILE + step
             dy_row = part.row(dy_rows, step)
-            dC_sum = jnp.where(here, jnp.sum(h * dy_row, 1, keepdims=True), dC_sum)
+            dC_sum = jnp.where(at_step, jnp.sum(h * dy_row, 1, keepdims=True), dC_sum)
             g = through + part.column(part.C, step) * dy_row
-            given = jnp.sum(g * part.row(part.x, step), 1, keepdims=True)
-            dB_sum = jnp.where(here, given, dB_sum)
+            dB_step = jnp.sum(g * part.row(part.x, step), 1, keepdims=True)
+            dB_sum = jnp.where(at_step, dB_step, dB_sum)
             dx_sums.append(_fold(g * part.column(part.B, step)))
             through = part.decayed(step, rate, g)
             change = part.linked(step, through * before)
@@ -227,8 +229,8 @@ def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
         ddt[part.rows, :] = dx * part.u + _row_sums(decay_sums[::-1])
         return h, through, dA_sum, dB_sum, dC_sum, columns
 
-    nothing = jnp.zeros_like(modes), *[jnp.zeros((modes.shape[0], STEPS), A.dtype)] * 2
-    state = (h, carry[...], *nothing, columns)
+    zeros = jnp.zeros_like(modes), *[jnp.zeros((modes.shape[0], STEPS), A.dtype)] * 2
+    state = (h, carry[...], *zeros, columns)
     _, through, dA_sum, dB_sum, dC_sum, _ = blocks.for_each(count, tile, state)
     carry[...] = through
     dfirst[...] = through
@@ -252,10 +254,10 @@ class _Tile(NamedTuple):
     @classmethod
     def read(cls, walk, block, i, u, dt, columns):
         start = pl.multiple_of(i * TILE, TILE)
-        rows, inside = pl.ds(start, TILE), walk.inside(block * walk.steps + start, TILE)
-        u, dt = (_real(ref[rows, :], inside) for ref in (u, dt))
+        rows, valid = pl.ds(start, TILE), walk.inside(block * walk.steps + start, TILE)
+        u, dt = (_real(ref[rows, :], valid) for ref in (u, dt))
         B, C, *keep = columns
-        return cls(rows, inside, u, dt, dt * u, B, C, keep)
+        return cls(rows, valid, u, dt, dt * u, B, C, keep)
 
     def real(self, rows):
         return _real(rows, self.inside)
@@ -276,13 +278,13 @@ class _Tile(NamedTuple):
         return h
 
     def next(self, step, rate, h):
-        given = self.row(self.x, step) * self.column(self.B, step)
-        return self.decayed(step, rate, h) + given
+        increment = self.row(self.x, step) * self.column(self.B, step)
+        return self.decayed(step, rate, h) + increment
 
 
-def _real(rows, inside):
+def _real(rows, valid):
     """A step that does not exist has dt = 0: it changes nothing."""
-    return rows if inside is None else jnp.where(inside, rows, 0)
+    return rows if valid is None else jnp.where(valid, rows, 0)
 
 
 def _turned(columns, steps):

@@ -41,8 +41,8 @@ def selective_scan(u, dt, A, B, C, state, into):
 
 
 def _selective_scan_forward(u, dt, A, B, C, state, into):
-    kept = _run(u, dt, A, B, C, state, into, save=True)
-    y, final, starts = checkpoint_name(kept, "selective_scan")
+    outputs = _run(u, dt, A, B, C, state, into, save=True)
+    y, final, starts = checkpoint_name(outputs, "selective_scan")
     return (y, final), (u, dt, A, B, C, into, starts)
 
 
@@ -168,9 +168,9 @@ def _joined(
         **constants,
     )
     if keep is not None:
-        whole = jnp.pad(keep, ((0, 0), (0, -length % segment)), constant_values=1)
-        whole = whole.reshape(batch, segments, segment).all(2)
-        keep = whole[:, 1:] if reverse else whole[:, :-1]
+        links = jnp.pad(keep, ((0, 0), (0, -length % segment)), constant_values=1)
+        links = links.reshape(batch, segments, segment).all(2)
+        keep = links[:, 1:] if reverse else links[:, :-1]
     (states,), _ = linear.forward((decays,), (ends,), (state,), keep, reverse)
     return states
 
@@ -218,30 +218,30 @@ def _combine_before_kept(a, x, s, p, b, y, t, q):
 
 
 @triton.jit
-def _rows(x, row, count, steps, here, columns, real, dtype: tl.constexpr):
-    """x[row + steps, columns] of x [*, count]; 0 where not here or not real."""
+def _rows(x, row, count, steps, t_mask, columns, real, dtype: tl.constexpr):
+    """x[row + steps, columns] of x [*, count]; 0 where t_mask or real does not hold."""
     at = row * count + steps[:, None] * count + columns[None, :]
-    return tl.load(x + at, mask=here[:, None] & real[None, :], other=0.0).to(dtype)
+    return tl.load(x + at, mask=t_mask[:, None] & real[None, :], other=0.0).to(dtype)
 
 
 @triton.jit
-def _decay(dt, rate, keep, row, steps, here, KEEP: tl.constexpr):
+def _decay(dt, rate, keep, row, steps, t_mask, KEEP: tl.constexpr):
     decay = tl.exp2(dt[:, None, :] * rate[None])
     if KEEP:
-        kept = tl.load(keep + row + steps, mask=here, other=1.0)
-        decay = tl.where(kept[:, None, None] > 0, decay, -1.0)
+        links = tl.load(keep + row + steps, mask=t_mask, other=1.0)
+        decay = tl.where(links[:, None, None] > 0, decay, -1.0)
     return decay
 
 
 @triton.jit
-def _states(decay, given, h, steps, KEEP: tl.constexpr):
+def _states(decay, increment, h, steps, KEEP: tl.constexpr):
     """The states of a tile; h, the one before it, enters with the first step."""
     first = (steps == 0)[:, None, None]
-    given = tl.where(first, _passed(decay, h[None], KEEP) + given, given)
+    increment = tl.where(first, _passed(decay, h[None], KEEP) + increment, increment)
     if KEEP:
-        _, states = tl.associative_scan((decay, given), 0, _combine_kept)
+        _, states = tl.associative_scan((decay, increment), 0, _combine_kept)
     else:
-        _, states = tl.associative_scan((decay, given), 0, _combine)
+        _, states = tl.associative_scan((decay, increment), 0, _combine)
     return states
 
 
@@ -283,40 +283,40 @@ def _summary(
     n = tl.arange(0, MODES)
     steps = tl.arange(0, TILE)
     real = d < channels
-    known = n < N
-    inside = known[:, None] & real[None, :]
+    n_mask = n < N
+    state_mask = n_mask[:, None] & real[None, :]
     place = n[:, None] * channels + d[None, :]
-    rates = tl.load(rate + place, mask=inside, other=0.0)
+    rates = tl.load(rate + place, mask=state_mask, other=0.0)
     dtype = rates.dtype
     h = tl.zeros_like(rates)
     time = tl.zeros((TILE, WIDTH), dtype)
-    whole = tl.full((TILE,), 1.0, dtype)
+    links = tl.full((TILE,), 1.0, dtype)
     first = (tl.program_id(1) + (1 if REVERSE else 0)) * segment
     last = tl.minimum(first + segment, length)
     for start in range(0, last - first, TILE):
         order = start + steps
-        here = order < last - first
+        t_mask = order < last - first
         # row + offset, in either direction
         row = b * length + first
         offset = (last - first - 1 - order) if REVERSE else order
-        dts = _rows(dt, row, channels, offset, here, d, real, dtype)
-        xs = _rows(x, row, channels, offset, here, d, real, dtype)
-        ws = _rows(weights, row, N, offset, here, n, known, dtype)
-        decay = _decay(dts, rates, keep, row, offset, here, KEEP)
+        dts = _rows(dt, row, channels, offset, t_mask, d, real, dtype)
+        xs = _rows(x, row, channels, offset, t_mask, d, real, dtype)
+        ws = _rows(weights, row, N, offset, t_mask, n, n_mask, dtype)
+        decay = _decay(dts, rates, keep, row, offset, t_mask, KEEP)
         if REVERSE:
-            given = _passed(decay, xs[:, None, :] * ws[:, :, None], KEEP)
+            increment = _passed(decay, xs[:, None, :] * ws[:, :, None], KEEP)
         else:
-            given = (dts * xs)[:, None, :] * ws[:, :, None]
-        h = _step(_states(decay, given, h, steps, KEEP), TILE - 1, steps)
+            increment = (dts * xs)[:, None, :] * ws[:, :, None]
+        h = _step(_states(decay, increment, h, steps, KEEP), TILE - 1, steps)
         time += dts
         if KEEP:
-            whole *= tl.load(keep + row + offset, mask=here, other=1.0)
+            links *= tl.load(keep + row + offset, mask=t_mask, other=1.0)
     total = tl.exp2(rates * tl.sum(time, 0)[None, :])
     if KEEP:
-        total = tl.where(tl.min(whole, 0) > 0, total, 0.0)
+        total = tl.where(tl.min(links, 0) > 0, total, 0.0)
     at = (b * tl.num_programs(1) + tl.program_id(1)) * N * channels + place
-    tl.store(ends + at, h, mask=inside)
-    tl.store(decays + at, total, mask=inside)
+    tl.store(ends + at, h, mask=state_mask)
+    tl.store(decays + at, total, mask=state_mask)
 
 
 @triton.jit
@@ -334,39 +334,39 @@ def _forward(
     n = tl.arange(0, MODES)
     steps = tl.arange(0, TILE)
     real = d < channels
-    known = n < N
-    inside = known[:, None] & real[None, :]
+    n_mask = n < N
+    state_mask = n_mask[:, None] & real[None, :]
     place = n[:, None] * channels + d[None, :]
     size = N * channels
-    rates = tl.load(rate + place, mask=inside, other=0.0)
+    rates = tl.load(rate + place, mask=state_mask, other=0.0)
     dtype = rates.dtype
     if s == 0:
-        h = tl.load(state + b * size + place, mask=inside, other=0.0)
+        h = tl.load(state + b * size + place, mask=state_mask, other=0.0)
     else:
         at = (b * (tl.num_programs(1) - 1) + s - 1) * size + place
-        h = tl.load(before + at, mask=inside, other=0.0)
+        h = tl.load(before + at, mask=state_mask, other=0.0)
     first = s * segment
     last = tl.minimum(first + segment, length)
     for start in range(first, last, TILE):
         if SAVE:
             at = (b * tl.cdiv(length, TILE) + start // TILE) * size + place
-            tl.store(starts + at, h, mask=inside)
-        here = start + steps < last
+            tl.store(starts + at, h, mask=state_mask)
+        t_mask = start + steps < last
         row = b * length + start
-        dts = _rows(dt, row, channels, steps, here, d, real, dtype)
-        us = _rows(u, row, channels, steps, here, d, real, dtype)
-        Bs = _rows(B, row, N, steps, here, n, known, dtype)
-        Cs = _rows(C, row, N, steps, here, n, known, dtype)
-        decay = _decay(dts, rates, keep, row, steps, here, KEEP)
-        given = (dts * us)[:, None, :] * Bs[:, :, None]
-        states = _states(decay, given, h, steps, KEEP)
+        dts = _rows(dt, row, channels, steps, t_mask, d, real, dtype)
+        us = _rows(u, row, channels, steps, t_mask, d, real, dtype)
+        Bs = _rows(B, row, N, steps, t_mask, n, n_mask, dtype)
+        Cs = _rows(C, row, N, steps, t_mask, n, n_mask, dtype)
+        decay = _decay(dts, rates, keep, row, steps, t_mask, KEEP)
+        increment = (dts * us)[:, None, :] * Bs[:, :, None]
+        states = _states(decay, increment, h, steps, KEEP)
         ys = tl.sum(states * Cs[:, :, None], 1)
         at = row * channels + steps[:, None] * channels + d[None, :]
-        mask = here[:, None] & real[None, :]
+        mask = t_mask[:, None] & real[None, :]
         tl.store(y + at, ys.to(y.dtype.element_ty), mask=mask)
         h = _step(states, TILE - 1, steps)
     if s == tl.num_programs(1) - 1:
-        tl.store(final + b * size + place, h, mask=inside)
+        tl.store(final + b * size + place, h, mask=state_mask)
 
 
 @triton.jit
@@ -378,7 +378,7 @@ def _backward(
     MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """With c = C dy and q[t] = a[t] g[t], the gradient of the state before a step:
-    g = c + q[t+1], du = dt B g, da a = g (h - given).
+    g = c + q[t+1], du = dt B g, da a = g (h - increment).
 
     q and dA lie in memory between the tiles, in `carry`, which ends as the gradient of
     the state before the segment, and in `dA`.
@@ -389,61 +389,61 @@ def _backward(
     s = tl.program_id(1)
     n = tl.arange(0, MODES)
     steps = tl.arange(0, TILE)
-    known = n < N
+    n_mask = n < N
     size = N * channels
     dtype = rate.dtype.element_ty
-    own = (b * tl.num_programs(1) + s) * size
+    base = (b * tl.num_programs(1) + s) * size
     for block in range(0, GROUP):
         d = (group * GROUP + block) * WIDTH + tl.arange(0, WIDTH)
-        inside = known[:, None] & (d < channels)[None, :]
+        state_mask = n_mask[:, None] & (d < channels)[None, :]
         place = n[:, None] * channels + d[None, :]
         if s == tl.num_programs(1) - 1:
-            q = tl.load(d_final + b * size + place, mask=inside, other=0.0)
+            q = tl.load(d_final + b * size + place, mask=state_mask, other=0.0)
         else:
             at = (b * (tl.num_programs(1) - 1) + s) * size + place
-            q = tl.load(after + at, mask=inside, other=0.0)
-        tl.store(carry + own + place, q, mask=inside)
-        tl.store(dA + own + place, tl.zeros_like(q), mask=inside)
+            q = tl.load(after + at, mask=state_mask, other=0.0)
+        tl.store(carry + base + place, q, mask=state_mask)
+        tl.store(dA + base + place, tl.zeros_like(q), mask=state_mask)
     tl.debug_barrier()
     first = s * segment
     last = tl.minimum(first + segment, length)
     tiles = tl.cdiv(last - first, TILE)
     for i in range(0, tiles):
         start = first + (tiles - 1 - i) * TILE
-        here = start + steps < last
+        t_mask = start + steps < last
         row = b * length + start
         sum_B = tl.zeros((TILE, MODES, WIDTH), dtype)
         sum_C = tl.zeros((TILE, MODES, WIDTH), dtype)
         for block in range(0, GROUP):
             d = (group * GROUP + block) * WIDTH + tl.arange(0, WIDTH)
             real = d < channels
-            inside = known[:, None] & real[None, :]
+            state_mask = n_mask[:, None] & real[None, :]
             place = n[:, None] * channels + d[None, :]
-            rates = tl.load(rate + place, mask=inside, other=0.0)
+            rates = tl.load(rate + place, mask=state_mask, other=0.0)
             at = (b * tl.cdiv(length, STORED) + start // STORED) * size + place
-            h = tl.load(starts + at, mask=inside, other=0.0)
+            h = tl.load(starts + at, mask=state_mask, other=0.0)
             for earlier in range(start // STORED * STORED, start, TILE):
                 on = steps < TILE  # an earlier tile is whole
                 line = b * length + earlier
                 dts = _rows(dt, line, channels, steps, on, d, real, dtype)
                 us = _rows(u, line, channels, steps, on, d, real, dtype)
-                Bs = _rows(B, line, N, steps, on, n, known, dtype)
+                Bs = _rows(B, line, N, steps, on, n, n_mask, dtype)
                 decay = _decay(dts, rates, keep, line, steps, on, KEEP)
-                given = (dts * us)[:, None, :] * Bs[:, :, None]
-                h = _step(_states(decay, given, h, steps, KEEP), TILE - 1, steps)
-            dts = _rows(dt, row, channels, steps, here, d, real, dtype)
-            us = _rows(u, row, channels, steps, here, d, real, dtype)
-            dys = _rows(dy, row, channels, steps, here, d, real, dtype)
-            Bs = _rows(B, row, N, steps, here, n, known, dtype)
-            Cs = _rows(C, row, N, steps, here, n, known, dtype)
-            decay = _decay(dts, rates, keep, row, steps, here, KEEP)
+                increment = (dts * us)[:, None, :] * Bs[:, :, None]
+                h = _step(_states(decay, increment, h, steps, KEEP), TILE - 1, steps)
+            dts = _rows(dt, row, channels, steps, t_mask, d, real, dtype)
+            us = _rows(u, row, channels, steps, t_mask, d, real, dtype)
+            dys = _rows(dy, row, channels, steps, t_mask, d, real, dtype)
+            Bs = _rows(B, row, N, steps, t_mask, n, n_mask, dtype)
+            Cs = _rows(C, row, N, steps, t_mask, n, n_mask, dtype)
+            decay = _decay(dts, rates, keep, row, steps, t_mask, KEEP)
             xs = dts * us
-            given = xs[:, None, :] * Bs[:, :, None]
-            states = _states(decay, given, h, steps, KEEP)
+            increment = xs[:, None, :] * Bs[:, :, None]
+            states = _states(decay, increment, h, steps, KEEP)
             sum_C += states * dys[:, None, :]
-            passed = states - given
+            carried = states - increment
 
-            q = tl.load(carry + own + place, mask=inside, other=0.0)
+            q = tl.load(carry + base + place, mask=state_mask, other=0.0)
             c = dys[:, None, :] * Cs[:, :, None]
             c = tl.where((steps == TILE - 1)[:, None, None], c + q[None], c)
             decay, c = _flipped(decay), _flipped(c)
@@ -456,16 +456,16 @@ def _backward(
                 _, qs, g, _ = tl.associative_scan(
                     (decay, decay * c, c, one), 0, _combine_before
                 )
-            tl.store(carry + own + place, _step(qs, TILE - 1, steps), mask=inside)
+            tl.store(carry + base + place, _step(qs, TILE - 1, steps), mask=state_mask)
             g = _flipped(g)
-            passed *= g
-            rate_sum = tl.load(dA + own + place, mask=inside, other=0.0)
-            rate_sum += tl.sum(passed * dts[:, None, :], 0)
-            tl.store(dA + own + place, rate_sum, mask=inside)
+            carried *= g
+            rate_sum = tl.load(dA + base + place, mask=state_mask, other=0.0)
+            rate_sum += tl.sum(carried * dts[:, None, :], 0)
+            tl.store(dA + base + place, rate_sum, mask=state_mask)
             through_B = tl.sum(g * Bs[:, :, None], 1)
-            through_a = tl.sum(passed * rates[None], 1) * 0.6931471805599453
+            through_a = tl.sum(carried * rates[None], 1) * 0.6931471805599453
             at = row * channels + steps[:, None] * channels + d[None, :]
-            mask = here[:, None] & real[None, :]
+            mask = t_mask[:, None] & real[None, :]
             tl.store(du + at, (dts * through_B).to(du.dtype.element_ty), mask=mask)
             slope = us * through_B + through_a
             tl.store(ddt + at, slope.to(ddt.dtype.element_ty), mask=mask)
@@ -474,6 +474,6 @@ def _backward(
             tl.debug_barrier()
         part = (b * groups + group) * length + start
         at = part * N + steps[:, None] * N + n[None, :]
-        mask = here[:, None] & known[None, :]
+        mask = t_mask[:, None] & n_mask[None, :]
         tl.store(dB + at, tl.sum(sum_B, 2), mask=mask)
         tl.store(dC + at, tl.sum(sum_C, 2), mask=mask)

@@ -107,16 +107,16 @@ def _backward(size, saved, gradients):
             through = _kept(keep, t, g * jnp.exp(step[:, None] * A))
             # the gradient of dt A
             rate = _kept(keep, t, through * _row(before, i, axis=0))
-            given = _over_modes(_row(B, t), g)
+            input_gradient = _over_modes(_row(B, t), g)
             slope = _over_modes(jnp.ones(rate.shape[:2], rate.dtype), rate * A)
-            du = _put(du, given * step, t)
-            ddt = _put(ddt, given * x + slope, t)
+            du = _put(du, input_gradient * step, t)
+            ddt = _put(ddt, input_gradient * x + slope, t)
             dB = _put(dB, _over_channels(step * x, g), t)
             return through, dA + rate * step[:, None], du, ddt, dB
 
         h = _row(entering, c, axis=0)
-        made = (h, _put(before, h, 0, axis=0), dC)
-        _, before, dC = jax.lax.fori_loop(0, size, again, made)
+        start = (h, _put(before, h, 0, axis=0), dC)
+        _, before, dC = jax.lax.fori_loop(0, size, again, start)
         carry = jax.lax.fori_loop(0, size, back, (g, dA, du, ddt, dB))
         return *carry, dC, before
 
@@ -134,15 +134,15 @@ _scan.defvjp(_forward, _backward)
 def _next(h, t, u, dt, A, B, keep):
     """The state after step t."""
     step = _row(dt, t)
-    given = (step * _row(u, t))[:, None] * _row(B, t)[..., None]
-    return _kept(keep, t, jnp.exp(step[:, None] * A) * h) + given
+    increment = (step * _row(u, t))[:, None] * _row(B, t)[..., None]
+    return _kept(keep, t, jnp.exp(step[:, None] * A) * h) + increment
 
 
-def _kept(keep, t, passed):
+def _kept(keep, t, value):
     """What passes the link into step t: chosen, because 0 times NaN is NaN."""
     if keep is None:
-        return passed
-    return jnp.where(_row(keep, t)[:, None, None], passed, 0)
+        return value
+    return jnp.where(_row(keep, t)[:, None, None], value, 0)
 
 
 def _over_modes(weight, states):
@@ -157,5 +157,5 @@ def _row(x, t, axis=1):
     return jax.lax.dynamic_index_in_dim(x, t, axis, keepdims=False)
 
 
-def _put(whole, row, t, axis=1):
-    return jax.lax.dynamic_update_index_in_dim(whole, row, t, axis)
+def _put(array, row, t, axis=1):
+    return jax.lax.dynamic_update_index_in_dim(array, row, t, axis)

@@ -130,12 +130,12 @@ def _forward(walk, resets, u, w, bias, state, *rest):
 
     def group(i, _):
         start = pl.multiple_of(i * GROUP, GROUP)
-        here = pl.ds(start, GROUP)
+        rows = pl.ds(start, GROUP)
         inputs, total = window[pl.ds(start, halo + GROUP), :], bias[...]
         for lag in range(w.shape[0]):
-            seen = _seen(_group(inputs, halo - lag), age, here, lag)
-            total = total + w[lag : lag + 1] * seen
-        y[here, :] = total.astype(y.dtype)
+            lagged = _seen(_group(inputs, halo - lag), age, rows, lag)
+            total = total + w[lag : lag + 1] * lagged
+        y[rows, :] = total.astype(y.dtype)
 
     blocks.for_each(walk.steps // GROUP, group, None)
 
@@ -153,22 +153,22 @@ def _backward(walk, resets, u, w, dy, *rest):
 
     def group(i, sums):
         start = pl.multiple_of(i * GROUP, GROUP)
-        here, around = pl.ds(start, GROUP), pl.ds(start, GROUP + halo)
-        inputs = _real(walk, first + start, u[here, :].astype(dtype))
-        gradients, total, products = window[around, :], 0, []
+        rows, wider = pl.ds(start, GROUP), pl.ds(start, GROUP + halo)
+        inputs = _real(walk, first + start, u[rows, :].astype(dtype))
+        gradients, total, products = window[wider, :], 0, []
         for lag in range(w.shape[0]):
-            gradient = _group(_seen(gradients, age, around, lag), lag)
+            gradient = _group(_seen(gradients, age, wider, lag), lag)
             total = total + w[lag : lag + 1] * gradient
             products.append(inputs * gradient)
-        du[here, :] = total.astype(du.dtype)
+        du[rows, :] = total.astype(du.dtype)
         products.append(gradients[:GROUP])
         return tuple(
             total + part[:TILE] + part[TILE:]
             for total, part in zip(sums, products, strict=True)
         )
 
-    nothing = (jnp.zeros((TILE, walk.width), dtype),) * (w.shape[0] + 1)
-    sums = blocks.for_each(walk.steps // GROUP, group, nothing)
+    zeros = (jnp.zeros((TILE, walk.width), dtype),) * (w.shape[0] + 1)
+    sums = blocks.for_each(walk.steps // GROUP, group, zeros)
     sums = [jnp.sum(part, 0, keepdims=True) for part in sums]
     for ref, part in ((dw, jnp.concatenate(sums[:-1])), (dbias, sums[-1])):
         ref[...] = jnp.where(k == 0, part, ref[...] + part)
@@ -176,8 +176,8 @@ def _backward(walk, resets, u, w, dy, *rest):
 
 def _real(walk, first, x):
     """x, zero at the steps that do not exist."""
-    inside = walk.inside(first, x.shape[0])
-    return x if inside is None else jnp.where(inside, x, 0)
+    valid = walk.inside(first, x.shape[0])
+    return x if valid is None else jnp.where(valid, x, 0)
 
 
 def _seen(x, age, rows, lag):
@@ -191,7 +191,7 @@ def _seen(x, age, rows, lag):
 def _group(x, first):
     """GROUP rows of x. Only whole tiles can be cut out, the rest is turned."""
     start = first // TILE * TILE
-    near = x[start : start + GROUP + TILE]
+    tiles = x[start : start + GROUP + TILE]
     if first > start:
-        near = blocks.turn(near, start - first, 0)
-    return near[:GROUP]
+        tiles = blocks.turn(tiles, start - first, 0)
+    return tiles[:GROUP]

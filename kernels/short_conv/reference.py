@@ -19,11 +19,11 @@ def short_conv(u, w, bias, state, segment):
 
     def step(carry, inputs):
         window, before = carry
-        u, now = inputs
-        window = jnp.where((now == before)[:, None, None], window, 0)
+        u, number = inputs
+        window = jnp.where((number == before)[:, None, None], window, 0)
         window = jnp.concatenate([window, u[:, None]], 1)  # oldest first
         y = jnp.einsum("bwh,hw->bh", window, w[:, ::-1]) + bias
-        return (window[:, 1:], now), y
+        return (window[:, 1:], number), y
 
     carry = (state, jnp.zeros_like(segment[:, 0]))
     _, y = jax.lax.scan(step, carry, (wide.swapaxes(0, 1), segment.T))

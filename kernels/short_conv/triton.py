@@ -138,23 +138,23 @@ def _forward(
     shifted = shift[:, :, None] * channels + d[None, None, :]
     for start in range(first, tl.minimum(first + chunk, length), TILE):
         row = b * length + start
-        here = start + steps < length
-        tapped = (lag < W)[:, None] & here[None, :]
-        seen = tapped & (start + shift >= 0)
-        mask = seen[:, :, None] & real[None, None, :]
+        t_mask = start + steps < length
+        tapped = (lag < W)[:, None] & t_mask[None, :]
+        pair_mask = tapped & (start + shift >= 0)
+        mask = pair_mask[:, :, None] & real[None, None, :]
         xs = tl.load(u + row * channels + shifted, mask=mask, other=0.0).to(dtype)
         if start < W - 1:
             before = state + (b * (W - 1) + W - 1 + start) * channels
             mask = (tapped & (start + shift < 0))[:, :, None] & real[None, None, :]
             xs += tl.load(before + shifted, mask=mask, other=0.0)
         if SEGMENTS:
-            own = tl.load(segment + row + steps, mask=here, other=0)
-            other = tl.load(segment + row + shift, mask=seen, other=0)
-            xs = tl.where((own[None, :] == other)[:, :, None], xs, 0.0)
+            number = tl.load(segment + row + steps, mask=t_mask, other=0)
+            shifted_number = tl.load(segment + row + shift, mask=pair_mask, other=0)
+            xs = tl.where((number[None, :] == shifted_number)[:, :, None], xs, 0.0)
         ys = tl.sum(taps[:, None, :] * xs, 0)
         if BIAS:
             ys += tl.load(bias + d, mask=real, other=0.0).to(dtype)[None, :]
-        mask = here[:, None] & real[None, :]
+        mask = t_mask[:, None] & real[None, :]
         tl.store(y + row * channels + offset, ys.to(y.dtype.element_ty), mask=mask)
 
 
@@ -167,8 +167,8 @@ def _backward(
     TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step t of the inputs is t + W - 1 of the walk, which begins with the state."""
-    whole = length + W - 1
-    b, first, d = _place(whole, channels, chunk, WIDTH)
+    walk = length + W - 1
+    b, first, d = _place(walk, channels, chunk, WIDTH)
     steps = tl.arange(0, TILE)
     lag = tl.arange(0, LAGS)
     real = d < channels
@@ -179,24 +179,24 @@ def _backward(
     shifted = shift[:, :, None] * channels + d[None, None, :]
     sums = tl.zeros((LAGS, TILE, WIDTH), dtype)
     bias_sums = tl.zeros((TILE, WIDTH), dtype)
-    for start in range(first, tl.minimum(first + chunk, whole), TILE):
+    for start in range(first, tl.minimum(first + chunk, walk), TILE):
         t = start - (W - 1)
         row = b * length + t
-        here = (t + steps >= 0) & (t + steps < length)
-        mask = here[:, None] & real[None, :]
+        t_mask = (t + steps >= 0) & (t + steps < length)
+        mask = t_mask[:, None] & real[None, :]
         xs = tl.load(u + row * channels + offset, mask=mask, other=0.0).to(dtype)
-        seen = (lag < W)[:, None] & (t + shift >= 0) & (t + shift < length)
-        mask_seen = seen[:, :, None] & real[None, None, :]
-        dys = tl.load(dy + row * channels + shifted, mask=mask_seen, other=0.0)
+        pair_mask = (lag < W)[:, None] & (t + shift >= 0) & (t + shift < length)
+        dy_mask = pair_mask[:, :, None] & real[None, None, :]
+        dys = tl.load(dy + row * channels + shifted, mask=dy_mask, other=0.0)
         dys = dys.to(dtype)
         if BIAS:
             # x + -0 is x for every x: the compiler drops the sum
             plain = tl.where((lag == 0)[:, None, None], dys, -0.0)
             bias_sums += tl.sum(plain, 0)
         if SEGMENTS:
-            own = tl.load(segment + row + steps, mask=here, other=0)
-            other = tl.load(segment + row + shift, mask=seen, other=0)
-            dys = tl.where((own[None, :] == other)[:, :, None], dys, 0.0)
+            number = tl.load(segment + row + steps, mask=t_mask, other=0)
+            shifted_number = tl.load(segment + row + shift, mask=pair_mask, other=0)
+            dys = tl.where((number[None, :] == shifted_number)[:, :, None], dys, 0.0)
         dxs = tl.sum(taps[:, None, :] * dys, 0)
         tl.store(du + row * channels + offset, dxs.to(du.dtype.element_ty), mask=mask)
         if t < 0:
@@ -205,7 +205,7 @@ def _backward(
             xs += tl.load(state + before, mask=mask, other=0.0)
             tl.store(d_state + before, dxs, mask=mask)
         sums += xs[None] * dys
-    part = b * tl.cdiv(whole, chunk) + first // chunk
+    part = b * tl.cdiv(walk, chunk) + first // chunk
     at = part * W * channels + lag[:, None] * channels + d[None, :]
     mask = (lag < W)[:, None] & real[None, :]
     tl.store(dw + at, tl.sum(sums, 1), mask=mask)

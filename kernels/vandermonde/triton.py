@@ -74,14 +74,14 @@ def _constants():
 def _tables(log_z, length):
     """exp(2^k log_z) [K, G, N] for the digits k above those of LOW, their number K,
     and z^j [G, N, LOW]."""
-    own = LOW.bit_length() - 1
-    digits = max((length - 1).bit_length(), own)
+    low_digits = LOW.bit_length() - 1
+    digits = max((length - 1).bit_length(), low_digits)
     doubling = (2.0 ** np.arange(digits)).reshape(-1, 1, 1)
     factors = pairs.exp(tuple(part * doubling.astype(part.dtype) for part in log_z))
     one = (1.0, 0.0)[: len(factors)]
     shape = (*log_z[0].shape, LOW)
     low = tuple(jnp.full(shape, x, log_z[0].dtype) for x in one)
-    for digit in range(own):
+    for digit in range(low_digits):
         present = (np.arange(LOW) >> digit & 1).astype(bool)
         present = tuple(
             jnp.where(present, part[digit, ..., None], x)
@@ -89,8 +89,8 @@ def _tables(log_z, length):
         )
         low = pairs.mul(low, present)
     # never empty: a kernel takes no array without values
-    high = tuple(part[min(own, digits - 1) :] for part in factors)
-    return high, low, digits - own
+    high = tuple(part[min(low_digits, digits - 1) :] for part in factors)
+    return high, low, digits - low_digits
 
 
 def _both(pair):
@@ -99,7 +99,7 @@ def _both(pair):
 
 @triton.jit
 def _power(
-    f_re, f_im, index, at, known, stride,
+    f_re, f_im, index, at, n_mask, stride,
     COMPLEX: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
     """The product of the factors [DIGITS, G, N] of the digits of index: [nodes, index].
@@ -110,9 +110,9 @@ def _power(
     for digit in range(0, DIGITS):
         present = ((index >> digit) & 1)[None, :] == 1
         place = digit * stride + at
-        a = tl.load(f_re + place, mask=known, other=0.0)[:, None]
+        a = tl.load(f_re + place, mask=n_mask, other=0.0)[:, None]
         if COMPLEX:
-            b = tl.load(f_im + place, mask=known, other=0.0)[:, None]
+            b = tl.load(f_im + place, mask=n_mask, other=0.0)[:, None]
             turned = re * a - im * b
             im = tl.where(present, re * b + im * a, im)
             re = tl.where(present, turned, re)
@@ -137,18 +137,18 @@ def _taps(
     total = tl.zeros((HIGH, LOW), c_re.dtype.element_ty)
     for first in range(0, modes, NODES):
         n = first + tl.arange(0, NODES)
-        known = n < modes
+        n_mask = n < modes
         at = g * modes + n
-        own = e * heads * modes + at
+        c_at = e * heads * modes + at
         high_re, high_im = _power(
-            f_re, f_im, index, at, known, heads * modes, COMPLEX, DIGITS
+            f_re, f_im, index, at, n_mask, heads * modes, COMPLEX, DIGITS
         )
         table = at[:, None] * LOW + j[None, :]
-        w_re = tl.load(low_re + table, mask=known[:, None], other=0.0)
-        a = tl.load(c_re + own, mask=known, other=0.0)[:, None]
+        w_re = tl.load(low_re + table, mask=n_mask[:, None], other=0.0)
+        a = tl.load(c_re + c_at, mask=n_mask, other=0.0)[:, None]
         if COMPLEX:
-            w_im = tl.load(low_im + table, mask=known[:, None], other=0.0)
-            b = tl.load(c_im + own, mask=known, other=0.0)[:, None]
+            w_im = tl.load(low_im + table, mask=n_mask[:, None], other=0.0)
+            b = tl.load(c_im + c_at, mask=n_mask, other=0.0)[:, None]
             left_re = a * high_re - b * high_im
             left_im = a * high_im + b * high_re
             total += tl.sum(
@@ -179,14 +179,14 @@ def _moments(
     e = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) % blocks * NODES + tl.arange(0, NODES)
     j = tl.arange(0, LOW)
-    known = n < modes
+    n_mask = n < modes
     at = g * modes + n
     size = heads * modes
     dtype = u.dtype.element_ty
     table = at[None, :] * LOW + j[:, None]
-    w_re = tl.load(low_re + table, mask=known[None, :], other=0.0)
+    w_re = tl.load(low_re + table, mask=n_mask[None, :], other=0.0)
     if COMPLEX:
-        w_im = tl.load(low_im + table, mask=known[None, :], other=0.0)
+        w_im = tl.load(low_im + table, mask=n_mask[None, :], other=0.0)
     plain_re = tl.zeros((NODES, HIGH), dtype)
     plain_im = tl.zeros_like(plain_re)
     weighted_re = tl.zeros_like(plain_re)
@@ -198,7 +198,7 @@ def _moments(
         index = tile * HIGH + tl.arange(0, HIGH)
         l = index[None, :] * LOW + j[:, None]
         us = tl.load(u + row + l, mask=l < length, other=0.0)
-        high_re, high_im = _power(f_re, f_im, index, at, known, size, COMPLEX, DIGITS)
+        high_re, high_im = _power(f_re, f_im, index, at, n_mask, size, COMPLEX, DIGITS)
         sum_re = tl.sum(us[:, None, :] * w_re[:, :, None], 0)
         if COMPLEX:
             sum_im = tl.sum(us[:, None, :] * w_im[:, :, None], 0)
@@ -224,8 +224,8 @@ def _moments(
     place = (e * chunks + chunk) * size + at
     step = tl.num_programs(2).to(tl.int64) * chunks * size
     parts: tl.constexpr = 2 if COMPLEX else 1
-    tl.store(sums + place, tl.sum(plain_re, 1), mask=known)
-    tl.store(sums + parts * step + place, tl.sum(weighted_re, 1), mask=known)
+    tl.store(sums + place, tl.sum(plain_re, 1), mask=n_mask)
+    tl.store(sums + parts * step + place, tl.sum(weighted_re, 1), mask=n_mask)
     if COMPLEX:
-        tl.store(sums + step + place, tl.sum(plain_im, 1), mask=known)
-        tl.store(sums + 3 * step + place, tl.sum(weighted_im, 1), mask=known)
+        tl.store(sums + step + place, tl.sum(plain_im, 1), mask=n_mask)
+        tl.store(sums + 3 * step + place, tl.sum(weighted_im, 1), mask=n_mask)

@@ -191,12 +191,12 @@ class FullFrameAttention(nn.Module):
 
             visible = last(segments) == jax.lax.dynamic_slice_in_dim(segment, i, 1, 1)
             visible = jnp.repeat(visible, S, axis=1)[:, None]
-            now = jax.lax.dynamic_index_in_dim(q, i, 1, keepdims=False)
-            now = self._turn(now, jnp.full((S,), R - 1), R)
-            seen = last(key).reshape(B, R * S, *key.shape[3:])
-            seen = self._turn(seen, jnp.repeat(jnp.arange(R), S), R)
-            values = last(value).reshape(seen.shape)
-            return inner(now, seen, values, visible)
+            query = jax.lax.dynamic_index_in_dim(q, i, 1, keepdims=False)
+            query = self._turn(query, jnp.full((S,), R - 1), R)
+            keys = last(key).reshape(B, R * S, *key.shape[3:])
+            keys = self._turn(keys, jnp.repeat(jnp.arange(R), S), R)
+            values = last(value).reshape(keys.shape)
+            return inner(query, keys, values, visible)
 
         o = jax.lax.map(jax.checkpoint(frame), jnp.arange(L))
         return jnp.moveaxis(o, 0, 1)

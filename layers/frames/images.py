@@ -20,8 +20,8 @@ def from_bytes(frames: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 def to_bytes(frames: jax.Array) -> np.ndarray:
     """The nearest uint8 to every value; NaN becomes 128."""
-    shown = np.nan_to_num(np.asarray(frames, np.float32))
-    return np.rint(np.clip(127.5 * (shown + 1), 0, 255)).astype(np.uint8)
+    pixels = np.nan_to_num(np.asarray(frames, np.float32))
+    return np.rint(np.clip(127.5 * (pixels + 1), 0, 255)).astype(np.uint8)
 
 
 class Convolution(nn.Module):

@@ -79,12 +79,12 @@ Yields = Iterator[Equal | Remark]
 def modes(case: Case) -> Yields:
     """One call equals pieces equals single tokens: outputs and final state."""
     case.needs("state")
-    whole = case(case.x, case.state)
+    one_call = case(case.x, case.state)
     p = case.piece
     sizes = [p, 1, p, *[1] * (case.length - 2 * p - 1)]
     ones = [1] * case.length
-    yield Equal("pieces", case.in_pieces(sizes, case.x, case.state), whole)
-    yield Equal("single tokens", case.in_pieces(ones, case.x, case.state), whole)
+    yield Equal("pieces", case.in_pieces(sizes, case.x, case.state), one_call)
+    yield Equal("single tokens", case.in_pieces(ones, case.x, case.state), one_call)
     yield Equal("no state and a fresh one", case(case.x), case(case.x, case.initial()))
 
 
@@ -102,10 +102,10 @@ def causality(case: Case) -> Yields:
     case.needs("state")
     t = case.length // 2
     changed = case.x.at[:, t:].add(1.0)
-    found, expected = case(changed), case(case.x)
+    actual, expected = case(changed), case(case.x)
     yield Equal(
         f"tokens from {t} on changed",
-        Result(found.output[:, :t], None),
+        Result(actual.output[:, :t], None),
         Result(expected.output[:, :t], None),
     )
 
@@ -133,12 +133,12 @@ def _paddings(case):
         yield x, jnp.asarray(keep), jnp.asarray(places)
 
 
-def _hidden_is_zero(what, values, mask):
-    seen = np.asarray(mask).reshape(*mask.shape, *[1] * (values.ndim - 2))
-    wrong = np.argwhere(np.where(seen, 0, np.asarray(values)) != 0)
-    if len(wrong):
-        row, token = wrong[0][:2]
-        raise Broken(f"{what} is not 0 at a masked token: row {row}, token {token}")
+def _hidden_is_zero(subject, values, mask):
+    real = np.asarray(mask).reshape(*mask.shape, *[1] * (values.ndim - 2))
+    nonzero = np.argwhere(np.where(real, 0, np.asarray(values)) != 0)
+    if len(nonzero):
+        row, token = nonzero[0][:2]
+        raise Broken(f"{subject} is not 0 at a masked token: row {row}, token {token}")
 
 
 def padding(case: Case) -> Yields:
@@ -149,8 +149,8 @@ def padding(case: Case) -> Yields:
         for state in [None] if case.state is None else [None, case.state]:
             y, final = case(x, state, Sequence(mask=mask))
             _hidden_is_zero("the output", y, mask)
-            found = Result(at(y, places), final)
-            yield Equal("NaN in masked tokens", found, case(case.x, state))
+            actual = Result(at(y, places), final)
+            yield Equal("NaN in masked tokens", actual, case(case.x, state))
 
 
 def padding_gradients(case: Case) -> Yields:
@@ -158,10 +158,10 @@ def padding_gradients(case: Case) -> Yields:
     case.needs("mask")
     _, expected = case.gradients(case.whole, case.x, case.state)
     for x, mask, places in _paddings(case):
-        _, found = case.gradients(case.padded, x, case.state, mask, places)
-        _hidden_is_zero("the gradient", found.input, mask)
-        found = found._replace(input=at(found.input, places))
-        yield Equal("NaN in masked tokens", found, expected, "gradient")
+        _, actual = case.gradients(case.padded, x, case.state, mask, places)
+        _hidden_is_zero("the gradient", actual.input, mask)
+        actual = actual._replace(input=at(actual.input, places))
+        yield Equal("NaN in masked tokens", actual, expected, "gradient")
 
 
 def _documents(case):
@@ -170,8 +170,8 @@ def _documents(case):
     p, last = case.piece, case.length - case.piece
     starts = np.asarray([[0, p], [p // 2, last - 1], [1, last]])
     reset = np.ones((B, case.length), bool)
-    for row, both in enumerate(starts):
-        for start in both:
+    for row, pair in enumerate(starts):
+        for start in pair:
             reset[row, start + 1 : start + p] = False
     return starts, jnp.asarray(reset)
 
@@ -196,8 +196,8 @@ def packing(case: Case) -> Yields:
             final,
             document.state,
         )
-    found = case(case.x, case.state, Sequence(reset=reset))
-    yield Equal("documents", found, Result(output, final))
+    actual = case(case.x, case.state, Sequence(reset=reset))
+    yield Equal("documents", actual, Result(output, final))
 
 
 def _along(rows, leaf):
@@ -215,7 +215,7 @@ def packing_gradients(case: Case) -> Yields:
     def packed(variables, x, state, reset):
         return case.layer.apply(variables, x, state, Sequence(reset=reset), True)
 
-    _, found = case.gradients(packed, case.x, case.state, reset)
+    _, actual = case.gradients(packed, case.x, case.state, reset)
     # In the shapes of the law of padding, which is compiled already.
     position = np.arange(case.length + EXTRA)
     before, behind = position < cuts, (position >= cuts) & (position < case.length)
@@ -231,7 +231,7 @@ def packing_gradients(case: Case) -> Yields:
     expected = first._replace(
         parameters=expected[0], input=expected[1][:, : case.length]
     )
-    yield Equal("one reset a row", found, expected, "gradient")
+    yield Equal("one reset a row", actual, expected, "gradient")
 
 
 def masked_reset(case: Case) -> Yields:
@@ -247,14 +247,14 @@ def masked_reset(case: Case) -> Yields:
     reset[rows, second[:, None] - 1] = reset[:, -1] = True
     sequence = Sequence(mask=jnp.asarray(mask), reset=jnp.asarray(reset))
     y, final = case(case.x, case.state, sequence)
-    found = jnp.concatenate([at(y, ahead), at(y, behind)], axis=1)
+    actual = jnp.concatenate([at(y, ahead), at(y, behind)], axis=1)
     expected = [
         case(at(case.x, ahead), case.state).output,
         case(at(case.x, behind)).output,
     ]
     yield Equal(
         "documents",
-        Result(found, final),
+        Result(actual, final),
         Result(jnp.concatenate(expected, axis=1), case.initial()),
     )
 
@@ -283,10 +283,10 @@ def isolation(case: Case) -> Yields:
     x = jnp.where(_beside(before, case.x), jnp.nan, case.x)
     yield Equal("NaN in tokens", behind(x, case.state), expected)
     if case.state is not None:
-        lost = jax.tree.map(
+        poisoned = jax.tree.map(
             lambda s: jnp.full_like(s, jnp.nan) if moves(s) else s, case.state
         )
-        yield Equal("NaN in the state", behind(case.x, lost), expected)
+        yield Equal("NaN in the state", behind(case.x, poisoned), expected)
 
 
 def _beside(flags, values):
@@ -300,9 +300,9 @@ def rows(case: Case) -> Yields:
     sequence = case.everything()
     together = case(case.x, case.state, sequence)
     for row in range(B):
-        own = functools.partial(jax.tree.map, lambda leaf, r=row: leaf[r : r + 1])
-        alone = case(own(case.x), own(case.state), own(sequence))
-        yield Equal(f"row {row} alone", alone, own(together))
+        take_row = functools.partial(jax.tree.map, lambda leaf, r=row: leaf[r : r + 1])
+        alone = case(take_row(case.x), take_row(case.state), take_row(sequence))
+        yield Equal(f"row {row} alone", alone, take_row(together))
 
 
 def elapsed_time(case: Case) -> Yields:
@@ -310,10 +310,10 @@ def elapsed_time(case: Case) -> Yields:
     single tokens, masks and resets included."""
     case.needs("dt")
     dt = case.dt()
-    whole = case(case.x, case.state, Sequence(dt=dt))
+    one_call = case(case.x, case.state, Sequence(dt=dt))
     plain = case(case.x, case.state)
     for row in range(B):
-        if error(whole.output[row], plain.output[row]) <= limit("float32"):
+        if error(one_call.output[row], plain.output[row]) <= limit("float32"):
             raise Broken(f"dt changes nothing in row {row}")
     ones = case(case.x, case.state, Sequence(dt=jnp.ones_like(dt)))
     yield Equal("dt = 1", ones, plain)
@@ -326,13 +326,13 @@ def elapsed_time(case: Case) -> Yields:
         dt,
     )
     yield Equal(
-        "single tokens", case.in_pieces(tokens, case.x, case.state, plainly), whole
+        "single tokens", case.in_pieces(tokens, case.x, case.state, plainly), one_call
     )
-    everything = case.everything()
+    sequence = case.everything()
     yield Equal(
         "single tokens with masks and resets",
-        case.in_pieces(tokens, case.x, case.state, everything),
-        case(case.x, case.state, everything),
+        case.in_pieces(tokens, case.x, case.state, sequence),
+        case(case.x, case.state, sequence),
     )
 
 
@@ -348,11 +348,11 @@ def elapsed_gradients(case: Case) -> Yields:
         return case.scanned(variables, x_dt[0], state, x_dt[1])
 
     x_dt = case.x, case.dt()
-    _, found = case.gradients(pieces, x_dt, case.state)
+    _, actual = case.gradients(pieces, x_dt, case.state)
     _, expected = case.gradients(whole, x_dt, case.state)
     if not jnp.any(expected.input[1]):
         raise Broken("no gradient reaches dt")
-    yield Equal("pieces", found, expected, "gradient")
+    yield Equal("pieces", actual, expected, "gradient")
 
 
 def low_precision(case: Case) -> Yields:
@@ -366,24 +366,26 @@ def low_precision(case: Case) -> Yields:
         if leaf.dtype not in (jnp.float32, jnp.complex64, jnp.int32, jnp.bool_):
             raise Broken(f"the state is {leaf.dtype}, not float32")
     expected = case(x.astype(jnp.float32)).output
-    found, expected = (Result(part.astype(jnp.float32), None) for part in (y, expected))
-    yield Equal("bfloat16", found, expected, dtype="bfloat16")
+    actual, expected = (
+        Result(part.astype(jnp.float32), None) for part in (y, expected)
+    )
+    yield Equal("bfloat16", actual, expected, dtype="bfloat16")
 
 
 def batch_equivariance(case: Case) -> Yields:
     """Examples do not see each other, be they NaN, and their order does not matter."""
     order = jnp.asarray([2, 0, 1])
-    whole = case(case.x, case.state)
+    together = case(case.x, case.state)
     state = jax.tree.map(lambda s: s[order], case.state)
-    beside = case(case.x.at[0].set(jnp.nan), case.state)
+    poisoned = case(case.x.at[0].set(jnp.nan), case.state)
     yield Equal(
         "another order",
         case(case.x[order], state),
-        jax.tree.map(lambda leaf: leaf[order], whole),
+        jax.tree.map(lambda leaf: leaf[order], together),
     )
     yield Equal(
         "beside a row of NaN",
-        *(jax.tree.map(lambda leaf: leaf[1:], z) for z in (beside, whole)),
+        *(jax.tree.map(lambda leaf: leaf[1:], z) for z in (poisoned, together)),
     )
 
 
@@ -406,8 +408,8 @@ def sharding(case: Case) -> Yields:
         raise NotApplicable("one device; emulate more to examine it")
     expected = _copies(case(case.x, case.state), mesh.size)
     x, state = _copies((case.x, case.state), mesh.size)
-    found = case(*jax.device_put((x, state), NamedSharding(mesh, SPREAD)))
-    yield Equal(f"{mesh.size} devices", found, expected)
+    actual = case(*jax.device_put((x, state), NamedSharding(mesh, SPREAD)))
+    yield Equal(f"{mesh.size} devices", actual, expected)
 
 
 def shard_map(case: Case) -> Yields:
@@ -430,10 +432,10 @@ def shard_map(case: Case) -> Yields:
 
         return jax.tree.map(mean, result)
 
-    result, found = case.gradients(spread, case.x, None)
+    result, gradients = case.gradients(spread, case.x, None)
     expected_result, expected = case.gradients(case.whole, case.x, None)
     yield Equal("a call", result, expected_result)
-    yield Equal("a call", found, expected, "gradient")
+    yield Equal("a call", gradients, expected, "gradient")
     if case.state is not None:
         token = case.x[:, :1]
         step = jit(spread)(case.variables, token, case.state)
@@ -451,28 +453,28 @@ def vmapped(case: Case) -> Yields:
     """`jax.vmap` over the rows gives what the batch gives."""
     over_rows = jit(jax.vmap(case.plain, (None, 0, 0)))
     x, state = jax.tree.map(lambda leaf: leaf[:, None], (case.x, case.state))
-    found = jax.tree.map(lambda leaf: leaf[:, 0], over_rows(case.variables, x, state))
-    yield Equal("rows", found, case(case.x, case.state))
+    actual = jax.tree.map(lambda leaf: leaf[:, 0], over_rows(case.variables, x, state))
+    yield Equal("rows", actual, case(case.x, case.state))
 
 
 def rematerialised(case: Case) -> Yields:
     """`jax.checkpoint` changes neither values nor gradients."""
     remat = jax.checkpoint(case.whole)
-    result, found = case.gradients(remat, case.x, case.state)
+    result, gradients = case.gradients(remat, case.x, case.state)
     expected_result, expected = case.gradients(case.whole, case.x, case.state)
     yield Equal("values", result, expected_result)
-    yield Equal("gradients", found, expected, "gradient")
+    yield Equal("gradients", gradients, expected, "gradient")
 
 
 def scan_over_calls(case: Case) -> Yields:
     """A `jax.lax.scan` over calls, its state donated, equals one call: outputs, final
     state, and gradients through the pieces."""
     case.needs("state")
-    result, found = case.gradients(case.scanned, case.x, case.state)
+    result, gradients = case.gradients(case.scanned, case.x, case.state)
     expected_result, expected = case.gradients(case.whole, case.x, case.state)
     yield Equal("values", result, expected_result)
-    yield Equal("gradients", found, expected, "gradient")
-    donating = jit(lambda *given: Result(*case.scanned(*given)), donate_argnums=2)
+    yield Equal("gradients", gradients, expected, "gradient")
+    donating = jit(lambda *args: Result(*case.scanned(*args)), donate_argnums=2)
     first = donating(case.variables, case.x, case.initial())
     expected = case(case.x, case.initial())
     yield Equal("a donated state", first, expected)
@@ -489,24 +491,24 @@ def in_x64(case: Case) -> Yields:
     narrow = jax.eval_shape(case.initial)
     expected_result, expected = case.gradients(call, case.x, case.state)
     with jax.enable_x64(True):
-        made = jax.eval_shape(
+        parameters = jax.eval_shape(
             lambda key: nn.unbox(case.layer.init({"params": key}, case.x)), case.key
         )
-        _same_dtypes("parameters", made, case.variables)
+        _same_dtypes("parameters", parameters, case.variables)
         _same_dtypes("the initial state", jax.eval_shape(case.initial), narrow)
-        result, found = case.gradients(call, case.x, case.state)
+        result, gradients = case.gradients(call, case.x, case.state)
         _same_dtypes("results", result, expected_result)
-        _same_dtypes("gradients", found, expected)
+        _same_dtypes("gradients", gradients, expected)
     yield Equal("values", result, expected_result)
-    yield Equal("gradients", found, expected, "gradient")
+    yield Equal("gradients", gradients, expected, "gradient")
 
 
-def _same_dtypes(what, tree, expected):
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), target in zip(found, jax.tree.leaves(expected), strict=True):
+def _same_dtypes(subject, tree, expected):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), target in zip(leaves, jax.tree.leaves(expected), strict=True):
         if leaf.dtype != target.dtype:
             name = jax.tree_util.keystr(path)
-            raise Broken(f"{what}{name}: {leaf.dtype} instead of {target.dtype}")
+            raise Broken(f"{subject}{name}: {leaf.dtype} instead of {target.dtype}")
 
 
 LONG = 2**16
@@ -584,13 +586,13 @@ def _affordable(case):
             seconds = min(_seconds(program, variables, x) for _ in range(5))
         memory = program.memory_analysis()
         costs.append((seconds, memory.temp_size_in_bytes if memory else 0))
-    span, allowed = math.log2(PROBES[1] / PROBES[0]), LONG
-    for few, many, most in zip(*costs, (SECONDS, MEMORY), strict=True):
-        power = math.log2(many / few) / span if few and many else 0.0
+    span, affordable = math.log2(PROBES[1] / PROBES[0]), LONG
+    for low, high, budget in zip(*costs, (SECONDS, MEMORY), strict=True):
+        power = math.log2(high / low) / span if low and high else 0.0
         if power > QUADRATIC:
-            tokens = PROBES[1] * math.sqrt(most / many)
-            allowed = min(allowed, 2 ** int(math.log2(max(tokens, PROBES[0]))))
-    return allowed
+            tokens = PROBES[1] * math.sqrt(budget / high)
+            affordable = min(affordable, 2 ** int(math.log2(max(tokens, PROBES[0]))))
+    return affordable
 
 
 def _seconds(program, variables, x):
@@ -602,7 +604,7 @@ def _seconds(program, variables, x):
 def bad_input(case: Case) -> Yields:
     """Wrong ranks, L = 0 and fields of a wrong shape are ValueErrors that name them."""
     x, ones = case.x, jnp.ones((B, case.length), bool)
-    wrong = {
+    bad_calls = {
         "x": [(x[0], None), (x[:, :0], None), (x[..., :-1], None)],
         "mask": [
             (x, Sequence(mask=ones[:, 1:])),
@@ -612,7 +614,7 @@ def bad_input(case: Case) -> Yields:
         "reset": [(x, Sequence(reset=ones[1:]))],
         "dt": [(x, Sequence(dt=jnp.ones((B, case.length + 1))))],
     }
-    for name, calls in wrong.items():
+    for name, calls in bad_calls.items():
         for x, sequence in calls:
             _must_refuse(case, name, x, None, sequence)
     yield from ()
@@ -711,15 +713,18 @@ def examine(
 
 
 def _examine(case, law):
-    most, remarks = None, []
+    largest, remarks = None, []
     try:
-        for found in LAWS[law](case):
-            if isinstance(found, Remark):
-                remarks.append(found.text)
+        for outcome in LAWS[law](case):
+            if isinstance(outcome, Remark):
+                remarks.append(outcome.text)
                 continue
-            here = measured(found)
-            if most is None or here.error / here.limit > most.error / most.limit:
-                most = here
+            deviation = measured(outcome)
+            if (
+                largest is None
+                or deviation.error / deviation.limit > largest.error / largest.limit
+            ):
+                largest = deviation
     except NotApplicable as reason:
         return Finding(law, None, None, str(reason))
     except Broken as reason:
@@ -727,20 +732,20 @@ def _examine(case, law):
     except Exception as problem:
         reason = _described(problem)
         return Finding(law, math.inf, 0.0, reason, "", tuple(remarks))
-    if most is None:
+    if largest is None:
         return Finding(law, 0.0, 0.0)
-    return Finding(law, most.error, most.limit, "", most.where, tuple(remarks))
+    return Finding(law, largest.error, largest.limit, "", largest.where, tuple(remarks))
 
 
 def _described(problem):
     """The error in one line, with the last place in the layer's code that raised it."""
-    here, text = Path(__file__).parent, " ".join(str(problem).split())
+    folder, text = Path(__file__).parent, " ".join(str(problem).split())
     library = ("site-packages", "dist-packages")
-    own = [
+    frames = [
         frame
         for frame in traceback.extract_tb(problem.__traceback__)
         if not any(part in frame.filename for part in library)
-        and Path(frame.filename).parent != here
+        and Path(frame.filename).parent != folder
     ]
-    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(problem).__name__}: {textwrap.shorten(text, 400)}{place}"

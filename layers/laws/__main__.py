@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         description=laws.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--layer", help="a name of LAYERS or a dotted path")
-    which.add_argument("--all", action="store_true", help="every layer of LAYERS")
-    options, found, start = parser.parse_args(argv), {}, time.perf_counter()
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--layer", help="a name of LAYERS or a dotted path")
+    choice.add_argument("--all", action="store_true", help="every layer of LAYERS")
+    options, results, start = parser.parse_args(argv), {}, time.perf_counter()
     try:
         cases = CASES if options.all else cases_of(options.layer)
         layers = {name: make() for name, make in cases.items()}
@@ -48,21 +48,21 @@ def main(argv: list[str] | None = None) -> int:
                 name: pool.submit(_examined, layer) for name, layer in layers.items()
             }
             for name, job in jobs.items():
-                found[name] = job.result()
-                verdict = "holds" if found[name].holds else "FAILS"
-                done = f"{len(found)} of {len(cases)}"
-                seconds = f"{found[name].seconds:.0f} s"
-                print(f"{done}: {name} {verdict}, {seconds}", flush=True)
+                results[name] = job.result()
+                verdict = "holds" if results[name].holds else "FAILS"
+                progress = f"{len(results)} of {len(cases)}"
+                seconds = f"{results[name].seconds:.0f} s"
+                print(f"{progress}: {name} {verdict}, {seconds}", flush=True)
     except ValueError as problem:
         parser.error(str(problem))
     print()
     if options.all:
-        _print_matrix(found)
+        _print_matrix(results)
     else:
-        for name, examined in found.items():
-            _print_layer(name, examined.findings)
-    _print_ends(found, time.perf_counter() - start)
-    return int(not all(examined.holds for examined in found.values()))
+        for name, result in results.items():
+            _print_layer(name, result.findings)
+    _print_ends(results, time.perf_counter() - start)
+    return int(not all(result.holds for result in results.values()))
 
 
 def _examined(layer):
@@ -99,24 +99,26 @@ def _figures(finding):
     return f"error {finding.error:.0e}, limit {finding.limit:.0e}, {finding.where}"
 
 
-def _print_matrix(found):
+def _print_matrix(results):
     """One line a case, one letter a law."""
     letters = {law: chr(ord("a") + i) for i, law in enumerate(laws.LAWS)}
-    width = max(map(len, found))
+    width = max(map(len, results))
     print(f"{'':{width}} {' '.join(letters.values())}  time")
-    for name, examined in found.items():
-        marks = " ".join(map(_mark, examined.findings))
-        print(f"{name:{width}} {marks} {examined.seconds:3.0f} s")
+    for name, result in results.items():
+        marks = " ".join(map(_mark, result.findings))
+        print(f"{name:{width}} {marks} {result.seconds:3.0f} s")
     print("\n. holds   F fails   - does not apply")
     entries = [f"{letter} {law}" for law, letter in letters.items()]
     rows = -(-len(entries) // 3)
     for row in range(rows):
         print("".join(f"{entry:29}" for entry in entries[row::rows]).rstrip())
     print()
-    _print_notes(found, "not applied", lambda f: [f.reason] if f.error is None else [])
-    _print_notes(found, "remarks", lambda f: f.remarks)
-    for name, examined in found.items():
-        for finding in examined.findings:
+    _print_notes(
+        results, "not applied", lambda f: [f.reason] if f.error is None else []
+    )
+    _print_notes(results, "remarks", lambda f: f.remarks)
+    for name, result in results.items():
+        for finding in result.findings:
             if not finding.passed:
                 text = finding.reason or _figures(finding)
                 text = "; ".join((text, *finding.remarks))
@@ -129,18 +131,18 @@ def _mark(finding):
     return "." if finding.passed else "F"
 
 
-def _print_notes(found, title, notes):
+def _print_notes(results, title, notes):
     """Every note once, with the cases that have it."""
     cases = {}
-    for name, examined in found.items():
-        for finding in examined.findings:
+    for name, result in results.items():
+        for finding in result.findings:
             for note in notes(finding):
                 cases.setdefault(note, {})[name] = None
     if cases:
         print(title)
     for note, names in cases.items():
-        who = "every case" if len(names) == len(found) else ", ".join(names)
-        _print_wrapped(f"  {note}:", who)
+        holders = "every case" if len(names) == len(results) else ", ".join(names)
+        _print_wrapped(f"  {note}:", holders)
     if cases:
         print()
 
@@ -151,21 +153,21 @@ def _print_wrapped(head, text):
         print(line)
 
 
-def _print_ends(found, seconds):
+def _print_ends(results, seconds):
     failed = {
-        name: [finding.law for finding in examined.findings if not finding.passed]
-        for name, examined in found.items()
-        if not examined.holds
+        name: [finding.law for finding in result.findings if not finding.passed]
+        for name, result in results.items()
+        if not result.holds
     }
     for name, names in failed.items():
         _print_wrapped(f"failed: {name}:", "; ".join(names))
     if not failed:
         print("every law holds")
-    slowest = max(found, key=lambda name: found[name].seconds)
+    slowest = max(results, key=lambda name: results[name].seconds)
     _print_wrapped(
-        f"cases: {len(found)} in {seconds:.0f} s,",
-        f"{seconds / len(found):.0f} s a case, {AT_ONCE} at a time; the longest took "
-        f"{found[slowest].seconds:.0f} s, {slowest}",
+        f"cases: {len(results)} in {seconds:.0f} s,",
+        f"{seconds / len(results):.0f} s a case, {AT_ONCE} at a time; the longest took "
+        f"{results[slowest].seconds:.0f} s, {slowest}",
     )
 
 

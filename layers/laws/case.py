@@ -90,20 +90,20 @@ def worst(actual: Any, expected: Any) -> float:
 
 def measured(equal: Equal) -> Worst:
     """The largest error of the leaves, and where it is."""
-    allowed = limit(equal.dtype, equal.kind)
+    bound = limit(equal.dtype, equal.kind)
     actual, structure = jax.tree_util.tree_flatten_with_path(equal.actual)
     expected, target_structure = jax.tree.flatten(equal.expected)
     if structure != target_structure:
         raise Broken(
             f"{equal.what}: the structure is {structure}, not {target_structure}"
         )
-    most = Worst(0.0, allowed, equal.what)
+    largest = Worst(0.0, bound, equal.what)
     for (path, leaf), target in zip(actual, expected, strict=True):
-        here = error(leaf, target)
-        if here > most.error:
+        size = error(leaf, target)
+        if size > largest.error:
             place = f"{equal.what}: {_place(path, leaf, target)}"
-            most = Worst(here, allowed, place)
-    return most
+            largest = Worst(size, bound, place)
+    return largest
 
 
 def _place(path, leaf, target):
@@ -243,8 +243,8 @@ class Case:
         compiled = self.compiled.setdefault(
             (call, structure), jit(jax.grad(contracted, (0, 1, 2), has_aux=True))
         )
-        found, result = compiled(self.variables, x, moving, fixed, ends, extra)
-        return result, Gradients(*found)
+        grads, result = compiled(self.variables, x, moving, fixed, ends, extra)
+        return result, Gradients(*grads)
 
     # Calls for `gradients`.
 

@@ -23,7 +23,7 @@ def materialize(
 
     Args:
         layer: a mixer, with or without a recurrent mode.
-        variables: of the layer.
+        variables: those that `layer.apply` takes.
         x: [B, L, H]; or a length L, where M does not depend on the input.
 
     Returns:
@@ -79,16 +79,16 @@ def _matrix(layer, variables, x):
 
 def _response(layer, variables, x):
     """The values, and what a change of them makes of the result."""
-    _, shown = layer.apply(variables, x, mutable=[EXPOSED])
-    if "values" not in shown.get(EXPOSED, {}):
+    _, exposed = layer.apply(variables, x, mutable=[EXPOSED])
+    if "values" not in exposed.get(EXPOSED, {}):
         return x, lambda change: layer.apply(variables, x + change)[0]
 
     def respond(change):
-        moved = {**variables, MOVED: {"values": change}}
-        _, shown = layer.apply(moved, x, mutable=[EXPOSED])
-        return shown[EXPOSED]["mixed"][0]
+        changed = {**variables, MOVED: {"values": change}}
+        _, exposed = layer.apply(changed, x, mutable=[EXPOSED])
+        return exposed[EXPOSED]["mixed"][0]
 
-    return shown[EXPOSED]["values"][0], respond
+    return exposed[EXPOSED]["values"][0], respond
 
 
 def _rows(pull, mixed, channels):
@@ -106,15 +106,15 @@ def _rows(pull, mixed, channels):
 
 def _applied(M, values):
     """M [B, *C, L, L] on values [B, L, *C]."""
-    moved = jnp.moveaxis(values, 1, -1)[..., None]
-    return jnp.moveaxis((M @ moved)[..., 0], -1, 1)
+    columns = jnp.moveaxis(values, 1, -1)[..., None]
+    return jnp.moveaxis((M @ columns)[..., 0], -1, 1)
 
 
 def _contracted(M, values, out):
     """M [B, *C_out, *C_in, L, L] on values [B, L, *C_in]."""
-    moved = jnp.moveaxis(values, 1, -1)[..., None]
-    moved = moved.reshape(len(moved), *[1] * out, *moved.shape[1:])
-    product = (M @ moved)[..., 0]
+    columns = jnp.moveaxis(values, 1, -1)[..., None]
+    columns = columns.reshape(len(columns), *[1] * out, *columns.shape[1:])
+    product = (M @ columns)[..., 0]
     product = jnp.sum(product, tuple(range(1 + out, product.ndim - 1)))
     return jnp.moveaxis(product, -1, 1)
 

@@ -151,7 +151,7 @@ class GatedMLP(nn.Module):
     """W_down (silu(W_gate x) * W_up x) (https://arxiv.org/abs/2002.05202).
 
     Attributes:
-        features: H; width: of the hidden layer.
+        features: H; width: features of the hidden layer.
         dtype: of activations.
     """
 
@@ -181,7 +181,7 @@ class Block(nn.Module):
         dropout: rate; tie_dropout: one mask for all tokens of a sequence, or all places
             of a grid.
         dtype: of activations.
-        norm_momentum: of the running batch statistics.
+        norm_momentum: share of the old in the running batch statistics.
         norm_epsilon: added to the variance; 0 is the norm's own, see `NORMS`.
     """
 

@@ -208,19 +208,19 @@ def _block(name, args, config, dtype):
 
 
 def _video(stack, config, dtype):
-    given = dict(config["video"])
-    depths = tuple(given["depths"])
+    options = dict(config["video"])
+    depths = tuple(options["depths"])
     if not depths or min(depths) < 1:
         raise ValueError(f"video.depths: must be one or more widths, got {depths}")
     return Video(
         stack=stack,
         features=config["features"],
-        size=tuple(given["size"]),
-        channels=given["channels"],
+        size=tuple(options["size"]),
+        channels=options["channels"],
         depths=depths,
         vocab_size=config["vocab_size"],
-        actions=given["actions"],
-        action_features=given["action_features"],
+        actions=options["actions"],
+        action_features=options["action_features"],
         remat=config["remat"],
         dtype=dtype,
     )
@@ -239,23 +239,23 @@ def _latent_size(config):
 
 
 def _autoencoder(config):
-    given = dict(config["layer_args"])
-    _fields(VQ, "vq", given, {"channels", "dtype"})
-    if "depths" in given:  # a config read back from its file has lists
-        given["depths"] = tuple(given["depths"])
-    given.setdefault("channels", config["outputs"])
-    given.setdefault("dtype", precision.get(config["dtype"]).compute)
-    return VQ(**given)
+    arguments = dict(config["layer_args"])
+    _fields(VQ, "vq", arguments, {"channels", "dtype"})
+    if "depths" in arguments:  # a config read back from its file has lists
+        arguments["depths"] = tuple(arguments["depths"])
+    arguments.setdefault("channels", config["outputs"])
+    arguments.setdefault("dtype", precision.get(config["dtype"]).compute)
+    return VQ(**arguments)
 
 
-def _fields(cls, name, given, own):
-    """The fields of a layer; `ValueError` where `given` has others. Those of `own` are
-    not a config's to give."""
+def _fields(cls, name, arguments, reserved):
+    """The fields of a layer; `ValueError` where `arguments` has others. Those of
+    `reserved` are not a config's to give."""
     fields = {f.name for f in dataclasses.fields(cls)} - {"parent", "name"}
-    unknown = sorted(set(given) - fields)
+    unknown = sorted(set(arguments) - fields)
     if unknown:
         raise ValueError(
-            f"layer_args: must be among {sorted(fields - own)} for {name}, got "
+            f"layer_args: must be among {sorted(fields - reserved)} for {name}, got "
             f"{unknown}. A config takes layer and arguments together: "
             f"configs/FILE.py:...,layer={name}"
         )

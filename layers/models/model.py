@@ -239,17 +239,19 @@ def _pool(x, sequence, before, head):
         pending = jnp.any(sequence.reset & ~mask, axis=1)
         segment = jnp.cumsum(sequence.reset & mask, axis=1)
         mask = mask & (segment == segment[:, -1:])
-        fresh = segment[:, -1] > 0
+        restarted = segment[:, -1] > 0
         before = PoolState(
-            jnp.where(fresh[:, None], 0.0, before.features),
-            jnp.where(fresh, 0.0, before.count),
+            jnp.where(restarted[:, None], 0.0, before.features),
+            jnp.where(restarted, 0.0, before.count),
         )
-    here = jnp.sum(mask, axis=1, dtype=x.dtype)
-    count = before.count + here
+    added = jnp.sum(mask, axis=1, dtype=x.dtype)
+    count = before.count + added
     if head == "last":
         last = jnp.max(jnp.where(mask, jnp.arange(L), 0), axis=1)
-        found = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        pooled = features = jnp.where((here > 0)[:, None], found, before.features)
+        last_features = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        pooled = features = jnp.where(
+            (added > 0)[:, None], last_features, before.features
+        )
     else:
         features = before.features + jnp.sum(jnp.where(mask[..., None], x, 0.0), axis=1)
         pooled = features / jnp.maximum(count, 1.0)[:, None]

@@ -26,15 +26,15 @@ def rows() -> Iterator[tuple[str, ...]]:
     for name, cls in (LAYERS | FRAME_LAYERS).items():
         module = sys.modules[cls.__module__]
         summary = " ".join(module.__doc__.split("\n\n")[0].split())
-        what, _, sources = summary.partition(" (https:")
+        description, _, sources = summary.partition(" (https:")
         papers = re.findall(r"https:[^\s,)]+", "https:" + sources)
-        refused = cases(name, cls)[name]()
+        layer = cases(name, cls)[name]()
         yield (
             f"`{name}`",
-            what,
+            description,
             ", ".join(f"[{_title(paper)}]({paper})" for paper in papers),
             f"`{Path(inspect.getfile(cls)).relative_to(ROOT).as_posix()}`",
-            ", ".join(f"`{word}`" for word in getattr(refused, "REFUSES", ())),
+            ", ".join(f"`{word}`" for word in getattr(layer, "REFUSES", ())),
         )
 
 
@@ -47,8 +47,8 @@ def markdown() -> str:
 
 def fields(cls: type[nn.Module]) -> dict:
     """The fields of a layer that `layer_args` may give, with their defaults."""
-    own = [f for f in dataclasses.fields(cls) if f.name not in {"parent", "name"}]
-    return {f.name: f.default for f in own if f.name not in FROM_MODEL}
+    declared = [f for f in dataclasses.fields(cls) if f.name not in {"parent", "name"}]
+    return {f.name: f.default for f in declared if f.name not in FROM_MODEL}
 
 
 def _title(paper):
@@ -65,9 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fields", action="store_true")
     if parser.parse_args(argv).fields:
         for name, cls in (LAYERS | FRAME_LAYERS).items():
-            given = ", ".join(f"{key}={value!r}" for key, value in fields(cls).items())
-            given = given.replace("inf", 'float("inf")')
-            print(f'    "{name}": dict({given}),')
+            arguments = ", ".join(
+                f"{key}={value!r}" for key, value in fields(cls).items()
+            )
+            arguments = arguments.replace("inf", 'float("inf")')
+            print(f'    "{name}": dict({arguments}),')
     else:
         print(markdown(), end="")
     return 0

@@ -148,20 +148,20 @@ class Video(nn.Module):
 
     @nn.nowrap
     def _parts(self, inputs):
-        given = isinstance(inputs, Mapping)
-        if self.actions and not (given and {"frames", "actions"} <= set(inputs)):
+        is_mapping = isinstance(inputs, Mapping)
+        if self.actions and not (is_mapping and {"frames", "actions"} <= set(inputs)):
             raise ValueError(
                 f"actions: a model of {self.actions} actions takes "
                 '{"frames": ..., "actions": int [B, L]}, got '
-                f"{sorted(inputs) if given else 'frames alone'}"
+                f"{sorted(inputs) if is_mapping else 'frames alone'}"
             )
-        if given and not self.actions:
+        if is_mapping and not self.actions:
             raise ValueError(
                 "actions: the model was built without; in a run they are those of the "
                 "dataset, see data.actions"
             )
         frames, actions = (
-            (inputs["frames"], inputs["actions"]) if given else (inputs, None)
+            (inputs["frames"], inputs["actions"]) if is_mapping else (inputs, None)
         )
         expected = self.size if self.vocab_size else (*self.size, self.channels)
         if frames.shape[2:] != tuple(expected):

@@ -48,7 +48,7 @@ class VQ(nn.Module):
         code_features: D.
         blocks: residual blocks at every resolution.
         beta: weight of the commitment loss mean (z - sg(e_k))^2.
-        decay: of the moving averages.
+        decay: share of the old in the moving averages of the codebook.
         restart: a code chosen by fewer vectors per batch than this begins anew at one
             of the batch; 0: never.
         dtype: of activations; codes, distances and outputs are float32 or better.
@@ -225,7 +225,7 @@ def moved(
         chosen: [M, K] one-hot; a row of zeros is no vector.
         error: [M] squared distance of each vector to its code.
         decay, restart: see `VQ`.
-        key: of the draws.
+        key: random key that new codes are drawn with.
     """
     counts = decay * book.counts + (1 - decay) * jnp.sum(chosen, axis=0)
     batch = jnp.einsum("mk,md->kd", chosen, z, precision="highest")

@@ -38,9 +38,9 @@ def main(argv=None):
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
     if options.case and options.suite != "tokens":
         parser.error(f"--case is of the suite tokens, got --suite {options.suite}")
-    found = SUITES[options.suite](options, Console(width=100))
+    figures = SUITES[options.suite](options, Console(width=100))
     if options.out:
-        options.out.write_text(json.dumps(timing.environment() | found, indent=1))
+        options.out.write_text(json.dumps(timing.environment() | figures, indent=1))
     return 0
 
 

@@ -207,14 +207,14 @@ def hyena_case(small):
     """Hyena, forward+backward: B8 L4096 H128, beside its projections and convolutions
     with given filters."""
     B, L, H = (2, 128, 16) if small else (8, 4096, 128)
-    given = _normal((B, L, H), (H, 3 * H), (3 * H, 3), (H, L), (H,), (H, H))
+    inputs = _normal((B, L, H), (H, 3 * H), (3 * H, 3), (H, L), (H,), (H, H))
 
     def parts(x, into, short, k, D, out):
         a, b, v = jnp.split(short_conv(x @ into, short)[0], 3, -1)
         return (a * fft_conv(b * v, k, skip=D)[0]) @ out
 
     return _beside(
-        Hyena(H, L), given[0], "projections and convolutions", parts, tuple(given)
+        Hyena(H, L), inputs[0], "projections and convolutions", parts, tuple(inputs)
     )
 
 
@@ -226,19 +226,19 @@ def _normal(*shapes):
     ]
 
 
-def _beside(layer, x, name, parts, given):
-    """The gradient of a layer in everything, beside that of `parts(*given)`."""
+def _beside(layer, x, name, parts, inputs):
+    """The gradient of a layer in everything, beside that of `parts(*inputs)`."""
     variables = nn.unbox(jax.jit(layer.init)({"params": jax.random.key(1)}, x))
 
     def whole(variables, x):
         return jnp.sum(layer.apply(variables, x)[0] ** 2)
 
-    def plainly(*given):
-        return jnp.sum(parts(*given) ** 2)
+    def plainly(*inputs):
+        return jnp.sum(parts(*inputs) ** 2)
 
     return {
         type(layer).__name__: (jax.grad(whole, (0, 1)), (variables, x)),
-        name: (jax.grad(plainly, tuple(range(len(given)))), given),
+        name: (jax.grad(plainly, tuple(range(len(inputs)))), inputs),
     }
 
 
@@ -291,16 +291,16 @@ def compile_rows(small):
 
 def suite(options, console) -> dict:
     """Its figures by case: times, memory and the time to compile."""
-    found = {}
+    figures = {}
     for name, case in CASES.items():
         if options.case in (None, name):
-            found[name] = rows.measured(case, options.small, options.repeats)
-            rows.show(console, case.__doc__, found[name])
+            figures[name] = rows.measured(case, options.small, options.repeats)
+            rows.show(console, case.__doc__, figures[name])
     if options.case in (None, "compile"):
-        found["compile"] = compile_rows(options.small)
-        for row in found["compile"]:
+        figures["compile"] = compile_rows(options.small)
+        for row in figures["compile"]:
             console.print(
                 f"compile a training step, L={row['length']} depth={row['depth']}: "
                 f"{row['seconds']:.2f} s"
             )
-    return found
+    return figures

@@ -41,8 +41,8 @@ def _training(layer, frames, side, U):
 
     def arguments():
         x = jax.random.normal(jax.random.key(0), (1, frames, side, side, U))
-        made = jax.jit(model.init)({"params": jax.random.key(1)}, x[:, :1])
-        params = nn.unbox(made["params"])
+        variables = jax.jit(model.init)({"params": jax.random.key(1)}, x[:, :1])
+        params = nn.unbox(variables["params"])
         return params, optimizer.init(params), x
 
     return step, arguments
@@ -67,25 +67,27 @@ def step_case(small):
             ConvS5, **paired, state_size=U, output="linear"
         ),
     }
-    found = {}
+    cases = {}
     for name, layer in forms.items():
         step, arguments = _training(layer, frames, side, U)
-        found[name] = (step, arguments())
-    return found
+        cases[name] = (step, arguments())
+    return cases
 
 
 def memory_rows(small):
     """Temporary memory of a training step over frames, in chunks and at once."""
     _, side, U = _sizes(small)
-    found = []
+    records = []
     for frames in (4, 8) if small else FRAMES:
         for name, chunk in (("in chunks", conv_ssm.CHUNK), ("at once", frames)):
             layer = functools.partial(ConvS5, U, (side, side), U, chunk=chunk)
             step, arguments = _training(layer, frames, side, U)
             shapes = jax.eval_shape(arguments)
             _, _, temporary = timing.compile_function(step, shapes)
-            found.append({"form": name, "frames": frames, "temporary_bytes": temporary})
-    return found
+            records.append(
+                {"form": name, "frames": frames, "temporary_bytes": temporary}
+            )
+    return records
 
 
 def generation_rows(small, repeats):
@@ -123,11 +125,11 @@ def generation_rows(small, repeats):
             call, _, _ = timing.compile_function(run, arguments)
             compiled[name, context] = (call, arguments)
     times = timing.measure(compiled, repeats)
-    found = []
+    records = []
     for (name, context), seconds in times.items():
         summary = timing.summary([s / steps for s in seconds])
-        found.append({"form": name, "context": context, **summary})
-    return found
+        records.append({"form": name, "context": context, **summary})
+    return records
 
 
 def _filled(context):
@@ -140,22 +142,22 @@ def _filled(context):
 def suite(options, console) -> dict:
     """A training step, its memory, generation."""
     step = step_case
-    found = {"step": rows.measured(step, options.small, options.repeats)}
-    rows.show(console, step.__doc__, found["step"])
-    found["memory"] = memory_rows(options.small)
+    figures = {"step": rows.measured(step, options.small, options.repeats)}
+    rows.show(console, step.__doc__, figures["step"])
+    figures["memory"] = memory_rows(options.small)
     rows.show_rows(
         console,
-        found["memory"],
+        figures["memory"],
         "frames",
         lambda row: f"{row['temporary_bytes'] / 1e6:.0f} MB",
         "Temporary memory of a training step of ConvS5",
     )
-    found["generation"] = generation_rows(options.small, options.repeats)
+    figures["generation"] = generation_rows(options.small, options.repeats)
     rows.show_rows(
         console,
-        found["generation"],
+        figures["generation"],
         "context",
         lambda row: f"{1e3 * row['median_s']:.2f} ms",
         "One generated frame after a history of so many",
     )
-    return found
+    return figures

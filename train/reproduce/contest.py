@@ -122,12 +122,12 @@ def equalise(config: ConfigDict, budget: int) -> None:
         return parameters(config)
 
     above = bisect.bisect_left(FEATURES, budget, hi=len(FEATURES) - 1, key=count)
-    near = FEATURES[max(above - 1, 0) : above + 1]
-    config.model.features = min(near, key=lambda f: abs(count(f) - budget))
-    found = parameters(config)
-    if abs(found / budget - 1) > TOLERANCE:
+    nearest = FEATURES[max(above - 1, 0) : above + 1]
+    config.model.features = min(nearest, key=lambda f: abs(count(f) - budget))
+    total = parameters(config)
+    if abs(total / budget - 1) > TOLERANCE:
         raise ValueError(
-            f"parameters must be within {TOLERANCE:.0%} of {budget:,}; {found:,} with "
+            f"parameters must be within {TOLERANCE:.0%} of {budget:,}; {total:,} with "
             f"{config.model.features} features are the closest of {config.model.layer}"
         )
 
@@ -143,8 +143,8 @@ def config_of(contest: Contest, contender: Contender) -> ConfigDict:
 
 def label(contender: Contender) -> str:
     """The row's name, which is also that of its folders."""
-    given = [f"{name}={value}" for name, value in contender.layer_args.items()]
-    return ",".join([contender.layer, *given])
+    arguments = [f"{name}={value}" for name, value in contender.layer_args.items()]
+    return ",".join([contender.layer, *arguments])
 
 
 class Row(NamedTuple):

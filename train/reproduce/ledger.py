@@ -16,18 +16,18 @@ SECONDS = "seconds.json"
 def machine() -> str:
     """What the seconds of a table were measured on."""
     device = jax.devices()[0].device_kind
-    where = f"{device} ({platform.machine()}, {len(jax.devices())} device)"
-    return f"{where}, jax {jax.__version__}"
+    place = f"{device} ({platform.machine()}, {len(jax.devices())} device)"
+    return f"{place}, jax {jax.__version__}"
 
 
 def trained(config: ConfigDict, workdir: Path) -> dict:
     """One finished run: its results, and the seconds it took, compilation included."""
-    begun = time.monotonic()
+    start = time.monotonic()
     results = loop.run(config, workdir)
     if "stopped" in results:  # by SIGTERM or Ctrl-C; the next start goes on from here
         raise SystemExit(0)
-    kept = workdir / SECONDS
-    if not kept.exists():
-        seconds = time.monotonic() - begun
-        files.write_atomically(kept, json.dumps(seconds))
-    return results | {"seconds": files.read_json(kept, float)}
+    path = workdir / SECONDS
+    if not path.exists():
+        seconds = time.monotonic() - start
+        files.write_atomically(path, json.dumps(seconds))
+    return results | {"seconds": files.read_json(path, float)}

@@ -54,44 +54,44 @@ def rolled(folder: Path, step: int) -> dict:
 
 def play(layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> dict:
     """layer -> a list over seeds of (results, folder)."""
-    found, seconds = {}, None
+    outcomes, seconds = {}, None
     for layer in layers:
         steps = 0
         if seconds is not None:
             trial = workdir / f"moving_digits-{layer}-trial"
             ledger.trained(config_of(layer, seeds[0], TRIAL), trial)
             steps = max(TRIAL, round(seconds * steps_per_second(trial)))
-        found[layer] = []
+        outcomes[layer] = []
         for seed in seeds:
             folder = workdir / f"moving_digits-{layer}-{seed}"
             results = ledger.trained(config_of(layer, seed, steps), folder)
-            found[layer].append((results, folder))
+            outcomes[layer].append((results, folder))
         if seconds is None:
             seconds = statistics.median(
                 results["step"] / steps_per_second(folder)
-                for results, folder in found[layer]
+                for results, folder in outcomes[layer]
             )
-    return found
+    return outcomes
 
 
 def table(task: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> str:
     """Markdown: PSNR and SSIM by horizon, the median over seeds, beside those of
     repeating the last frame."""
-    found = play(layers or LAYERS, seeds, workdir)
+    outcomes = play(layers or LAYERS, seeds, workdir)
     titles = [f"PSNR +{t}" for t in HORIZONS] + [f"SSIM +{t}" for t in (10, 30)]
     titles = ["layer", "steps", *titles, "ahead from", "seconds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for layer, trained in found.items():
-        shown = [rolled(folder, results["step"]) for results, folder in trained]
-        scored = [one["scores"] for one in shown]
-        seconds = statistics.median(results["seconds"] for results, _ in trained)
-        cells = [f"`{layer}`", f"{trained[0][0]['step']:,}"]
-        cells += _cells([scores["model"] for scores in scored])
-        cells += [_ahead(scored), f"{seconds:.0f}"]
+    for layer, entries in outcomes.items():
+        summaries = [rolled(folder, results["step"]) for results, folder in entries]
+        all_scores = [one["scores"] for one in summaries]
+        seconds = statistics.median(results["seconds"] for results, _ in entries)
+        cells = [f"`{layer}`", f"{entries[0][0]['step']:,}"]
+        cells += _cells([scores["model"] for scores in all_scores])
+        cells += [_ahead(all_scores), f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    cells = _cells([scores[rollout.COPY] for scores in scored])
+    cells = _cells([scores[rollout.COPY] for scores in all_scores])
     lines.append(f"| {rollout.COPY} | | {' | '.join(cells)} | | |")
-    config, last = config_of(next(iter(found)), seeds[0]), shown[0]
+    config, last = config_of(next(iter(outcomes)), seeds[0]), summaries[0]
     lines += [
         "",
         f"`configs/video.py:moving_digits`: {config.train.batch_size} clips of "
@@ -115,14 +115,14 @@ def _cells(scores: list[dict]) -> list[str]:
     return cells + [f"{median('ssim', t):.3f}" for t in (10, 30)]
 
 
-def _ahead(scored: list[dict]) -> str:
+def _ahead(all_scores: list[dict]) -> str:
     """The smallest horizon from which on all seeds are better than the last frame."""
     better = [
         all(
             scores["model"]["psnr"][t] > scores[rollout.COPY]["psnr"][t]
-            for scores in scored
+            for scores in all_scores
         )
-        for t in range(len(scored[0]["model"]["psnr"]))
+        for t in range(len(all_scores[0]["model"]["psnr"]))
     ]
     if not better[-1]:
         return "never"

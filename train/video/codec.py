@@ -92,8 +92,8 @@ def _framewise(run: Run, method: str, rank: int) -> Callable:
             np.asarray(apply(frames[i : i + FRAMES]))
             for i in range(0, len(frames), FRAMES)
         ]
-        found = np.concatenate(parts)
-        return found.reshape(*x.shape[:-rank], *found.shape[1:])
+        joined = np.concatenate(parts)
+        return joined.reshape(*x.shape[:-rank], *joined.shape[1:])
 
     return on_all
 
@@ -101,10 +101,10 @@ def _framewise(run: Run, method: str, rank: int) -> Callable:
 def write(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an NPZ. `ValueError` where that cannot be: then what was at `path` before
     is still there."""
-    path, packed = _checked(path), io.BytesIO()
-    np.savez_compressed(packed, **arrays)
+    path, buffer = _checked(path), io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
     try:
-        files.write_atomically(path, packed.getvalue())
+        files.write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise ValueError(f"out: {path} cannot be written: {error.strerror}") from error
 

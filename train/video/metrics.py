@@ -74,13 +74,13 @@ def copy_last(context, horizon: int) -> np.ndarray:
 @jax.jit
 def _scores(truth, prediction):
     """Of frames [n, h, w, C]."""
-    odd = min(truth.shape[1:3]) - 1 + min(truth.shape[1:3]) % 2
+    widest = min(truth.shape[1:3]) - 1 + min(truth.shape[1:3]) % 2
 
     def score(pair):
         a, b = (_unit(x) for x in pair)
         mse = dm_pix.mse(a, b)
         psnr = jnp.minimum(dm_pix.psnr(a, b), PSNR_CAP)
-        ssim = dm_pix.ssim(a, b, filter_size=min(WINDOW, odd))
+        ssim = dm_pix.ssim(a, b, filter_size=min(WINDOW, widest))
         return {"mse": mse, "psnr": psnr, "ssim": ssim}
 
     return jax.lax.map(score, (truth, prediction), batch_size=FRAMES)
@@ -120,13 +120,15 @@ def check_frames(name: str, frames, rank: int, axes: str) -> None:
 def unavailable(metric: str, network: str) -> str:
     """What `metric`, "FVD" or "LPIPS", lacks to be computed with the TorchScript file
     `network`; "" if nothing."""
-    lacks = []
+    needs = []
     if not network or not Path(network).expanduser().is_file():
-        got = f"there is no file {network!r}" if network else "none is given"
-        lacks.append(f"the TorchScript file of a network ({got}): {NETWORKS[metric]}")
+        problem = f"there is no file {network!r}" if network else "none is given"
+        needs.append(
+            f"the TorchScript file of a network ({problem}): {NETWORKS[metric]}"
+        )
     if importlib.util.find_spec("torch") is None:
-        lacks.append("PyTorch, which `pip install torch` brings")
-    return f"{metric} needs {'; and '.join(lacks)}" if lacks else ""
+        needs.append("PyTorch, which `pip install torch` brings")
+    return f"{metric} needs {'; and '.join(needs)}" if needs else ""
 
 
 def fvd(truth, prediction, network: str | Callable) -> float:

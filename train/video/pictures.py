@@ -137,11 +137,11 @@ def _beside(left: np.ndarray, right: np.ndarray, scale: int, colour: str):
     pair = [np.broadcast_to(x, (*x.shape[:2], 3)) for x in pair]
     height, width = pair[0].shape[:2]
     gap = 4
-    whole = np.full((height + gap, 2 * width + gap, 3), 255, np.uint8)
-    whole[gap:, :width], whole[gap:, -width:] = pair
-    whole[:gap, :width] = _rgb(SOFT)
-    whole[:gap, -width:] = _rgb(colour)
-    return whole
+    canvas = np.full((height + gap, 2 * width + gap, 3), 255, np.uint8)
+    canvas[gap:, :width], canvas[gap:, -width:] = pair
+    canvas[:gap, :width] = _rgb(SOFT)
+    canvas[:gap, -width:] = _rgb(colour)
+    return canvas
 
 
 def _rgb(colour: str) -> np.ndarray:
@@ -171,8 +171,8 @@ def _frames(context, truth, prediction, rank: int):
     frames = dict(context=context, truth=truth, prediction=prediction)
     for name, values in frames.items():
         check_frames(name, values, rank, axes)
-        here, there = (x.shape[: rank - 4] + x.shape[-3:] for x in (values, truth))
-        if here != there or there[-1] not in (1, 3):
+        shape, expected = (x.shape[: rank - 4] + x.shape[-3:] for x in (values, truth))
+        if shape != expected or expected[-1] not in (1, 3):
             raise ValueError(
                 f"{name} must have as many clips as truth, frames of its size and 1 or "
                 f"3 channels; they have shapes {values.shape} and {truth.shape}"

@@ -211,21 +211,21 @@ def roll(
     batches = signals.stoppable(dataset.evaluation(split, min(batch, count)))
     for part, rows in enumerate(batches):
         real = rows["mask"].any(axis=1)
-        whole, actions = whole_clips(rows)
-        seen, key = whole[:, :context], None
+        videos, actions = whole_clips(rows)
+        past, key = videos[:, :context], None
         if sample is not None:
             key = jax.random.fold_in(jax.random.key(sample), part)
-        found = open_loop(model, variables, seen, horizon, actions, key)
-        clips.append(whole[real])
-        predictions.append(_shown(np.asarray(found)[real]))
+        future = open_loop(model, variables, past, horizon, actions, key)
+        clips.append(videos[real])
+        predictions.append(_shown(np.asarray(future)[real]))
         if sum(map(len, clips)) >= count:
             break
     clips, prediction, finite = (
         np.concatenate(x)[:count] for x in (clips, *zip(*predictions, strict=True))
     )
-    found = Rollout(clips[:, :context], clips[:, context:], prediction, finite)
+    rollout = Rollout(clips[:, :context], clips[:, context:], prediction, finite)
     codec = _codec(dataset.spec, model.vocab_size)
-    return Rollout(*map(codec, found.frames()), finite) if codec else found
+    return Rollout(*map(codec, rollout.frames()), finite) if codec else rollout
 
 
 def _shown(frames):
@@ -239,21 +239,21 @@ def scores(rollout: Rollout) -> dict:
     """{"model" and "copy last frame": {metric: [horizon]}}: "psnr" in dB, "ssim" and
     "mse", means over clips, NaN where a clip's frame is no number; of codes the
     "accuracy", the share that is right."""
-    copied = video_metrics.copy_last(rollout.context, rollout.truth.shape[1])
-    found = {}
+    repeated = video_metrics.copy_last(rollout.context, rollout.truth.shape[1])
+    by_name = {}
     for name, prediction, finite in (
         ("model", rollout.prediction, rollout.finite),
-        (COPY, copied, True),
+        (COPY, repeated, True),
     ):
         if rollout.truth.ndim == 5:
             values = video_metrics.frame_metrics(rollout.truth, prediction)
         else:
             values = {"accuracy": (rollout.truth == prediction).mean((2, 3))}
-        found[name] = {
+        by_name[name] = {
             k: [float(x) for x in np.where(finite, v, np.nan).mean(axis=0)]
             for k, v in values.items()
         }
-    return found
+    return by_name
 
 
 def of_run(
@@ -289,18 +289,18 @@ def predict(run: runs.Run, workdir: Path) -> dict:
     if not isinstance(run.model, Video):
         return {}
     split = runs.last_split(run.dataset)
-    found = of_run(run, run.config.rollout, split)
-    scored = summary(run, found, split)
+    rollout = of_run(run, run.config.rollout, split)
+    record = summary(run, rollout, split)
     if jax.process_index() == 0:
-        write(workdir, found, scored)
-        show(scored)
-    return {"rollout": scored}
+        write(workdir, rollout, record)
+        show(record)
+    return {"rollout": record}
 
 
-def write(workdir: str | Path, rollout: Rollout, found: dict) -> None:
-    """rollout.json with the scores `found`, rollout.png and rollout.gif."""
+def write(workdir: str | Path, rollout: Rollout, record: dict) -> None:
+    """rollout.json with `record`, a `summary`, rollout.png and rollout.gif."""
     workdir = Path(workdir)
-    text = json.dumps(found, indent=2) + "\n"
+    text = json.dumps(record, indent=2) + "\n"
     files.write_atomically(workdir / JSON, text)
     if rollout.truth.ndim == 5:
         frames = rollout.frames()
@@ -310,25 +310,25 @@ def write(workdir: str | Path, rollout: Rollout, found: dict) -> None:
         files.write_atomically(workdir / GIF, film)
 
 
-def by_horizon(found: dict) -> tuple[list[str], list[tuple[str, ...]]]:
+def by_horizon(record: dict) -> tuple[list[str], list[tuple[str, ...]]]:
     """The columns of a table of scores, some frames ahead and the mean over all, and
     its rows (name, score, ...)."""
-    length = len(next(iter(found["scores"]["model"].values())))
+    length = len(next(iter(record["scores"]["model"].values())))
     horizons = [t for t in TABLE if t < length] + [length]
     rows = []
-    for name, metrics in found["scores"].items():
+    for name, metrics in record["scores"].items():
         for metric, values in metrics.items():
-            shown = [*(values[t - 1] for t in horizons), sum(values) / length]
-            rows.append((f"{name}, {metric}", *(f"{x:.4g}" for x in shown)))
+            row = [*(values[t - 1] for t in horizons), sum(values) / length]
+            rows.append((f"{name}, {metric}", *(f"{x:.4g}" for x in row)))
     return [*(f"+{t}" for t in horizons), "mean"], rows
 
 
-def show(found: dict) -> None:
+def show(record: dict) -> None:
     """Prints the scores at some horizons."""
-    columns, rows = by_horizon(found)
+    columns, rows = by_horizon(record)
     table = Table(
-        title=f"{found['clips']} clips of the {found['split']} split after "
-        f"{found['context']} frames of context, against {found['against']}"
+        title=f"{record['clips']} clips of the {record['split']} split after "
+        f"{record['context']} frames of context, against {record['against']}"
     )
     table.add_column("")
     for title in columns:
@@ -351,26 +351,26 @@ def main(argv=None):
     parser.add_argument("--fvd", default="", help="I3D as a TorchScript file")
     parser.add_argument("--lpips", default="", help="LPIPS as a TorchScript file")
     evaluate.add_trust(parser)
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
-        workdir = settings.place("--workdir", given.workdir)
-        run = runs.load_run(workdir, given.step, given.trust)
+        workdir = settings.place("--workdir", arguments.workdir)
+        run = runs.load_run(workdir, arguments.step, arguments.trust)
         options = {name: run.config.rollout[name] for name in NUMBERS}
         for name in options:
-            if getattr(given, name) is not None:
-                options[name] = getattr(given, name)
+            if getattr(arguments, name) is not None:
+                options[name] = getattr(arguments, name)
             settings.check(f"rollout.{name}", options[name], 0)
-        _check_sample(run, given.sample)
-        rollout = of_run(run, options, given.split, given.sample)
-        found = summary(run, rollout, given.split)
-        write(workdir, rollout, found)  # networks may yet ask for too much
-        found |= _by_networks(rollout, given)
-        write(workdir, rollout, found)
+        _check_sample(run, arguments.sample)
+        rollout = of_run(run, options, arguments.split, arguments.sample)
+        record = summary(run, rollout, arguments.split)
+        write(workdir, rollout, record)  # networks may yet ask for too much
+        record |= _by_networks(rollout, arguments)
+        write(workdir, rollout, record)
     except evaluate.PROBLEMS as problem:
         parser.error(str(problem))
-    show(found)
+    show(record)
     for name in NETWORKS:
-        print(f"{name}: {found[name]}")
+        print(f"{name}: {record[name]}")
     return 0
 
 
@@ -386,7 +386,7 @@ def _check_sample(run: runs.Run, sample: int | None) -> None:
 
 def summary(run: runs.Run, rollout: Rollout, split: str) -> dict:
     """What rollout.json holds."""
-    found = scores(rollout)
+    by_name = scores(rollout)
     if rollout.truth.ndim != 5:
         against = "the true codes"
     elif run.model.vocab_size:
@@ -399,29 +399,29 @@ def summary(run: runs.Run, rollout: Rollout, split: str) -> dict:
         "clips": len(rollout.truth),
         "context": rollout.context.shape[1],
         "against": against,
-        "scores": found,
+        "scores": by_name,
         "mean": {
             name: {k: float(np.mean(v)) for k, v in metrics.items()}
-            for name, metrics in found.items()
+            for name, metrics in by_name.items()
         },
     }
 
 
-def _by_networks(rollout, given) -> dict:
+def _by_networks(rollout, arguments) -> dict:
     """FVD and LPIPS, or why there are none."""
-    found = {}
+    results = {}
     for name, metric in NETWORKS.items():
-        network = getattr(given, name)
-        lacking = video_metrics.unavailable(name.upper(), network)
-        if lacking:
-            found[name] = lacking
+        network = getattr(arguments, name)
+        reason = video_metrics.unavailable(name.upper(), network)
+        if reason:
+            results[name] = reason
         elif not rollout.finite.all():
-            found[name] = "none: the model predicted frames that are no numbers"
+            results[name] = "none: the model predicted frames that are no numbers"
         else:
-            found[name] = float(
+            results[name] = float(
                 np.mean(metric(rollout.truth, rollout.prediction, network))
             )
-    return found
+    return results
 
 
 if __name__ == "__main__":
