@@ -10,7 +10,7 @@ It is JSON:
     results    a list of `conformance.Row` with its verdict: "passed", "failed" or
                "not run"
 
-`device`, `versions` and `sources` say for what the results hold. `train.certificate`
+`device`, `versions` and `sources` say for what the results hold. `train.exclusions`
 reads it.
 """
 
