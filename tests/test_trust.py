@@ -103,6 +103,7 @@ def test_no_command_calls_the_dataset_that_a_run_names(tmp_path, capsys, command
     config = small()
     config.data = {"name": "stranger.load", "workers": 0}
     runs.write_config(tmp_path / "run", config)
+    (tmp_path / "run" / "metrics.jsonl").touch()
     start, arguments = COMMANDS[command]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="2"):
         patch.syspath_prepend(tmp_path)
