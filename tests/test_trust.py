@@ -99,6 +99,22 @@ def test_no_command_imports_what_a_run_names(run, stranger, capsys, command, lay
     assert str(run) in said and repr(NAME) in said and "--trust" in said
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_calls_the_dataset_that_a_run_names(tmp_path, capsys, command):
+    (tmp_path / "stranger.py").write_text(PAYLOAD)
+    config = small()
+    config.data = {"name": "stranger.load", "workers": 0}
+    runs.write_config(tmp_path / "run", config)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    start, arguments = COMMANDS[command]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.syspath_prepend(tmp_path)
+        start([*arguments, str(tmp_path / "run")])
+    assert not (tmp_path / "executed").exists() and "stranger" not in sys.modules
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "names the dataset 'stranger.load'" in said and "--trust" in said
+
+
 def test_nothing_else_that_reads_a_run_imports_what_it_names(
     run, stranger, tmp_path, capsys
 ):

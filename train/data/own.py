@@ -225,7 +225,8 @@ def drawn_split(
     except ValueError as error:
         raise ValueError(
             f"{source.path}: its {count} sequences cannot be divided: {error}; change "
-            "data.validation or data.test (0: no such part), or give an NPZ a key split"
+            "data.validation or data.test (0: no such part), or say the split: an NPZ "
+            "in its key split, recordings in folders train, validation and test"
         ) from error
 
 
