@@ -8,6 +8,7 @@ line. `settable` lists the fields that a command line can set.
 import dataclasses
 import importlib
 import inspect
+import itertools
 import numbers
 import os
 import sys
@@ -58,8 +59,8 @@ def imported(name: str) -> type[nn.Module]:
             and value.__module__ == module
         ]
         raise ValueError(
-            f"layer: must be a Flax module of {module} ({file}), got {attribute!r}, "
-            f"which is not there; it has {', '.join(there) or 'none'}"
+            f"layer: must be a Flax module of {module} ({file}), which has "
+            f"{', '.join(there) or 'none'}, got {name!r}"
         )
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
@@ -72,11 +73,8 @@ def imported(name: str) -> type[nn.Module]:
 
 
 def _module(name, module):
-    parts = module.split(".")
-    for end in range(
-        1, len(parts) + 1
-    ):  # a package first, to say which part is missing
-        part = ".".join(parts[:end])
+    # A package first, to say which part is missing.
+    for part in itertools.accumulate(module.split("."), "{}.{}".format):
         try:
             importlib.import_module(part)
         except ModuleNotFoundError as error:

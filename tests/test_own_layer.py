@@ -137,7 +137,7 @@ FOUND = {
     "mine.ShortState": "`init_state(self, batch_size)`, got `init_state(self)`",
     "mine.function": "a class of flax.linen.Module, got a function that is none",
     "mine.Plain": "must be a class of flax.linen.Module, got a class that is none",
-    "mine.Nothing": "got 'Nothing', which is not there; it has Slow, Whole, Without",
+    "mine.Nothing": "mine.py), which has Slow, Whole, WithoutDtype, ",
     "mine.Slow.Inner": "mine.py) is a module and no package, so 'mine.Slow.Inner'",
     "parcel.nothing.Layer": "there is no module 'parcel.nothing' for 'parcel.nothing",
     "layers.mine.Layer": f"layers is the package in {tiny_run.ROOT / 'layers'}",
