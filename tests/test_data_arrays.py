@@ -180,8 +180,8 @@ BAD_NPZ = {
         r"targets is inf at \[0\]",
     ),
     "text": (
-        dict(inputs=INPUTS, targets=CLASSES.astype(str)),
-        "targets is of dtype <U.*numbers",
+        dict(inputs=INPUTS.astype(str), targets=CLASSES),
+        "inputs is of dtype <U.*numbers",
     ),
     "objects": (
         dict(inputs=INPUTS, targets=CLASSES.astype(object)),
@@ -324,7 +324,10 @@ BAD_CSV = {
     "quote": ('1,2,0\n3,"4,1\n', "row 2, column 2 is '4,1.n'; it must be a number"),
     "nul": ("1,2,0\n3,\0,1\n", "(row 2, column 2 is '.x00'|not a UTF-8 CSV)"),
     "blank lines": ("\n\n ,\n", "has no sequence"),
-    "semicolons": ("1;2;0\n3;4;1\n", "row 2, column 1 is '3;4;1'"),
+    "semicolons": (
+        "1;2;0\n3;4;1\n",
+        r"row 1 needs at least one input before .*separated by commas",
+    ),
 }
 
 
@@ -454,10 +457,15 @@ def test_config_that_does_not_fit_the_file_is_named(tmp_path, config, message):
 def test_bad_paths_are_named(tmp_path):
     (tmp_path / "folder.csv").mkdir()
     for path, message in [
-        ("", "data.path must name an .npz or .csv file"),
-        ("x.parquet", "must end in .npz or .csv, got 'x.parquet'"),
+        ("", "data.path must name an .npz, .csv or .parquet file or a folder"),
+        ("x.xlsx", r"must end in .npz, .csv or .parquet, or be a folder .*'x.xlsx'"),
+        ("one.wav", r"got 'one.wav'; recordings are read from the folder"),
+        ("nowhere", "there is no file or folder 'nowhere'"),
         (str(tmp_path / "none.npz"), "there is no file .*none.npz"),
-        (str(tmp_path / "folder.csv"), "must be a file, got the folder .*folder.csv"),
+        (
+            str(tmp_path / "folder.csv"),
+            "must be a file, or .*folder.csv', which has none",
+        ),
         (
             "~nouser/x.npz",
             r"data\.path must be a path that can be, got '~nouser",

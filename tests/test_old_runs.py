@@ -49,6 +49,7 @@ def workdir(tmp_path):
 
 def test_scores_are_those_of_its_commit(workdir):
     expected = json.loads((RUN / runs.RESULTS).read_text())["test"]
+    assert runs.read_data(workdir) is None
     found = evaluate.scores(runs.load_run(workdir), "test")
     assert found == pytest.approx(expected, rel=1e-6)
 
@@ -61,6 +62,7 @@ def test_goes_on_as_its_commit_did(workdir, capsys):
     assert results["test"] == pytest.approx(LATER_TEST, rel=1e-6)
     assert "it keeps 'tanh'" in capsys.readouterr().out
     assert runs.read_config(workdir).model.gelu == "tanh"  # from now on it says so
+    assert runs.read_data(workdir) == runs.load_run(workdir).dataset.spec
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from train import (
     loop,
     main,
     optimizers,
+    predict,
     runs,
     state,
     step,
@@ -80,6 +81,7 @@ COMMANDS = {
     "evaluate": (evaluate.main, ["--workdir"]),
     "lengths": (evaluate.main, ["--lengths", "1", "--workdir"]),
     "generate": (generate.main, ["--workdir"]),
+    "predict": (predict.main, ["--inputs", "-", "--workdir"]),
     "rollout": (rollout.main, ["--workdir"]),
     "report": (report_command.main, ["--workdir"]),
 }
@@ -306,7 +308,8 @@ def test_a_batch_that_has_no_room_is_refused():
 
 
 @pytest.mark.parametrize(
-    "command", [evaluate, generate, rollout, codec, report_command, reproduce]
+    "command",
+    [evaluate, generate, predict, rollout, codec, report_command, reproduce],
 )
 def test_help_ends_with_0(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -334,6 +337,14 @@ FLAGS = {
         "--out": (LONG, "~nouser/x", "/dev/null/x", ".", "nowhere/x"),
         "--picture": (LONG, "~nouser/x", ".", "nowhere/x.png"),
     },
+    "predict": {
+        "--workdir": ("", LONG, "~nouser/x", "/dev/null", "x\0y"),
+        "--inputs": ("", LONG, "~nouser/x", "nowhere/x.npz", "x\0y"),
+        "--out": (LONG, "~nouser/x", "/dev/null/x", ".", "nowhere/x"),
+        "--step": ("", "x", "-1", "9" * 30),
+        "--batch": ("", "x", "-1", "9" * 30),
+        "--length": ("", "x", "-1", "9" * 30),
+    },
     "rollout": {
         "--workdir": ("", LONG, "~nouser/x", "/dev/null", "x\0y"),
         "--context": ("", "x", "-1", "9" * 30),
@@ -352,10 +363,11 @@ FLAGS = {
     ("command", "flag"), [(c, f) for c, given in FLAGS.items() for f in given]
 )
 def test_every_flag_says_what_it_must_be(run, command, flag, capsys):
-    start, _ = COMMANDS[command]
+    start, arguments = COMMANDS[command]
     for value in FLAGS[command][flag]:
         with pytest.raises(SystemExit) as ended:
-            start(["--workdir", str(run), f"{flag}={value}"])
+            start([*arguments, str(run), f"{flag}={value}"])
         assert ended.value.code == 2, (flag, value)
         said = capsys.readouterr().err.strip().splitlines()
         assert "error: " in said[-1] and "Traceback" not in said, (flag, value, said)
+        assert "are required" not in said[-1], (flag, value, said)

@@ -295,7 +295,7 @@ def test_actions_are_kept(workdir, tmp_path):
     shown = rng.integers(0, 256, (5, 4, 8, 8, 1), np.uint8)
     np.savez(path, frames=shown, actions=actions, split=split)
     run = runs.load_run(workdir)
-    run = run._replace(dataset=data.load(dict(name="clips", path=path)))
+    run = run.on(data.load(dict(name="clips", path=path)))
     arrays = codec.encode(run, "train", 100)
     assert arrays["codes"].shape == (4, 4, 4, 4)
     np.testing.assert_array_equal(arrays["actions"][:, 1:], actions[:4, 1:])

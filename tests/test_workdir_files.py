@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from train import evaluate, generate, loop, main, metrics, runs
+from train import evaluate, generate, loop, main, metrics, predict, runs
 from train.report import __main__ as report
 from train.video import codec, rollout
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": lambda run: evaluate.main(["--workdir", run]),
     "evaluate --lengths": lambda run: evaluate.main(["--workdir", run, "--lengths=1"]),
     "generate": lambda run: generate.main(["--workdir", run]),
+    "predict": lambda run: predict.main(["--workdir", run, "--inputs", "-"]),
     "report": lambda run: report.main(["--workdir", run]),
     "report --compare": lambda run: report.main(["--compare", run, str(RUN)]),
     "rollout": lambda run: rollout.main(["--workdir", run]),
@@ -110,6 +111,14 @@ def test_a_broken_file_of_a_report(tmp_path, capsys, command, name, content, rea
     assert str(run / name) in said and reason in said
 
 
+@pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("command", ["evaluate", "generate", "predict", "report"])
+def test_broken_facts_of_the_data(tmp_path, capsys, command, content, reason):
+    run = harmed(tmp_path, "data.json", content)
+    said = answer(command, run, capsys)
+    assert str(run / "data.json") in said and reason in said
+
+
 @pytest.mark.parametrize(("content", "reason"), LINES.values(), ids=LINES)
 @pytest.mark.parametrize("command", REPORTS)
 def test_broken_metrics(tmp_path, capsys, command, content, reason):
@@ -189,7 +198,15 @@ def train(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoints", "tensorboard", "config.json", "metrics.jsonl", "run.lock"]
+    "name",
+    [
+        "checkpoints",
+        "tensorboard",
+        "config.json",
+        "data.json",
+        "metrics.jsonl",
+        "run.lock",
+    ],
 )
 def test_something_in_the_way_is_said_before_compiling(tmp_path, train, name):
     if "." in name:

@@ -101,7 +101,10 @@ def finish(config: ConfigDict, workdir: Path, parts: Parts, progress: Progress) 
     signals.check()
     results["parallel_vs_recurrent"] = compare(config, parts, variables)
     signals.check()
-    run = Run(config, parts.dataset, parts.model, variables, progress.step)
+    dataset = parts.dataset
+    run = Run(
+        config, dataset.spec, parts.model, variables, progress.step, lambda: dataset
+    )
     results |= ENDINGS[kind].make(run, workdir)
     runs.write_results(workdir, results)
     print_results(results)

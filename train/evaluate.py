@@ -1,25 +1,30 @@
 """Scores of a trained run, and its recurrent mode beside its parallel one.
 
 python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
-    [--examples 1000]
+    [--examples 1000] [--data new.npz]
 
 --examples scores only the first so many of the split, such as of one without end.
+--data scores on another file, laid out as that of the run and read as that was: its
+normalisation, its classes, its vocabulary. All of it counts as the split "test", unless
+it has a key "split" of its own. The data that the run was trained on need not be there.
 With --lengths 1,2,4,8 instead the scores on sequences as long as in training and 2, 4
 and 8 times as long, where the dataset can make such; also in <workdir>/lengths.json.
 
 What a workdir may do. A workdir from elsewhere is data: reading it, here and in
-`train.report`, `train.generate`, `train.video.rollout` and `train.video.codec`, and as
-data.codec or train.init_from, runs no code that it holds or names. A layer that is not
-of this project is imported by its dotted path, from wherever Python finds it, the
-folder of the run included; so a run that names one is refused unless --trust says that
-its code may run. The process that trained a run needs no flag to evaluate it at its
-end: there the config came from its own command line. What a workdir's config can do
-without the flag is to name the files that its dataset reads (data.path, data.folder,
-data.codec), the folder below which listops keeps what it generates and mnist and cifar
-what they fetch from their published addresses, and how much time and memory it takes.
+`train.report`, `train.generate`, `train.predict`, `train.video.rollout` and
+`train.video.codec`, and as data.codec or train.init_from, runs no code that it holds or
+names. A layer that is not of this project is imported by its dotted path, from wherever
+Python finds it, the folder of the run included; so a run that names one is refused
+unless --trust says that its code may run. The process that trained a run needs no flag
+to evaluate it at its end: there the config came from its own command line. What a
+workdir's config can do without the flag is to name the files that its dataset reads
+(data.path, data.folder, data.codec), the folder below which listops keeps what it
+generates and mnist and cifar what they fetch from their published addresses, and how
+much time and memory it takes.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -45,6 +50,7 @@ from train import (
     signals,
     step,
 )
+from train.data import own, unseen
 
 LENGTHS = "lengths.json"
 # What a command says in one line.
@@ -105,7 +111,7 @@ def compare_modes(model, variables, batch) -> float | None:
 def scores(run: runs.Run, split: str) -> dict[str, float]:
     """Loss and metrics of a run on one split of its dataset. `ValueError` for a split
     that the dataset does not have, or that it draws without end."""
-    spec, mesh = run.dataset.spec, sharding.make_mesh(run.config)
+    spec, mesh = run.spec, sharding.make_mesh(run.config)
     loss = losses.make(spec.loss)
     eval_step = step.make_eval_step(run.model, loss, spec.padded)
     count = run.dataset.num_examples(split)
@@ -167,7 +173,7 @@ def at_lengths(
         # As many tokens at once as in training: memory must do for those.
         size = (options.eval_batch_size or options.batch_size) // n
         options.eval_batch_size = max(1, size)
-        stretched = run._replace(config=config, dataset=dataset)
+        stretched = dataclasses.replace(run.on(dataset), config=config)
         length = {"times": n, "length": dataset.spec.length}
         rows.append(length | scores(stretched, split))
     found = {"step": run.step, "split": split, "lengths": rows}
@@ -187,6 +193,19 @@ def _print_lengths(found: dict) -> None:
             *(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values())
         )
     Console().print(table)
+
+
+def on_file(run: runs.Run, path: str | Path) -> runs.Run:
+    """The run on another file or folder with targets, see `train.data.unseen.labelled`.
+
+    Raises:
+        ValueError: what the run cannot be scored on.
+    """
+    per_token = getattr(run.model, "head", "") == "token"
+    trained = run.config.data
+    keys = {key: trained[key] for key in own.Options._fields if key in trained}
+    options = own.Options(**keys) if trained.name == unseen.OWN else unseen.EVERY
+    return run.on(unseen.labelled(path, run.spec, trained.name, per_token, options))
 
 
 def parse_times(text: str) -> tuple[int, ...]:
@@ -215,17 +234,22 @@ def main(argv=None):
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
     parser.add_argument("--examples", type=int, help="only the first; default: all")
     parser.add_argument("--lengths", help="multiples of the training length")
+    parser.add_argument("--data", help="another file, or folder, to score on")
     add_trust(parser)
     options = parser.parse_args(argv)
     try:
         workdir = settings.place("--workdir", options.workdir)
+        if options.data is not None and options.lengths is not None:
+            raise ValueError("--lengths must go without --data, whose lengths it has")
         run = runs.load_run(workdir, options.step, options.trust)
         if options.lengths is not None:
             times = parse_times(options.lengths)
             at_lengths(run, workdir, options.split, times, options.examples)
             return 0
+        if options.data is not None:
+            run = on_file(run, options.data)
         if options.examples is not None:
-            run = run._replace(dataset=run.dataset.shortened(options.examples))
+            run = run.on(run.dataset.shortened(options.examples))
         found = scores(run, options.split)
         batch = next(iter(run.dataset.evaluation(options.split, 16)))
         gap = compare_modes(run.model, run.variables, jax.tree.map(np.asarray, batch))

@@ -9,8 +9,9 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SHOWN = 60  # characters of a line that an error quotes
 KINDS = {dict: "object", list: "list", float: "number with a point"}
@@ -18,14 +19,22 @@ KINDS = {dict: "object", list: "list", float: "number with a point"}
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file that is there whole or not at all, even if the machine stops."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to be filled piece by piece, which becomes `path` once all of it is
+    written; what ends the block with an error leaves what was at `path` before."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except OSError:
+    except BaseException:
         remove(aside)
         raise
     folder = os.open(path.parent, os.O_RDONLY)

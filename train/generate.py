@@ -7,6 +7,7 @@ step from its state; the cost of a token does not grow with the length.
 """
 
 import argparse
+import io
 import math
 import sys
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers import prepare
-from train import settings
+from train import files, settings
 from train.evaluate import PROBLEMS, add_trust
 from train.runs import load_run
 
@@ -103,9 +104,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         run = load_run(options.workdir, options.step, options.trust)
-        length = options.length or run.dataset.spec.length
+        length = options.length or run.spec.length
         _check_numbers(options, length)
-        prompt = _prompt(options, run.dataset.spec)
+        prompt = _prompt(options, run.spec)
         tokens = generate(
             run.model,
             run.variables,
@@ -118,7 +119,7 @@ def main(argv=None):
         for row in tokens:
             print(" ".join(map(str, row)))
         if options.out:
-            np.save(options.out, tokens)
+            _save(options.out, tokens)
         if options.picture:
             _draw(tokens, options.picture)
     except PROBLEMS as problem:
@@ -143,6 +144,14 @@ def _check_numbers(options, length):
             )
     if options.picture and math.isqrt(length) ** 2 != length:
         raise ValueError(f"picture: needs a square length, got {length}")
+
+
+def _save(out, tokens):
+    """Writes an .npy, whole or not at all; the suffix is added where it is missing."""
+    path, packed = settings.place("out", out), io.BytesIO()
+    np.save(packed, tokens)
+    path = path if path.suffix == ".npy" else path.with_name(path.name + ".npy")
+    files.write_atomically(path, packed.getvalue())
 
 
 def _prompt(options, spec):

@@ -88,11 +88,13 @@ def _run(config, workdir, profile, model, stop) -> dict:
 def go_on(config, workdir, dataset, mesh, model, profile, stop, own) -> dict:
     """What `run` does in a workdir that is its own and not finished."""
     runs.check_writable(workdir)
+    runs.check_data(workdir, dataset)
     try:
         with Checkpoints(workdir, config.train.keep, own.check) as checkpoints:
             parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
             runs.write_config(workdir, config)
+            runs.write_data(workdir, dataset, parts.facts)
             runs.write_versions(workdir)
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)

@@ -26,6 +26,7 @@ from train import (
     step,
 )
 from train.checkpoint import Checkpoints
+from train.data import said
 from train.data.pipeline import TrainIterator
 from train.metrics import print_table
 from train.signals import Stop
@@ -38,6 +39,7 @@ class Parts:
 
     Attributes:
         dataset, mesh, model: of the run.
+        facts: what the data were taken for, see `train.data.said`; {} on other hosts.
         create: () -> the state before the first step.
         target: that state's shapes and shardings.
         schedule: step -> learning rate.
@@ -48,6 +50,7 @@ class Parts:
     """
 
     dataset: data.Dataset
+    facts: dict
     mesh: Mesh
     model: nn.Module
     create: Callable[[], TrainState]
@@ -90,8 +93,12 @@ def set_up(
     model: nn.Module,
     stop: Stop,
 ) -> Parts:
-    """Compiles the step; nothing of the state is allocated yet."""
+    """Says what the data are taken for and compiles the step; nothing of the state is
+    allocated yet."""
     options, spec, seed = config.train, dataset.spec, config.seed
+    facts = said.facts(dataset) if jax.process_index() == 0 else {}
+    if facts:
+        print(*said.lines(facts), sep="\n", flush=True)
     with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
         sample = sharding.place(next(batches), mesh)
     boxes = state.param_boxes(model, sample)
@@ -122,6 +129,7 @@ def set_up(
     print_table(config, groups, shapes, mesh, compiled, seconds)
     return Parts(
         dataset=dataset,
+        facts=facts,
         mesh=mesh,
         model=model,
         create=create,

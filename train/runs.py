@@ -1,6 +1,7 @@
 """The files of a run, written and read back: config, versions, results, metrics.
 
 <workdir>/config.json      resolved, as the run began
+          data.json        what its data are, so that they need not be there
           versions.json    command, revision, packages and devices of the last start
           metrics.jsonl    see `train.metrics`
           checkpoints/     see `train.checkpoint`
@@ -9,15 +10,15 @@
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,10 +26,14 @@ from ml_collections import ConfigDict
 
 from layers.models.build import build, foreign
 from train import checkpoint, data, files, metrics, settings
+from train.data import described
+from train.data.spec import Spec
 from train.files import write_atomically
 from train.losses import SCORES
 
 CONFIG = "config.json"
+
+DATA = "data.json"
 
 VERSIONS = "versions.json"
 
@@ -67,47 +72,130 @@ ABSENT = {
     "model.grid": ("", ""),
     "model.patch": (1, 1),
 }
+# The same of the arguments of a dataset, by its name.
+ABSENT_DATA = {
+    "arrays": {
+        "data.rate": (0, 0),
+        "data.length": (0, 0),
+        "data.label": ("", ""),
+        "data.normalise": (False, True),
+    }
+}
 
 
-class Run(NamedTuple):
-    """A trained run, read back from its workdir."""
+class DataError(ValueError):
+    """The data of a run are not there, or not what they were."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, read back from its workdir.
+
+    Attributes:
+        config: resolved.
+        spec: what its data are, known also where they are not there.
+        model, variables: of the checkpoint.
+        step: of the checkpoint.
+        find: gives the dataset.
+    """
 
     config: ConfigDict
-    dataset: data.Dataset
+    spec: Spec
     model: nn.Module
-    variables: dict
+    variables: dict = dataclasses.field(repr=False)
     step: int
+    find: Callable[[], data.Dataset] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def dataset(self) -> data.Dataset:
+        """The dataset, loaded when it is first asked for. `DataError` where that cannot
+        be, which names what is missing."""
+        return self.find()
+
+    def on(self, dataset: data.Dataset) -> "Run":
+        """The same run on other data."""
+        return dataclasses.replace(self, spec=dataset.spec, find=lambda: dataset)
 
 
 def load_run(workdir, at=None, trust: bool = False) -> Run:
     """The run of `workdir` at checkpoint `at` (None: the newest good one).
 
+    Its data need not be there: they are loaded once `dataset` is asked for. Only a run
+    from before there was data.json has to load them here.
+
     Args:
         workdir: of the run.
         at: step of the checkpoint.
-        trust: import the layers that the run names by dotted paths, which executes
-            their code; without it such a run is refused before anything is imported.
+        trust: import the layers and the dataset that the run names by dotted paths,
+            which executes their code; without it such a run is refused before anything
+            is imported.
 
     Raises:
         ValueError: no run was ever started in `workdir`, its config cannot be, or it
-            names a layer that is not of this project and is not trusted.
+            names a layer or dataset that is not of this project and is not trusted.
         CheckpointError: no such checkpoint, or it is damaged.
+        DataError: a run without data.json whose data are not there.
     """
     workdir = settings.place("workdir", workdir)
     config = read_config(workdir)
     check_trust(workdir, config, trust)
+    spec = read_data(workdir)
     variables, found = checkpoint.restore_params(workdir, at)
-    dataset = data.load(config.data)
-    return Run(config, dataset, build(config.model), variables, found)
+    if spec is None:
+        dataset = _load_data(workdir, config)
+        spec, find = dataset.spec, lambda: dataset
+    else:
+        _check_fits(workdir, spec, config, variables)
+        find = functools.partial(_load_data, workdir, config, spec)
+    return Run(config, spec, build(config.model), variables, found, find)
+
+
+def _load_data(workdir: Path, config: ConfigDict, spec: Spec | None = None):
+    """The dataset of a run, whose data were once `spec`."""
+    try:
+        dataset = data.load(config.data)
+    except (ValueError, OSError) as problem:
+        cure = "what else reads a run, such as train.predict and train.evaluate --data,"
+        cure += " does without"
+        if spec is None:
+            cure = f"the run began before there was {DATA} and cannot be read without"
+        raise DataError(
+            f"the data of {workdir} cannot be loaded: {problem}; {cure}"
+        ) from problem
+    if spec is not None and (changed := described.differing(spec, dataset.spec)):
+        raise DataError(f"the data of {workdir} are others than they were: {changed}")
+    return dataset
+
+
+def _check_fits(
+    workdir: Path, spec: Spec, config: ConfigDict, variables: Mapping
+) -> None:
+    """Raises a `ValueError` for data that are not those of the model."""
+    for key in ("outputs", "vocab_size"):
+        value, most = getattr(spec, key), config.model.get(key)
+        if most is not None and value > most:
+            raise ValueError(
+                f"{workdir / DATA}: spec.{key} must be at most {most}, the model.{key} "
+                f"of {CONFIG}, got {value}"
+            )
+    read = variables.get("params", {}).get("encoder", {}).get("project", {})
+    kernel = read.get("kernel") if spec.encoder in ("scalar", "image") else None
+    if kernel is not None and kernel.shape[-2] != spec.channels:
+        raise ValueError(
+            f"{workdir / DATA}: spec.channels must be {kernel.shape[-2]}, what the "
+            f"model reads, got {spec.channels}"
+        )
 
 
 def check_trust(workdir, config: ConfigDict, trust: bool) -> None:
-    """Raises a `ValueError` for a run whose layers are not of this project, unless they
-    are trusted."""
-    names = foreign(config.model)
-    if names and not trust:
+    """Raises a `ValueError` for a run whose layers or dataset are not of this project,
+    unless they are trusted."""
+    named = [("layer", name) for name in foreign(config.model)]
+    named += [("dataset", name) for name in data.foreign(config.data)]
+    if named and not trust:
+        what, name = named[0]
         raise ValueError(
-            f"workdir: {workdir} names the layer {names[0]!r}, which is not of this "
+            f"workdir: {workdir} names the {what} {name!r}, which is not of this "
             "project, and reading the run would execute its code; --trust allows it "
             "(trust=True of load_run)"
         )
@@ -229,12 +317,23 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
             )
 
 
+def check_data(workdir: Path, dataset: data.Dataset) -> None:
+    """Raises a `ValueError` where checkpoints of other data are in `workdir`."""
+    kept = read_data(workdir) if checkpoint.steps(workdir) else None
+    changed = "" if kept is None else described.differing(kept, dataset.spec)
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of other data ({changed}): give another --workdir, "
+            "or the data it began with"
+        )
+
+
 def check_writable(workdir: Path) -> None:
     """Raises a `ValueError` where something is in the way of what a run writes.
 
     Before compiling, not after.
     """
-    for name in (CONFIG, VERSIONS, RESULTS, metrics.FILE):
+    for name in (CONFIG, DATA, VERSIONS, RESULTS, metrics.FILE):
         path = workdir / name
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} must be a file, got a folder: move it away")
@@ -261,7 +360,7 @@ def continued(workdir: Path, config: ConfigDict) -> ConfigDict:
         return config
     old, now = (_flat(c.to_dict()) for c in (_read(workdir), _plain(config)))
     config = config.copy_and_resolve_references()
-    for key, (meaning, default) in ABSENT.items():
+    for key, (meaning, default) in _absent(config).items():
         if key not in old and now.get(key) == default != meaning:
             _set(config, key, meaning)
             print(f"{workdir} began before there was {key}: it keeps {meaning!r}")
@@ -284,8 +383,9 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """
     workdir = settings.place("workdir", workdir)
     config = _read(workdir)
-    for key in ABSENT.keys() - _flat(config.to_dict()).keys():
-        _set(config, key, ABSENT[key][0])
+    absent = _absent(config)
+    for key in absent.keys() - _flat(config.to_dict()).keys():
+        _set(config, key, absent[key][0])
     try:
         settings.check_types(config)
     except ValueError as problem:
@@ -304,6 +404,51 @@ def _read(workdir: str | Path) -> ConfigDict:
                 f"{path}: {section} must be an object, got {found.get(section)!r:.60}"
             )
     return ConfigDict(found)
+
+
+def write_data(
+    workdir: Path, dataset: data.Dataset, said: Mapping | None = None
+) -> None:
+    """Keeps what the data of a run are in `workdir`, unless its run has begun before.
+
+    Args:
+        workdir: of the run.
+        dataset: that it trains on.
+        said: more about the data, as JSON knows it.
+    """
+    if jax.process_index():
+        return
+    if checkpoint.steps(workdir) and (workdir / DATA).exists():
+        return  # `check_data` has found them to be the same
+    found = described.described(dataset) | ({} if said is None else {"said": {**said}})
+    write_atomically(workdir / DATA, json.dumps(found, indent=2) + "\n")
+
+
+def read_data(workdir: str | Path) -> Spec | None:
+    """What the data of the run in `workdir` are; None for a run that kept no data.json.
+
+    Raises:
+        ValueError: the file is damaged, or its values cannot be.
+    """
+    path = Path(workdir) / DATA
+    found = files.read_json(path)
+    return None if found is None else described.spec_of(path, found)
+
+
+def read_said(workdir: str | Path) -> dict:
+    """What else the run has kept about its data; {} where it has nothing.
+
+    Raises:
+        ValueError: as `read_data`.
+    """
+    read_data(workdir)
+    return (files.read_json(Path(workdir) / DATA) or {}).get("said", {})
+
+
+def _absent(config: ConfigDict) -> dict:
+    """The rows of ABSENT and ABSENT_DATA that are about a config."""
+    name = config.data.get("name")
+    return ABSENT | (ABSENT_DATA.get(name, {}) if isinstance(name, str) else {})
 
 
 def _set(config: ConfigDict, key: str, value) -> None:

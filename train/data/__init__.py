@@ -1,7 +1,11 @@
 """Datasets by name: `load(config.data)` returns a `pipeline.Dataset`."""
 
+import importlib
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from train import settings
 from train.data import (
@@ -17,6 +21,7 @@ from train.data import (
     video,
 )
 from train.data.pipeline import Dataset
+from train.data.spec import Spec
 
 DATASETS = {
     "digits": digits.load,
@@ -37,44 +42,140 @@ DATASETS = {
 # Read by `load` or the training loop, not by a dataset.
 LOOP_KEYS = ("name", "workers", "reconstruct")
 
+EMPTY = inspect.Parameter.empty
+
 
 def load(config: Mapping) -> Dataset:
     """The dataset `config["name"]`, built from the other keys of `config`.
 
     Args:
-        config: "name", a key of DATASETS, and that dataset's own arguments ("workers"
-            is left to the caller); "reconstruct", True where the inputs of a dataset
-            of frames are to be reconstructed and its targets not read.
+        config: "name", a key of DATASETS or the dotted path of a function of the user's
+            own ("package.module.function") that returns a `Dataset`, which is imported
+            and so executed, and that dataset's own arguments ("workers" is left to the
+            caller); "reconstruct", True where the inputs of a dataset of frames are to
+            be reconstructed and its targets not read.
 
     Raises:
-        ValueError: an unknown name, an argument that the dataset does not have, or one
-            of another type than its default.
+        ValueError: an unknown name, an argument that the dataset does not have or one
+            that it lacks, one of another type than its default, or a function that
+            returns something else.
     """
     name = config["name"]
     settings.check("data.name", name, "")
-    if name not in DATASETS:
-        raise ValueError(
-            f"data.name must be one of {', '.join(sorted(DATASETS))}, got {name!r}"
-        )
+    make = get(name)
     arguments = {key: config[key] for key in config if key not in LOOP_KEYS}
-    valid = inspect.signature(DATASETS[name]).parameters
-    unknown = sorted(set(arguments) - set(valid))
-    if unknown:
-        raise ValueError(
-            f"data: {', '.join(unknown)} is no argument of the dataset {name!r}, "
-            f"which has {', '.join(valid)}"
-        )
-    defaults = {key: valid[key].default for key in arguments}
+    _check_arguments(name, arguments, inspect.signature(make).parameters)
     loop = {"workers": 0, "reconstruct": False}
-    for key, default in (defaults | {k: loop[k] for k in loop if k in config}).items():
-        settings.check(f"data.{key}", config[key], default)
+    for key in (key for key in loop if key in config):
+        settings.check(f"data.{key}", config[key], loop[key])
     checks.at_least("workers", config.get("workers", 0), 0)
     if "seed" in arguments:
         settings.check_seed("data.seed", arguments["seed"])
-    dataset = DATASETS[name](**arguments)
+    dataset = make(**arguments)
+    if name not in DATASETS:
+        _check_dataset(name, dataset)
     if config.get("reconstruct"):
         dataset = objectives.reconstruction(dataset, name)
     return dataset
+
+
+def get(name: str) -> Callable[..., Dataset]:
+    """What makes the dataset called `name`, as `load` takes it; a dotted path is
+    imported.
+
+    Raises:
+        ValueError: an unknown name; lists the names, or where Python looked.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    parts = name.split(".")
+    if len(parts) < 2 or not all(map(str.isidentifier, parts)):
+        raise ValueError(
+            f"data.name must be one of {', '.join(sorted(DATASETS))}, or the dotted "
+            f"path of a function that returns a Dataset, got {name!r}"
+        )
+    module, _, function = name.rpartition(".")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # What the user's own module fails to import is the user's to see.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        looked = ", ".join(place or "." for place in sys.path)
+        raise ValueError(
+            f"data.name is {name!r}, but there is no module {error.name!r}; Python "
+            f"looked in {looked}: start the command in the folder that has it, or put "
+            "that into PYTHONPATH"
+        ) from error
+    make = getattr(found, function, None)
+    if not callable(make):
+        place = getattr(found, "__file__", None) or "a folder"
+        raise ValueError(
+            f"data.name is {name!r}, but the module {module!r} ({place}) has no "
+            f"function {function!r}"
+        )
+    return make
+
+
+def foreign(config: Mapping) -> list[str]:
+    """The dataset of a config, if it is not of this project: `load` imports what it
+    names, so that a config from elsewhere is to be asked first."""
+    name = config.get("name")
+    settings.check("data.name", name, "")
+    return [name] if name not in DATASETS and "." in name else []
+
+
+def _check_arguments(name: str, arguments: Mapping, valid: Mapping) -> None:
+    kinds = {parameter.kind for parameter in valid.values()}
+    unknown = sorted(set(arguments) - set(valid))
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise ValueError(
+            f"data: {', '.join(unknown)} is no argument of the dataset {name!r}, "
+            f"which has {', '.join(valid) or 'none'}"
+        )
+    starred = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    for key, parameter in valid.items():
+        if parameter.default is not EMPTY:
+            if key in arguments and parameter.default is not None:
+                settings.check(f"data.{key}", arguments[key], parameter.default)
+        elif key not in arguments and parameter.kind not in starred:
+            raise ValueError(
+                f"data.{key} is missing, an argument of the dataset {name!r} that has "
+                "no default"
+            )
+
+
+def _check_dataset(name: str, dataset) -> None:
+    """Raises a `ValueError` unless a function of the user's own returned a dataset that
+    can be trained on."""
+    said = f"data.name: {name} must return a train.data.pipeline.Dataset"
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{said}, got {type(dataset).__name__}")
+    if not isinstance(dataset.spec, Spec):
+        raise ValueError(
+            f"{said} whose spec is a train.data.spec.Spec, got "
+            f"{type(dataset.spec).__name__}"
+        )
+    if not dataset.sources.get("train"):
+        raise ValueError(
+            f"{said} with examples to train on, got the splits "
+            f"{ {k: len(v) for k, v in dataset.sources.items()} }"
+        )
+    example = dataset.sources["train"][0]
+    if dataset.finish is not None:
+        example = dataset.finish(example)
+    missing = [key for key in ("inputs", "targets", "mask") if key not in example]
+    if missing:
+        raise ValueError(
+            f"{said} whose examples have inputs, targets and mask (bool [L], True "
+            f"where a token is real), got {', '.join(example) or 'none of them'}"
+        )
+    mask, length = np.asarray(example["mask"]), dataset.spec.length
+    if mask.dtype.kind != "b" or mask.shape[-1:] != (length,):
+        raise ValueError(
+            f"{said} whose masks are bool [{length}], as its spec's length says, got "
+            f"{mask.dtype} {mask.shape}"
+        )
 
 
 def stretched(config: Mapping, times: int) -> Dataset:
@@ -85,19 +186,21 @@ def stretched(config: Mapping, times: int) -> Dataset:
             one that is told to take all there is.
     """
     name = config["name"]
-    able = {
-        name: parameters["length"].default
-        for name, make in DATASETS.items()
-        if "length" in (parameters := inspect.signature(make).parameters)
-    }
-    if name not in able:
+    valid = inspect.signature(get(name)).parameters
+    if "length" not in valid:
+        able = [
+            name
+            for name, make in DATASETS.items()
+            if "length" in inspect.signature(make).parameters
+        ]
         raise ValueError(
             f"the dataset {name!r} has one length only; data.name must be one of "
             f"{', '.join(sorted(able))} for others"
         )
-    length = config.get("length", able[name])
+    length = config.get("length", valid["length"].default)
     if not length:
         raise ValueError(
-            f"data.length must be a number of frames to be multiplied, got {length}"
+            "data.length must be a number of frames, or of samples of a recording, to "
+            f"be multiplied, got {length}"
         )
     return load({**config, "length": times * length})

@@ -1,32 +1,48 @@
-"""The user's own arrays, from one NPZ or CSV file.
+"""The user's own sequences, from a file or a folder of recordings.
 
 NPZ (`numpy.savez(path, inputs=..., targets=...)`), n sequences of up to L tokens:
 
-    inputs   [n, L] or [n, L, C] numbers, or [n, L] integers: tokens
-    targets  [n] integers: the class of each sequence
-             [n, L] integers: the class of each token, -1 where there is none
-             [n] or [n, K] floats: what to regress per sequence
-             [n, L] or [n, L, K] floats: what to regress per token
-    mask     [n, L] bool, True where a token is real; or lengths [n]  (optional)
-    reset    [n, L] bool, True where the state starts anew             (optional)
-    dt       [n, L] floats above 0, time since the token before        (optional)
-    split    [n] of "train", "validation", "test"                      (optional)
+    inputs       [n, L] or [n, L, C] numbers, or [n, L] integers: tokens
+    targets      [n] integers or words: the class of each sequence
+                 [n, L] the same of each token, -1 or "" where there is none
+                 [n] or [n, K] floats: what to regress per sequence
+                 [n, L] or [n, L, K] floats: what to regress per token
+    mask         [n, L] bool, True where a token is real; or lengths [n]  (optional)
+    reset        [n, L] bool, True where the state starts anew             (optional)
+    dt           [n, L] floats above 0, time since the token before        (optional)
+    split        [n] of "train", "validation", "test"                      (optional)
+    class_names  [K] words, the names of the classes 0, 1, ...             (optional)
 
-CSV, separated by commas: one sequence per row, its numbers in time order and then, as
-the last cell that is not empty, its target. Rows may differ in length; short ones are
-padded on the right. A first row whose last cell is not a number is a header.
+CSV and Parquet: one sequence per row, see `train.data.tables` and `train.data.columns`.
+A folder of WAV files: one sequence per file, see `train.data.recordings`.
+
+Words are classes in their sorted order, by value where all are whole numbers, or in
+that of class_names.
 """
+
+import math
 
 import numpy as np
 
-from train.data import cast, checks, pipeline
-from train.data.own import READERS, File, drawn_split, flags, given_split
+from train.data import cast, checks, pipeline, recordings, tables
+from train.data.own import (
+    FILES,
+    Options,
+    drawn_split,
+    flags,
+    given_split,
+    mask,
+    read,
+)
+from train.data.reading import Reading
+from train.data.source_file import RECORDINGS, File
 from train.data.sources import split_rows
 from train.data.spec import Spec
+from train.data.targets import LOSSES, read_targets
 
 ENCODERS = ("scalar", "token")
 
-LOSSES = ("classification", "token", "regression")
+BLOCK = 2**20  # numbers that are normalised at once
 
 
 def load(
@@ -38,141 +54,265 @@ def load(
     validation: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
+    rate: int = 0,
+    length: int = 0,
+    label: str = "",
+    normalise: bool = False,
 ) -> pipeline.Dataset:
-    """The sequences of one file, divided into train, validation and test.
+    """The sequences of one file or folder, divided into train, validation and test.
 
     Args:
-        path: an .npz or .csv file, laid out as this module's docstring says.
-        encoder: "scalar" or "token"; "" takes integer inputs of an NPZ as tokens and
-            all others as numbers.
+        path: an .npz, .csv or .parquet file, or a folder of .wav files, laid out as
+            this module's docstring says.
+        encoder: "scalar" or "token"; "" takes integer inputs [n, L] of an NPZ or a
+            Parquet file as tokens and all others as numbers.
         loss: "classification", "token" or "regression"; "" regresses targets that are
             floats, else classifies.
         vocab_size: number of tokens; 0 takes the largest one plus 1.
-        outputs: number of classes; 0 takes the largest one plus 1. Regression counts
-            its own.
+        outputs: number of classes; 0 takes the largest one plus 1, or as many as have
+            names. Regression counts its own.
         validation, test: fractions: test of all sequences, validation of the rest.
             Classes keep their proportions. Not read where the file has "split".
         seed: of the division.
+        rate: samples per second that recordings are resampled to; 0: what they have.
+        length: samples that are taken of a recording; 0: all of the longest.
+        label: of recordings, "folder" or "name"; "": the folder, or the name where
+            there are no folders.
+        normalise: whether numbers have the mean of their channel subtracted and are
+            divided by its standard deviation, those of the real tokens of the training
+            part. A channel that is constant there keeps its scale.
 
     Raises:
         ValueError: a file that cannot be read so; names the file, the key or the row
             and column, what stands there and what may.
     """
-    source = File(path, tuple(READERS))
+    source = File(path, FILES, folders=True)
     checks.check_choice("encoder", encoder, ("", *ENCODERS))
     checks.check_choice("loss", loss, ("", *LOSSES))
-    raw = READERS[source.path.suffix.lower()](source)
-    inputs, vocab_size = _inputs(source, raw["inputs"], encoder, vocab_size)
-    mask = _mask(source, raw, inputs.shape[:2])
-    targets, outputs, loss = _targets(source, raw["targets"], mask, loss, outputs)
-    arrays = {"inputs": inputs, "targets": targets, "mask": mask}
-    arrays |= _optional(source, raw, mask)
+    checks.check_choice("label", label, ("", *recordings.LABELS))
+    for key, value in (("rate", rate), ("length", length)):
+        checks.at_least(key, value, 0)
+    raw = read(source, Options(rate, length, label))
+    given = raw["inputs"]
+    where = f"{source.path}: inputs"
+    if 0 in given.shape:
+        raise source.error(
+            "inputs", f"has shape {given.shape}; every axis must be 1 or longer"
+        )
+    kind = encoder or _kind(source, given)
+    if kind == "token":
+        inputs, vocab_size = _tokens(source, given, vocab_size, encoder)
+    else:
+        inputs, vocab_size = _numbers(where, given), 0
+    beside = companions(source, raw, inputs.shape[:2])
+    real = beside["mask"]
+    targets, names, outputs, loss = read_targets(source, raw, real, loss, outputs)
     if "split" in raw:
         indices = given_split(source, raw["split"])
     else:
         labels = targets if loss == "classification" else None
         indices = drawn_split(source, len(inputs), validation, test, seed, labels)
     spec = Spec(
-        encoder="token" if vocab_size else "scalar",
+        encoder=kind,
         length=inputs.shape[1],
         channels=inputs.shape[2] if inputs.ndim == 3 else 1,
         vocab_size=vocab_size,
         outputs=outputs,
         loss=loss,
-        padded=not mask.all(),
+        padded=not real.all(),
+        classes=names,
     )
-    return pipeline.Dataset(spec, split_rows(arrays, indices))
+    if normalise and kind == "scalar":
+        rows = indices["train"]
+        mean, std = fitted(given, real, rows)
+        spec = spec.but(mean=mean, std=std)
+        inputs = encoded(where, given, spec)
+        inputs[~real] = 0
+    arrays = {"inputs": inputs, "targets": targets, **beside}
+    reading = _reading(source, raw, spec, encoder, real)
+    return pipeline.Dataset(spec, split_rows(arrays, indices), reading=reading)
 
 
-def _inputs(source: File, inputs, encoder: str, vocab_size: int):
-    """Inputs as float32 or int32, and the vocabulary's size (0 for numbers)."""
+def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
+    """Inputs of a user as a model of these data takes them.
+
+    Args:
+        where: the file and the key, which begin the message.
+        inputs: [n, L] or [n, L, C] numbers, or [n, L] tokens.
+        spec: of the data that the model was trained on.
+
+    Returns:
+        int32 [n, L] tokens, or float32 in the shape of `inputs`, normalised where
+        `spec` has mean and std. What stands at tokens that are not real should be made
+        0 by who knows them.
+
+    Raises:
+        ValueError: inputs of another shape, what is no number, or a token that the
+            vocabulary does not have.
+    """
+    if spec.encoder == "token":
+        if inputs.ndim != 2:
+            raise ValueError(f"{where} has shape {inputs.shape}; tokens must be [n, L]")
+        return cast.whole(where, inputs, 0, spec.vocab_size - 1)
+    found = _numbers(where, inputs)
+    channels = inputs.shape[2] if inputs.ndim == 3 else 1
+    if channels != spec.channels:
+        raise ValueError(
+            f"{where} has shape {inputs.shape}, {channels} channels; the model was "
+            f"trained on {spec.channels}"
+        )
+    if not spec.mean:
+        return found
+    mean, std = (np.array(x, np.float64) for x in (spec.mean, spec.std))
+    for rows in _blocks(inputs):
+        # Of what was given, not of its rounding: an offset may be large.
+        block = inputs[rows].reshape(-1, channels).astype(np.float64)
+        with np.errstate(over="ignore"):
+            scaled = ((block - mean) / std).astype(np.float32)
+        bad = ~np.isfinite(scaled)
+        if bad.any():
+            row, channel = np.argwhere(bad)[0]
+            raise ValueError(
+                f"{where} has {block[row, channel]:.3g} in channel {channel}, which "
+                "normalised is beyond float32: the standard deviation there is "
+                f"{std[channel]:.3g}; scale the channel in the file, or train with "
+                "--config.data.normalise=False"
+            )
+        found[rows] = scaled.reshape(found[rows].shape)
+    return found
+
+
+def fitted(
+    inputs: np.ndarray, mask: np.ndarray, rows: np.ndarray
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel over real tokens; of a constant
+    channel its value and 1.
+
+    Args:
+        inputs: [n, L] or [n, L, C] finite numbers.
+        mask: [n, L], True where a token is real.
+        rows: of the sequences that count.
+    """
+    channels = inputs.shape[2] if inputs.ndim == 3 else 1
+
+    def blocks():
+        for part in _blocks(inputs, len(rows)):
+            chosen = inputs[rows[part]][mask[rows[part]]]
+            yield chosen.reshape(-1, channels).astype(np.float64)
+
+    count, total = 0, np.zeros(channels)
+    low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
+    for block in blocks():
+        count, total = count + len(block), total + block.sum(axis=0)
+        low = np.minimum(low, block.min(axis=0, initial=np.inf))
+        high = np.maximum(high, block.max(axis=0, initial=-np.inf))
+    constant = low == high  # which sums would not tell exactly
+    mean = np.where(constant, low, total / count)
+    squares = sum(((block - mean) ** 2).sum(axis=0) for block in blocks())
+    std = np.sqrt(squares / count)
+    std = np.where(constant | (std == 0), 1.0, std)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _blocks(inputs: np.ndarray, count: int | None = None):
+    """Slices of rows that have about BLOCK numbers each."""
+    count = len(inputs) if count is None else count
+    size = max(1, BLOCK // math.prod(inputs.shape[1:]))
+    return [slice(i, i + size) for i in range(0, count, size)]
+
+
+def _numbers(where: str, inputs: np.ndarray) -> np.ndarray:
     if inputs.ndim not in (2, 3):
-        raise source.error(
-            "inputs", f"has shape {inputs.shape}; it must be [n, L] or [n, L, C]"
+        raise ValueError(
+            f"{where} has shape {inputs.shape}; it must be [n, L] or [n, L, C]"
         )
-    if 0 in inputs.shape:
-        raise source.error(
-            "inputs", f"has shape {inputs.shape}; every axis must be 1 or longer"
-        )
-    if not encoder:
-        whole = inputs.dtype.kind in "iu" and inputs.ndim == 2
-        encoder = "token" if whole else "scalar"
-    if encoder == "scalar":
-        return cast.real(f"{source.path}: inputs", inputs), 0
+    return cast.real(where, inputs)
+
+
+def _kind(source: File, inputs: np.ndarray) -> str:
+    whole = inputs.dtype.kind in "iu" and inputs.ndim == 2
+    return "token" if whole else "scalar"
+
+
+def _tokens(source: File, inputs: np.ndarray, vocab_size: int, encoder: str):
     if inputs.ndim != 2:
         raise source.error("inputs", f"has shape {inputs.shape}; tokens must be [n, L]")
-    return source.whole("inputs", inputs, 0, vocab_size)
+    try:
+        return source.whole("inputs", inputs, 0, vocab_size)
+    except ValueError as error:
+        if encoder:
+            raise
+        raise ValueError(
+            f"{error}: integers are taken for tokens, and --config.data.encoder=scalar "
+            "reads them as numbers"
+        ) from error
 
 
-def _mask(source: File, raw, shape: tuple[int, int]) -> np.ndarray:
-    length = shape[1]
-    if "mask" in raw:
-        mask = flags(source, "mask", raw["mask"], shape)
-    elif "lengths" in raw:
-        lengths = raw["lengths"]
-        if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
-            raise source.error(
-                "lengths",
-                f"is {lengths.dtype} {lengths.shape}; it must be integers [n]",
-            )
-        if lengths.min() < 1 or lengths.max() > length:
-            raise source.error(
-                "lengths",
-                f"lies in [{lengths.min()}, {lengths.max()}]; it must lie in "
-                f"[1, {length}]",
-            )
-        mask = np.arange(length) < lengths[:, None]
-    else:
-        mask = np.ones(shape, bool)
-    empty = np.flatnonzero(~mask.any(axis=1))
-    if len(empty):
-        raise source.error(
-            "mask", f"has no True in row {empty[0]}; a sequence needs a real token"
+def _reading(source: File, raw, spec: Spec, encoder: str, real) -> Reading:
+    """What to say of how the file was read."""
+    inputs = raw["inputs"]
+    where = True if real.all() else real[(...,) + (None,) * (inputs.ndim - 2)]
+    largest, least = (
+        (np.inf, -np.inf)
+        if inputs.dtype.kind == "f"
+        else (
+            np.iinfo(inputs.dtype).max,
+            np.iinfo(inputs.dtype).min,
         )
-    return mask
-
-
-def _targets(source: File, targets, mask, loss: str, outputs: int):
-    """Targets as int32 or float32, the number of outputs and the loss."""
-    if targets.dtype.kind not in "biuf":
-        raise source.error(
-            "targets", f"is of dtype {targets.dtype}; it must be numbers"
+    )
+    low = np.min(inputs, where=where, initial=largest).item()
+    high = np.max(inputs, where=where, initial=least).item()
+    warnings = []
+    tabular = source.kind in (".csv", ".parquet") and spec.loss != "token"
+    if tabular and real.all() and tables.is_one_series(inputs, raw["targets"]):
+        warnings.append(
+            f"the rows of {source.path.name} follow one another like the moments of "
+            "one series, but each is read as a sequence of its own, its columns being "
+            "the tokens; forecasting files are not read yet"
         )
-    per_token = targets.shape[1:2] == mask.shape[1:]
-    if not loss:
-        kinds = {True: "token" if per_token else "classification", False: "regression"}
-        loss = kinds[targets.dtype.kind in "iu"]
-    if loss == "regression":
-        if targets.ndim > (3 if per_token else 2) or 0 in targets.shape:
-            raise source.error(
-                "targets",
-                f"has shape {targets.shape}; a regression's must be [n], [n, K], "
-                "[n, L] or [n, L, K]",
-            )
-        single = targets.ndim == (2 if per_token else 1)
-        targets = cast.real(f"{source.path}: targets", targets)
-        return targets, 1 if single else targets.shape[-1], loss
-    if loss == "token" and targets.shape == mask.shape:
-        return *source.whole("targets", targets, -1, outputs, mask), loss
-    if loss == "classification" and targets.ndim == 1:
-        return *source.whole("targets", targets, 0, outputs), loss
-    raise source.error(
-        "targets",
-        f"is {targets.dtype} {targets.shape}; it must be [n] for the loss "
-        "classification, [n, L] for token, and floats for regression",
+    return Reading(
+        dtype=str(inputs.dtype),
+        low=float(low),
+        high=float(high),
+        why=_why(source, inputs, spec, encoder, f"[{low:.6g}, {high:.6g}]"),
+        asked=bool(encoder),
+        split="given" if "split" in raw else "drawn",
+        warnings=tuple(warnings),
     )
 
 
-def _optional(source: File, raw, mask) -> dict[str, np.ndarray]:
-    arrays = {}
+def _why(source: File, inputs, spec: Spec, encoder: str, span: str) -> str:
+    """Why the inputs are tokens or numbers, and how they would be the other."""
+    whole, tokens = inputs.dtype.kind in "iu", spec.encoder == "token"
+    what = "integers" if whole else str(inputs.dtype)
+    axes = "[n, L]" if inputs.ndim == 2 else "[n, L, C]"
+    said = f"{what} {axes}" if source.kind != RECORDINGS else "recordings"
+    kind = f"tokens of a vocabulary of {spec.vocab_size:,}" if tokens else "numbers"
+    if encoder:
+        return f"{said} in {span}: read as {kind}, as data.encoder says"
+    said = f"{said} in {span}: taken as {kind}"
+    if tokens:
+        return f"{said}; --config.data.encoder=scalar reads them as numbers"
+    if source.kind == ".csv":
+        return f"{said}; --config.data.encoder=token reads whole ones as tokens"
+    return said
+
+
+def companions(source: File, raw, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The mask and, where a file has them, reset and dt, each [n, L] = `shape`.
+
+    Raises:
+        ValueError: one of them is of another shape or type.
+    """
+    found = {"mask": mask(source, raw, shape)}
     if "reset" in raw:
-        arrays["reset"] = flags(source, "reset", raw["reset"], mask.shape)
+        found["reset"] = flags(source, "reset", raw["reset"], shape)
     if "dt" in raw:
-        dt = raw["dt"]
-        if dt.shape != mask.shape:
+        dt, real = raw["dt"], found["mask"]
+        if dt.shape != shape:
             raise source.error(
-                "dt", f"has shape {dt.shape}; it must be [n, L] = {mask.shape}"
+                "dt", f"has shape {dt.shape}; it must be [n, L] = {shape}"
             )
-        dt = cast.real(f"{source.path}: dt", dt, cast.LEAST, mask)
-        arrays["dt"] = np.where(mask, dt, np.float32(1))
-    return arrays
+        dt = cast.real(f"{source.path}: dt", dt, cast.LEAST, real)
+        found["dt"] = np.where(real, dt, np.float32(1))
+    return found

@@ -1,47 +1,39 @@
-"""Files of the user, and errors that name the file and the key."""
+"""Files of the user by their kind: what they hold, as arrays by key.
 
-import csv
-import math
-from collections.abc import Sequence
+NPZ here, CSV in `train.data.tables`, Parquet in `train.data.columns`, WAV in
+`train.data.recordings`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from train import settings
-from train.data import cast, sources
+from train.data import columns, recordings, sources, tables
+from train.data.source_file import RECORDINGS, File
 
-KEYS = ("inputs", "targets", "mask", "lengths", "reset", "dt", "split")
+KEYS = (
+    "inputs",
+    "targets",
+    "mask",
+    "lengths",
+    "reset",
+    "dt",
+    "split",
+    "class_names",
+)
+# Of the classes, not of the sequences.
+OTHER_AXIS = ("class_names",)
 
 
-class File:
-    """The path of a file that ends in one of `suffixes`, and errors that name it."""
+class Options(NamedTuple):
+    """What is asked of recordings, as `recordings.read_folder` takes it."""
 
-    def __init__(self, path: str, suffixes: Sequence[str]):
-        if not path:
-            raise ValueError(
-                f"data.path must name an {' or '.join(suffixes)} file, such as "
-                "--config.data.path=my.npz; it is empty"
-            )
-        self.path = settings.place("data.path", path)
-        if self.path.suffix.lower() not in suffixes:
-            raise ValueError(
-                f"data.path must end in {' or '.join(suffixes)}, got {path!r}"
-            )
-        if not self.path.is_file():
-            if self.path.exists():
-                raise ValueError(f"data.path must be a file, got the folder {path!r}")
-            raise ValueError(f"data.path: there is no file {path!r}")
-
-    def error(self, key: str, message: str) -> ValueError:
-        return ValueError(f"{self.path}: {key} {message}")
-
-    def whole(self, key: str, array, lowest: int, size: int, mask=None):
-        """The array as int32 in [lowest, size), -1 where the mask is False, and size,
-        which 0 leaves to the array."""
-        highest = (size or cast.MOST) - 1
-        found = cast.whole(f"{self.path}: {key}", array, lowest, highest, mask)
-        if found.max() < 0:
-            raise self.error(key, "has no class at all, only -1")
-        return found, size or int(found.max()) + 1
+    rate: int = 0
+    length: int = 0
+    label: str = ""
 
 
 def read_npz(
@@ -79,6 +71,8 @@ def read_npz(
     first = next((key for key in keys if key in raw), "")
     count = len(np.atleast_1d(raw.get(first, ())))
     for key, array in raw.items():
+        if key in OTHER_AXIS:
+            continue
         if array.ndim == 0 or len(array) != count:
             raise source.error(
                 key,
@@ -88,97 +82,122 @@ def read_npz(
     return raw
 
 
-def _read_npz(source: File) -> dict[str, np.ndarray]:
+def _read_npz(source: File, options: Options) -> dict[str, np.ndarray]:
     raw = read_npz(source, KEYS, required=("inputs", "targets"))
+    return _one_mask(source, raw)
+
+
+def _one_mask(source: File, raw: dict) -> dict[str, np.ndarray]:
     if "mask" in raw and "lengths" in raw:
         raise source.error("lengths", "and mask say the same: give one of them")
     return raw
 
 
-def _read_csv(source: File) -> dict[str, np.ndarray]:
-    rows, targets, written, places = [], [], [], []
-    for line, cells in _csv_lines(source):
-        *sequence, target = cells
-        rows.append([_number(source, line, i, cell) for i, cell in enumerate(sequence)])
-        targets.append(_number(source, line, len(sequence), target))
-        written.append(target)
-        places.append(f"row {line}, column {len(sequence) + 1}")
-        while rows[-1] and rows[-1][-1] is None:  # a spreadsheet's filling
-            rows[-1].pop()
-        if None in rows[-1]:
-            raise source.error(
-                f"row {line}, column {rows[-1].index(None) + 1}",
-                "is empty inside the sequence; it must be a number",
-            )
-        if not rows[-1]:
-            raise source.error(
-                f"row {line}", "needs at least one input before its target"
-            )
-    if not rows:
-        raise ValueError(f"{source.path}: has no sequence")
-    lengths = np.array([len(row) for row in rows])
-    inputs = np.zeros((len(rows), lengths.max()))
-    for row, numbers in zip(inputs, rows, strict=True):
-        row[: len(numbers)] = numbers
-    targets = np.array(targets)
-    if all(cell.strip().lstrip("+-").isdigit() for cell in written):
-        targets = _labels(source, targets, places)
-    return {"inputs": inputs, "targets": targets, "lengths": lengths}
+def _read_parquet(source: File, options: Options) -> dict[str, np.ndarray]:
+    raw = columns.read_parquet(source, KEYS)
+    if "targets" not in raw:
+        raise source.error("column 'targets'", f"is missing; there are {[*raw]}")
+    return _one_mask(source, raw)
 
 
-def _labels(source: File, targets: np.ndarray, places: list[str]) -> np.ndarray:
-    """Whole targets of a CSV as integers: classes, unless data.loss says other."""
-    large = np.flatnonzero(abs(targets) > cast.MOST)
-    if len(large):
+READERS: dict[str, Callable[[File, Options], dict[str, np.ndarray]]] = {
+    ".npz": _read_npz,
+    ".csv": lambda source, options: tables.read_csv(source),
+    ".parquet": _read_parquet,
+    RECORDINGS: lambda source, options: recordings.read_folder(source, *options),
+}
+FILES = tuple(kind for kind in READERS if kind != RECORDINGS)
+
+
+def read(source: File, options: Options) -> dict[str, np.ndarray]:
+    """What a file or a folder of recordings holds, by key, as an NPZ has it.
+
+    Raises:
+        ValueError: names the file, what is wrong with it and the cure; or an option
+            that is for recordings only.
+    """
+    if source.kind != RECORDINGS:
+        for key, value in options._asdict().items():
+            if value:
+                raise ValueError(
+                    f"data.{key} is for a folder of {RECORDINGS} files, and data.path "
+                    f"is {source.path}; it must be {type(value)()!r}, got {value!r}"
+                )
+    return READERS[source.kind](source, options)
+
+
+def read_inputs(path: str | Path, rate: int = 0, length: int = 0) -> np.ndarray:
+    """The inputs of a file without targets, [n, L] or [n, L, C], as they are there.
+
+    Args:
+        path: an .npz (its key inputs), .csv (numbers alone), .parquet, .wav, or a
+            folder of WAV files, in the order of their paths.
+        rate, length: of recordings, see `recordings.read_folder`; other files have
+            neither.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    return read_sequences(path, rate, length)[0]
+
+
+def read_sequences(
+    path: str | Path, rate: int = 0, length: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`read_inputs` and the mask [n, L], True where a token is real: what a file pads
+    is not."""
+    kinds = (*FILES, RECORDINGS)
+    source = File(str(path), kinds, folders=True, key="inputs")
+    raw = {}
+    match source.kind:
+        case ".npz":
+            raw = read_npz(source, KEYS, required=("inputs",))
+        case ".csv":
+            raw = tables.read_csv_inputs(source)
+        case ".parquet":
+            raw = columns.read_parquet(source, KEYS, targets=False)
+        case _:
+            inputs, lengths = recordings.read_unlabelled(source, rate, length)
+            raw = {"inputs": inputs, "lengths": lengths}
+    inputs = raw["inputs"]
+    if inputs.ndim not in (2, 3) or 0 in inputs.shape:
         raise source.error(
-            places[large[0]],
-            f"is {targets[large[0]]:.0f}; a whole number as target must be at most "
-            f"{cast.MOST}, and one that is to be regressed must have a decimal point",
+            "inputs", f"has shape {inputs.shape}; it must be [n, L] or [n, L, C]"
         )
-    return targets.astype(np.int64)
+    return inputs, mask(source, raw, inputs.shape[:2])
 
 
-def _csv_lines(source: File):
-    """Yields (row number from 1, cells up to the last that is not empty)."""
-    try:
-        with open(source.path, newline="", encoding="utf-8-sig") as file:
-            for line, cells in enumerate(csv.reader(file), 1):
-                while cells and not cells[-1].strip():
-                    cells.pop()
-                if cells and not (line == 1 and _is_header(cells)):
-                    yield line, cells
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{source.path}: not a UTF-8 CSV file ({error})") from error
+def mask(source: File, raw: dict, shape: tuple[int, int]) -> np.ndarray:
+    """The mask [n, L] of what has "mask", "lengths" or neither.
 
-
-def _is_header(cells: list[str]) -> bool:
-    try:
-        float(cells[-1])
-    except ValueError:
-        return True
-    return False
-
-
-def _number(source: File, line: int, column: int, cell: str) -> float | None:
-    if not cell.strip():
-        return None
-    where = f"row {line}, column {column + 1}"
-    try:
-        number = float(cell)
-    except ValueError:
-        raise source.error(where, f"is {cell[:40]!r}; it must be a number") from None
-    if not math.isfinite(number):
-        raise source.error(where, f"is {cell.strip()[:40]}; it must be a finite number")
-    if abs(number) > cast.LARGEST:
+    Raises:
+        ValueError: it is of another shape, or a sequence has no real token.
+    """
+    length = shape[1]
+    if "mask" in raw:
+        found = flags(source, "mask", raw["mask"], shape)
+    elif "lengths" in raw:
+        lengths = raw["lengths"]
+        if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+            raise source.error(
+                "lengths",
+                f"is {lengths.dtype} {lengths.shape}; it must be integers [n]",
+            )
+        if lengths.min() < 1 or lengths.max() > length:
+            raise source.error(
+                "lengths",
+                f"lies in [{lengths.min()}, {lengths.max()}]; it must lie in "
+                f"[1, {length}]",
+            )
+        found = np.arange(length) < lengths[:, None]
+    else:
+        found = np.ones(shape, bool)
+    empty = np.flatnonzero(~found.any(axis=1))
+    if len(empty):
         raise source.error(
-            where,
-            f"is {cell.strip()[:40]}; it must be a number of float32, up to "
-            f"{cast.LARGEST:.3g}",
+            "mask", f"has no True in row {empty[0]}; a sequence needs a real token"
         )
-    return number
-
-
-READERS = {".npz": _read_npz, ".csv": _read_csv}
+    return found
 
 
 def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from train import settings
+from train.data.reading import Reading
 from train.data.sources import Example, First
 from train.data.spec import Spec
 from train.data.workers import Workers
@@ -50,12 +51,14 @@ class Dataset:
         sources: split name -> random-access examples.
         augment: (example, numpy Generator) -> example, on training examples only.
         finish: example -> {"inputs", "targets", "mask", ...}, on every example.
+        reading: how the file that it is from was read; None where it is from none.
     """
 
     spec: Spec
     sources: Mapping[str, Sequence[Example]]
     augment: Callable[[Example, np.random.Generator], Example] | None = None
     finish: Callable[[Example], Example] | None = None
+    reading: Reading | None = None
 
     def num_examples(self, split: str) -> int:
         """How many examples `split` has."""

@@ -15,13 +15,13 @@ class Rows:
     """Random access to the rows of arrays that share their first axis."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self._arrays = dict(arrays)
+        self.arrays = dict(arrays)
 
     def __len__(self) -> int:
-        return len(next(iter(self._arrays.values())))
+        return len(next(iter(self.arrays.values())))
 
     def __getitem__(self, index) -> Example:
-        return {name: array[index] for name, array in self._arrays.items()}
+        return {name: array[index] for name, array in self.arrays.items()}
 
 
 class Drawn:

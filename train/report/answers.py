@@ -44,7 +44,7 @@ class Answers(NamedTuple):
 
 def answer(run: Run) -> Answers:
     """The run's answers on the validation split, else on the first that there is."""
-    sources, spec = run.dataset.sources, run.dataset.spec
+    sources, spec = run.dataset.sources, run.spec
     split = next(s for s in ("validation", "test", "train") if s in sources)
     total, options = run.dataset.num_examples(split), run.config.train
     size = min(options.eval_batch_size or options.batch_size, total)

@@ -9,7 +9,7 @@ from train import checkpoint, probe
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
 from train.report import answers, mixing
-from train.runs import Run, Workdir
+from train.runs import DataError, Run, Workdir
 
 
 def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
@@ -19,12 +19,18 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
         return []
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, told.config.model.length)
-    mixed = mixing.of(run, stages)
+    try:
+        mixed = mixing.of(run, stages)
+    except DataError:  # `_stages` has said so
+        mixed = {}
     pattern = len(run.model.stack().pattern)
     linear = [block for i, block in enumerate(blocks) if i % pattern not in mixed]
-    found = answers.section(
-        answers.answer(run), run.dataset.spec, run.step, reached.get("accuracy")
-    )
+    try:
+        found = answers.section(
+            answers.answer(run), run.spec, run.step, reached.get("accuracy")
+        )
+    except DataError as error:
+        found = paragraph(f"The answers cannot be shown: {error}.", "soft")
     shown = remark + _filters(told, run, linear) if linear else ""
     return [
         ("filters", "Learned filters", shown),

@@ -63,7 +63,7 @@ def of(run: Run, stages: dict[str, dict]) -> dict[int, Mixing]:
     for number, make in enumerate(stack.pattern[: stack.depth]):
         layer = precise(make().mixer())
         parts = {k: probe.mixer_variables(v, stack, number) for k, v in stages.items()}
-        length = min(TOKENS, run.dataset.spec.length)
+        length = min(TOKENS, run.spec.length)
         if linear(layer, parts[trained], length):
             continue
         read = _reader(run, batch, number)
@@ -101,7 +101,7 @@ def precise(layer: nn.Module) -> nn.Module:
 def _reader(run: Run, batch: dict, number: int):
     """(variables of the model) -> the inputs [1, L, H] of a block's mixer when the
     model reads the example, without padding; None of a mixer of another name."""
-    stack, spec = run.model.stack(), run.dataset.spec
+    stack, spec = run.model.stack(), run.spec
     kind = type(stack.pattern[number]().mixer())
     mask = batch["mask"] if spec.padded else None
     sequence = Sequence(mask, batch.get("reset"), batch.get("dt"))

@@ -43,12 +43,12 @@ def write(
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
     said = facts.kept(told.path)
-    level = facts.level(said) or chance.level(run.dataset)
+    level = _level(said, run)
     reached = {} if level is None else {level.metric: level.value}
     sections = [
         ("verdict", "Verdict", _verdict(told, run, said, level)),
         ("curves", "Curves", _curves({told.name: told}, reached)),
-        *ENDINGS[run.dataset.spec.loss].sections(told, run, reached),
+        *ENDINGS[run.spec.loss].sections(told, run, reached),
         ("reproduce", "To reproduce", _reproduce(told)),
         ("environment", "Environment", _environment(told)),
     ]
@@ -93,6 +93,14 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     title = f"{len(compared)} runs beside one another"
     files.write_atomically(out, page(title, ", ".join(compared), sections))
     return out
+
+
+def _level(said: dict, run) -> chance.Level | None:
+    """What is reached without reading the inputs: kept, or else found in the data."""
+    try:
+        return facts.level(said) or chance.level(run.dataset)
+    except runs.DataError:
+        return None
 
 
 def _together(compared: dict[str, Workdir]) -> dict[str, float]:

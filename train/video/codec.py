@@ -150,7 +150,7 @@ def main(argv=None):
         run = _autoencoder(options.workdir, options.step)
         if options.length is not None:
             other = {**run.config.data, "length": options.length}
-            run = run._replace(dataset=data.load(other))
+            run = run.on(data.load(other))
         there = [split for split in sources.SPLITS if split in run.dataset.sources]
         splits = options.split.split(",") if options.split else there
         parts = [encode(run, split, options.clips) for split in splits]

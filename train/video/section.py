@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from layers.models.video import Video
 from train import runs
 from train.draw.markup import Section, figure, paragraph, picture, table
-from train.runs import Run, Workdir
+from train.runs import DataError, Run, Workdir
 from train.video import pictures, rollout
 
 
@@ -14,7 +14,11 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
     frame; none of another kind of model."""
     if not isinstance(run.model, Video):
         return []
-    return [("rollouts", "Rollouts", _rollouts(told, run))]
+    try:
+        found = _rollouts(told, run)
+    except DataError as error:
+        found = paragraph(f"Rollouts cannot be shown: {error}.", "soft")
+    return [("rollouts", "Rollouts", found)]
 
 
 def _rollouts(told, run) -> str:

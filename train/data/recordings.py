@@ -1,0 +1,201 @@
+"""Sequences from a folder of labelled WAV files, one per file.
+
+The label of a file is the name of the folder below the root that it lies in, at any
+depth (yes/one.wav), or the beginning of its own name, up to the first "_" or "-"
+(7_jackson_32.wav). Where the folders of the root are called train, validation and test,
+they are the split, and each of them is a root.
+
+Channels are mixed down to one, whole numbers become those of [-1, 1], and every file is
+resampled to one rate.
+"""
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from train import settings
+from train.data.source_file import RECORDINGS, File
+from train.data.sources import SPLITS
+
+LABELS = ("folder", "name")
+
+RATE = "--config.data.rate=8000"
+
+
+def read_folder(source: File, rate: int, length: int, label: str) -> dict:
+    """inputs [n, L] float32 and, as in an NPZ, lengths, targets (words) and, where the
+    folders are splits, split.
+
+    Args:
+        source: the folder.
+        rate: samples per second that every file is resampled to; 0: what they all have.
+        length: samples that are kept of the beginning of each, shorter ones being
+            padded on the right; 0: all of the longest.
+        label: "folder" or "name", where a file's label stands; "": the folder, or the
+            name where all files lie in the root itself.
+
+    Raises:
+        ValueError: names the file that cannot be read or has no label, and the cure.
+    """
+    root = source.path
+    paths = _paths(source)
+    split = _splits(root, paths)
+    insides = [p.relative_to(root).parts[1 if split else 0 :] for p in paths]
+    labels = _labels(source, paths, insides, label)
+    if len({*labels}) < 2:
+        other = "name" if len(insides[0]) > 1 and label != "name" else "folder"
+        raise ValueError(
+            f"{root}: all {len(paths)} recordings have one class, {labels[0]!r}; there "
+            f"must be two or more: --config.data.label={other} takes the label from "
+            f"{'the name of the file' if other == 'name' else 'its folder'}"
+        )
+    inputs, lengths = read_all(paths, rate, length)
+    raw = {"inputs": inputs, "lengths": lengths, "targets": np.array(labels)}
+    if split:
+        raw["split"] = np.array(split)
+    return raw
+
+
+def read_unlabelled(source: File, rate: int, length: int) -> tuple:
+    """The inputs [n, L] and lengths [n] of one WAV file, or of all in a folder in the
+    order of their paths; arguments and errors as of `read_folder`."""
+    paths = _paths(source) if source.path.is_dir() else [source.path]
+    return read_all(paths, rate, length)
+
+
+def _paths(source: File) -> list[Path]:
+    """All WAV files of the folder that are not hidden, in order."""
+    found = []
+    for folder, folders, names in os.walk(source.path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(RECORDINGS) and not name.startswith("."):
+                found.append(Path(folder, name))
+    if not found:
+        raise ValueError(
+            f"data.path must be a file, or a folder of {RECORDINGS} files, got the "
+            f"folder {str(source.path)!r}, which has none"
+        )
+    return sorted(found)
+
+
+def _splits(root: Path, paths: Sequence[Path]) -> list[str]:
+    """The split of every file; [] where the folders of the root are no splits."""
+    tops = [path.relative_to(root).parts for path in paths]
+    names = [parts[0] if len(parts) > 1 else "" for parts in tops]
+    return names if "train" in names and {*names} <= {*SPLITS} else []
+
+
+def _labels(source: File, paths, insides, label: str) -> list[str]:
+    if not label:
+        flat = {len(parts) == 1 for parts in insides}
+        if len(flat) > 1:
+            where = [len(parts) == 1 for parts in insides]
+            raise ValueError(
+                f"{paths[where.index(True)]}: lies in no folder, but "
+                f"{paths[where.index(False)]} does; where the labels stand must be "
+                "said: --config.data.label=folder or --config.data.label=name"
+            )
+        label = "name" if flat.pop() else "folder"
+    if label == "folder":
+        for path, parts in zip(paths, insides, strict=True):
+            if len(parts) == 1:
+                raise ValueError(
+                    f"{path}: has no label: it must lie in a folder that is called as "
+                    "its class, or --config.data.label=name take the file's name"
+                )
+        return [parts[0] for parts in insides]
+    found = []
+    for path in paths:
+        name, *rest = re.split("[_-]", path.stem, maxsplit=1)
+        if not name or not rest:
+            raise ValueError(
+                f"{path}: has no label: its name must begin with the class and _ or -, "
+                f"as in yes_1{RECORDINGS}; or put each class into a folder of its own "
+                "(--config.data.label=folder)"
+            )
+        found.append(name)
+    return found
+
+
+def read_all(paths: Sequence[Path], rate: int, length: int):
+    """The samples of WAV files as float32 [n, L], padded on the right, and how many
+    each has; arguments and errors as of `read_folder`."""
+    found, total, first = [], 0, None
+    for path in paths:
+        samples, own_rate = _read(path)
+        if first is None:
+            first = own_rate
+        if not rate and own_rate != first:
+            raise ValueError(
+                f"{path}: has {own_rate} samples per second, but {paths[0]} has "
+                f"{first}; {RATE} resamples all of them to one rate"
+            )
+        if rate and own_rate != rate:
+            samples = _resampled(samples, own_rate, rate)
+        samples = samples[: length or None].astype(np.float32)
+        found.append(samples)
+        total += samples.nbytes
+        settings.check_memory("data.length", total, "what is kept of the recordings")
+    lengths = np.array([len(samples) for samples in found])
+    width = length or int(lengths.max())
+    settings.check_memory(
+        "data.length", 4 * width * len(found), f"{len(found)} recordings of {width}"
+    )
+    inputs = np.zeros((len(found), width), np.float32)
+    for row, samples in zip(inputs, found, strict=True):
+        row[: len(samples)] = samples
+    return inputs, lengths
+
+
+def _read(path: Path) -> tuple[np.ndarray, int]:
+    """Samples [L] in float64, one channel, and how many there are per second."""
+    from scipy.io import wavfile
+
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            rate, samples = wavfile.read(path)
+    except Exception as error:  # struct, zero division and many more
+        message = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: not a readable WAV file ({message}); PCM and floats are read, "
+            "which ffmpeg writes: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
+        ) from error
+    # Of chunks that are no samples SciPy warns too; they do no harm.
+    if any("EOF prematurely" in str(warning.message) for warning in said):
+        raise ValueError(
+            f"{path}: is cut off, shorter than it says itself; copy it again or "
+            "remove it"
+        )
+    if not samples.size or rate < 1:
+        raise ValueError(f"{path}: has no samples; remove it")
+    numbers = _scaled(samples)
+    if not np.isfinite(numbers).all():
+        raise ValueError(
+            f"{path}: has samples that are not finite numbers; write it anew or remove "
+            "it"
+        )
+    return (numbers if numbers.ndim == 1 else numbers.mean(axis=1)), int(rate)
+
+
+def _scaled(samples: np.ndarray) -> np.ndarray:
+    """Whole numbers as those of [-1, 1]: bytes lie around 128, others around 0, and
+    those of 24 bits are in the upper ones of 32."""
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float64)
+    half = 2.0 ** (8 * samples.dtype.itemsize - 1)
+    middle = half if samples.dtype.kind == "u" else 0.0
+    return (samples.astype(np.float64) - middle) / half
+
+
+def _resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    from scipy import signal  # 0.5 s, only needed here
+
+    common = math.gcd(rate, wanted)
+    return signal.resample_poly(samples, wanted // common, rate // common)

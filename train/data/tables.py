@@ -1,0 +1,217 @@
+"""Sequences from a table of comma-separated values, one per row.
+
+A row has the numbers of a sequence in time order and then, as the last cell that is
+not empty, its target: a number, or the name of its class. Rows may differ in length;
+short ones are padded on the right. The first row is a header where
+
+- none of the cells before its last one is a number,
+- or its last one is a word and those of all other rows are numbers,
+- or it counts its columns, 0, 1, 2, ..., and its last is a word that no other row has
+  (which is how pandas writes columns that have no names).
+"""
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from train.data import cast
+from train.data.source_file import File
+
+DATE = re.compile(
+    r"\s*\d{4}([-/])\d{1,2}\1\d{1,2}"
+    r"([T ]\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?\s*(Z|[+-]\d{2}:?\d{2})?)?\s*"
+)
+
+ALIKE = 0.8  # correlation from which on neighbours are moments of one series
+FEWEST = 30  # rows that tell
+
+Cells = list[str]
+
+
+def read_csv(source: File) -> dict[str, np.ndarray]:
+    """inputs, targets and lengths of a CSV file.
+
+    Raises:
+        ValueError: names the row and the column, what stands there and what may.
+    """
+    lines = _lines(source)
+    _refuse_dates(source, lines)
+    if lines and _is_header(lines):
+        del lines[0]
+    if not lines:
+        raise ValueError(f"{source.path}: has no sequence")
+    rows = [_sequence(source, line, cells[:-1]) for line, cells in lines]
+    return _padded(rows) | {"targets": _targets(source, lines)}
+
+
+def read_csv_inputs(source: File) -> dict[str, np.ndarray]:
+    """inputs and lengths of a CSV file whose rows have no target; its first row is a
+    header where none of its cells is a number.
+
+    Raises:
+        ValueError: as `read_csv`.
+    """
+    lines = _lines(source)
+    _refuse_dates(source, lines)
+    if lines and not any(map(_is_number, lines[0][1])):
+        del lines[0]
+    if not lines:
+        raise ValueError(f"{source.path}: has no sequence")
+    return _padded([_sequence(source, *line, target=False) for line in lines])
+
+
+def _lines(source: File) -> list[tuple[int, Cells]]:
+    """(row number from 1, cells up to the last that is not empty), empty rows left
+    out."""
+    found = []
+    try:
+        with open(source.path, newline="", encoding="utf-8-sig") as file:
+            for line, cells in enumerate(csv.reader(file), 1):
+                while cells and not cells[-1].strip():
+                    cells.pop()
+                if cells:
+                    found.append((line, cells))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{source.path}: not a UTF-8 CSV file ({error})") from error
+    return found
+
+
+def _is_header(lines: list[tuple[int, Cells]]) -> bool:
+    (*inputs, target), rest = lines[0][1], [cells for _, cells in lines[1:]]
+    if any(cell.strip() for cell in inputs) and not any(map(_is_number, inputs)):
+        return True
+    if _is_number(target):
+        return False
+    if rest and all(_is_number(cells[-1]) for cells in rest):
+        return True
+    counted = [cell.strip() for cell in inputs] == [*map(str, range(len(inputs)))]
+    alone = all(cells[-1].strip() != target.strip() for cells in rest)
+    return len(inputs) > 1 and counted and alone
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_dates(source: File, lines: list[tuple[int, Cells]]) -> None:
+    """Raises a `ValueError` for a file that has a column of dates."""
+    rows = [cells for _, cells in lines[1:]] or [cells for _, cells in lines]
+    for column in range(max(map(len, rows), default=0)):
+        if all(len(cells) > column and DATE.fullmatch(cells[column]) for cells in rows):
+            name = lines[0][1][column : column + 1] if len(lines) > 1 else []
+            raise forecasting(source, column, "".join(name))
+
+
+def forecasting(source: File, column: int, name: str) -> ValueError:
+    """What is said of a file whose column holds dates."""
+    called = f" ({name.strip()[:40]})" if name and not DATE.fullmatch(name) else ""
+    return ValueError(
+        f"{source.path}: column {column + 1}{called} holds dates: this is a "
+        "forecasting file, a table with one moment per row, and is not read yet; "
+        "sequences must stand one per row, numbers in time order and then the target"
+    )
+
+
+def _sequence(source: File, line: int, cells: Cells, target: bool = True) -> list:
+    numbers = [_number(source, line, i, cell) for i, cell in enumerate(cells)]
+    while numbers and numbers[-1] is None:  # a spreadsheet's filling
+        numbers.pop()
+    if None in numbers:
+        raise source.error(
+            f"row {line}, column {numbers.index(None) + 1}",
+            "is empty inside the sequence; it must be a number",
+        )
+    if not numbers:
+        before = " before its target (cells are separated by commas)" if target else ""
+        raise source.error(f"row {line}", f"needs at least one input{before}")
+    return numbers
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
+    lengths = np.array([len(row) for row in rows])
+    inputs = np.zeros((len(rows), lengths.max()))
+    for row, numbers in zip(inputs, rows, strict=True):
+        row[: len(numbers)] = numbers
+    return {"inputs": inputs, "lengths": lengths}
+
+
+def _targets(source: File, lines: list[tuple[int, Cells]]) -> np.ndarray:
+    """Classes by name where the first one is a word; else numbers, integers where all
+    are written so."""
+    first, written = lines[0][0], [cells[-1].strip() for _, cells in lines]
+    places = [f"row {line}, column {len(cells)}" for line, cells in lines]
+    if not _is_number(written[0]):
+        for place, cell in zip(places, written, strict=True):
+            if _is_number(cell):
+                raise source.error(
+                    place,
+                    f"is {cell[:40]}; the target of row {first} is a word, and so must "
+                    "all be",
+                )
+        return np.array(written)
+    targets = []
+    for (line, cells), place in zip(lines, places, strict=True):
+        if not _is_number(cells[-1]):
+            raise source.error(
+                place,
+                f"is {cells[-1][:40]!r}; it must be a number, as the target of row "
+                f"{first} is",
+            )
+        targets.append(_number(source, line, len(cells) - 1, cells[-1]))
+    targets = np.array(targets)
+    if not all(cell.lstrip("+-").isdigit() for cell in written):
+        return targets
+    large = np.flatnonzero(abs(targets) > cast.MOST)
+    if len(large):
+        raise source.error(
+            places[large[0]],
+            f"is {targets[large[0]]:.0f}; a whole number as target must be at most "
+            f"{cast.MOST}, and one that is to be regressed must have a decimal point",
+        )
+    return targets.astype(np.int64)
+
+
+def _number(source: File, line: int, column: int, cell: str) -> float | None:
+    if not cell.strip():
+        return None
+    where = f"row {line}, column {column + 1}"
+    try:
+        number = float(cell)
+    except ValueError:
+        raise source.error(where, f"is {cell[:40]!r}; it must be a number") from None
+    if not math.isfinite(number):
+        raise source.error(where, f"is {cell.strip()[:40]}; it must be a finite number")
+    if abs(number) > cast.LARGEST:
+        raise source.error(
+            where,
+            f"is {cell.strip()[:40]}; it must be a number of float32, up to "
+            f"{cast.LARGEST:.3g}",
+        )
+    return number
+
+
+def is_one_series(inputs: np.ndarray, targets: np.ndarray) -> bool:
+    """Whether the rows of a table [n, L] with targets [n] look like the moments of one
+    series: each is much like the row before, and more so than the cells of one row are
+    like one another."""
+    if len(inputs) < FEWEST or inputs.ndim != 2:
+        return False
+    numbers = targets.dtype.kind in "biuf" and targets.ndim == 1
+    columns = np.column_stack([inputs, targets] if numbers else [inputs])
+    columns = columns[:, (columns != columns[0]).any(axis=0)]
+    if not columns.size:
+        return False
+    centred = (columns - columns.mean(axis=0)) / columns.std(axis=0)
+    neighbours = (centred[1:] * centred[:-1]).mean(axis=0)
+    if np.median(neighbours) < ALIKE:
+        return False
+    down = np.abs(np.diff(inputs, axis=0)).mean()
+    across = np.abs(np.diff(inputs, axis=1)).mean() if inputs.shape[1] > 1 else np.inf
+    return bool(down < across)
