@@ -541,7 +541,8 @@ def untrained(config):
     model = build(config.model)
     batch = next(iter(dataset.evaluation("train", 1)))
     init = jax.jit(lambda key: state.init_variables(model, batch, key))
-    return runs.Run(config, dataset, model, init(jax.random.key(0)), 0)
+    variables = init(jax.random.key(0))
+    return runs.Run(config, dataset.spec, model, variables, 0, lambda: dataset)
 
 
 def test_a_layer_that_selects_shows_how_it_mixes_one_example():
@@ -551,9 +552,9 @@ def test_a_layer_that_selects_shows_how_it_mixes_one_example():
     config.data.update(name="digits", target="label")
     config.model.depth = 3
     run = untrained(config)
-    found = mixing.of(run, {"trained": run.variables})
-    assert [*found] == [2]
-    shown = found[2]
+    kinds = mixing.kinds(run)
+    assert kinds == {2: 64}
+    (shown,) = mixing.of(run, {"trained": run.variables}, kinds)
     assert shown.title == "block 3, Mamba" and shown.channels == (12,)
     batch = next(iter(run.dataset.evaluation(shown.split, 1)))
     _, exposed = jax.jit(lambda *x: run.model.apply(*x, mutable=[EXPOSED]))(

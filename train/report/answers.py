@@ -100,22 +100,24 @@ def _classes(found, spec, chance):
     )
     caption += "the answer; colour: its share of the class."
     if table_of.shape[1] <= CLASSES:
-        names = [_name(k, spec) for k in range(table_of.shape[1])]
+        names = _names(range(table_of.shape[1]), spec)
         drawn = counts(table_of, names[: len(table_of)], names)
         parts = [drawn, paragraph(caption, "soft")]
     else:
         parts = [figure(figures.confusion(table_of), caption)]
     rule = "a class at a time"
     chosen = mixed(targets, right)
-    labels = [_name(targets[i], spec) for i in chosen]
+    labels = _names(targets[chosen], spec)
     title = f"Right, {len(right):,} in all: the first of the split, {rule}"
     parts.append(_examples(found, spec, chosen, labels, title))
     chosen = mixed(targets, wrong)
-    labels = [
-        f"{_name(targets[i], spec)} {ARROW} {_name(answers[i], spec)} "
-        f"({found.confidence[i]:.0%})"
-        for i in chosen
-    ]
+    named = zip(
+        _names(targets[chosen], spec),
+        _names(answers[chosen], spec),
+        found.confidence[chosen],
+        strict=True,
+    )
+    labels = [f"{target} {ARROW} {said} ({sure:.0%})" for target, said, sure in named]
     title = f"Wrong, {len(wrong):,} in all: those of which the model was surest, {rule}"
     parts.append(_examples(found, spec, chosen, labels, title))
     return "".join(parts)
@@ -145,13 +147,6 @@ def mixed(classes: np.ndarray, rows: Iterable[int], most: int = SHOWN) -> np.nda
     return np.array([row for _, _, row in by_class], int)
 
 
-def _name(number: int, spec) -> str:
-    """Of a class, or of a token that is predicted, where the data say it; else its
-    number."""
-    names = spec.classes or (spec.symbols if spec.loss == "token" else ())
-    return names[number] if number < len(names) else str(number)
-
-
 def _tokens(found, spec, chance):
     counted = found.mask & (found.targets != IGNORED)
     correct = counted & (found.outputs == found.targets)
@@ -172,8 +167,8 @@ def _tokens(found, spec, chance):
         said, marked = [], []
         # In columns: a box that scrolls shows each answer below its target.
         for word, target, same in zip(
-            (_name(token, spec) for token in answers),
-            (_name(token, spec) for token in targets),
+            _names(answers, spec),
+            _names(targets, spec),
             answers == targets,
             strict=True,
         ):
@@ -256,3 +251,10 @@ def _words(tokens, spec):
     """The dataset's symbols, or numbers where it names none."""
     symbols = spec.symbols
     return [str(symbols[token] if symbols else token) for token in tokens]
+
+
+def _names(classes, spec) -> list[str]:
+    """Of classes, or of tokens that are predicted, where the data say them; else their
+    numbers."""
+    names = spec.classes or (spec.symbols if spec.loss == "token" else ())
+    return [names[i] if i < len(names) else str(i) for i in classes]

@@ -19,12 +19,8 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
         return []
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, told.config.model.length)
-    try:
-        mixed = mixing.of(run, stages)
-    except DataError:  # `_stages` has said so
-        mixed = {}
-    pattern = len(run.model.stack().pattern)
-    linear = [block for i, block in enumerate(blocks) if i % pattern not in mixed]
+    selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
+    linear = [block for i, block in enumerate(blocks) if i % pattern not in selective]
     try:
         found = answers.section(
             answers.answer(run), run.spec, run.step, reached.get("accuracy")
@@ -32,41 +28,43 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
     except DataError as error:
         found = paragraph(f"The answers cannot be shown: {error}.", "soft")
     shown = remark + _filters(told, run, linear) if linear else ""
+    mixed = ""
+    if selective:
+        try:
+            mixed = _mixing(run, mixing.of(run, stages, selective))
+        except DataError as error:
+            mixed = paragraph(f"Mixing cannot be shown: {error}.", "soft")
+        mixed = mixed if shown else remark + mixed
     return [
         ("filters", "Learned filters", shown),
-        ("mixing", "What a token reads", _mixing(run, mixed, "" if shown else remark)),
+        ("mixing", "What a token reads", mixed),
         ("spectra", "Spectra and timescales", _spectra(told, blocks)),
         ("answers", "Answers", found),
     ]
 
 
-def _mixing(run, found: dict[int, mixing.Mixing], remark: str) -> str:
+def _mixing(run, found: list[mixing.Mixing]) -> str:
     """A figure for each kind of layer."""
-    kinds = {mixed.title.split(", ")[1]: mixed for mixed in [*found.values()][::-1]}
     parts = []
-    for mixed in [*kinds.values()][::-1]:
+    for mixed in found:
         place = "one channel"
         if mixed.channels:
             place = f"channel {_place(mixed.channel, 1)} of {_place(mixed.channels)}"
         length = len(next(iter(mixed.matrices.values())))
-        caption = f"How {mixed.title} mixes the first {length:,} tokens of the first "
-        caption += (
-            f"example of the {mixed.split} split, checkpoint of step {run.step:,}: "
+        caption = (
+            f"How {mixed.title} mixes the first {length:,} tokens of the first example "
+            f"of the {mixed.split} split, checkpoint of step {run.step:,}: in the row of "
+            "each token, how much it takes of the value of every other, blue added and "
+            "orange subtracted. Its own, on the diagonal, is left out, as a skip "
+            f"connection would dwarf the rest. Of {place}, which takes the most from "
+            "the past. What this layer lets pass depends on the input, so it has no "
+            "filters."
         )
-        caption += "in the row of each token, how much it takes of the value of every "
-        caption += "other, blue added and orange subtracted. Its own, on the diagonal, "
-        caption += (
-            f"is left out, as a skip connection would dwarf the rest. Of {place}, "
-        )
-        caption += (
-            "which takes the most from the past. What this layer lets pass depends "
-        )
-        caption += "on the input, so it has no filters."
         drawn = figures.matrices(
             {f"{mixed.title}: {stage}": M for stage, M in mixed.matrices.items()}
         )
         parts.append(figure(drawn, caption, columns=2))
-    return remark + "".join(parts) if parts else ""
+    return "".join(parts)
 
 
 def _place(numbers: tuple[int, ...], first: int = 0) -> str:

@@ -49,46 +49,59 @@ def linear(layer: nn.Module, variables: dict, length: int) -> bool:
     return error(y[0] + y[1] - y[3], y[2]) <= limit("float32", "gradient")
 
 
-def of(run: Run, stages: dict[str, dict]) -> dict[int, Mixing]:
-    """Of one example, by the number in the pattern (from 0) of each layer that has such
-    a matrix and is not linear in its inputs.
+def kinds(run: Run) -> dict[int, int]:
+    """Of each layer that has such a matrix and is not linear in its inputs, by its
+    number in the pattern (from 0), of how many tokens the matrix may be."""
+    stack, found = run.model.stack(), {}
+    if run.model.encoder == "grid":
+        return found  # places of a grid have no one order
+    for number, make in enumerate(stack.pattern[: stack.depth]):
+        layer = precise(make().mixer())
+        variables = probe.mixer_variables(run.variables, stack, number)
+        if linear(layer, variables, min(TOKENS, run.spec.length)):
+            continue
+        x = jax.random.normal(jax.random.key(0), (1, FEW, layer.features))
+        try:
+            few, *_ = materialize(layer, variables, x)
+        except ValueError:  # not linear in anything that it shows
+            continue
+        most = math.isqrt(NUMBERS // math.prod(few.shape[:-2]))
+        found[number] = min(TOKENS, most)
+    return found
+
+
+def of(run: Run, stages: dict[str, dict], kinds: dict[int, int]) -> list[Mixing]:
+    """The matrices of `kinds` on one example, one for each class of layers.
 
     Args:
         run: of a `Model`.
         stages: name -> variables of the model, the trained ones last.
+        kinds: of the run.
     """
     split = runs.last_split(run.dataset)
     batch = next(iter(run.dataset.evaluation(split, 1)))
     stack, trained, found = run.model.stack(), [*stages][-1], {}
-    for number, make in enumerate(stack.pattern[: stack.depth]):
-        layer = precise(make().mixer())
-        parts = {k: probe.mixer_variables(v, stack, number) for k, v in stages.items()}
-        length = min(TOKENS, run.spec.length)
-        if linear(layer, parts[trained], length):
+    for number, count in kinds.items():
+        layer = precise(stack.pattern[number]().mixer())
+        name = type(layer).__name__
+        if name in found:
             continue
-        read = _reader(run, batch, number)
-        entered = {k: read(v) for k, v in stages.items()}
-        if entered[trained] is None or entered[trained].ndim != 3:
-            continue  # places of a grid have no one order
-        try:
-            few, *_ = materialize(layer, parts[trained], entered[trained][:, :FEW])
-        except ValueError:  # not linear in anything that it shows
-            continue
-        count = min(TOKENS, math.isqrt(NUMBERS // math.prod(few.shape[:-2])))
-        matrices = {
-            k: np.asarray(materialize(layer, v, entered[k][:, :count])[0][0])
-            for k, v in parts.items()
-        }
+        entered = _reader(run, batch, number)
+        matrices = {}
+        for stage, variables in stages.items():
+            own = probe.mixer_variables(variables, stack, number)
+            M, *_ = materialize(layer, own, entered(variables)[:, :count])
+            matrices[stage] = np.asarray(M[0])
         past = np.abs(np.tril(matrices[trained], -1)).sum(axis=(-1, -2))
         channel = tuple(map(int, np.unravel_index(past.argmax(), past.shape)))
-        found[number] = Mixing(
-            f"block {number + 1}, {type(layer).__name__}",
+        found[name] = Mixing(
+            f"block {number + 1}, {name}",
             split,
             channel,
             past.shape,
-            {k: M[channel] for k, M in matrices.items()},
+            {stage: M[channel] for stage, M in matrices.items()},
         )
-    return found
+    return [*found.values()]
 
 
 def precise(layer: nn.Module) -> nn.Module:
@@ -100,7 +113,7 @@ def precise(layer: nn.Module) -> nn.Module:
 
 def _reader(run: Run, batch: dict, number: int):
     """(variables of the model) -> the inputs [1, L, H] of a block's mixer when the
-    model reads the example, without padding; None of a mixer of another name."""
+    model reads the example, without padding."""
     stack, spec = run.model.stack(), run.spec
     kind = type(stack.pattern[number]().mixer())
     mask = batch["mask"] if spec.padded else None
@@ -121,12 +134,11 @@ def _reader(run: Run, batch: dict, number: int):
             )
         return found
 
+    # The model has moved real tokens to the front.
+    real = int(batch["mask"].reshape(-1, batch["mask"].shape[-1])[0].sum())
+
     def read(variables):
-        found = probe.mixer_variables(shown(variables), stack, number).get(EXPOSED, {})
-        if "entered" not in found:
-            return None
-        # The model has moved real tokens to the front.
-        real = int(batch["mask"].reshape(-1, batch["mask"].shape[-1])[0].sum())
+        found = probe.mixer_variables(shown(variables), stack, number)[EXPOSED]
         return found["entered"][0][:1, : max(1, real)]
 
     return read
