@@ -53,8 +53,8 @@ def _mixing(run, found: list[mixing.Mixing]) -> str:
         length = len(next(iter(mixed.matrices.values())))
         caption = (
             f"How {mixed.title} mixes the first {length:,} tokens of the first example "
-            f"of the {mixed.split} split, checkpoint of step {run.step:,}: in the row of "
-            "each token, how much it takes of the value of every other, blue added and "
+            f"of the {mixed.split} split, checkpoint of step {run.step:,}: a row says "
+            "how much that token takes of the value of every other, blue added and "
             "orange subtracted. Its own, on the diagonal, is left out, as a skip "
             f"connection would dwarf the rest. Of {place}, which takes the most from "
             "the past. What this layer lets pass depends on the input, so it has no "
