@@ -48,7 +48,7 @@ STYLE = {
     "ytick.color": SOFT,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "legend.frameon": False,
+    "legend.frameon": False,  # and where it is "best" is said: unsaid, it warns if slow
     "lines.linewidth": 1.4,
     "figure.constrained_layout.h_pad": 0.1,
     "savefig.dpi": 120,
@@ -136,9 +136,9 @@ def curves(
         axis.set(xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if not several and len(splits) > 1:
-            axis.legend()
+            axis.legend(loc="best")
         elif name in chance:
-            axis.legend(handles=axis.lines[-1:])
+            axis.legend(handles=axis.lines[-1:], loc="best")
         yield title, figure
 
 
@@ -190,7 +190,7 @@ def filters(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
             axis.semilogy(block.lags, memory, **look)
         axis.set_xlabel("tokens since the impulse")
         if not number:
-            axis.legend()
+            axis.legend(loc="best")
         yield "size over all features", figure
 
 
@@ -261,7 +261,7 @@ def spectra(blocks: Sequence[Block], length: int) -> Iterator[tuple[str, Figure]
         times.set(xscale="log", xlabel="timescale, tokens", ylabel="share of modes")
         times.axvline(length, color=SOFT, linestyle=":", linewidth=1)
         if not number:
-            times.legend()
+            times.legend(loc="best")
         yield f"{block.title}: timescales", figure
 
 
@@ -330,7 +330,7 @@ def positions(
     axis.plot(centres[here], (sums[0][here] / sums[1][here]), color=AFTER, marker=".")
     if chance is not None:
         axis.axhline(chance, color=SOFT, linestyle=":", label="chance")
-        axis.legend()
+        axis.legend(loc="best")
     axis.set(xlabel="position", ylabel="accuracy", ylim=(-0.03, 1.03))
     yield "", figure
 
@@ -368,7 +368,7 @@ def followed(
             axis.plot(line[real, 0], color=colour, **look)
         axis.set_xlabel("token")
         if not number:
-            axis.legend()
+            axis.legend(loc="best")
         yield label, figure
 
 
