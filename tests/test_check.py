@@ -23,7 +23,7 @@ from kernels.check import __main__ as check
 from kernels.check import cases, certificate, comparison, conformance, machine_code
 from kernels.check.cases import DTYPES, OPERATIONS, Case
 from kernels.linear_scan import xla
-from train import certificate as reader
+from train import exclusions
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +179,7 @@ def test_a_broken_backend_is_caught_named_and_left_out(
     x = jnp.ones((1, 3, 2))
     kernels.linear_scan(x, x)
     assert kernels.backend_report()["linear_scan"][0] == name
-    reader.apply(out)
+    exclusions.apply(out)
     said = capsys.readouterr().out
     assert said.startswith(
         f"linear_scan: backend {name} is left out: failed in float32"
@@ -229,7 +229,7 @@ def test_a_whole_check_writes_where_training_looks(
     path = Path("runs/kernels/cpu.json")
     assert json.loads(path.read_text())["coverage"] == "default"
     capsys.readouterr()
-    reader.apply()
+    exclusions.apply()
     assert f"certificate {path}" in capsys.readouterr().out
     assert ("linear_scan", "broken") in dispatch._excluded
 
@@ -261,7 +261,7 @@ def failed(tmp_path, monkeypatch):
 
 
 def test_a_failure_that_holds_here_is_excluded(failed, capsys):
-    reader.apply(failed())
+    exclusions.apply(failed())
     assert list(dispatch._excluded) == [("linear_scan", "xla")]
     assert "error 1, limit 2e-05" in capsys.readouterr().out
 
@@ -280,7 +280,7 @@ def test_a_failure_that_holds_here_is_excluded(failed, capsys):
 )  # fmt: skip
 def test_what_was_made_elsewhere_is_named_and_ignored(change, says, failed, capsys):
     path = failed(change)
-    reader.apply(path)
+    exclusions.apply(path)
     said = capsys.readouterr().out
     assert said.startswith(f"certificate {path} is ignored ") and says in said
     assert "python -m kernels.check makes a new one" in said
@@ -289,7 +289,7 @@ def test_what_was_made_elsewhere_is_named_and_ignored(change, says, failed, caps
 
 @pytest.mark.parametrize("how", ["interpreted", "lowered", "compiled sm_90"])
 def test_what_was_not_run_here_excludes_nothing(how, failed):
-    reader.apply(failed(lambda made: made["results"][0].update(how=how)))
+    exclusions.apply(failed(lambda made: made["results"][0].update(how=how)))
     assert not dispatch._excluded
 
 
@@ -312,21 +312,21 @@ def test_a_file_that_is_no_certificate(text, tmp_path):
     path = tmp_path / "found.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"{path} is no certificate of python -m ker"):
-        reader.apply(path)
+        exclusions.apply(path)
 
 
 def test_a_row_without_its_failure_is_no_certificate(failed):
     path = failed(lambda made: made["results"][0].update(failures=[]))
     with pytest.raises(ValueError, match="is no certificate"):
-        reader.apply(path)
+        exclusions.apply(path)
 
 
 def test_no_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    reader.apply()
+    exclusions.apply()
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match=r"--certificate must be a file .* got nope"):
-        reader.apply("nope")
+        exclusions.apply("nope")
 
 
 def test_training_takes_the_flag():

@@ -2,6 +2,7 @@ import asyncio.log
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import tensorstore as ts
+from absl import logging as absl_logging
 from flax import linen as nn
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
@@ -648,3 +650,12 @@ def test_checkpoints_that_may_not_be_seen_are_not_none(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", forbidden)
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
         checkpoint.newest_good(tmp_path)
+
+
+def test_what_it_silences_it_gives_back(tmp_path):
+    """A process that trains keeps its own way to show errors."""
+    loggers = absl_logging.get_absl_logger(), logging.getLogger("asyncio")
+    before = sys.unraisablehook, [[*logger.filters] for logger in loggers]
+    with Checkpoints(tmp_path / "a", 1), Checkpoints(tmp_path / "b", 1):
+        assert sys.unraisablehook is not before[0]
+    assert before == (sys.unraisablehook, [[*logger.filters] for logger in loggers])

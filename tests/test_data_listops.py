@@ -58,13 +58,13 @@ def tokens_of(line):
     ],
 )
 def test_values_by_hand(line, value):
-    assert expressions.evaluate(tokens_of(line)) == value
+    assert expressions.value(tokens_of(line)) == value
 
 
 @pytest.mark.parametrize("line", ["", "1 2", "[MAX 1 2", "[MAX ]", "1 ]", "[SM 1 ] ]"])
 def test_what_is_no_expression_has_no_value(line):
     with pytest.raises(ValueError, match=r"closes nothing|are open"):
-        expressions.evaluate(tokens_of(line))
+        expressions.value(tokens_of(line))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_drawn_expressions_are_well_formed_with_the_value_they_claim(rules):
     assert {value for value, _ in drawn} == set(range(10))
     for value, tokens in drawn[:200]:
         assert rules.min_length < len(tokens) < rules.max_length
-        assert expressions.evaluate(tokens) == value
+        assert expressions.value(tokens) == value
         depth, arguments = 1, [0]
         for token in tokens:
             if token == CLOSE:
@@ -124,7 +124,7 @@ def statistics_of(drawn):
             tokens[0],
             tokens[-2] == CLOSE,
             tokens[1],
-            expressions.evaluate(tokens),
+            expressions.value(tokens),
         )
         for tokens in drawn
     ]
@@ -175,7 +175,7 @@ def test_examples_are_tokens_end_and_padding(tmp_path):
             assert mask[:real].all() and row[real - 1] == EOS
             assert (row[real:] == PAD).all()
             tokens = row[: real - 1].tolist()
-            assert expressions.evaluate(tokens) == target
+            assert expressions.value(tokens) == target
             assert 10 < len(tokens) < 50
             seen.add(tuple(tokens))
     assert len(seen) == 390

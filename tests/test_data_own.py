@@ -641,6 +641,16 @@ def test_bytes_of_a_signal_are_not_taken_for_tokens_in_silence(tmp_path):
         load_npz(tmp_path, inputs=np.full((N, L), -1), targets=CLASSES)
 
 
+def test_numbers_of_many_kinds_are_not_taken_for_tokens_in_silence(tmp_path):
+    identities = RNG.permutation(10**6)[: N * 50].reshape(N, 50)
+    _, _, warnings = told(load_npz(tmp_path, inputs=identities, targets=CLASSES))
+    (warning,) = warnings
+    assert "1,600 kinds of tokens among 1,600" in warning and "scalar" in warning
+    flags = RNG.integers(0, 2, (N, 50)).astype(bool)
+    _, line, warnings = told(load_npz(tmp_path, inputs=flags, targets=CLASSES))
+    assert "bool [n, L] in [0, 1]: taken as numbers" in line and warnings == []
+
+
 def test_warnings_of_what_makes_a_score_worthless(tmp_path):
     inputs = RNG.normal(size=(N, L, 2))
     inputs[..., 1] = 3
@@ -682,9 +692,8 @@ def test_a_regression_says_its_chance_level_and_the_scale_of_its_targets(tmp_pat
     assert found["chance"]["value"] == pytest.approx(chance, rel=1e-4)
     assert "(error of the mean, test)" in line and "classes" not in line
     (warning,) = warnings
-    assert (
-        "targets of output 1 have mean 1.2" in warning
-        and "regress (targets - 1.2" in (warning)
+    assert "targets of output 1 have mean 1" in warning and "regress (targets - 1" in (
+        warning
     )
 
 

@@ -15,7 +15,7 @@ from kernels.tolerance import assert_close
 from layers import LAYERS, Grid, Sequence, build
 from layers.models import grid
 from layers.models.block import Block, Norm
-from layers.models.model import Encoder
+from layers.models.model import Embedding
 from train import data, loop, losses, optimizers, resolve
 from train.data import images as files
 from train.data import original
@@ -272,7 +272,7 @@ def test_a_model_of_grids(size, remat):
 
 
 def test_a_patch_becomes_one_place_by_a_linear_map():
-    encoder = Encoder("grid", 6, patch=2)
+    encoder = Embedding("grid", 6, patch=2)
     encode = jax.jit(lambda x: encoder.init_with_output(jax.random.key(0), x))
     x = np.random.default_rng(1).integers(256, size=(3, 4, 6, 2), dtype=np.uint8)
     y, variables = nn.unbox(encode(x))

@@ -143,7 +143,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
             batch["mask"][np.arange(start, start + size) > 6] = False
             yield batch
 
-    found = [step.evaluate(evaluate, variables, batches(n), MESH) for n in (7, 3, 1)]
+    found = [step.mean_scores(evaluate, variables, batches(n), MESH) for n in (7, 3, 1)]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)
 
@@ -389,7 +389,7 @@ def test_a_batch_without_targets_is_named(tmp_path):
         loop.check_window(progress)
     variables = Pool().init(jax.random.key(0), batch["inputs"])
     with pytest.raises(ValueError, match="the split to evaluate must have a target"):
-        step.evaluate(step.make_eval_step(Pool(), LOSS), variables, [batch], MESH)
+        step.mean_scores(step.make_eval_step(Pool(), LOSS), variables, [batch], MESH)
 
 
 def test_rows_of_an_evaluation_batch():

@@ -134,3 +134,13 @@ def test_bad_settings_are_named():
         losses.make("token", label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"label_smoothing.*regression"):
         losses.make("regression", label_smoothing=0.1)
+
+
+def test_every_loss_has_an_end_and_knows_what_is_better():
+    from train.endings import ENDINGS
+
+    assert ENDINGS.keys() == losses.LOSSES.keys()
+    low, high = ({k: x for k in ("loss", "accuracy", "mse")} for x in (0.1, 0.9))
+    assert losses.LOSSES["token"].better(high, low)
+    assert not losses.LOSSES["token"].better(low, low)
+    assert losses.LOSSES["regression"].better(low, high)

@@ -6,6 +6,7 @@ computed in a process of its own, which is this file as a script.
 """
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from kernels import (
     vandermonde_transpose,
 )
 from kernels.check import machine_code
+from kernels.check.cases import OPERATIONS
 
 pytest.importorskip("triton", reason="not installed: pip install -e '.[test]'")
 
@@ -68,15 +70,21 @@ class Kernel(NamedTuple):
     small: dict[str, dict] = {}  # noqa: RUF012  nobody changes it
 
 
-def switched(make, full, *variants) -> Iterator[Case]:
-    """Cases of `make(rng, *variant)`, which gives the arrays and other arguments, with
-    initial state, reset and reverse on and off where they exist.
+def made(name, number, variant, length, sizes) -> dict:
+    """The arrays of `kernels.check`; `sizes` are all that the operation has."""
+    rng = np.random.default_rng(number)
+    return OPERATIONS[name].make(rng, variant, length, sizes)
+
+
+def switched(inputs, full, static) -> Iterator[Case]:
+    """Cases of each of these dicts of arrays, with initial state, reset and reverse on
+    and off where they exist.
 
     All on for every variant, and for the first all off, and all on in bfloat16; if
     `full`, every combination for the first and all off for every variant.
     """
     on, off = (True,) * len(SWITCHES), (False,) * len(SWITCHES)
-    for number, variant in enumerate(variants):
+    for number, arrays in enumerate(inputs):
         choices = [(on, "float64")]
         if number == 0 or full:
             choices.append((off, "float64"))
@@ -88,137 +96,156 @@ def switched(make, full, *variants) -> Iterator[Case]:
             choices += [(some, "float64") for some in every if some not in (on, off)]
         for choice, dtype in choices:
             wanted = dict(zip(SWITCHES, choice, strict=True))
-            inputs, static = make(np.random.default_rng(number), *variant)
-            inputs = {k: x for k, x in inputs.items() if wanted.get(k, True)}
-            yield Case(inputs, {**static, "reverse": wanted["reverse"]}, dtype)
+            chosen = {k: x for k, x in arrays.items() if wanted.get(k, True)}
+            yield Case(chosen, {**static, "reverse": wanted["reverse"]}, dtype)
 
 
-def plain(make, full, *variants) -> Iterator[Case]:
-    """Cases of `make(rng, *variant)`; if `full`, the first in float32 too."""
-    for number, variant in enumerate(variants):
+def plain(inputs, full, static=lambda length: {}) -> Iterator[Case]:
+    """Cases of each of these (length, dict of arrays); if `full`, the first in float32
+    too."""
+    for number, (length, arrays) in enumerate(inputs):
         for dtype in ("float64", "float32") if full and number == 0 else ("float64",):
-            yield Case(*make(np.random.default_rng(number), *variant), dtype)
+            yield Case(arrays, static(length), dtype)
 
 
-def normal(rng, *shape, kind="r"):
-    x = rng.standard_normal(shape)
-    return x + 1j * rng.standard_normal(shape) if kind == "c" else x
-
-
-def resets(rng, batch, length):
-    return rng.uniform(size=(batch, length)) < 0.15
-
-
-def scan(rng, kinds, length, a_shape=None, shape=(5,)):
-    """kinds: of a and x, "r" or "c"; a_shape with "B" and "L" for the batch and the
-    length, or None for one decay per value."""
-    batch = 2
-    full = (batch, length, *shape)
-    named = {"B": batch, "L": length}
-    sizes = full if a_shape is None else tuple(named.get(n, n) for n in a_shape)
-    a = rng.uniform(0.3, 0.999, sizes)
-    if kinds[0] == "c":
-        a = a * np.exp(1j * rng.uniform(-3, 3, sizes))
-    state = normal(rng, batch, *shape, kind="c" if "c" in kinds else "r")
-    return {
-        "a": a,
-        "x": normal(rng, *full, kind=kinds[1]),
-        "initial_state": state,
-        "reset": resets(rng, batch, length),
-    }, {"return_transition": True}
+TRANSITION = {"return_transition": True}
 
 
 def scan_cases(full):
-    # tiles are of 8 steps and 16 values
-    more = [
-        ("cc", 20),
-        ("rc", 9, ("B", "L", 1)),
-        ("cr", 1, (1, "L", 5)),
-        ("rr", 17, ("B", "L", 3, 1), (3, 4)),
-        ("cc", 12, (1, "L", 1, 3, 1), (2, 3, 2)),
+    # tiles are of 8 steps and 16 values; a is one where its shape is, all where None
+    some = [
+        ("real", 20, (5,), None),
+        ("complex", 20, (5,), None),
+        ("complex x", 9, (5,), (2, 9, 1)),
+        ("complex a", 1, (5,), (1, 1, 5)),
+        ("real", 17, (3, 4), (2, 17, 3, 1)),
+        ("complex", 12, (2, 3, 2), (1, 12, 1, 3, 1)),
     ]
     everywhere = [
-        ("cc", 20, (20,), (20,)),
-        ("rr", 7, (1, 1, 1, 4), (3, 4)),
-        ("rc", 20, ("B", "L", 2, 1, 2), (2, 3, 2)),
-        ("cc", 1),
-        ("rr", 100),
+        ("complex", 20, (20,), (20,)),
+        ("real", 7, (3, 4), (1, 1, 1, 4)),
+        ("complex x", 20, (2, 3, 2), (2, 20, 2, 1, 2)),
+        ("complex", 1, (5,), None),
+        ("real", 100, (5,), None),
     ]
-    return switched(scan, full, ("rr", 20), *more, *(everywhere if full else ()))
 
+    def scan(number, variant, length, shape, a_shape):
+        sizes = {"B": 2, "D": math.prod(shape)}
+        arrays = made("linear_scan", number, variant, length, sizes)
+        for name in ("a", "x", "initial_state"):
+            x = arrays[name]
+            arrays[name] = x.reshape(*x.shape[:-1], *shape)
+        if a_shape is not None:
+            wide = (1,) * (2 + len(shape) - len(a_shape)) + a_shape
+            arrays["a"] = arrays["a"][tuple(map(slice, wide))].reshape(a_shape)
+        return arrays
 
-def selective(rng, length, channels, modes, batch=2):
-    shape = (batch, length, channels)
-    return {
-        "u": normal(rng, *shape),
-        "dt": rng.uniform(0.01, 0.5, shape),
-        "A": -rng.uniform(0.1, 2, (channels, modes)),
-        "B": normal(rng, batch, length, modes),
-        "C": normal(rng, batch, length, modes),
-        "skip": normal(rng, channels),
-        "initial_state": normal(rng, batch, channels, modes),
-        "reset": resets(rng, batch, length),
-    }, {"return_transition": True}
+    variants = some + (everywhere if full else [])
+    inputs = [scan(number, *variant) for number, variant in enumerate(variants)]
+    return switched(inputs, full, TRANSITION)
 
 
 def selective_cases(full):
     # tiles are of 16 and 8 steps, blocks of 8 channels or more, segments of 16 steps
-    more = [(7, 20, 4)]
-    everywhere = [(1, 3, 3), (40, 3, 1), (19, 3, 2), (20, 3, 17), (50, 70, 4, 1)]
-    return switched(selective, full, (24, 9, 3), *more, *(everywhere if full else ()))
-
-
-def convolution(rng, length, channels, width, bias=True):
-    batch = 2
-    made = {
-        "u": normal(rng, batch, length, channels),
-        "w": normal(rng, channels, width),
-        "initial_state": normal(rng, batch, width - 1, channels),
-        "reset": resets(rng, batch, length),
-    }
-    return made | ({"bias": normal(rng, channels)} if bias else {}), {}
+    some = [(24, 9, 3, 2), (7, 20, 4, 2)]
+    everywhere = [
+        (1, 3, 3, 2),
+        (40, 3, 1, 2),
+        (19, 3, 2, 2),
+        (20, 3, 17, 2),
+        (50, 70, 4, 1),
+    ]
+    inputs = [
+        made("selective_scan", number, "skip", length, {"B": B, "D": D, "N": N})
+        for number, (length, D, N, B) in enumerate(some + (everywhere if full else []))
+    ]
+    return switched(inputs, full, TRANSITION)
 
 
 def convolution_cases(full):
     # tiles are of 4 steps, programs of 8
-    more = [(3, 5, 7, False), (9, 2, 1)]
-    everywhere = [(1, 3, 4), (40, 70, 3), (17, 1, 2, False), (40, 3, 9)]
-    return switched(convolution, full, (25, 5, 4), *more, *(everywhere if full else ()))
+    some = [("bias", 25, 5, 4), ("no bias", 3, 5, 7), ("bias", 9, 2, 1)]
+    everywhere = [
+        ("bias", 1, 3, 4),
+        ("bias", 40, 70, 3),
+        ("no bias", 17, 1, 2),
+        ("bias", 40, 3, 9),
+    ]
+    inputs = [
+        made("short_conv", number, variant, length, {"B": 2, "H": H, "W": W})
+        for number, (variant, length, H, W) in enumerate(
+            some + (everywhere if full else [])
+        )
+    ]
+    return switched(inputs, full, {})
 
 
-def filters(rng, kind, length, modes):
-    made = {"c": normal(rng, 2, 3, modes, kind=kind), "log_z": nodes(rng, kind, modes)}
-    return made, {"length": length}
-
-
-def moments(rng, kind, length, modes):
-    return {"u": normal(rng, 2, 3, length), "log_z": nodes(rng, kind, modes)}, {}
-
-
-def nodes(rng, kind, modes):
-    log_z = -rng.uniform(0.001, 0.5, (3, modes))
-    return log_z + 1j * rng.uniform(-3.2, 3.2, log_z.shape) if kind == "c" else log_z
-
-
-def filter_cases(make):
+def node_cases(name, static):
     # tiles are of 8 taps and 8 nodes
     def cases(full):
-        everywhere = [("c", 64, 3), ("r", 65, 16), ("c", 8, 8)] if full else []
-        return plain(make, full, ("c", 21, 9), ("r", 7, 3), ("c", 1, 2), *everywhere)
+        some = [("complex", 21, 9), ("real", 7, 3), ("complex", 1, 2)]
+        everywhere = [("complex", 64, 3), ("real", 65, 16), ("complex", 8, 8)]
+        inputs = [
+            (length, made(name, i, variant, length, {"B": 2, "R": 2, "H": 3, "N": N}))
+            for i, (variant, length, N) in enumerate(
+                some + (everywhere if full else [])
+            )
+        ]
+        return plain(inputs, full, static)
 
     return cases
 
 
-def poles(rng, length, modes, sums):
-    dt = 10 ** rng.uniform(-3, -1, (2, 1))
-    z = dt * (-0.5 + 1j * np.arange(1, modes + 1) ** 2)
-    return {"v": normal(rng, sums, 2, modes, kind="c"), "z": z}, {"length": length}
-
-
 def pole_cases(full):
-    # tiles are of 8 frequencies, 4 nodes and 2 sums
-    everywhere = [(64, 4, 2), (33, 9, 1), (2, 3, 4)] if full else []
-    return plain(poles, full, (40, 5, 3), (1, 2, 1), *everywhere)
+    # tiles are of 8 frequencies, 4 nodes and 2 sums, of the 4 there are
+    some = [(40, 5, 3), (1, 2, 1)]
+    everywhere = [(64, 4, 2), (33, 9, 1), (2, 3, 4)]
+    inputs = []
+    for number, (length, N, sums) in enumerate(some + (everywhere if full else [])):
+        arrays = made("cauchy", number, "shared nodes", length, {"H": 2, "N": N})
+        inputs.append((length, arrays | {"v": arrays["v"][:sums]}))
+    return plain(inputs, full, lambda length: {"length": length})
+
+
+def attention_cases(full):
+    # chunks are of 32 tokens, of 16 where the products are not of bfloat16
+    some = [
+        ("scalar decay", 37, {"G": 2, "H": 4, "K": 5, "V": 20}),
+        ("delta rule, scalar decay", 20, {"G": 1, "H": 2, "K": 5, "V": 17}),
+    ]
+    everywhere = [
+        ("scalar decay", 1, {"G": 1, "H": 1, "K": 3, "V": 2}),
+        ("constant decay", 16, {"G": 2, "H": 2, "K": 16, "V": 16}),
+        ("delta rule, no decay", 35, {"G": 1, "H": 3, "K": 20, "V": 40}),
+        ("no decay", 7, {"G": 2, "H": 2, "K": 3, "V": 3}),
+    ]
+    inputs = [
+        made("chunked_scan", number, variant, length, {"B": 2, **sizes})
+        for number, (variant, length, sizes) in enumerate(
+            some + (everywhere if full else [])
+        )
+    ]
+    return switched(inputs, full, TRANSITION)
+
+
+def long_convolution_cases(full):
+    # blocks are of 256 points, real ones in bfloat16 of 1024
+    some = [("gated", 90, 80), ("gated", 150, 170)]
+    everywhere = [
+        ("two-sided", 100, 60),
+        ("gated", 1, 1),
+        ("two-sided", 300, 290),
+        ("gated", 120, 700),
+    ]
+    inputs = [
+        made("fft_conv", number, variant, length, {"B": 2, "H": 2, "K": K})
+        for number, (variant, length, K) in enumerate(
+            some + (everywhere if full else [])
+        )
+    ]
+    for arrays in inputs:
+        del arrays["reset"]  # segments are not for this backend
+    return switched(inputs, full, {})
 
 
 def scan_sizes():
@@ -281,63 +308,6 @@ def filter_sizes(dtype):
 
 def moment_sizes(dtype):
     return {"u": ((8, 256, 4096), jnp.float32), "log_z": ((256, 32), dtype)}
-
-
-def attention(rng, length, heads, keys, values, decay="scalar", delta=False):
-    """heads: (groups, heads); decay: "scalar", "constant" or None."""
-    batch, (groups, heads) = 2, heads
-    k = normal(rng, batch, length, groups, keys)
-    made = {
-        "q": normal(rng, batch, length, groups, keys),
-        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
-        "v": normal(rng, batch, length, heads, values),
-        "initial_state": normal(rng, batch, heads, keys, values),
-        "reset": resets(rng, batch, length),
-    }
-    if decay is not None:
-        shape = (heads,) if decay == "constant" else (batch, length, heads)
-        made["log_decay"] = -rng.uniform(0, 0.5, shape)
-    if delta:
-        made["beta"] = rng.uniform(0, 1, (batch, length, heads))
-    return made, {"return_transition": True}
-
-
-def attention_cases(full):
-    # chunks are of 32 tokens, of 16 where the products are not of bfloat16
-    more = [(20, (1, 2), 5, 17, "scalar", True)]
-    everywhere = [
-        (1, (1, 1), 3, 2),
-        (16, (2, 2), 16, 16, "constant"),
-        (35, (1, 3), 20, 40, None, True),
-        (7, (2, 2), 3, 3, None),
-    ]
-    return switched(
-        attention, full, (37, (2, 4), 5, 20), *more, *(everywhere if full else ())
-    )
-
-
-def long_convolution(rng, length, taps, two_sided=False):
-    batch, channels = 2, 2
-    made = {
-        "u": normal(rng, batch, length, channels),
-        "k": normal(rng, channels, taps),
-        "skip": normal(rng, channels),
-        "pre_gate": normal(rng, batch, length, channels),
-    }
-    if two_sided:
-        made["k_reverse"] = normal(rng, channels, taps)
-    else:
-        made["initial_state"] = normal(rng, batch, taps - 1, channels)
-    return made, {}
-
-
-def long_convolution_cases(full):
-    # blocks are of 256 points, real ones in bfloat16 of 1024
-    more = [(150, 170)]
-    everywhere = [(100, 60, True), (1, 1), (300, 290, True), (120, 700)]
-    return switched(
-        long_convolution, full, (90, 80), *more, *(everywhere if full else ())
-    )
 
 
 def attention_sizes():
@@ -403,13 +373,13 @@ KERNELS = {
     ),
     "vandermonde": Kernel(
         vandermonde,
-        filter_cases(filters),
+        node_cases("vandermonde", lambda length: {"length": length}),
         in_both(filter_sizes),
         {"kernels.vandermonde.triton": {"LOW": 4, "HIGH": 2, "TILES": 2}},
     ),
     "vandermonde_transpose": Kernel(
         vandermonde_transpose,
-        filter_cases(moments),
+        node_cases("vandermonde_transpose", lambda length: {}),
         in_both(moment_sizes),
         {"kernels.vandermonde.triton": {"LOW": 4, "HIGH": 2, "TILES": 2}},
     ),

@@ -11,7 +11,7 @@ from absl import flags
 
 from train import evaluate, generate, loop, main, metrics, predict, runs
 from train.report import __main__ as report
-from train.video import codec, rollout
+from train.video import codec, rollout, section
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"
 
@@ -57,8 +57,6 @@ RESULTS = {
     "an empty test": ({"test": {}}, "test must have accuracy, got {}"),
     "a best of text": ({"best": "x"}, "best must have a step, got 'x'"),
     "a best alone": ({"best": {"step": 3}}, "best.validation must be an object"),
-    "a rollout of text": ({"rollout": "x"}, "rollout must have clips, split and sc"),
-    "no scores": ({"rollout": {"scores": {}}}, "rollout must have clips, split and"),
 }
 
 
@@ -268,3 +266,14 @@ def test_a_broken_line_of_the_log_is_left_out_and_named(tmp_path, line, capsys):
     assert path.read_text() == row * 2
     said = capsys.readouterr().out
     assert said.startswith(f"{path}: line 2 is left out") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "found",
+    ["x", {"scores": {}}, {"scores": {"model": {"psnr": [1.0]}}, "clips": 2}],
+    ids=["text", "no scores", "no split"],
+)
+def test_a_broken_rollout(found):
+    """What a report of a video run reads."""
+    with pytest.raises(ValueError, match=r"a/results\.json: rollout must have clips, "):
+        section.check(Path("a/results.json"), found)

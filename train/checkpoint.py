@@ -10,7 +10,7 @@ their digest or whose state is of another step, is never used.
 
 import asyncio.log
 import contextlib
-import functools
+import gc
 import json
 import os
 import re
@@ -297,9 +297,6 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._keep = keep
         self._allowed = allowed
-        logging.get_absl_logger().addFilter(_not_orbax_error)
-        asyncio.log.logger.addFilter(_not_full_disk)
-        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -307,17 +304,24 @@ class Checkpoints:
         self._paths = contextlib.ExitStack()  # of the save in the background
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(_said_once())
         return self
 
     def __exit__(self, kind, *_):
-        try:
-            self.wait()
-        except Exception as error:
-            if kind is None:
-                raise
-            logging.warning("%s", error)  # the error on its way out comes first
-        finally:
-            self._writer.close()
+        failed = kind is not None
+        with self._quiet:
+            try:
+                self.wait()
+            except Exception as error:
+                if not failed:
+                    failed = True
+                    raise
+                logging.warning("%s", error)  # the error on its way out comes first
+            finally:
+                self._writer.close()
+                if failed:
+                    gc.collect()  # writes that were left end while this is quiet
 
     def save(
         self, state: TrainState, data: dict, metadata: dict, best: int | None = None
@@ -571,27 +575,39 @@ def _write_digest(folder: Path) -> None:
     write_atomically(folder / DIGEST, json.dumps(digest, indent=1))
 
 
-def _not_orbax_error(record) -> bool:
-    """False for the traceback that orbax logs of an error which it raises as well."""
-    from_orbax = Path(ocp.__file__).parent in Path(record.pathname).parents
-    return not (from_orbax and record.levelname == "ERROR")
+@contextlib.contextmanager
+def _said_once():
+    """What orbax and asyncio print of an error that is raised as well is not printed:
+    the traceback that orbax logs, those of other writes to the full disk, and those of
+    writes that end after the first that failed has ended the save, which find its event
+    loop closed."""
+    orbax = Path(ocp.__file__).parent
 
+    def not_from_orbax(record) -> bool:
+        inside = orbax in Path(record.pathname).parents
+        return not (inside and record.levelname == "ERROR")
 
-def _not_full_disk(record) -> bool:
-    """False for what asyncio logs of the writes that fail beside the one whose error is
-    raised."""
-    return not (record.exc_info and disk_full(record.exc_info[1]))
+    def not_full_disk(record) -> bool:
+        return not (record.exc_info and disk_full(record.exc_info[1]))
 
+    hook = sys.unraisablehook
 
-def _without_closed_loops(hook):
-    """`hook` without the tracebacks of writes that end after the first that failed has
-    ended the save: they find its event loop closed. The failure itself is raised."""
-    if getattr(hook, "func", None) is _unless_loop_closed:
-        return hook
-    return functools.partial(_unless_loop_closed, hook)
+    def unless_loop_closed(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+            hook(unraisable)
 
-
-def _unless_loop_closed(hook, unraisable):
-    error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
-        hook(unraisable)
+    loggers = {
+        logging.get_absl_logger(): not_from_orbax,
+        asyncio.log.logger: not_full_disk,
+    }
+    for logger, wanted in loggers.items():
+        logger.addFilter(wanted)
+    sys.unraisablehook = unless_loop_closed
+    try:
+        yield
+    finally:
+        for logger, wanted in loggers.items():
+            logger.removeFilter(wanted)
+        if sys.unraisablehook is unless_loop_closed:
+            sys.unraisablehook = hook

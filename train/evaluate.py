@@ -138,7 +138,7 @@ def on_split(
     count = dataset.num_examples(split)
     size = sharding.evaluation_batch_size(config, mesh, count)
     batches = signals.stoppable(dataset.evaluation(split, size))
-    return step.evaluate(eval_step, variables, batches, mesh)
+    return step.mean_scores(eval_step, variables, batches, mesh)
 
 
 def at_lengths(

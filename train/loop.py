@@ -27,7 +27,7 @@ from train import (
 )
 from train.checkpoint import CheckpointError, Checkpoints
 from train.endings import ENDINGS, finish, measure
-from train.losses import SCORES
+from train.losses import LOSSES
 from train.metrics import Metrics, profiler
 from train.pace import Pace
 from train.parts import set_up, start
@@ -234,9 +234,8 @@ def validate(config, parts, progress, metrics) -> bool:
             f"the validation loss is {scores['loss']} at step {progress.step}"
         )
     metrics.write(progress.step, "validation", scores)
-    name, _, more = SCORES[parts.dataset.spec.loss]
-    best = progress.best and progress.best["scores"][name]
-    if best is not None and (scores[name] <= best if more else scores[name] >= best):
+    loss = LOSSES[parts.dataset.spec.loss]
+    if progress.best and not loss.better(scores, progress.best["scores"]):
         return False
     progress.best = {"step": progress.step, "scores": scores}
     return True

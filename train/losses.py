@@ -6,6 +6,7 @@ weight. Everything is computed in float32, whatever the dtype of the outputs.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,6 @@ LossFn = Callable[
 ]
 
 IGNORED = -1  # a target that is not to be predicted
-
-# The metric that chooses the best step, its name at the end, whether more is better.
-SCORES = {
-    "classification": ("accuracy", "accuracy", True),
-    "token": ("accuracy", "accuracy", True),
-    "regression": ("loss", "error", False),
-    "frames": ("mse", "mse", False),
-    "codes": ("accuracy", "accuracy", True),
-    "autoencoder": ("mse", "mse", False),
-}
 
 
 def make(loss: str, label_smoothing: float = 0.0) -> LossFn:
@@ -64,25 +55,18 @@ def make(loss: str, label_smoothing: float = 0.0) -> LossFn:
             nothing is classified; and by the loss itself, for outputs and targets that
             do not fit.
     """
-    losses = {
-        "classification": _classification,
-        "token": _token,
-        "regression": _regression,
-        "frames": _frames,
-        "codes": _codes,
-        "autoencoder": _autoencoder,
-    }
-    if loss not in losses:
-        raise ValueError(f"loss must be one of {', '.join(losses)}, got {loss!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-    if loss in ("regression", "frames", "autoencoder"):
-        if label_smoothing:
-            raise ValueError(
-                f"label_smoothing must be 0 for the loss {loss}, got {label_smoothing}"
-            )
-        return losses[loss]
-    return lambda outputs, batch: losses[loss](outputs, batch, label_smoothing)
+    sums = LOSSES[loss].sums
+    if LOSSES[loss].smooths:
+        return lambda outputs, batch: sums(outputs, batch, label_smoothing)
+    if label_smoothing:
+        raise ValueError(
+            f"label_smoothing must be 0 for the loss {loss}, got {label_smoothing}"
+        )
+    return sums
 
 
 def _classification(outputs, batch, label_smoothing):
@@ -212,3 +196,38 @@ def _sums(losses, real, metrics):
 
     sums = {name: total(values) for name, values in metrics.items()}
     return total(losses), jnp.sum(real, dtype=jnp.float32), sums
+
+
+class Loss(NamedTuple):
+    """Of one kind of task.
+
+    Attributes:
+        sums: (outputs, batch) -> (loss_sum, weight, metric_sums); it takes the label
+            smoothing too where it `smooths`.
+        metric: the one that chooses the best step.
+        title: of that metric, at the end of a run.
+        more_is_better: whether it should be large.
+        smooths: whether it knows label smoothing.
+    """
+
+    sums: Callable
+    metric: str
+    title: str
+    more_is_better: bool
+    smooths: bool
+
+    def better(self, scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        """Whether `scores` are better than the best so far."""
+        new, old = scores[self.metric], best[self.metric]
+        return new > old if self.more_is_better else new < old
+
+
+# What a run makes of each at its end is in `train.endings.ENDINGS`.
+LOSSES = {
+    "classification": Loss(_classification, "accuracy", "accuracy", True, True),
+    "token": Loss(_token, "accuracy", "accuracy", True, True),
+    "regression": Loss(_regression, "loss", "error", False, False),
+    "frames": Loss(_frames, "mse", "mse", False, False),
+    "codes": Loss(_codes, "accuracy", "accuracy", True, True),
+    "autoencoder": Loss(_autoencoder, "mse", "mse", False, False),
+}

@@ -61,14 +61,14 @@ def main(argv: list[str]) -> int:
     import jax
 
     from kernels import allocator
-    from train import certificate, data, evaluate, loop
+    from train import data, evaluate, exclusions, loop
 
     if __name__ == "__main__":  # the process of who imports this is theirs
         allocator.keep_freed_memory()
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if DISTRIBUTED.value or tasks > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
-    certificate.apply(CERTIFICATE.value)
+    exclusions.apply(CERTIFICATE.value)
     seeds = [_number(seed) for seed in SEEDS.value] or [CONFIG.value.seed]
     if len({*seeds}) < len(seeds):
         raise ValueError(f"--seeds must name a seed once, got {','.join(SEEDS.value)}")
@@ -152,16 +152,16 @@ def _workdir(seed: int, several: bool) -> Path:
 
 def _print_seeds(found: dict[int, dict]) -> None:
     """The tests of several seeds, and their median and range."""
-    from train.losses import SCORES
+    from train.losses import LOSSES
 
-    name, label, _ = SCORES[next(iter(found.values()))["loss"]]
+    kind = LOSSES[next(iter(found.values()))["loss"]]
     tests = {"last": {seed: results["test"] for seed, results in found.items()}}
     if all(results["best"] for results in found.values()):
         tests["best"] = {s: results["best"]["test"] for s, results in found.items()}
     if not all(tests["last"].values()):
         return
-    print(f"\ntest {label:<8}" + "".join(f"{which:>10}" for which in tests))
-    columns = [[tests[which][s][name] for s in found] for which in tests]
+    print(f"\ntest {kind.title:<8}" + "".join(f"{which:>10}" for which in tests))
+    columns = [[tests[which][s][kind.metric] for s in found] for which in tests]
     for seed, *values in zip(found, *columns, strict=True):
         print(f"seed {seed:<8}" + "".join(f"{value:>10.4f}" for value in values))
     for title, of in (("median", statistics.median), ("lowest", min), ("highest", max)):

@@ -29,7 +29,7 @@ from tensorboardX.record_writer import RecordWriter
 from configs.common import GROUP_NAMES
 from train import files
 from train.files import write_atomically
-from train.losses import SCORES
+from train.losses import LOSSES
 from train.state import named_leaves
 
 FILE = "metrics.jsonl"
@@ -292,7 +292,8 @@ def group_name(pattern: str, factors: Mapping) -> str:
 
 def print_results(results: Mapping) -> None:
     """Prints the lines at the end of a run."""
-    name, label, _ = SCORES[results["loss"]]
+    loss = LOSSES[results["loss"]]
+    name, label = loss.metric, loss.title
     if results["test"]:
         print(f"test {label}: {results['test'][name]:.4f}")
     best = results["best"]

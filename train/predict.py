@@ -56,12 +56,12 @@ from layers.models.model import Model
 from ssm.sequence import Sequence
 from train import files, settings
 from train.data import cast, unseen
+from train.data.targets import LOSSES
 from train.evaluate import PROBLEMS, add_trust
 from train.runs import Run, load_run
 
 STDIN = "-"
 CHUNK = 2**16  # tokens that are read at once where a state takes them further
-LOSSES = ("classification", "token", "regression")
 
 
 def predict(

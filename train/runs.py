@@ -29,7 +29,7 @@ from train import checkpoint, data, files, metrics, settings
 from train.data import described
 from train.data.spec import Spec
 from train.files import write_atomically
-from train.losses import SCORES
+from train.losses import LOSSES
 
 CONFIG = "config.json"
 
@@ -236,10 +236,10 @@ class Workdir:
     @property
     def score(self) -> tuple[str, str]:
         """The metric that counts, and its name in words."""
-        if self.results:
-            return SCORES[self.results["loss"]][:2]
         accurate = any("accuracy" in row for row in self.rows)
-        return SCORES["classification" if accurate else "regression"][:2]
+        guessed = "classification" if accurate else "regression"
+        loss = LOSSES[self.results["loss"] if self.results else guessed]
+        return loss.metric, loss.title
 
     @property
     def last_step(self) -> int:
@@ -508,13 +508,13 @@ def read_results(workdir: str | Path) -> dict | None:
     step, loss, best = (found.get(key) for key in ("step", "loss", "best"))
     if type(step) is not int or step < 0:
         raise ValueError(f"{path}: step must be a whole number, got {step!r:.60}")
-    if not isinstance(loss, str) or loss not in SCORES:
-        raise ValueError(f"{path}: loss must be one of {[*SCORES]}, got {loss!r:.60}")
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise ValueError(f"{path}: loss must be one of {[*LOSSES]}, got {loss!r:.60}")
     if best is not None and not (
         isinstance(best, dict) and type(best.get("step")) is int
     ):
         raise ValueError(f"{path}: best must have a step, got {best!r:.60}")
-    name = SCORES[loss][0]
+    name = LOSSES[loss].metric
     tables = {"test": found.get("test")}
     if best is not None:
         tables |= {f"best.{key}": best.get(key) for key in ("validation", "test")}
@@ -524,35 +524,10 @@ def read_results(workdir: str | Path) -> dict | None:
         number = isinstance(scores, dict) and isinstance(scores.get(name), int | float)
         if scores is not None and not number:
             raise ValueError(f"{path}: {key} must have {name}, got {scores!r:.60}")
-    _check_rollout(path, found.get("rollout"))
     for key in ("parallel_vs_recurrent", "checkpoint"):
         if key not in found:
             raise ValueError(f"{path} must have {key}, and has not")
     return found
-
-
-def _check_rollout(path: Path, found) -> None:
-    """Raises a `ValueError` unless that is None or the summary of a rollout."""
-    if found is None:
-        return
-    scores = found.get("scores") if isinstance(found, dict) else None
-    tables = scores.values() if isinstance(scores, dict) else [None]
-    lists = [v for t in tables for v in (t.values() if isinstance(t, dict) else [None])]
-    numbers = lists and all(
-        isinstance(values, list)
-        and len(values) == len(lists[0]) > 0
-        and all(isinstance(x, int | float) for x in values)
-        for values in lists
-    )
-    if (
-        "model" not in (scores or ())
-        or not numbers
-        or not {"clips", "split"} <= {*found}
-    ):
-        raise ValueError(
-            f"{path}: rollout must have clips, split and scores, lists of numbers by "
-            f"name and metric, got {found!r:.60}"
-        )
 
 
 def finished(workdir: Path, config: ConfigDict) -> dict | None:

@@ -123,7 +123,7 @@ def make_eval_step(
     return jax.jit(eval_step)
 
 
-def evaluate(
+def mean_scores(
     eval_step: Callable, variables: Mapping, batches: Iterable[Mapping], mesh: Mesh
 ) -> dict[str, float]:
     """Means over all examples of `batches`; padding examples do not count.

@@ -18,6 +18,7 @@ from kernels import (
     vandermonde,
     vandermonde_transpose,
 )
+from kernels.check.cases import OPERATIONS, normal
 
 
 @dataclass
@@ -165,11 +166,11 @@ def chunked_forms(s):
 
 
 def filter_by_table(length):
-    """The filter [H, L] by a table [H, N, L] of all powers."""
+    """Filters [..., H, L] by a table [H, N, L] of all powers."""
 
     def run(c, log_z):
         table = jnp.exp(log_z[..., None] * jnp.arange(length))
-        return jnp.einsum("hn,hnl->hl", c, table).real
+        return jnp.einsum("...hn,hnl->...hl", c, table).real
 
     return run
 
@@ -250,91 +251,36 @@ def depthwise_by_lax_conv(u, w):
 # Inputs.
 
 
-def _normal(rng, *shape):
-    return rng.standard_normal(shape).astype(np.float32)
+def inputs_of(operation: str, variant: str, **sizes: int | str) -> Callable:
+    """`make` of a `Case`: the arrays with which `kernels.check` tries this variant, in
+    float32 and without initial state and resets.
+
+    Args:
+        operation, variant: of `kernels.check.cases.OPERATIONS`.
+        sizes: those that the case does not say: numbers, or names of sizes like them.
+    """
+
+    def make(size, rng):
+        size = {name: size.get(like, like) for name, like in sizes.items()} | size
+        made = OPERATIONS[operation].make(rng, variant, size["L"], size)
+        optional = ("initial_state", "reset")
+        return [_narrow(x) for name, x in made.items() if name not in optional]
+
+    return make
 
 
-def _complex(rng, *shape):
-    return (_normal(rng, *shape) + 1j * _normal(rng, *shape)).astype(np.complex64)
-
-
-def _rates(rng, heads, modes):
-    """Logarithms of S4D-like eigenvalues: slow decay, frequencies up to Nyquist."""
-    size = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), (heads, 1)))
-    rates = size * (-0.5 + 1j * np.pi * np.arange(modes))
-    return rates.astype(np.complex64)
-
-
-def make_scan(s, rng):
-    shape = s["B"], s["L"], s["D"]
-    return rng.uniform(0.8, 1, shape).astype(np.float32), _normal(rng, *shape)
-
-
-def make_constant_scan(s, rng):
-    shape = s["B"], s["L"], s["P"]
-    return np.exp(_rates(rng, 1, s["P"])[0]), _complex(rng, *shape)
-
-
-def make_bank(s, rng):
-    log_a = _rates(rng, s["H"], s["N"])
-    b, c = _complex(rng, s["H"], s["N"]), _complex(rng, s["H"], s["N"])
-    return log_a, b, c, _normal(rng, s["B"], s["L"], s["H"])
-
-
-def make_timed_bank(s, rng):
-    dt = rng.uniform(0, 2, (s["B"], s["L"])).astype(np.float32)
-    return *make_bank(s, rng), dt
-
-
-def make_selective(s, rng):
-    tokens = s["B"], s["L"]
-    dt = rng.uniform(1e-3, 1e-1, (*tokens, s["D"])).astype(np.float32)
-    A = -np.tile(np.arange(1, s["N"] + 1, dtype=np.float32), (s["D"], 1))
-    weights = (_normal(rng, *tokens, s["N"]) for _ in range(2))
-    return _normal(rng, *tokens, s["D"]), dt, A, *weights
-
-
-def make_scalar_chunks(s, rng):
-    """q, k (of length 1), v and log decays."""
-    tokens = s["B"], s["L"], s["H"]
-    q, k, v = (_normal(rng, *tokens, s["K"]) for _ in range(3))
-    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    return q, k, v, -rng.uniform(0, 0.2, tokens).astype(np.float32)
-
-
-def make_delta_chunks(s, rng):
-    beta = rng.uniform(0, 1, (s["B"], s["L"], s["H"])).astype(np.float32)
-    return *make_scalar_chunks(s, rng), beta
-
-
-def make_filter(s, rng):
-    return _complex(rng, s["H"], s["N"]), _rates(rng, s["H"], s["N"])
+def _narrow(x):
+    return x.astype(np.complex64 if np.iscomplexobj(x) else np.float32)
 
 
 def make_dplr(s, rng):
     """c, b, p [H, N / 2] and lam like those of HiPPO-LegS, log dt [H, 1]."""
     n = s["N"] // 2
-    c, b, p = (_complex(rng, s["H"], n) for _ in range(3))
+    c, b, p = (_narrow(normal(rng, s["H"], n, kind="c")) for _ in range(3))
     imaginary = s["N"] ** 2 / np.pi / (2 * np.arange(n) + 1)
-    lam = np.tile(-0.5 - 1j * imaginary, (s["H"], 1)).astype(np.complex64)
-    log_dt = rng.uniform(np.log(1e-3), np.log(1e-1), (s["H"], 1)).astype(np.float32)
-    return c, b, p, lam, log_dt
-
-
-def make_moments(s, rng):
-    return _normal(rng, s["B"], s["H"], s["L"]), _rates(rng, s["H"], s["N"])
-
-
-def make_convolution(s, rng):
-    return _normal(rng, s["B"], s["L"], s["H"]), _normal(rng, s["H"], s["L"])
-
-
-def make_filtering(s, rng):
-    return _normal(rng, s["B"], s["L"], s["H"]), _normal(rng, s["H"], s["K"])
-
-
-def make_short(s, rng):
-    return _normal(rng, s["B"], s["L"], s["H"]), _normal(rng, s["H"], s["W"])
+    lam = np.tile(-0.5 - 1j * imaginary, (s["H"], 1))
+    log_dt = rng.uniform(np.log(1e-3), np.log(1e-1), (s["H"], 1))
+    return c, b, p, _narrow(lam), _narrow(log_dt)
 
 
 def resets(u):
@@ -349,7 +295,7 @@ CASES = [
         "time-varying, real",
         {"B": 8, "L": 4096, "D": 256},
         {"B": 2, "L": 512, "D": 64},
-        make_scan,
+        inputs_of("linear_scan", "real"),
         lambda s: {
             "linear_scan": lambda a, x: linear_scan(a, x)[0],
             "associative_scan": scan_by_associative_scan,
@@ -361,7 +307,7 @@ CASES = [
         "constant, complex",
         {"B": 8, "L": 4096, "P": 64},
         {"B": 2, "L": 512, "P": 16},
-        make_constant_scan,
+        inputs_of("linear_scan", "constant a", D="P"),
         lambda s: {
             "linear_scan": lambda a, x: linear_scan(a, x)[0],
             "associative_scan": scan_by_associative_scan,
@@ -373,7 +319,7 @@ CASES = [
         "constant decay",
         {"B": 2, "L": 4096, "H": 64, "N": 32},
         {"B": 1, "L": 512, "H": 8, "N": 16},
-        make_bank,
+        inputs_of("contracted_scan", "complex"),
         lambda s: {
             "contracted_scan": lambda *args: contracted_scan(*args)[0],
             "states, associative_scan": bank_of_states(scan_by_associative_scan),
@@ -386,7 +332,7 @@ CASES = [
         "with dt",
         {"B": 2, "L": 2048, "H": 64, "N": 32},
         {"B": 1, "L": 256, "H": 8, "N": 16},
-        make_timed_bank,
+        inputs_of("contracted_scan", "complex, dt"),
         lambda s: {
             "contracted_scan": lambda *args: contracted_scan(*args)[0],
             "states, associative_scan": bank_of_states(scan_by_associative_scan),
@@ -398,7 +344,7 @@ CASES = [
         "Mamba",
         {"B": 4, "L": 1024, "D": 256, "N": 16},
         {"B": 1, "L": 256, "D": 16, "N": 8},
-        make_selective,
+        inputs_of("selective_scan", "no skip"),
         selective_forms,
     ),
     Case(
@@ -406,7 +352,7 @@ CASES = [
         "Mamba, long",
         {"B": 2, "L": 4096, "D": 256, "N": 16},
         {"B": 1, "L": 512, "D": 16, "N": 8},
-        make_selective,
+        inputs_of("selective_scan", "no skip"),
         selective_forms,
     ),
     Case(
@@ -414,7 +360,7 @@ CASES = [
         "scalar decay",
         {"B": 4, "L": 1024, "H": 4, "K": 64},
         {"B": 1, "L": 256, "H": 2, "K": 16},
-        make_scalar_chunks,
+        inputs_of("chunked_scan", "scalar decay", G="H", V="K"),
         chunked_forms,
         # the least there is to do, by steps: a product into the state and one out
         flops=lambda s: 4 * s["B"] * s["L"] * s["H"] * s["K"] ** 2,
@@ -424,7 +370,7 @@ CASES = [
         "gated delta rule",
         {"B": 4, "L": 1024, "H": 4, "K": 64},
         {"B": 1, "L": 256, "H": 2, "K": 16},
-        make_delta_chunks,
+        inputs_of("chunked_scan", "delta rule, scalar decay", G="H", V="K"),
         chunked_forms,
         flops=lambda s: 6 * s["B"] * s["L"] * s["H"] * s["K"] ** 2,
     ),
@@ -445,7 +391,7 @@ CASES = [
         "S4D filter",
         {"H": 128, "N": 64, "L": 16384},
         {"H": 16, "N": 16, "L": 1024},
-        make_filter,
+        inputs_of("vandermonde", "complex", R=1),
         lambda s: {
             "vandermonde": lambda c, z: vandermonde(c, z, s["L"]),
             "(N, L) table": filter_by_table(s["L"]),
@@ -457,7 +403,7 @@ CASES = [
         "final state",
         {"B": 4, "H": 64, "N": 32, "L": 8192},
         {"B": 2, "H": 8, "N": 16, "L": 512},
-        make_moments,
+        inputs_of("vandermonde_transpose", "complex"),
         lambda s: {
             "vandermonde_transpose": vandermonde_transpose,
             "(N, L) table": moments_by_table,
@@ -469,7 +415,7 @@ CASES = [
         "causal",
         {"B": 8, "H": 128, "L": 4096},
         {"B": 2, "H": 16, "L": 512},
-        make_convolution,
+        inputs_of("fft_conv", "no gates", K="L"),
         lambda s: {
             "fft_conv": lambda u, k: fft_conv(u, k)[0],
             "per-head FFT": convolution_per_head,
@@ -481,7 +427,7 @@ CASES = [
         "256 taps",
         {"B": 1, "H": 16, "L": 262144, "K": 256},
         {"B": 1, "H": 4, "L": 4096, "K": 64},
-        make_filtering,
+        inputs_of("fft_conv", "no gates"),
         lambda s: {
             "fft_conv": lambda u, k: fft_conv(u, k)[0],
             "one FFT": lambda u, k: fft_conv(u, k, backend="xla")[0],
@@ -492,7 +438,7 @@ CASES = [
         "resets",
         {"B": 4, "H": 64, "L": 16384},
         {"B": 2, "H": 8, "L": 256},
-        make_convolution,
+        inputs_of("fft_conv", "no gates", K="L"),
         lambda s: {
             "fft_conv": lambda u, k: fft_conv(u, k, reset=resets(u))[0],
             "without resets": lambda u, k: fft_conv(u, k)[0],
@@ -503,7 +449,7 @@ CASES = [
         "width 4",
         {"B": 8, "H": 256, "L": 4096, "W": 4},
         {"B": 2, "H": 32, "L": 512, "W": 4},
-        make_short,
+        inputs_of("short_conv", "no bias"),
         lambda s: {
             "short_conv": lambda u, w: short_conv(u, w)[0],
             "lax.conv": depthwise_by_lax_conv,

@@ -287,7 +287,7 @@ def nodes(rng, variant, size):
 def _filter(rng, variant, length, size):
     kind = "r" if variant in ("real", "real c") else "c"
     return {
-        "c": normal(rng, 2, size["H"], size["N"], kind=kind),
+        "c": normal(rng, size["R"], size["H"], size["N"], kind=kind),
         "log_z": nodes(rng, variant, size),
     }
 
@@ -393,8 +393,8 @@ OPERATIONS = {
             vandermonde,
             _filter,
             ("complex", "real", "real c"),
-            {"H": 3, "N": 5},
-            {"H": 128, "N": 32},
+            {"R": 2, "H": 3, "N": 5},
+            {"R": 2, "H": 128, "N": 32},
             lambda case: {"length": case.length},
         ),
         Operation(

@@ -43,7 +43,9 @@ def standard(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
 
 def resnet(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:
     """gelu(y + W2 * gelu(norm(W1 * gelu(norm(y))))), convolutions 3 x 3."""
-    return nn.gelu(images.Residual(layer.features, layer.dtype, name="residual")(y))
+    return nn.gelu(
+        images.PreActivationBlock(layer.features, layer.dtype, name="residual")(y)
+    )
 
 
 def diag_resnet(y: jax.Array, u: jax.Array, layer: nn.Module) -> jax.Array:

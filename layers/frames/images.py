@@ -67,7 +67,7 @@ def group_norm(features: int, name: str, dtype: jnp.dtype) -> nn.GroupNorm:
     return nn.GroupNorm(groups, dtype=dtype, name=name, reduction_axes=(-3, -2, -1))
 
 
-class Residual(nn.Module):
+class PreActivationBlock(nn.Module):
     """x + W2 * gelu(norm(W1 * gelu(norm(x)))), convolutions 3 x 3; x is first projected
     where its channels are not `features` (https://arxiv.org/abs/1603.05027)."""
 

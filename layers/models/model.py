@@ -1,4 +1,4 @@
-"""Encoder, stack and head: a whole model under the contract of a single mixer."""
+"""Embedding, stack and head: a whole model under the contract of a single mixer."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ ENCODERS = ("scalar", "token", "image", "grid")
 HEADS = ("mean", "last", "token", "retrieval")
 
 
-class Encoder(nn.Module):
+class Embedding(nn.Module):
     """Inputs to features [B, L, H], or places of a grid [B, n_1, ..., n_k, H].
 
     "scalar": float [B, L] or [B, L, C], a linear map. "token": int [B, L], an embedding
@@ -118,7 +118,7 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, inputs, state=None, sequence=None, train=False):
-        """inputs (see `Encoder`) -> y, state.
+        """inputs (see `Embedding`) -> y, state.
 
         y [B, outputs] for a pooled head, [B, L, outputs] for "token"; state is None for
         a model with a bidirectional layer. `ValueError` for a wrong rank or shape,
@@ -136,7 +136,7 @@ class Model(nn.Module):
             check_state(state, expected)
         # Compact once here and every layer finds only right padding.
         inputs, sequence, restore = seq.compact(inputs, sequence)
-        x = Encoder(
+        x = Embedding(
             self.encoder,
             self.features,
             self.vocab_size,

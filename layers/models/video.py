@@ -15,7 +15,7 @@ from ssm import sequence as seq
 PIECE = 8  # frames that encoder and decoder see at once where they are made again
 
 
-class Encoder(nn.Module):
+class FrameEncoder(nn.Module):
     """Frames [..., h, w, C] in [-1, 1] or features of codes to
     [..., h / s, w / s, depths[-1]]: a residual block per depth, and half the size
     between two depths, so s = 2^(len(depths) - 1)."""
@@ -29,11 +29,11 @@ class Encoder(nn.Module):
         for i, depth in enumerate(self.depths):
             if i:
                 x = images.conv(depth, f"down_{i}", self.dtype, stride=2)(x)
-            x = images.Residual(depth, self.dtype, name=f"residual_{i}")(x)
+            x = images.PreActivationBlock(depth, self.dtype, name=f"residual_{i}")(x)
         return x
 
 
-class Decoder(nn.Module):
+class FrameDecoder(nn.Module):
     """The way back: [..., h / s, w / s, H] to [..., h, w, outputs] in float32."""
 
     depths: tuple[int, ...]
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         for i, depth in reversed(list(enumerate(self.depths))):
-            x = images.Residual(depth, self.dtype, name=f"residual_{i}")(x)
+            x = images.PreActivationBlock(depth, self.dtype, name=f"residual_{i}")(x)
             if i:
                 up = images.conv(self.depths[i - 1], f"up_{i}", self.dtype)
                 x = up(images.doubled(x))
@@ -131,13 +131,13 @@ class Video(nn.Module):
         # Also before the encoder: its gradients would be NaN of a masked frame that is.
         x = seq.zero_masked(self._features(frames), sequence)
         size = PIECE if self.remat else x.shape[1]
-        x = in_pieces(Encoder(self.depths, self.dtype, name="encoder"), x, size)
+        x = in_pieces(FrameEncoder(self.depths, self.dtype, name="encoder"), x, size)
         if actions is not None:
             x = jnp.concatenate([x, self._tiled(actions, x.shape)], axis=-1)
         x = images.conv(self.features, "project", self.dtype, kernel_size=1)(x)
         x, state = stack(seq.zero_masked(x, sequence), state, sequence, train)
         outputs = self.vocab_size or self.channels
-        decoder = Decoder(self.depths, outputs, self.dtype, name="decoder")
+        decoder = FrameDecoder(self.depths, outputs, self.dtype, name="decoder")
         y = in_pieces(decoder, x, size)
         return seq.zero_masked(y, sequence), {"stack": state}
 

@@ -260,7 +260,7 @@ class Encoder(nn.Module):
         for i, depth in enumerate(self.depths):
             x = conv(depth, f"down_{i}", self.dtype, kernel_size=4, stride=2)(x)
             for j in range(self.blocks):
-                x = Residual(self.dtype, name=f"block_{i}_{j}")(x)
+                x = ResidualUnit(self.dtype, name=f"block_{i}_{j}")(x)
             x = nn.relu(x)
         return conv(self.code_features, "out", self.dtype, kernel_size=1)(x)
 
@@ -280,13 +280,13 @@ class Decoder(nn.Module):
         smaller = (self.channels, *self.depths)
         for i in reversed(range(len(self.depths))):
             for j in range(self.blocks):
-                x = Residual(self.dtype, name=f"block_{i}_{j}")(x)
+                x = ResidualUnit(self.dtype, name=f"block_{i}_{j}")(x)
             # Four times as fast on a CPU as a transposed convolution of width 4.
             x = _unfold(conv(4 * smaller[i], f"up_{i}", self.dtype)(nn.relu(x)))
         return x
 
 
-class Residual(nn.Module):
+class ResidualUnit(nn.Module):
     """x + W1 * relu(W3 * relu(x)), convolutions 1 x 1 and 3 x 3."""
 
     dtype: jnp.dtype

@@ -251,17 +251,7 @@ def _tokens(source: File, inputs: np.ndarray, vocab_size: int, encoder: str):
 def _reading(source: File, raw, spec: Spec, encoder: str, real) -> Reading:
     """What to say of how the file was read."""
     inputs = raw["inputs"]
-    where = True if real.all() else real[(...,) + (None,) * (inputs.ndim - 2)]
-    largest, least = (
-        (np.inf, -np.inf)
-        if inputs.dtype.kind == "f"
-        else (
-            np.iinfo(inputs.dtype).max,
-            np.iinfo(inputs.dtype).min,
-        )
-    )
-    low = np.min(inputs, where=where, initial=largest).item()
-    high = np.max(inputs, where=where, initial=least).item()
+    low, high = _range(inputs, real)
     warnings = []
     tabular = source.kind in (".csv", ".parquet") and spec.loss != "token"
     if tabular and real.all() and tables.is_one_series(inputs, raw["targets"]):
@@ -272,13 +262,24 @@ def _reading(source: File, raw, spec: Spec, encoder: str, real) -> Reading:
         )
     return Reading(
         dtype=str(inputs.dtype),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         why=_why(source, inputs, spec, encoder, f"[{low:.6g}, {high:.6g}]"),
         asked=bool(encoder),
         split="given" if "split" in raw else "drawn",
         warnings=tuple(warnings),
     )
+
+
+def _range(inputs: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """The least and the largest real number."""
+    if inputs.dtype.kind == "b":
+        inputs = inputs.view(np.uint8)
+    limits = np.iinfo if inputs.dtype.kind in "iu" else np.finfo
+    ends = limits(inputs.dtype)
+    where = real.reshape(real.shape + (1,) * (inputs.ndim - 2))
+    low = np.min(inputs, where=where, initial=ends.max)
+    return float(low), float(np.max(inputs, where=where, initial=ends.min))
 
 
 def _why(source: File, inputs, spec: Spec, encoder: str, span: str) -> str:

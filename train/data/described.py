@@ -18,7 +18,7 @@ from train import settings
 from train.data.pipeline import Dataset
 from train.data.sources import SPLITS
 from train.data.spec import Spec
-from train.losses import SCORES
+from train.losses import LOSSES
 
 ENCODERS = ("scalar", "token", "image", "video")
 # The least that a whole number of a spec may be, 0 where nothing is said.
@@ -128,7 +128,7 @@ def _plain(path: Path, key: str, place: str, value, kind: type):
 
 def _check_sizes(path: Path, spec: Spec) -> None:
     """Raises a `ValueError` for fields that contradict one another."""
-    for key, valid in (("encoder", ENCODERS), ("loss", tuple(SCORES))):
+    for key, valid in (("encoder", ENCODERS), ("loss", tuple(LOSSES))):
         value = getattr(spec, key)
         if value not in valid:
             raise ValueError(

@@ -13,7 +13,8 @@ from train.data.pipeline import Dataset
 from train.data.sources import SPLITS, Rows
 from train.losses import IGNORED
 
-ARRAYS = 2**26  # numbers of a split that lies in arrays are looked at
+ARRAYS = 2**24  # numbers of a split that lies in arrays are looked at
+COMPARED = 2**28  # numbers of a split that are compared with training's
 EXAMPLES = 512  # of a split that does not
 NUMBERS = 2**21  # in those
 
@@ -49,13 +50,15 @@ def facts(dataset: Dataset) -> dict:
         "sorted": the given splits whose rows stand in the order of their classes.
         "real": the share of real tokens in the training part.
         "smooth": how much neighbouring tokens differ, as a share of how much any two
-            do; None where they were not taken for tokens of many kinds.
+            do, where that is little; else None.
+        "distinct", "tokens": how many kinds of tokens there are among how many; None
+            where the user asked for tokens, or there are none.
         "warnings": what the reader had to say.
     """
     spec, reading = dataset.spec, dataset.reading
     splits = sorted(dataset.sources, key=[*SPLITS, *dataset.sources].index)
     parts = {split: _part(dataset, split) for split in splits}
-    train = parts["train"]
+    train = next(iter(parts.values()))  # of what has nothing else, that
     found = {
         "splits": {split: _size(part) for split, part in parts.items()},
         "encoder": spec.encoder,
@@ -71,7 +74,7 @@ def facts(dataset: Dataset) -> dict:
         **_regression(dataset, parts),
         "repeated": _repeated(parts),
         "real": float(train["mask"].mean()),
-        "smooth": _smooth(dataset, train),
+        **_tokens(dataset, train),
         "warnings": list(reading.warnings) if reading else [],
     }
     if spec.mean:
@@ -80,16 +83,17 @@ def facts(dataset: Dataset) -> dict:
 
 
 def _part(dataset: Dataset, split: str) -> dict:
-    """inputs, targets and mask of the examples of a split that are looked at, and how
-    many there are."""
+    """inputs, targets and mask of the examples of a split that are looked at, how many
+    there are, and "every": the same of all of them, or None."""
     source, finish, spec = dataset.sources[split], dataset.finish, dataset.spec
-    count = len(source)
+    count, keys = len(source), ("inputs", "targets", "mask")
     frame = spec.size if spec.encoder == "video" else ()
     size = math.prod((max(1, spec.length), *frame, spec.channels))
     if isinstance(source, Rows) and finish is None:
+        every = {key: source.arrays[key] for key in keys}
         chosen = _evenly(count, max(EXAMPLES, ARRAYS // size))
         rows = slice(None) if len(chosen) == count else np.array(chosen)
-        found = {k: source.arrays[k][rows] for k in ("inputs", "targets", "mask")}
+        found = {key: array[rows] for key, array in every.items()}
     else:
         chosen = _evenly(count, min(EXAMPLES, max(8, NUMBERS // size)))
         examples = [source[i] for i in chosen]
@@ -100,7 +104,8 @@ def _part(dataset: Dataset, split: str) -> dict:
             "targets": np.stack([example["targets"] for example in examples]),
             "mask": np.stack([example["mask"] for example in examples]),
         }
-    return found | {"count": count, "whole": len(chosen) == count}
+        every = found.copy() if len(chosen) == count else None
+    return found | {"count": count, "every": every}
 
 
 def _evenly(count: int, most: int) -> list[int] | range:
@@ -157,23 +162,27 @@ def _classes(dataset: Dataset, parts: dict) -> dict:
     nothing["chance"] = None
     if dataset.spec.loss not in CLASSES:
         return nothing
-    counts = {split: _counts(dataset.spec, part) for split, part in parts.items()}
-    train = counts["train"]
+    counts = {
+        split: _counts(dataset.spec, part["every"] or part)
+        for split, part in parts.items()
+    }
+    first = next(iter(parts))
+    train = counts[first]
     if not train.sum():
         return nothing
     largest, share = int(train.argmax()), float(train.max() / train.sum())
     missing, unseen, ordered = {}, {}, []
     for split, part in parts.items():
-        if split == "train" or dataset.spec.loss != "classification":
+        if split == first or dataset.spec.loss != "classification":
             continue
-        if part["whole"] and parts["train"]["whole"]:
+        if part["every"] and parts[first]["every"]:
             there = counts[split] > 0
             missing[split] = _names(dataset, np.flatnonzero(~there & (train > 0)))
             unseen[split] = _names(dataset, np.flatnonzero(there & (train == 0)))
         given = dataset.reading is not None and dataset.reading.split == "given"
-        targets = part["targets"]
+        targets = (part["every"] or part)["targets"]
         several = len(targets) > 2 * np.count_nonzero(counts[split]) > 2
-        if given and part["whole"] and several and (np.diff(targets) >= 0).all():
+        if given and several and (np.diff(targets) >= 0).all():
             ordered.append(split)
     judged = _judged(parts)
     value = counts[judged][largest] / max(1, counts[judged].sum())
@@ -211,7 +220,7 @@ def _regression(dataset: Dataset, parts: dict) -> dict:
         return {"targets": None}
     if dataset.spec.loss != "regression":
         return {"targets": None, "chance": None}
-    train, judged = _values(dataset, parts["train"]), _judged(parts)
+    train, judged = _values(dataset, next(iter(parts.values()))), _judged(parts)
     mean, std = train.mean(axis=0), train.std(axis=0)
     error = float(((_values(dataset, parts[judged]) - mean) ** 2).mean())
     return {
@@ -229,40 +238,40 @@ def _values(dataset: Dataset, part: dict) -> np.ndarray:
 
 
 def _repeated(parts: dict) -> dict[str, int]:
-    if not parts["train"]["whole"] or len(parts) < 2:
+    if "train" not in parts:
         return {}
-    known = {*_digests(parts["train"])}
+    known = {*_digests(parts["train"]["every"])}
     found = {
-        split: sum(digest in known for digest in _digests(part))
+        split: sum(digest in known for digest in _digests(part["every"]))
         for split, part in parts.items()
-        if split != "train" and part["whole"]
+        if split != "train" and known
     }
     return {split: count for split, count in found.items() if count}
 
 
-def _digests(part: dict):
-    """A number for the real tokens of each sequence."""
-    inputs, mask = part["inputs"], part["mask"]
+def _digests(every: dict | None):
+    """A number for the real tokens of each sequence; none where that takes long."""
+    if every is None or every["inputs"].size > COMPARED:
+        return
+    inputs, mask = every["inputs"], every["mask"]
     by_token = inputs.shape[: mask.ndim] == mask.shape
     for x, real in zip(inputs, mask, strict=True):
         yield hash((x[real] if by_token else x).tobytes())
 
 
-def _smooth(dataset: Dataset, train: dict) -> float | None:
-    inputs, mask = train["inputs"], train["mask"]
-    reading = dataset.reading
+def _tokens(dataset: Dataset, train: dict) -> dict:
+    """What tells numbers that were taken for tokens."""
+    inputs, mask, reading = train["inputs"], train["mask"], dataset.reading
     if dataset.spec.encoder != "token" or reading is None or reading.asked:
-        return None
-    values = inputs[mask][: 2**18].astype(np.float64)
-    if len(np.unique(values)) < LIKE_NUMBERS:
-        return None
+        return {"smooth": None, "distinct": None, "tokens": None}
+    values = np.sort(inputs[mask][: 2**20]).astype(np.float64)
+    n, distinct = len(values), len(np.unique(values))
+    found = {"smooth": None, "distinct": distinct, "tokens": n}
     both = mask[:, 1:] & mask[:, :-1]
     steps = np.abs(np.diff(inputs.astype(np.int64), axis=1))[both]
-    values.sort()
-    n = len(values)
     # The mean distance of any two, of the sorted ones.
     any_two = 2 * ((2 * np.arange(1, n + 1) - n - 1) * values).sum() / n**2
-    if not steps.size or any_two == 0:
-        return None
-    smooth = float(steps.mean() / any_two)
-    return smooth if smooth < SMOOTH else None
+    if steps.size and any_two and distinct >= LIKE_NUMBERS:
+        smooth = float(steps.mean() / any_two)
+        found["smooth"] = smooth if smooth < SMOOTH else None
+    return found

@@ -183,7 +183,7 @@ _BY_TOKEN: dict[int, Callable[[Sequence[int]], int]] = {
 }
 
 
-def evaluate(tokens: Sequence[int]) -> int:
+def value(tokens: Sequence[int]) -> int:
     """The value of one expression, token by token: a check of what came from elsewhere.
 
     Raises:

@@ -198,7 +198,7 @@ def _lra_record(line: str, max_length: int) -> bytes:
             f"{len(words)} tokens; data.max_length must be above, it is {max_length}"
         )
     tokens = bytes(map(TOKENS.__getitem__, words))
-    value = expressions.evaluate(tokens)
+    value = expressions.value(tokens)
     if not tab or target != str(value):
         raise ValueError(f"the target is {target!r}, but the value is {value}")
     return _record(value, tokens)

@@ -7,6 +7,8 @@ from train.data.examined import CLASSES, facts
 __all__ = ["facts", "line", "lines", "warnings"]
 
 SCALE = (0.25, 4.0)  # standard deviations that train well
+MANY = 1000  # kinds of tokens from which on they may be numbers
+SPARSE = 16  # times that many is a vocabulary that is hardly used
 PADDING = 0.25  # share of real tokens below which most is padding
 
 
@@ -20,7 +22,7 @@ def line(found: Mapping) -> str:
     chance level."""
     splits = found["splits"]
     parts = [f"{part['sequences']:,} {split}" for split, part in splits.items()]
-    length = splits["train"]["length"]
+    length = next(iter(splits.values()))["length"]
     few, most = length["min"], length["max"]
     tokens = f"{most:,}" if few == most else f"{few:,} to {most:,}"
     if few != most:
@@ -42,7 +44,7 @@ def line(found: Mapping) -> str:
     level = f"loss {found['loss']}"
     if chance:
         metric = "accuracy" if chance["metric"] == "accuracy" else "error of the mean"
-        level += f", chance level {chance['value']:.3g} ({metric}, {chance['split']})"
+        level += f", chance level {chance['value']:.4g} ({metric}, {chance['split']})"
     said.append(level)
     if any(part["examined"] < part["sequences"] for part in splits.values()):
         most = max(part["examined"] for part in splits.values())
@@ -58,6 +60,16 @@ def warnings(found: Mapping) -> list[str]:
             f"the tokens look like numbers: neighbours differ {found['smooth']:.2f} "
             "times as much as any two tokens do; signals that were saved as integers "
             "are to be read with --config.data.encoder=scalar"
+        )
+    elif (found["distinct"] or 0) > MANY and (
+        2 * found["distinct"] > found["tokens"]
+        or found["vocab_size"] > SPARSE * found["distinct"]
+    ):
+        said.append(
+            f"there are {found['distinct']:,} kinds of tokens among "
+            f"{found['tokens']:,}, of a vocabulary of {found['vocab_size']:,}: what is "
+            "seen so seldom is not learned; if they are numbers, they are to be read "
+            "with --config.data.encoder=scalar"
         )
     for split, count in found["repeated"].items():
         total = found["splits"][split]["sequences"]
@@ -102,12 +114,12 @@ def _normalised(scale: Mapping) -> str:
     mean, std = scale["mean"], scale["std"]
     if len(mean) == 1:
         return (
-            f"normalised by the training part's mean {mean[0]:.3g} and std {std[0]:.3g}"
+            f"normalised by the training part's mean {mean[0]:.4g} and std {std[0]:.4g}"
         )
     return (
         "normalised by the training part's mean (from "
-        f"{min(mean):.3g} to {max(mean):.3g} in the channels) and std ({min(std):.3g} "
-        f"to {max(std):.3g})"
+        f"{min(mean):.4g} to {max(mean):.4g} in the channels) and std ({min(std):.4g} "
+        f"to {max(std):.4g})"
     )
 
 
@@ -131,15 +143,15 @@ def _scale_warnings(found: Mapping) -> list[str]:
         cure = cure if found["why"] else "scale them where they are made"
         said.append(
             f"{_channels(odd)} far from mean 0 and std 1 (channel {odd[0]}: mean "
-            f"{mean:.3g}, std {std:.3g}), from which models train badly: {cure}"
+            f"{mean:.4g}, std {std:.4g}), from which models train badly: {cure}"
         )
     targets = found["targets"] or {"mean": [], "std": []}
     for i, (mean, std) in enumerate(zip(targets["mean"], targets["std"], strict=True)):
         if std and (not low <= std <= high or abs(mean) > high * max(std, 1)):
             said.append(
-                f"the targets of output {i} have mean {mean:.3g} and std {std:.3g}, "
+                f"the targets of output {i} have mean {mean:.4g} and std {std:.4g}, "
                 "far from 0 and 1, which trains badly: regress (targets - "
-                f"{mean:.3g}) / {std:.3g} instead, and undo it in the answers"
+                f"{mean:.4g}) / {std:.4g} instead, and undo it in the answers"
             )
             break
     return said

@@ -1,6 +1,7 @@
 """Rollouts of a video model as a section of its report."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from layers.models.video import Video
 from train import runs
@@ -32,6 +33,7 @@ def _rollouts(told, run) -> str:
     if found.truth.ndim == 5:
         parts += _pictures(found)
     if scored := (told.results or {}).get("rollout"):
+        check(told.path / runs.RESULTS, scored)
         parts.append(_by_horizon(scored))
     return "".join(parts)
 
@@ -54,3 +56,26 @@ def _by_horizon(scored) -> str:
     said = f"Means over {scored['clips']} clips of the {scored['split']} split, "
     said += f"against {scored.get('against', 'the true frames')}."
     return table(("frames ahead", *columns), rows) + paragraph(said, "soft")
+
+
+def check(path: Path, found) -> None:
+    """Raises a `ValueError` that names the file unless `found`, its key "rollout", is
+    the summary of one."""
+    scores = found.get("scores") if isinstance(found, dict) else None
+    tables = scores.values() if isinstance(scores, dict) else [None]
+    lists = [v for t in tables for v in (t.values() if isinstance(t, dict) else [None])]
+    numbers = lists and all(
+        isinstance(values, list)
+        and len(values) == len(lists[0]) > 0
+        and all(isinstance(x, int | float) for x in values)
+        for values in lists
+    )
+    if (
+        "model" not in (scores or ())
+        or not numbers
+        or not {"clips", "split"} <= {*found}
+    ):
+        raise ValueError(
+            f"{path}: rollout must have clips, split and scores, lists of numbers by "
+            f"name and metric, got {found!r:.60}"
+        )
