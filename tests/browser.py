@@ -37,7 +37,7 @@ read, write = (os.dup2(int(x), 100 + int(x)) for x in sys.argv[1:3])
 os.dup2(read, 3), os.dup2(write, 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-SECONDS = 60  # for one answer
+SECONDS = 120  # for one answer
 WIDTHS = (1280, 390)
 # What sticks out of the window, other than inside a box that scrolls by itself.
 STICKS_OUT = """

@@ -541,7 +541,8 @@ def untrained(config):
     model = build(config.model)
     batch = next(iter(dataset.evaluation("train", 1)))
     init = jax.jit(lambda key: state.init_variables(model, batch, key))
-    return runs.Run(config, dataset, model, init(jax.random.key(0)), 0)
+    variables = init(jax.random.key(0))
+    return runs.Run(config, dataset.spec, model, variables, 0, lambda: dataset)
 
 
 def test_a_layer_that_selects_shows_how_it_mixes_one_example():

@@ -343,7 +343,7 @@ def test_a_run_ends_in_rollouts_and_a_report(tmp_path, capsys):
     assert (tmp_path / rollout.GIF).read_bytes().startswith(b"GIF8")
     page = pages.write(tmp_path).read_text()
     # Of each clip the context, and truth and prediction of what follows; a film.
-    assert page.count("data:image/png") == 3 * (3 + 2 * 4)
+    assert page.count("data:image/png") == rollout.SHOWN * (3 + 2 * 4)
     assert page.count("data:image/gif") == 1 and "frames ahead" in page
     capsys.readouterr()
     arguments = ["--workdir", str(tmp_path), "--horizon", "2", "--clips", "2"]

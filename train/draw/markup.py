@@ -55,10 +55,10 @@ figure > img { max-width: 100%; height: auto; }
 .key i { display: inline-block; width: 1.5rem; margin-right: .4rem;
   vertical-align: middle; border-top: 3px solid; }
 .key i.dashed { border-top-style: dashed; }
-.wide { max-width: 100%; }
+.wide { max-width: 100%; width: fit-content; }
 .wide, pre { overflow-x: auto; background: /* a shade where there is more to see */
-  linear-gradient(to right, var(--paper), transparent) 0 / 1.5rem 100% local,
-  linear-gradient(to left, var(--paper), transparent) 100% / 1.5rem 100% local,
+  linear-gradient(to right, var(--paper) 50%, transparent) 0 / 1.5rem 100% local,
+  linear-gradient(to left, var(--paper) 50%, transparent) 100% / 1.5rem 100% local,
   linear-gradient(to right, var(--line), transparent) 0 / .7rem 100%,
   linear-gradient(to left, var(--line), transparent) 100% / .7rem 100%;
   background-repeat: no-repeat; }

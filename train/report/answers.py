@@ -253,8 +253,8 @@ def _words(tokens, spec):
     return [str(symbols[token] if symbols else token) for token in tokens]
 
 
-def _names(classes, spec):
-    """The names of classes, or their numbers; of tokens that are predicted, what these
-    are called."""
+def _names(classes, spec) -> list[str]:
+    """Of classes, or of tokens that are predicted, where the data say them; else their
+    numbers."""
     names = spec.classes or (spec.symbols if spec.loss == "token" else ())
     return [names[i] if i < len(names) else str(i) for i in classes]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from train import files
+from train.data.said import warnings
 from train.report.chance import Level
 
 DATA = "data.json"
@@ -55,8 +56,10 @@ def rows(said: Mapping) -> list[tuple[str, str]]:
 
 def warned(said: Mapping) -> list[str]:
     """What the run was warned of."""
-    said = said.get("warnings")
-    return [str(text) for text in said] if isinstance(said, list) else []
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        return warnings(said)
+    found = said.get("warnings")
+    return [str(text) for text in found] if isinstance(found, list) else []
 
 
 def _split(part: Mapping) -> str:

@@ -21,17 +21,20 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
     blocks = probe.blocks(run.model, stages, told.config.model.length)
     selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
     linear = [block for i, block in enumerate(blocks) if i % pattern not in selective]
-    shown = remark + _filters(told, run, linear) if linear else ""
-    mixed = ""
     try:
-        if selective:
-            mixed = _mixing(run, mixing.of(run, stages, selective))
-            mixed = mixed if shown else remark + mixed
         found = answers.section(
             answers.answer(run), run.spec, run.step, reached.get("accuracy")
         )
     except DataError as error:
         found = paragraph(f"The answers cannot be shown: {error}.", "soft")
+    shown = remark + _filters(told, run, linear) if linear else ""
+    mixed = ""
+    if selective:
+        try:
+            mixed = _mixing(run, mixing.of(run, stages, selective))
+        except DataError as error:
+            mixed = paragraph(f"Mixing cannot be shown: {error}.", "soft")
+        mixed = mixed if shown else remark + mixed
     return [
         ("filters", "Learned filters", shown),
         ("mixing", "What a token reads", mixed),

@@ -19,7 +19,7 @@ from train.draw.markup import (
 )
 from train.endings import ENDINGS
 from train.report import chance, facts
-from train.runs import UNKNOWN, DataError, Run, Workdir
+from train.runs import UNKNOWN, Workdir
 
 
 def write(
@@ -43,7 +43,7 @@ def write(
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
     said = facts.kept(told.path)
-    level = facts.level(said) or _chance(run)
+    level = _level(said, run)
     reached = {} if level is None else {level.metric: level.value}
     sections = [
         ("verdict", "Verdict", _verdict(told, run, said, level)),
@@ -58,13 +58,6 @@ def write(
     title = f"{told.layer} on {told.config.data.name}"
     files.write_atomically(out, page(title, subtitle, sections))
     return out
-
-
-def _chance(run: Run) -> chance.Level | None:
-    try:
-        return chance.level(run.dataset)
-    except DataError:
-        return None
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
@@ -100,6 +93,14 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     title = f"{len(compared)} runs beside one another"
     files.write_atomically(out, page(title, ", ".join(compared), sections))
     return out
+
+
+def _level(said: dict, run) -> chance.Level | None:
+    """What is reached without reading the inputs: kept, or else found in the data."""
+    try:
+        return facts.level(said) or chance.level(run.dataset)
+    except runs.DataError:
+        return None
 
 
 def _together(compared: dict[str, Workdir]) -> dict[str, float]:
