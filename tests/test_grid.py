@@ -58,7 +58,10 @@ def made(layer, scheme, size, dtype=jnp.float64, **fields):
     found = Grid(mixer, H, scheme, dtype)
     x = normal((2, *size, H), dtype)
     variables = jax.jit(found.init)({"params": jax.random.key(0)}, x)
-    return found, nn.unbox(variables)["params"], x
+    # Parameters are drawn in float32, and so would be what is computed of them alone.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    params = jax.tree.map(lambda p: p.astype(wide), nn.unbox(variables)["params"])
+    return found, params, x
 
 
 def applied(layer, params, x):

@@ -325,7 +325,7 @@ def test_values_inside_of_shard_map_in_ssm(case):
 def test_two_devices():
     """The same on two: gradients of what is replicated are added up."""
     flags = os.environ.get("XLA_FLAGS", "")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, __file__, "-k", "test_values_inside_of_shard_map"],
         env=os.environ
