@@ -140,8 +140,10 @@ class S4(nn.Module):
 
     def _filters(self, system, C_tilde, L):
         """K [1 or 2, H, L]."""
-        if self.step_scale == 1 and self.length >= L:
-            return filters.dplr(system, C_tilde, self.length)[..., :L]
+        if self.step_scale == 1:
+            times = max(1, -(-L // self.length))
+            C_tilde = dplr.lengthened(system, C_tilde, self.length, times)
+            return filters.dplr(system, C_tilde, times * self.length)[..., :L]
         C = dplr.untruncated(system, C_tilde, self.length)
         scaled = self._scaled(system)
         return filters.dplr(scaled, dplr.truncated(scaled, C, L), L)

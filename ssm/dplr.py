@@ -207,6 +207,20 @@ def truncated(system: DPLR, C: jax.Array, length: int) -> jax.Array:
 
 
 @jax.default_matmul_precision("highest")
+def lengthened(system: DPLR, C_tilde: jax.Array, length: int, times: int) -> jax.Array:
+    """C (I - A_bar^(times length)) from C~ = C (I - A_bar^length), times >= 1.
+
+    It is C~ (I + A_bar^length + ... + A_bar^((times - 1) length)), without the inverse
+    of `untruncated`, which enlarges rounding where the slow modes outlive the length.
+    """
+    if times == 1:
+        return C_tilde
+    A_bar, _ = dense(system)
+    S = _geometric(power(A_bar, length), times)
+    return from_row(jnp.einsum("...hm,hmn->...hn", row(C_tilde), S))
+
+
+@jax.default_matmul_precision("highest")
 def untruncated(system: DPLR, C_tilde: jax.Array, length: int) -> jax.Array:
     """C from C~ = C (I - A_bar^length): [..., H, n] -> [..., H, n].
 

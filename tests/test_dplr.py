@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.tolerance import error
+from kernels.tolerance import assert_close, error
 from ssm import discretize, dplr, filters, hippo
 
 N, B = 8, 3
@@ -224,3 +224,22 @@ def test_float32_gradients_of_a_long_filter():
     errors = {k: error(found[k], expected[k]) for k in rows}
     assert found["log_dt"].dtype == jnp.float32
     assert max(errors.values()) < 1e-3, errors
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_filter_of_several_lengths(times):
+    """Behind the length of its C~ a filter goes on as that of C, and where slow modes
+    outlive that length float32 loses no more than its own rounding."""
+    system, _, V = systems("legt", 2)
+    C, _ = weights(V)
+    longer = jax.jit(functools.partial(dplr.lengthened, length=11, times=times))
+    expected = dplr.truncated(system, C, 11 * times)
+    np.testing.assert_allclose(
+        longer(system, dplr.truncated(system, C, 11)), expected, atol=1e-9
+    )
+    narrow = jax.tree.map(
+        lambda x: x.astype(np.complex64 if jnp.iscomplexobj(x) else np.float32),
+        (system, dplr.truncated(system, C, 11)),
+    )
+    found = jax.device_get(longer(*narrow))
+    assert_close(found, expected, dtype="float32")

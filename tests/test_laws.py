@@ -46,21 +46,8 @@ def holds(layer, only=None, length=L):
     return {f.law for f in findings if f.error is None}
 
 
-# What is known to be beyond the limits, and why.
-KNOWN = {
-    "s4 legt": "the gradient of log_dt is a small difference of large ones, of dt lam, "
-    "dt B and sqrt(dt) P: 2.9e-4 from float64 through the filter, the limit is 1e-4",
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.xfail(reason=KNOWN[n])] * (n in KNOWN))
-        for n in examples.CASES
-    ],
-)
+@pytest.mark.parametrize("name", examples.CASES)
 def test_every_law_holds(name):
     assert holds(examples.CASES[name]()) == not_applied(name)
 

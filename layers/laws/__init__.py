@@ -540,15 +540,15 @@ def length(case: Case) -> Yields:
         )
         exact = jit(_calls(layer.clone(dtype=jnp.float64)))(*double, None)
         exact = jax.device_get(exact)
-    # What is lost with the distance shows in every token of a block, while a norm
-    # enlarges the rounding of the one token among so many whose features nearly vanish,
-    # wherever that stands.
+    # What remembers n tokens is n roundings of its decay away from exact: 2,000 where
+    # it decays by exp(-0.5 dt) a token and dt is 1e-3, as S5 may start. Hence the
+    # limits of gradients. What is lost with the distance shows in every token of a
+    # block, while a norm enlarges the rounding of the one token among so many whose
+    # features nearly vanish, wherever that stands.
     expected = _by_blocks(exact.output)
     difference = _by_blocks(np.asarray(whole.output, np.float64) - exact.output)
     blocks = f"{what} in float64, RMS of blocks"
-    yield Equal(blocks, expected + difference, expected)
-    # A state that remembers n tokens is n roundings of its decay away from exact: 2,000
-    # where it decays by exp(-0.5 dt) a token and dt is 1e-3, as S5 may start.
+    yield Equal(blocks, expected + difference, expected, "gradient")
     found, expected = Result(None, whole.state), Result(None, exact.state)
     yield Equal(f"{what} in float64", found, expected, "gradient")
 
