@@ -50,6 +50,10 @@ class Sums(nn.Module):
         w = self.param("w", nn.initializers.normal(1.0), (self.features,))
         return jnp.tanh(w * jnp.cumsum(x, 1)).astype(self.dtype), state
 
+    @nn.nowrap
+    def init_state(self, batch_size):
+        raise ValueError("a sum over places has no state")
+
 
 def made(layer, scheme, size, dtype=jnp.float64, **fields):
     """A Grid, its parameters and an input."""

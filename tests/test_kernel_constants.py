@@ -11,7 +11,7 @@ from kernels.check.cases import OPERATIONS, Case
 from kernels.fft_conv import block_sizes
 
 LONG = 2**20
-SIZE = dict(B=1, D=64, H=64, N=2, G=1, K=2, V=1, W=4)
+SIZE = dict(B=1, R=1, D=64, H=64, N=2, G=1, K=2, V=1, W=4)
 STANDS_FOR_LONG = 11  # no other axis has 11 or 10 entries
 # Bytes of the largest constant that must grow with the length, each with its reason.
 GROWING = {

@@ -62,6 +62,8 @@ def parsed(monkeypatch):
     def parse(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.main", *arguments])
         flags.FLAGS.unparse_flags()
+        for name in [n for n in flags.FLAGS if n.startswith("config.")]:
+            delattr(flags.FLAGS, name)  # what another command line has overridden
         sys.modules.pop("config_config", None)  # what a file lacks, another had
         for name in FLAGS:
             flags.FLAGS[name].unparse()

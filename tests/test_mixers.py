@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import flax.linen as nn
+import jax.numpy as jnp
 import pytest
 
 from configs import common
@@ -24,10 +25,15 @@ class Own(nn.Module):
 
     features: int
     width: int = 1
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
         return x, state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        return jnp.zeros((batch_size, self.features))
 
 
 class Plain(nn.Module):

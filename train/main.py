@@ -180,10 +180,11 @@ def _parse(argv: list[str]) -> list[str]:
         _check_file(path[1].partition(":")[0])
     try:
         rest = flags.FLAGS(argv)
-        FIELDS.drop_unset(config_flags.get_override_values(flags.FLAGS["config"]))
         if flags.FLAGS["verbosity"].using_default_value:
             flags.FLAGS.verbosity = logging.WARNING  # else absl makes it INFO
         if path:
+            given = config_flags.get_override_values(flags.FLAGS["config"])
+            FIELDS.drop_unset(given)
             _check_config(path[1], CONFIG.value)
         return rest
     except (flags.Error, ValueError):

@@ -69,6 +69,7 @@ class DenseS4D(nn.Module):
     @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
         seq.check(x, sequence)
+        state = self.init_state(len(x)) if state is None else state
         H, N = self.features, self.state_size
 
         def matrices(key, shape, dtype):
