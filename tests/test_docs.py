@@ -52,9 +52,11 @@ def blocks(page):
 
 
 def commands(page):
-    """(module, its arguments) of the commands on a page, in order."""
+    """(module, its arguments) of the commands on a page, in order; one may be several
+    lines."""
+    text = re.sub(r"\\\n *", "", page.read_text())
     found = []
-    for line, module in COMMAND.findall(page.read_text()):
+    for line, module in COMMAND.findall(text):
         words = shlex.split(line)
         found.append((module, words[words.index("-m") + 2 :]))
     return found
