@@ -39,8 +39,9 @@ def dataset(spec=SPEC):
         data.load(dict(name="digits", target="next")).spec,
         data.load(dict(name="passkey", length=200)).spec,
         data.load(dict(name="moving_digits")).spec,
+        Spec("grid", 6, 2, "classification", size=(2, 3)),
     ],
-    ids=["own", "numpy", "digits", "passkey", "video"],
+    ids=["own", "numpy", "digits", "passkey", "video", "grid"],
 )
 def test_a_spec_comes_back(tmp_path, spec):
     runs.write_data(tmp_path, dataset(spec), said={"scale": [1, 2.5]})

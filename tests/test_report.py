@@ -260,9 +260,9 @@ def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_p
     "said", [{}, {"said": 3}, {"said": {"splits": 1, "chance": {"metric": 2}}}]
 )
 def test_facts_of_the_data_that_cannot_be_are_left_out(said, tmp_path):
-    assert facts.kept(tmp_path) == {}
+    assert runs.read_said(tmp_path) == {}
     (tmp_path / "data.json").write_text(json.dumps(said))
-    found = facts.kept(tmp_path)
+    found = runs.read_said(tmp_path)
     assert facts.rows(found) == facts.warned(found) == []
     assert facts.level(found) is None
 

@@ -436,13 +436,14 @@ def read_data(workdir: str | Path) -> Spec | None:
 
 
 def read_said(workdir: str | Path) -> dict:
-    """What else the run has kept about its data; {} where it has nothing.
+    """What the run has kept of its data beside their spec; {} where it has not.
 
     Raises:
-        ValueError: as `read_data`.
+        ValueError: the file cannot be read.
     """
-    read_data(workdir)
-    return (files.read_json(Path(workdir) / DATA) or {}).get("said", {})
+    found = files.read_json(Path(workdir) / DATA)
+    said = found.get("said") if isinstance(found, Mapping) else None
+    return dict(said) if isinstance(said, Mapping) else {}
 
 
 def _absent(config: ConfigDict) -> dict:

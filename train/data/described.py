@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from kernels import tolerance
+from layers.models import model
 from train import settings
 from train.data.pipeline import Dataset
 from train.data.sources import SPLITS
 from train.data.spec import Spec
 from train.losses import LOSSES
 
-ENCODERS = ("scalar", "token", "image", "video")
 # The least that a whole number of a spec may be, 0 where nothing is said.
 LEAST = {"length": 1, "outputs": 1, "channels": 1, "size": 1}
 KINDS = typing.get_type_hints(Spec)
@@ -128,7 +128,10 @@ def _plain(path: Path, key: str, place: str, value, kind: type):
 
 def _check_sizes(path: Path, spec: Spec) -> None:
     """Raises a `ValueError` for fields that contradict one another."""
-    for key, valid in (("encoder", ENCODERS), ("loss", tuple(LOSSES))):
+    for key, valid in (
+        ("encoder", (*model.ENCODERS, "video")),
+        ("loss", tuple(LOSSES)),
+    ):
         value = getattr(spec, key)
         if value not in valid:
             raise ValueError(

@@ -1,30 +1,16 @@
 """What a run has kept of its data, as a page shows it.
 
-It stands in data.json under "said", and may come from anyone: a key that is not there,
+It is what `runs.read_said` reads, and may come from anyone: a key that is not there,
 or whose value is not what it was to be, is left out.
 """
 
 import contextlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
-from train import files
 from train.data.said import warnings
 from train.report.chance import Level
 
-DATA = "data.json"
 MOST = 12  # names of classes, or numbers of a list
-
-
-def kept(workdir: str | Path) -> dict:
-    """What the run has written of its data beside their spec; {} where it has not.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    found = files.read_json(Path(workdir) / DATA)
-    said = found.get("said") if isinstance(found, Mapping) else None
-    return dict(said) if isinstance(said, Mapping) else {}
 
 
 def level(said: Mapping) -> Level | None:

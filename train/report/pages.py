@@ -42,7 +42,7 @@ def write(
     told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
-    said = facts.kept(told.path)
+    said = runs.read_said(told.path)
     level = _level(said, run)
     reached = {} if level is None else {level.metric: level.value}
     sections = [
@@ -106,7 +106,7 @@ def _level(said: dict, run) -> chance.Level | None:
 def _together(compared: dict[str, Workdir]) -> dict[str, float]:
     """What all the runs reach without reading the inputs, where they have kept it and
     it is the same."""
-    levels = [facts.level(facts.kept(told.path)) for told in compared.values()]
+    levels = [facts.level(runs.read_said(told.path)) for told in compared.values()]
     known = {(x.metric, round(x.value, 4)) for x in levels if x is not None}
     return dict(known) if len(known) == 1 and None not in levels else {}
 
