@@ -4,10 +4,13 @@ Inside of a ring no import leads back, and a room is entered only from where ROO
 """
 
 import ast
+import contextlib
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -219,6 +222,31 @@ def test_imports_point_inward(ring):
         if MAY_USE[ring] is not None:
             outside = imported - known - sys.stdlib_module_names
             assert outside <= MAY_USE[ring], path
+
+
+def programs(path: Path):
+    """The strings of a file that are programs with imports: tests start such."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            with contextlib.suppress(SyntaxError, UnicodeEncodeError):
+                tree = ast.parse(textwrap.dedent(node.value))
+                yield from (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom))
+
+
+def test_programs_in_strings_import_what_there_is():
+    # no tool that renames a module sees them
+    invented = {ROOT / "tests/test_layering.py", ROOT / "tests/test_package.py"}
+    files = [path for ring in (*RINGS, "tests") for path in (ROOT / ring).rglob("*.py")]
+    seen = 0
+    for path in {*files} - invented:
+        for node in programs(path):
+            if node.module.split(".")[0] in RINGS:
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    seen += 1
+                    if not hasattr(module, name):
+                        importlib.import_module(f"{node.module}.{name}")
+    assert seen > 10
 
 
 def test_configs_are_plain_data():
