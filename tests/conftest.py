@@ -42,12 +42,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--part",
         metavar="K/N",
-        type=_part,
+        type=as_part,
         help="only part K of N of the tests, 1 to N; a test stays in its part",
     )
 
 
-def _part(text: str) -> tuple[int, int]:
+def as_part(text: str) -> tuple[int, int]:
     match = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", text)
     k, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= k <= n:

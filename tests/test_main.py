@@ -26,18 +26,8 @@ def answer(*arguments):
     ("arguments", "message"),
     [
         ([], "--config is missing"),
-        (["--config=configs/nope.py:a"], "there is no file 'configs/nope.py'"),
-        (["--config=nope:a"], "or one of images, lra, own, pixels, synthetic, video"),
-        (["--config=configs/pixels.py:digits,lyer=s5"], "'lyer=s5' is not valid"),
         (["--config", CONFIG, "--config.train.stpes=3"], "has no 'stpes'; it has acc"),
-        (["--config", CONFIG, "--config.trian.steps=3"], "has no 'trian'; it has data"),
-        (["--config", CONFIG, "--config.train.steps=x"], "--config.train.steps=x: inv"),
         (["--config", CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
-        (
-            ["--config", CONFIG, "--seeds=0,one"],
-            "whole numbers such as 0,1,2, got 'one'",
-        ),
-        (["--config", CONFIG, "extra"], "unknown arguments ['extra']"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )
@@ -71,6 +61,27 @@ def parsed(monkeypatch):
 
     yield parse
     flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=nope:a"], "or one of images, lra, own, pixels, synthetic, video"),
+        (["--config=configs/pixels.py:digits,lyer=s5"], "'lyer=s5' is not valid"),
+        (["--config", CONFIG, "--config.trian.steps=3"], "has no 'trian'; it has data"),
+        (["--config", CONFIG, "--config.train.steps=x"], "--config.train.steps=x: inv"),
+        (
+            ["--config", CONFIG, "--seeds=0,one"],
+            "whole numbers such as 0,1,2, got 'one'",
+        ),
+        (["--config", CONFIG, "extra"], r"unknown arguments \['extra'\]"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else "",
+)
+def test_mistakes_of_every_kind_are_named(parsed, arguments, message):
+    with pytest.raises((ValueError, flags.Error), match=message) as raised:
+        main.main(parsed(*arguments))
+    assert main._ours(raised.value)
 
 
 def results(seed):

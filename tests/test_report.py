@@ -20,9 +20,10 @@ from layers import LRU, S4D, S5, build
 from layers.inside import EXPOSED
 from train import data, loop, main, probe, resolve, runs, sharding, state
 from train.checkpoint import CheckpointError
+from train.data import examined
 from train.data.spec import Spec
 from train.draw import figures
-from train.report import answers, chance, facts, inside, mixing, pages
+from train.report import answers, facts, inside, mixing, pages
 from train.report.__main__ import main as command
 
 VOID = {"meta", "br", "img"}
@@ -151,10 +152,12 @@ def test_a_report_of_classes_has_every_section(digits, capsys):
         assert block in page.text["spectra"]
     assert "of 144 are right" in page.text["answers"]
     dataset = runs.load_run(digits).dataset
-    (batch,) = dataset.evaluation("train", dataset.num_examples("train"))
+    said = examined.facts(dataset)
+    (batch,) = dataset.evaluation("test", dataset.num_examples("test"))
     counts = np.bincount(batch["targets"])
-    level = chance.level(dataset)
-    assert level.metric == "accuracy" and level.value == counts.max() / counts.sum()
+    level = facts.level(said)
+    largest = counts[int(said["largest"]["class"])]
+    assert level.metric == "accuracy" and level.value == largest / counts.sum()
     assert re.search(r"Chance is 0\.\d{4}.*: always answering", page.text["verdict"])
     assert "without reading the inputs" in page.text["curves"]
     assert '"features": 6' in page.text["reproduce"]
@@ -213,11 +216,14 @@ def test_a_report_of_a_regression(regression):
     assert "absolute error" in page.text["curves"]
     assert "mean of the training targets has the error" in page.text["verdict"]
     dataset = runs.load_run(regression).dataset
-    columns = dataset.sources["train"][:]
-    real = columns["targets"][columns["mask"]].astype(float)
-    level = chance.level(dataset)
+    train, test = (
+        columns["targets"][columns["mask"]].astype(float)
+        for columns in (dataset.sources[split][:] for split in ("train", "test"))
+    )
+    level = facts.level(examined.facts(dataset))
     assert level.metric == "loss"
-    assert_close(level.value, real.var(axis=0).mean(), dtype="float32")
+    error = ((test - train.mean(axis=0)) ** 2).mean()
+    assert_close(level.value, error, dtype="float32")
 
 
 def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_path):

@@ -6,15 +6,23 @@ or whose value is not what it was to be, is left out.
 
 import contextlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from train.data.said import warnings
-from train.report.chance import Level
 
 MOST = 12  # names of classes, or numbers of a list
 
 
+class Level(NamedTuple):
+    """A score without the inputs: the metric, its value, and a sentence about it."""
+
+    metric: str
+    value: float
+    said: str
+
+
 def level(said: Mapping) -> Level | None:
-    """What is reached without reading the inputs, where the run has kept it."""
+    """What is reached without reading the inputs, where the facts have it."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         metric, split = said["chance"]["metric"], str(said["chance"]["split"])
         value = float(said["chance"]["value"])

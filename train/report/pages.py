@@ -8,6 +8,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from train import checkpoint, files, runs, settings, signals
+from train.data import examined
 from train.draw import figures
 from train.draw.markup import (
     code,
@@ -18,7 +19,7 @@ from train.draw.markup import (
     table,
 )
 from train.endings import ENDINGS
-from train.report import chance, facts
+from train.report import facts
 from train.runs import UNKNOWN, Workdir
 
 
@@ -95,10 +96,10 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     return out
 
 
-def _level(said: dict, run) -> chance.Level | None:
+def _level(said: dict, run) -> facts.Level | None:
     """What is reached without reading the inputs: kept, or else found in the data."""
     try:
-        return facts.level(said) or chance.level(run.dataset)
+        return facts.level(said) or facts.level(examined.facts(run.dataset))
     except runs.DataError:
         return None
 
