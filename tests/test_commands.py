@@ -90,7 +90,7 @@ def test_greedy_generation_is_the_argmax_of_the_parallel_mode(next_pixel):
     np.testing.assert_array_equal(made, jnp.argmax(logits[:, 2:-1], axis=-1))
 
 
-@pytest.mark.parametrize("layer", ["s4d", "s5"])
+@pytest.mark.parametrize("layer", ["s4d", pytest.param("s5", marks=pytest.mark.slow)])
 def test_prepared_variables_change_nothing_but_the_time(layer):
     config = small(f"digits,layer={layer}").model
     config.update(encoder="scalar", outputs=3, depth=2)
@@ -127,6 +127,7 @@ def test_reproduce_rewrites_the_table_and_does_not_train_twice(
     assert "finished before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_benchmarks_run_at_small_sizes(tmp_path, monkeypatch, capsys):
     out = tmp_path / "bench.json"
     arguments = ["--case", "decode", "--small", "--repeats", "1", "--out", str(out)]

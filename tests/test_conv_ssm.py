@@ -133,6 +133,7 @@ def test_conv_s5_is_s5_at_every_pixel():
         assert_close((y, state), (expected, expected_state.reshape(B, h, w, 4)))
 
 
+@pytest.mark.slow
 def test_conv_s5_in_parallel_is_its_steps_over_fifty_frames():
     with jax.enable_x64(True):
         x = frames(50)

@@ -161,7 +161,7 @@ def test_batches_keep_their_examples_together():
     np.testing.assert_array_equal(batch["targets"], batch["inputs"][:, 0] % 2)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_is_exact(workers):
     dataset = data.load(DIGITS | dict(augment="affine"))
     whole = take(dataset.train(500, seed=5), 8)  # crosses three epochs
@@ -265,7 +265,7 @@ def test_workers_are_not_ended_by_signals_while_they_start(number):
 
 
 # More than a pipe holds, so that it cannot be left there for a worker that has died.
-@pytest.mark.parametrize("taken", [0, 3])
+@pytest.mark.parametrize("taken", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_dead_worker_is_an_error(taken):
     with contextlib.closing(numbered(10**6).train(4, seed=0, workers=2)) as iterator:
         workers = processes_of(iterator)

@@ -96,7 +96,9 @@ def test_dense_matrices_and_steps(measure, rank):
         np.testing.assert_allclose(into @ B_bar[h], B_dense, atol=1e-10)
 
 
-@pytest.mark.parametrize(("measure", "rank"), [("legs", 1), ("legt", 2)])
+@pytest.mark.parametrize(
+    ("measure", "rank"), [("legs", 1), pytest.param("legt", 2, marks=pytest.mark.slow)]
+)
 def test_states_in_and_out(measure, rank):
     """What a state says, the state that is left, and stepping, for odd lengths."""
     system, _, V = systems(measure, rank)

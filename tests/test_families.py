@@ -306,6 +306,7 @@ def test_attention_pays_for_no_cache_that_is_empty():
     assert memory(jnp.zeros((B, 20), bool)) < memory(None) + 100_000
 
 
+@pytest.mark.slow
 def test_gated_delta_net_without_decay_is_delta_net():
     gated = LAYERS["gated_delta_net"](H, heads=2, expand_v=1.0)
     variables = made(gated)
@@ -337,6 +338,7 @@ def test_mamba_with_constant_step_is_a_real_diagonal_system():
     assert_close(y, recurrence.scan(system, u)[0])
 
 
+@pytest.mark.slow
 def test_mamba2_with_constant_step_is_lightning_attention():
     layer = LAYERS["mamba2"](H, 3, 8, dt_limit=(1.0, 1.0))
     variables = made(layer)

@@ -83,6 +83,7 @@ def test_the_first_that_broke_is_named(name, value, message):
     assert not said if not message else re.match(message, said)
 
 
+@pytest.mark.slow
 def test_a_log_has_what_the_recorder_shows(tmp_path):
     loop.run(tiny_run.config(record=True, steps=3), tmp_path)
     row = tiny_run.lines(tmp_path)[0]

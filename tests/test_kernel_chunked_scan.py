@@ -291,6 +291,7 @@ def test_infinite_decay_is_a_reset():
         assert_close(gradients, expected_gradients, "gradient")
 
 
+@pytest.mark.slow
 def test_mapped_twice():
     """Over batches of batches, with gradients: more axes than any layer has."""
     inputs = case("delta rule, scalar decay", length=5)

@@ -19,7 +19,11 @@ GROWING = {
     # the filter of a system is decided, float32 would lose the digits of s
     ("cauchy", "xla"): 4 * (LONG // 2 + 1),
 }
-QUICK = {"fft_conv": "short filter"}  # of each other operation the first variant
+# Of each other operation the first variant.
+QUICK = {
+    "fft_conv": ("short filter", "monarch"),
+    "butterfly_conv": ("one-sided", "monarch"),
+}
 
 
 def forms():
@@ -28,8 +32,8 @@ def forms():
             for backend, module in operation.backends.items():
                 compiled = isinstance(module, dispatch.OnPlatform)
                 if backend != "reference" and not compiled and "strong" not in variant:
-                    quick = QUICK.get(op, operation.variants[0])
-                    marks = [] if variant == quick else [pytest.mark.slow]
+                    quick = QUICK.get(op, (operation.variants[0], "xla"))
+                    marks = [] if (variant, backend) == quick else [pytest.mark.slow]
                     yield pytest.param(op, variant, backend, marks=marks)
 
 

@@ -307,9 +307,8 @@ def test_block_convolution_of_every_order(sizes, window):
         assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(
-    "length", [2**16, pytest.param(2**20, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2**16, 2**20], ids=str)
 def test_three_passes_over_a_long_sequence(length):
     """As the FFT, in temporary memory of a few inputs."""
     rng = np.random.default_rng(0)

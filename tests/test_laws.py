@@ -56,7 +56,9 @@ def test_every_law_holds(name):
 QUICK = ("refusals", "one call = pieces = steps", "packing", "isolation", "rows")
 
 
-@pytest.mark.parametrize("name", ["s5", "attention"])
+@pytest.mark.parametrize(
+    "name", ["s5", pytest.param("attention", marks=pytest.mark.slow)]
+)
 def test_laws_of_values_hold(name):
     assert holds(examples.CASES[name](), QUICK) == not_applied(name) & set(QUICK)
 

@@ -305,7 +305,9 @@ class FullDisk:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("full", [metrics.FILE, metrics.BOARD])
+@pytest.mark.parametrize(
+    "full", [metrics.FILE, pytest.param(metrics.BOARD, marks=pytest.mark.slow)]
+)
 def test_a_full_disk_for_the_metrics_ends_the_run(tmp_path, monkeypatch, full):
     begin = metrics.Metrics.__init__
 
@@ -497,6 +499,7 @@ def test_the_bar_says_which_clock_is_which():
     assert "22/100" in said and "elapsed 0:" in said and "remaining " in said
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_done(tmp_path, monkeypatch):
     """The bar moves to steps that are done, and two at most are not."""
     begun, shown = [], []

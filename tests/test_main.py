@@ -169,7 +169,12 @@ def test_a_name_alone_is_a_config_of_this_project(
     assert main._workdir(3, several=False) == Path("runs/pixels-digits,layer=gru-3")
 
 
-@pytest.mark.parametrize("flag", ["--help", "-?", "--helpfull"])
+SAME = ("-?", "--helpfull")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--help", *(pytest.param(f, marks=pytest.mark.slow) for f in SAME)]
+)
 def test_help_ends_with_0(flag):
     command = [sys.executable, "-m", "train.main", flag]
     done = subprocess.run(command, cwd=tiny_run.ROOT, capture_output=True, text=True)

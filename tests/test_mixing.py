@@ -49,6 +49,7 @@ def test_rows_of_attention_sum_to_one():
     assert_close(M.sum(-1), jnp.ones_like(M[..., 0]))
 
 
+@pytest.mark.slow
 def test_matrix_of_a_time_invariant_layer_is_toeplitz():
     layer = LAYERS["s4d"](3, 4)
     M, values, mixed = materialize(layer, made(layer)[0], L)

@@ -72,11 +72,9 @@ def stepped(model, variables, x, sequence=None):
 
 
 # Every head with one layer, every layer with one head.
-HEADS = [("s4d", "mean"), ("s4d", "last")]
+HEADS = [("s4d", "mean"), pytest.param("s4d", "last", marks=pytest.mark.slow)]
 HEADS += [
-    pytest.param(
-        name, "token", marks=[] if name in ("s4", "attention") else [pytest.mark.slow]
-    )
+    pytest.param(name, "token", marks=[] if name == "s4" else [pytest.mark.slow])
     for name in LAYERS
     if name != "flash_butterfly"
 ]
@@ -91,7 +89,9 @@ def test_token_by_token_ends_at_the_whole_answer(layer, head):
     assert_close((answer, last), (whole, state))
 
 
-@pytest.mark.parametrize("head", ["mean", "last", "token"])
+@pytest.mark.parametrize(
+    "head", ["mean", "token", pytest.param("last", marks=pytest.mark.slow)]
+)
 def test_padding_and_packing_of_whole_models(head):
     model, variables, x = made(layer="s4d", head=head, norm="batch")
     mask = jnp.asarray([[True] * 12, [False] * 3 + [True] * 6 + [False] * 3])
@@ -123,7 +123,9 @@ def test_padding_does_not_reach_batch_statistics():
     assert_close((masked, found), (plain, expected))
 
 
-@pytest.mark.parametrize("depth", [1, 3, 4])
+@pytest.mark.parametrize(
+    "depth", [3, *(pytest.param(d, marks=pytest.mark.slow) for d in (1, 4))]
+)
 def test_a_pattern_repeats_and_its_rest_is_unrolled(depth):
     model, variables, x = made(layer=("s5", "gru"), depth=depth, norm="batch")
     whole, state = applied(model)(variables, x)

@@ -15,11 +15,8 @@ PLACES = (ROOT / "notebooks", ROOT)
 CASES = [(path, place) for path in NOTEBOOKS for place in PLACES]
 
 
-@pytest.mark.parametrize(
-    ("path", "place"),
-    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "place"), CASES, ids=lambda path: path.stem)
 def test_notebook_runs(path, place):
     images = PLACES[0] / "images"
     before = sorted(images.iterdir())

@@ -54,6 +54,7 @@ def test_scores_are_those_of_its_commit(workdir):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_goes_on_as_its_commit_did(workdir, capsys):
     results = loop.run(command(), workdir)
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())

@@ -92,7 +92,11 @@ def tried(cases_of):
 def some_cases(op):
     variants = KERNELS[op.name].variants
     yield Case(variants[0], LENGTH), "bfloat16"
-    for i, variant in enumerate(variants):
+    yield Case(variants[-1], LENGTH, True, True, True), "float64"
+
+
+def every_variant(op):
+    for i, variant in enumerate(KERNELS[op.name].variants):
         yield Case(variant, LENGTH, True, True, i % 2 == 0), "float64"
 
 
@@ -108,6 +112,13 @@ def long_cases(op):
 
 @tried(some_cases)
 def test_equals_definition(name, case, dtype, small_blocks):
+    small_blocks(name)
+    compare(operation(name), case, dtype)
+
+
+@pytest.mark.slow
+@tried(every_variant)
+def test_variants_equal_definition(name, case, dtype, small_blocks):
     small_blocks(name)
     compare(operation(name), case, dtype)
 

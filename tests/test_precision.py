@@ -14,8 +14,6 @@ from layers.laws import rounding
 from layers.models import precision
 from layers.parameters import at_least_float32
 
-QUICK = ("mamba",)
-
 
 def model_of(layer, **changes):
     config = common.base().model
@@ -24,10 +22,8 @@ def model_of(layer, **changes):
     return build(config)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in LAYERS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS)
 def test_training_in_bfloat16_stays_finite(layer):
     model = model_of(layer, dtype="bfloat16")
     tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 5)

@@ -290,6 +290,7 @@ def test_an_unfinished_run_has_a_report_too(digits, tokens, tmp_path):
         pages.write(path)
 
 
+@pytest.mark.slow
 def test_several_runs_beside_one_another(digits, tokens, regression, tmp_path, capsys):
     out = tmp_path / "compare.html"
     paths = [str(path) for path in (digits, tokens, regression)]
@@ -551,6 +552,7 @@ def untrained(config):
     return runs.Run(config, dataset.spec, model, variables, 0, lambda: dataset)
 
 
+@pytest.mark.slow
 def test_a_layer_that_selects_shows_how_it_mixes_one_example():
     """Of the values that it shows in the model's own call, the matrix makes what it
     shows as their mixture; a GRU has no values, and an LRU has filters."""

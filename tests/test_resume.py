@@ -59,6 +59,7 @@ def assert_same(workdir, uninterrupted):
     assert tiny_run.weights(workdir) == tiny_run.weights(uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step(tmp_path, cache, uninterrupted):
     rng = random.Random(0)
     for lines in sorted(rng.sample(range(2, 25), 2)):
@@ -70,6 +71,7 @@ def test_killed_at_a_random_step(tmp_path, cache, uninterrupted):
     assert not (tmp_path / lock.NAME).exists()
 
 
+@pytest.mark.slow
 def test_a_second_start_is_told_who_runs(tmp_path, cache):
     """While the first compiles, and changes nothing of it."""
     process = tiny_run.start(tmp_path, cache, steps=100_000)

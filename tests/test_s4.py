@@ -76,6 +76,7 @@ def test_without_low_rank_it_is_s4d():
     assert error(y, expected) < CLOSE
 
 
+@pytest.mark.slow
 def test_dss_exp_is_s4d_without_the_other_half():
     """DSS sums C, S4D 2 C, over one of each conjugate pair."""
     x = inputs(24)

@@ -52,6 +52,7 @@ SAME = dict(log_every=1, accumulate=2, batch_size=16)
 FLAGS = ("--config.optimizer.schedule=constant", "--config.model.norm=layer")
 
 
+@pytest.mark.slow
 def test_eight_devices_and_one_train_alike(tmp_path):
     """Twenty steps on each."""
     one, eight = (

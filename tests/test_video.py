@@ -116,6 +116,7 @@ def test_a_masked_frame_of_nan_reaches_no_gradient():
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_frames_in_pieces_are_the_same_frames():
     """A remainder of the last piece, and the same parameters."""
     frames = clips(PIECE + 3)
@@ -165,6 +166,7 @@ def test_a_rollout_feeds_answers_back():
     assert_close(found, jnp.clip(y[:, 2:], -1, 1))
 
 
+@pytest.mark.slow
 def test_actions_lead_to_the_next_frame():
     frames, actions = clips(), jnp.arange(B * L).reshape(B, L) % 3
     model = model_of(actions=3)

@@ -320,7 +320,7 @@ class Checkpoints:
                 logging.warning("%s", error)  # the error on its way out comes first
             finally:
                 self._writer.close()
-                if failed:
+                if failed and self._saving:
                     gc.collect()  # writes that were left end while this is quiet
 
     def save(
