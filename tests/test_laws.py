@@ -84,6 +84,21 @@ def test_laws_hold_across_chunks(name):
     holds(examples.CASES[name](), exact, length)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "memory", "tokens"),
+    [
+        ((0.002, 0.02), (10**4, 10**5), 2**16),
+        ((0.0001, 0.2), (10**4, 10**5), 2**12),  # quadratic
+        ((0.1, 0.27), (10**4, 10**5), 2**16),  # a long, linear call
+        ((0.5, 9.7), (10**4, 10**5), 2**10),  # quadratic; the first call was disturbed
+        ((0.002, 0.02), (10**5, 2**27), 2**12),
+    ],
+    ids=str,
+)
+def test_a_length_that_takes_a_while_is_not_tried(seconds, memory, tokens):
+    assert laws._most(seconds, memory) == tokens
+
+
 class Decay(nn.Module):
     """h[t] = exp(-dt[t] / 2) h[t-1] + scale u[t], y = h: it obeys every law."""
 

@@ -516,6 +516,7 @@ SECONDS = 2.5  # for a call, of which the law makes four
 MEMORY = 2**30  # bytes of intermediate values
 PROBES = 2**8, 2**11  # lengths from which time and memory are extrapolated
 QUADRATIC = 1.5  # least power of the length with which such a cost grows between them
+PATIENCE = 60  # seconds of a call of LONG that is thought to be linear
 
 
 def length(case: Case) -> Yields:
@@ -582,17 +583,24 @@ def _affordable(case):
         layer, x, variables = _enlarged(case, tokens)
         program = jit(_calls(layer)).lower(variables, x, None).compile()
         seconds = _seconds(program, variables, x)
-        if seconds < 0.5:  # other work may have disturbed it
-            seconds = min(_seconds(program, variables, x) for _ in range(5))
+        if seconds < 2:  # other work may have disturbed it
+            seconds = min(seconds, *(_seconds(program, variables, x) for _ in "four"))
         memory = program.memory_analysis()
         costs.append((seconds, memory.temp_size_in_bytes if memory else 0))
-    span, affordable = math.log2(PROBES[1] / PROBES[0]), LONG
-    for low, high, budget in zip(*costs, (SECONDS, MEMORY), strict=True):
+    return _most(*zip(*costs, strict=True))
+
+
+def _most(seconds, memory):
+    """The length that two costs, each at both PROBES, allow."""
+    span, most = math.log2(PROBES[1] / PROBES[0]), LONG
+    # A busy machine makes the first of two times too long, and so the power too low.
+    limits = (seconds, SECONDS, PATIENCE), (memory, MEMORY, math.inf)
+    for (low, high), budget, patience in limits:
         power = math.log2(high / low) / span if low and high else 0.0
-        if power > QUADRATIC:
+        if power > QUADRATIC or high * LONG / PROBES[1] > patience:
             tokens = PROBES[1] * math.sqrt(budget / high)
-            affordable = min(affordable, 2 ** int(math.log2(max(tokens, PROBES[0]))))
-    return affordable
+            most = min(most, 2 ** int(math.log2(max(tokens, PROBES[0]))))
+    return most
 
 
 def _seconds(program, variables, x):
