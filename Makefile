@@ -7,7 +7,7 @@ PART ?= 1/5
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install train test check part reproduce bench package lint clean
+.PHONY: install train test check part reproduce bench compiled package lint clean
 
 install: $(INSTALLED)
 
@@ -33,6 +33,20 @@ reproduce: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m kernels.bench
 	$(BIN)/python -m train.bench
+
+# What the compilers of accelerators that need not be here say of every kernel, each
+# target in at most an hour: kernels/results/compiled. The CUDA wheels are gigabytes.
+compiled: .venv-tpu/.installed .venv-cuda/.installed
+	.venv-tpu/bin/python -m kernels.check --compile tpu:v5e tpu:v6e
+	.venv-cuda/bin/python -m kernels.check --compile gpu:h100 gpu:h200
+
+.venv-tpu/.installed .venv-cuda/.installed: $(INSTALLED)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c requirements/$$($(PYTHON) -c \
+	    'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt \
+	    -e '.[$(if $(findstring tpu,$@),tpu,gpu)]' triton
+	touch $@
 
 # The wheel, dist/ssmax-*.whl, installed with its dependencies beside a user's code.
 package:

@@ -9,6 +9,7 @@ and more too, hours.
 
     python -m kernels.check [--op NAME ...] [--backend NAME ...] [--dtype NAME ...]
                             [--full | --quick] [--out FILE.json]
+                            [--compile TARGET ...]
 
 How a backend was tried is said in the table and in the certificate:
     run          computed on this device, as it is when it is chosen
@@ -18,6 +19,14 @@ How a backend was tried is said in the table and in the certificate:
     compiled     compiled to machine code for sm_80 or sm_90 at real sizes; not run. The
                  figures are the largest of all kernels.
 
+--compile has the compilers of accelerators that need not be here (libtpu, JAX's plugin
+for CUDA; `make compiled` gets them) compile every operation instead, forward and
+gradient, in float32 and bfloat16, and says how long that takes and how many bytes it
+needs. What they refuse, what does not fit into fast memory and what spills registers
+fails. The tables are kernels/results/compiled/<target>.json and in
+kernels/results/README.md; what stands there of the same sources is not compiled again.
+--quick compiles our own kernels at one size, all of them, and writes nothing.
+
 The certificate goes to --out, or, when everything was checked, to
 runs/kernels/<device kind>.json, where `python -m train.main` finds it and leaves out of
 the default choice what failed. The exit code is 1 where something failed.
@@ -26,6 +35,7 @@ the default choice what failed. The exit code is 1 where something failed.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,9 +45,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from kernels import compat
-from kernels.check import certificate
+from kernels.check import ahead, certificate, compiled, targets
 from kernels.check.cases import DTYPES, OPERATIONS
 from kernels.check.conformance import Row, Worst, run
+from kernels.check.targets import TARGETS
 
 SHOWN = 5  # failures of one row
 
@@ -141,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 200
+    if options.compile:
+        return _compile(console, options)
     operations = [OPERATIONS[name] for name in options.op]
     coverage = "quick" if options.quick else "full" if options.full else "default"
     device = certificate.device()
@@ -157,6 +170,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         certificate.write(options.out, contents(rows, label))
         print(f"certificate: {options.out}")
     return int(any(row.failures for row in rows))
+
+
+def _compile(console, options) -> int:
+    """--compile; the exit code is 1 where something failed."""
+    failed = 0
+    for target in options.compile:
+        if reason := target.missing():
+            print(f"not here: {reason}")
+        else:
+            failed += _compile_for(target, console, options)
+    if not (options.part or options.quick or options.out):
+        compiled.write_page(TARGETS.values())
+    return int(failed > 0)
+
+
+def _compile_for(target, console, options) -> int:
+    """How many programs failed."""
+    operations = [OPERATIONS[name] for name in options.op]
+    programs = ahead.programs(
+        target, operations, options.backend, options.dtype, options.quick
+    )
+    kept = None if options.quick else compiled.path(target)
+    file = compiled.File(target, options.out or kept)
+    start = time.perf_counter()
+    with console.status("") as status:
+        rows = compiled.run(file, list(programs), status.update)
+    if not (options.part or options.quick):
+        file.keep(rows)
+    sheet = Table(*compiled.HEADER, title=target.name)
+    for line in compiled.table(rows):
+        sheet.add_row(*line)
+    console.print(sheet)
+    for line in compiled.lines(rows):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    failed, seconds = sum(row.bad for row in rows), time.perf_counter() - start
+    print(f"{target.name}: {len(rows)} programs, {failed} failed, {seconds:.0f} s")
+    if file.place is not None:
+        print(f"table: {file.place}")
+    return failed
 
 
 def _parse(argv):
@@ -183,10 +235,19 @@ def _parse(argv):
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json", help="where the certificate goes"
     )
+    parser.add_argument(
+        "--compile", nargs="+", choices=list(TARGETS), metavar="TARGET", default=[],
+        help=f"for accelerators that need not be here: {', '.join(TARGETS)}",
+    )  # fmt: skip
     options = parser.parse_args(argv)
+    options.compile = [TARGETS[name] for name in dict.fromkeys(options.compile)]
     options.part = bool(options.op or options.backend or options.dtype)
     dtypes = list(DTYPES)
-    if compat.platform() == "tpu":
+    if options.compile:
+        _check_compile(parser, options)
+        targets.prepare()
+        dtypes = list(ahead.DTYPES)
+    elif compat.platform() == "tpu":
         dtypes.remove("float64")  # a TPU has none
     for flag, default in (("op", OPERATIONS), ("backend", backends), ("dtype", dtypes)):
         values = getattr(options, flag)
@@ -197,7 +258,7 @@ def _parse(argv):
             f"argument --backend: {', '.join(options.op)} has {', '.join(available)}, "
             f"not {', '.join(options.backend)}"
         )
-    if options.out is None and not (options.part or options.quick):
+    if options.out is None and not (options.part or options.quick or options.compile):
         options.out = certificate.default_path()
     if options.out is not None and (reason := certificate.obstacle(options.out)):
         parser.error(f"argument --out: {reason}")
@@ -209,6 +270,17 @@ def _parse(argv):
             f"such as cuda,cpu; got {os.environ.get('JAX_PLATFORMS')}"
         )
     return options
+
+
+def _check_compile(parser, options):
+    if options.full:
+        parser.error("argument --full: not with --compile")
+    if "float64" in (options.dtype or ()):
+        parser.error("argument --dtype: --compile takes float32 and bfloat16")
+    if options.out is not None and len(options.compile) > 1:
+        parser.error("argument --out: one file, and --compile names several targets")
+    if all(reasons := [target.missing() for target in options.compile]):
+        parser.error(f"argument --compile: {'; '.join(reasons)}")
 
 
 if __name__ == "__main__":

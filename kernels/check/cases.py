@@ -31,6 +31,8 @@ from kernels import (
 LONGEST_FILTER = 2048  # taps: the definition keeps L x K values for its gradient
 DTYPES = ("float32", "bfloat16", "float64")
 LONGEST_DECAY = 1000
+# In `Operation.shapes`; neither these nor one less is any other axis.
+STANDS_FOR_LENGTH, STANDS_FOR_TAPS = 13, 11
 
 
 class Case(NamedTuple):
@@ -53,8 +55,9 @@ class Operation:
 
     `make(rng, variant, length, size)` gives all its arrays, with the initial state and
     the resets where the variant takes them; `static(case)` its other arguments;
-    `variants` are those that are checked; `small` and `wide` are sizes for computing
-    and for compiling only; beyond `longest` the definition takes too much memory.
+    `variants` are those that are checked; `small` are sizes for computing, `wide` and
+    `length` those of real work, for compiling only; beyond `longest` the definition
+    takes too much memory.
     """
 
     call: Callable
@@ -63,6 +66,7 @@ class Operation:
     small: dict[str, int]
     wide: dict[str, int]
     static: Callable[[Case], dict[str, Any]]
+    length: int = 4096
     longest: int = 2**20
 
     @property
@@ -78,11 +82,39 @@ class Operation:
     def backends(self) -> dict:
         return sys.modules[self.call.__module__].BACKENDS
 
-    def inputs(self, case: Case, wide: bool = False, **sizes: int) -> dict:
+    def inputs(self, case: Case, **sizes: int) -> dict:
         """The arrays of a case, in float64, of these sizes instead of its own."""
         rng = np.random.default_rng(case.length)
-        size = (self.wide if wide else self.small) | sizes
-        arrays = self.make(rng, case.variant, case.length, size)
+        arrays = self.make(rng, case.variant, case.length, self.small | sizes)
+        return self._taken(case, arrays)
+
+    def shapes(self, case: Case, **sizes: int) -> dict:
+        """What `inputs` would be at wide sizes, without a number: their shapes and
+        dtypes. Small arrays are made whose axes stand for long ones."""
+        size = self.wide | sizes
+        true = {STANDS_FOR_LENGTH: case.length, STANDS_FOR_LENGTH - 1: case.length - 1}
+        longest = size.get("K", min(case.length, LONGEST_FILTER))  # of a filter
+        if self.folder == "fft_conv":
+            true |= {STANDS_FOR_TAPS: longest, STANDS_FOR_TAPS - 1: longest - 1}
+            size["K"] = STANDS_FOR_TAPS
+        if {*size.values()} & {*true} - {STANDS_FOR_TAPS}:
+            raise ValueError(f"sizes must be none of {sorted(true)}, got {size}")
+        rng = np.random.default_rng(0)
+        made = self.make(rng, case.variant, STANDS_FOR_LENGTH, size)
+        arrays = self._taken(case, made)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct([true.get(n, n) for n in x.shape], x.dtype),
+            arrays,
+        )
+        for name in {"u_factors", "k_factors"} & {*shapes}:
+            heads = shapes[name][0].shape[:-3]
+            shapes[name] = [
+                jax.ShapeDtypeStruct((*heads, n, n, 2), np.float64)
+                for n in block_sizes(case.length + longest)
+            ]
+        return shapes
+
+    def _taken(self, case, arrays):
         included = {"initial_state": case.state, "reset": case.reset}
         return {k: x for k, x in arrays.items() if included.get(k, True)}
 
@@ -332,7 +364,7 @@ OPERATIONS = {
             _scan,
             ("real", "complex", "complex a", "complex x", "constant a", "broadcast a"),
             {"B": 2, "D": 10},
-            {"B": 2, "D": 320},
+            {"B": 8, "D": 256},
             _scan_options,
         ),
         Operation(
@@ -348,8 +380,9 @@ OPERATIONS = {
             _selective,
             ("skip", "no skip"),
             {"B": 2, "D": 5, "N": 4},
-            {"B": 2, "D": 256, "N": 16},
+            {"B": 8, "D": 1536, "N": 16},
             _scan_options,
+            length=2048,
         ),
         Operation(
             chunked_scan,
@@ -365,16 +398,18 @@ OPERATIONS = {
                 "delta rule, strong scalar decay",
             ),
             {"B": 2, "H": 2, "G": 1, "K": 5, "V": 3},
-            {"B": 2, "H": 8, "G": 4, "K": 64, "V": 64},
+            {"B": 4, "H": 8, "G": 8, "K": 64, "V": 64},
             _scan_options,
+            length=2048,
         ),
         Operation(
             fft_conv,
             _convolution,
             ("gated", "no gates", "two-sided", "short filter"),
             {"B": 2, "H": 3},
-            {"B": 2, "H": 256, "K": 4096},
+            {"B": 4, "H": 256, "K": 8192},
             _direction,
+            length=8192,
         ),
         Operation(
             butterfly_conv,
@@ -390,7 +425,7 @@ OPERATIONS = {
             _short,
             ("bias", "no bias"),
             {"B": 2, "H": 5, "W": 4},
-            {"B": 2, "H": 256, "W": 4},
+            {"B": 8, "H": 1536, "W": 4},
             _direction,
         ),
         Operation(
@@ -400,6 +435,7 @@ OPERATIONS = {
             {"R": 2, "H": 3, "N": 5},
             {"R": 2, "H": 128, "N": 32},
             lambda case: {"length": case.length},
+            length=16384,
         ),
         Operation(
             vandermonde_transpose,
@@ -408,6 +444,7 @@ OPERATIONS = {
             {"B": 2, "H": 3, "N": 5},
             {"B": 4, "H": 128, "N": 32},
             lambda case: {},
+            length=8192,
         ),
         Operation(
             cauchy,
@@ -416,6 +453,7 @@ OPERATIONS = {
             {"H": 3, "N": 5},
             {"H": 128, "N": 32},
             lambda case: {"length": case.length},
+            length=16384,
         ),
     )
 }

@@ -73,8 +73,13 @@ def write(path: Path, contents: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     text = json.dumps({"format": FORMAT, "made": date, **contents}, indent=1)
+    replace(path, text + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Gives a file its text, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

@@ -23,17 +23,20 @@ if jax.__version_info__ < (0, 11):  # others do not know it
     QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
+def precision(of, dtype):
+    """`dtype` for floats, its complex counterpart for complex numbers, for all else
+    what it is `of`."""
+    if jnp.issubdtype(of, jnp.complexfloating):
+        return np.dtype("complex128" if dtype == "float64" else "complex64")
+    return jnp.dtype(dtype) if jnp.issubdtype(of, jnp.floating) else of
+
+
 def rounded(inputs, dtype):
-    """Float arrays in `dtype` (complex ones in its complex counterpart)."""
-    wide = dtype == "float64"
+    """Arrays in the `precision` of `dtype`."""
 
     def cast(x):
         x = np.asarray(x)
-        if np.iscomplexobj(x):
-            return x.astype(np.complex128 if wide else np.complex64)
-        return (
-            x.astype(jnp.dtype(dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        )
+        return x.astype(precision(x.dtype, dtype))
 
     return jax.tree.map(cast, inputs)
 

@@ -31,7 +31,6 @@ from kernels.tolerance import error, limit
 LENGTHS = (1000, 1, 7, 64)
 LONG = (4096, 16384)  # only in "full"
 INTERPRETED = {"triton": (100, 1, 7), "pallas_tpu": (1000, 1, 7)}  # seconds per case
-WIDE = 4096  # of what is only lowered or compiled
 # Of GPUs, and how many bytes of shared memory a program may have there.
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}
 HOWS = ("run", "interpreted", "lowered", *(f"compiled sm_{c}" for c in CAPABILITIES))
@@ -73,12 +72,12 @@ class Row:
         try:
             result = function()
         except Exception as problem:
-            reason = _refusal(problem, self.op, self.backend)
+            reason = refusal(problem, self.op, self.backend)
             if reason is not None:
                 self.not_taken.append(f"{case}: {reason}")
                 return None
             self.cases += 1
-            self.failures.append(f"{case}: {_one_line(problem)}")
+            self.failures.append(f"{case}: {one_line(problem)}")
             return None
         self.cases += 1
         return result
@@ -136,7 +135,7 @@ def _off(size: float, actual, target, bound: float) -> str:
     return f"error {size:.2g}, limit {bound:.0e}"
 
 
-def _refusal(problem: Exception, op: str, backend: str) -> str | None:
+def refusal(problem: Exception, op: str, backend: str) -> str | None:
     """Why the backend does not take the arguments, if that is what `problem` says."""
     beginning = f"{op}: backend {backend!r} cannot run; "
     text = str(problem)
@@ -146,9 +145,13 @@ def _refusal(problem: Exception, op: str, backend: str) -> str | None:
     return match[1]
 
 
-def _one_line(problem: Exception) -> str:
-    first = next((line for line in str(problem).splitlines() if line.strip()), "")
-    return f"{type(problem).__name__}: {first.strip()[:300]}"
+def one_line(problem: Exception) -> str:
+    """Its first line; of an error that tells of a callback's, the last one too."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [""]
+    text = lines[0][:300]
+    if "Traceback" in text:
+        text = f"{text} ... {lines[-1][:300]}"
+    return f"{type(problem).__name__}: {text}"
 
 
 # The ways in which a backend is tried.
@@ -333,7 +336,7 @@ def _compile(row, case, call, capability):
     try:
         figures = machine_code.compiled(call, capability)
     except Exception as problem:
-        row.failures.append(f"{case}: {name}: {_one_line(problem)}")
+        row.failures.append(f"{case}: {name}: {one_line(problem)}")
         return
     label = {"kernel": name, "case": str(case), "num_warps": call.num_warps}
     row.kernels.append(label | figures)
@@ -346,15 +349,16 @@ def _compile(row, case, call, capability):
 
 def _wide_cases(operation, dtypes, coverage):
     narrow = [dtype for dtype in dtypes if dtype != "float64"]
-    candidates = operation.product((WIDE,), narrow, wide=True)
+    candidates = operation.product((operation.length,), narrow, wide=True)
     return _selected(candidates, coverage, strength=1)
 
 
 def passes(operation, case, dtype, backend, wide=True):
     """The forward pass, both passes, and the shapes of their two arguments."""
+    made = operation.shapes(case) if wide else operation.inputs(case)
     inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-        comparison.rounded(operation.inputs(case, wide), dtype),
+        lambda x: jax.ShapeDtypeStruct(x.shape, comparison.precision(x.dtype, dtype)),
+        made,
     )
     moving, fixed = comparison.parted(inputs)
     static = operation.static(case)
