@@ -17,13 +17,14 @@ CASES = [(path, place) for path in NOTEBOOKS for place in PLACES]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "place"), CASES, ids=lambda path: path.stem)
-def test_notebook_runs(path, place):
+def test_notebook_runs(path, place, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # what trains for minutes is compiled well
     images = PLACES[0] / "images"
     before = sorted(images.iterdir())
     notebook = nbformat.read(path, as_version=4)
     assert notebook.metadata.kernelspec.name == "python3", "that of any environment"
     client = NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(place)}}
+        notebook, timeout=900, resources={"metadata": {"path": str(place)}}
     )
     client.execute()
     assert sorted(images.iterdir()) == before
