@@ -6,6 +6,8 @@ PART ?= 1/5
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+REQUIREMENTS = requirements/$$($(PYTHON) -c \
+    'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
 .PHONY: install train test check part reproduce bench compiled package lint clean
 
@@ -40,11 +42,10 @@ compiled: .venv-tpu/.installed .venv-cuda/.installed
 	.venv-tpu/bin/python -m kernels.check --compile tpu:v5e tpu:v6e
 	.venv-cuda/bin/python -m kernels.check --compile gpu:h100 gpu:h200
 
-.venv-tpu/.installed .venv-cuda/.installed: $(INSTALLED)
+.venv-tpu/.installed .venv-cuda/.installed: pyproject.toml requirements/py311.txt requirements/py312.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    -c requirements/$$($(PYTHON) -c \
-	    'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt \
+	    -c $(REQUIREMENTS) \
 	    -e '.[$(if $(findstring tpu,$@),tpu,gpu)]' triton
 	touch $@
 
@@ -73,7 +74,6 @@ $(INSTALLED): pyproject.toml requirements/py311.txt requirements/py312.txt
 	         "name one with 'make PYTHON=python3.12'" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r \
-	    requirements/$$($(PYTHON) -c \
-	    'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+	    $(REQUIREMENTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

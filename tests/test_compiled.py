@@ -206,3 +206,14 @@ def test_what_cannot_be_asked_for_is_one_line(arguments, message, capsys, monkey
     with pytest.raises(SystemExit, match="2"):
         check.main(arguments)
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_is_no_table_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("kernels.check.targets.prepare", lambda: None)
+    (place := tmp_path / "v5e.json").write_text("{")
+    arguments = ["--compile", "tpu:v5e", "--op", "short_conv", "--out", str(place)]
+    with pytest.raises(SystemExit, match="2"):
+        check.main(arguments)
+    assert capsys.readouterr().err.startswith(f"error: {place} must be a table of")
+    assert place.read_text() == "{"

@@ -2,17 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from constants import largest_constant
 
 from kernels import dispatch
 from kernels.check.cases import OPERATIONS, Case
-from kernels.fft_conv import block_sizes
+from kernels.check.comparison import precision
 
 LONG = 2**20
 SIZE = dict(B=1, R=1, D=64, H=64, N=2, G=1, K=2, V=1, W=4)
-STANDS_FOR_LONG = 11  # no other axis has 11 or 10 entries
 # Bytes of the largest constant that must grow with the length, each with its reason.
 GROWING = {
     # s and mu at L / 2 + 1 points, which float64 makes: near theta = pi, where
@@ -38,26 +36,15 @@ def forms():
 
 
 def abstract_inputs(operation, variant):
-    long = {STANDS_FOR_LONG: LONG, STANDS_FOR_LONG - 1: LONG - 1}
     size = {name: SIZE[name] for name in operation.small}
     if "conv" in operation.name and "K" in size:
-        size["K"] = STANDS_FOR_LONG
-    rng = np.random.default_rng(0)
-    arrays = operation.make(rng, variant, STANDS_FOR_LONG, size)
+        size["K"] = LONG
+    shapes = operation.shapes(Case(variant, LONG, True, True), **size)
 
     def abstract(x):
-        shape = tuple(long.get(n, n) for n in x.shape)
-        dtype = {"f": jnp.float32, "c": jnp.complex64}.get(x.dtype.kind, x.dtype)
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(x.shape, precision(x.dtype, "float32"))
 
-    inputs = {k: jax.tree.map(abstract, x) for k, x in arrays.items()}
-    for name in {"u_factors", "k_factors"} & inputs.keys():
-        heads = inputs[name][0].shape[:-3]
-        inputs[name] = [
-            jax.ShapeDtypeStruct((*heads, n, n, 2), jnp.float32)
-            for n in block_sizes(2 * LONG)
-        ]
-    return inputs
+    return jax.tree.map(abstract, shapes)
 
 
 @pytest.mark.parametrize(("op", "variant", "backend"), list(forms()))

@@ -24,7 +24,7 @@ def test_notebook_runs(path, place, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     assert notebook.metadata.kernelspec.name == "python3", "that of any environment"
     client = NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": str(place)}}
+        notebook, timeout=300, resources={"metadata": {"path": str(place)}}
     )
     client.execute()
     assert sorted(images.iterdir()) == before

@@ -46,6 +46,8 @@ def test_every_test_is_in_exactly_one_part(collected):
     together = sorted([*parts[0], *parts[1], *parts[2]])
     assert together == sorted(collected()) and len(together) == CASES + 1
     assert all(len(part) > CASES / 6 for part in parts)
+    assert collected("--part=2/3") == parts[1]
+    assert collected("--part=1/1") == collected()
 
 
 def test_a_part_is_of_what_is_chosen_otherwise(collected):

@@ -25,7 +25,6 @@ from kernel_cases import check
 from kernels import (
     cauchy,
     chunked_scan,
-    compat,
     fft_conv,
     linear_scan,
     selective_scan,
@@ -502,12 +501,7 @@ def calls(call, shapes):
         values, pull = jax.vjp(forward, moving)
         return pull(jax.tree.map(jnp.ones_like, values))
 
-    with compat.lowering_for("gpu"), compat.recorded() as made:
-        jax.eval_shape(both, moving, fixed)
-    different = []
-    for one in made:
-        if one not in different:
-            different.append(one)
+    different = machine_code.calls(both, (moving, fixed))
     names = {one.kernel.__name__ for one in different}
     assert len(names) > 1, f"one kernel for both passes: {names}"
     return different

@@ -192,10 +192,16 @@ def _compile_for(target, console, options) -> int:
         target, operations, options.backend, options.dtype, options.quick
     )
     kept = None if options.quick else compiled.path(target)
-    file = compiled.File(target, options.out or kept)
+    try:
+        file = compiled.File(target, options.out or kept)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
     start = time.perf_counter()
     with console.status("") as status:
-        rows = compiled.run(file, list(programs), status.update)
+        # whoever reads a file while an hour passes sees how far it is
+        tell = status.update if console.is_terminal else print
+        rows = compiled.run(file, list(programs), tell)
     if not (options.part or options.quick):
         file.keep(rows)
     sheet = Table(*compiled.HEADER, title=target.name)

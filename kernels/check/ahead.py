@@ -1,6 +1,6 @@
 """Every operation compiled ahead of time for an accelerator that need not be here.
 
-`rows_of` says what is compiled for a target, `compile_row` compiles one. What the
+`programs` says what is compiled for a target, `compile_row` compiles one. What the
 compiler refuses, what does not fit into its fast memory and what spills registers
 fails; what `unsupported` says beforehand is listed.
 """
@@ -221,9 +221,7 @@ def _tpu_figures(compiled) -> dict:
 
 def _gpu_figures(function, arrays) -> dict:
     """Of the Triton kernels that the function calls, each compiled alone."""
-    with compat.lowering_for("gpu"), compat.recorded() as calls:
-        # jit would remember what it traced for the program, and call nothing
-        jax.eval_shape(lambda *arrays: function(*arrays), *arrays)
+    calls = machine_code.calls(function, arrays)
     made = [machine_code.compiled(call, CAPABILITY) for call in calls]
     names = ("registers", "spilled_bytes", "shared_bytes")
     most = {name: max((m[name] for m in made), default=None) for name in names}
@@ -249,7 +247,7 @@ def order(row: Row) -> tuple:
     return (
         list(OPERATIONS).index(row.op),
         list(OPERATIONS[row.op].backends).index(row.backend),
-        ("small", "benchmark", "large").index(row.size),
+        SIZES["tpu:v5e"].index(row.size),  # which has them all
         DTYPES.index(row.dtype),
         row.case,
         PASSES.index(row.part),

@@ -164,7 +164,10 @@ def run(
             ):
                 row, done = job.result(), done + 1
                 file.add(row)
-                progress(f"{file.target.name}: {done} of {len(programs)}: {row.op}")
+                what = row.op, row.backend, row.dtype, row.size, row.part, row.verdict
+                progress(
+                    f"{file.target.name}: {done} of {len(programs)}: {' '.join(what)}"
+                )
         except KeyboardInterrupt:
             file.interrupted()
             raise

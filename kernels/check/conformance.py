@@ -311,12 +311,9 @@ def compiled(operation, dtypes, coverage) -> list[Row]:
     for case, dtype in _wide_cases(operation, dtypes, coverage):
         _, both_passes, arrays = passes(operation, case, dtype, "triton")
 
-        @functools.cache  # traced twice, JAX would remember and call nothing
-        def record(both_passes=both_passes, arrays=arrays):
-            with compat.lowering_for("gpu"), compat.recorded() as calls:
-                jax.eval_shape(both_passes, *arrays)
-            return calls
-
+        record = functools.cache(
+            functools.partial(machine_code.calls, both_passes, arrays)
+        )
         for capability in capabilities:
             how = f"compiled sm_{capability}"
             empty = Row(operation.name, "triton", how, dtype)

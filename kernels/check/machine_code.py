@@ -5,8 +5,22 @@ import re
 import subprocess
 import tempfile
 
+import jax
+
 from kernels import compat, interpreter
 from kernels.compat import TritonCall
+
+
+def calls(function, arrays) -> list[TritonCall]:
+    """The different calls of Triton kernels that `function(*arrays)` makes."""
+    with compat.lowering_for("gpu"), compat.recorded() as made:
+        # what was traced before, JAX would remember, and call nothing
+        jax.eval_shape(lambda *arrays: function(*arrays), *arrays)
+    different = []
+    for call in made:
+        if call not in different:
+            different.append(call)
+    return different
 
 
 def compiled(call: TritonCall, capability: int = 90) -> dict[str, int]:

@@ -89,11 +89,10 @@ def _devices(target: Target) -> list[jax.Device]:
     from jax.experimental import topologies
 
     if target.platform == "tpu":
-        generation, _, chips = target.kind.partition(":")
-        names = {"v5e": "v5litepod-4", "v6e": "v6e-4"}
-        os.environ["TPU_ACCELERATOR_TYPE"] = names[generation]
+        names = {"v5e:2x2": "v5litepod-4", "v6e:2x2": "v6e-4"}
+        os.environ["TPU_ACCELERATOR_TYPE"] = names[target.kind]
         topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{generation}:{chips}"
+            platform="tpu", topology_name=target.kind
         )
     else:
         topology = topologies.get_topology_desc(

@@ -584,7 +584,7 @@ def _affordable(case):
         program = jit(_calls(layer)).lower(variables, x, None).compile()
         seconds = _seconds(program, variables, x)
         if seconds < 2:  # other work may have disturbed it
-            seconds = min(seconds, *(_seconds(program, variables, x) for _ in "four"))
+            seconds = min(seconds, *(_seconds(program, variables, x) for _ in range(4)))
         memory = program.memory_analysis()
         costs.append((seconds, memory.temp_size_in_bytes if memory else 0))
     return _most(*zip(*costs, strict=True))
