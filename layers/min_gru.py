@@ -20,8 +20,10 @@ class MinGRU(nn.Module):
         h[t] = (1 - z[t]) h[t-1] + z[t] c[t],   y = h
 
     The candidate c is linear: its other form in the paper, g(c) with g > 0, is for a
-    scan in logarithms, which is not needed here. Elapsed times have no meaning for it:
-    `dt` is a `ValueError`.
+    scan in logarithms, which is not needed here. Nor is there what the public code has
+    around it by option: a convolution before it, a wider state with a projection behind
+    it, an initial state that is learned. Elapsed times have no meaning for it: `dt` is
+    a `ValueError`.
 
     Attributes:
         features: H, of the input, the state and the output.
@@ -29,7 +31,7 @@ class MinGRU(nn.Module):
     """
 
     REFUSES = ("dt",)
-    PLACEMENT = Placement("none", 4.0)
+    PLACEMENT = Placement("none", 2.0)
     EXAMPLES = examples({})
 
     features: int

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import pytest
 
+import layers
 from configs import common
 from layers import FRAME_LAYERS, LAYERS, Mamba, build, facts
 from layers.laws import examples
@@ -152,3 +153,12 @@ def test_public_functions_say_what_they_take_and_give(ring):
 
 def test_the_readme_has_the_table_of_layers():
     assert table.markdown() in (table.ROOT / "README.md").read_text()
+
+
+def test_every_layer_is_importable_by_its_class():
+    assert {cls.__name__ for cls in ALL.values()} <= {*layers.__all__}
+
+
+def test_the_page_of_rounding_has_every_layer():
+    page = (ROOT / "layers" / "laws" / "rounding.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \| 64 \|", page, re.MULTILINE) == [*LAYERS]
