@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -669,6 +670,108 @@ def test_warnings_of_what_makes_a_score_worthless(tmp_path):
     assert "channel 1 is constant in the training part" in words
     assert "test has classes that training has not: 3" in words
     assert "validation has no sequence of 0, 1, which training has" in words
+
+
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        (CLASSES + 1, "no target is 0, and yet the model has an output for it"),
+        (np.array([0, 2, 3, 7])[CLASSES], "only 4 of the 8 classes from 0"),
+        (np.int64(10) ** CLASSES, "only 4 of the 1,001 classes .*from 0 without gaps"),
+        (
+            300_000 + np.arange(N) % 20 * 1000,
+            r"only 20 of the 319,001 .*regressed with --config.data.loss=regression",
+        ),
+        (
+            np.arange(N) % 20,
+            r"the 40 training sequences have 20 classes, 2\.0 sequences each .*"
+            r"regressed with --config.data.loss=regression",
+        ),
+        (
+            np.char.add("w", (np.arange(N) % 20).astype(str)),
+            r"have 20 classes, 2\.0 .*: join classes, or bring more sequences$",
+        ),
+        (
+            CLASSES % 2 / 1.0,
+            r"floats of 2 whole values only \(0, 1\) .*"
+            r"--config.data.loss=classification takes them for classes",
+        ),
+        (1 - CLASSES % 2 * 2.0, r"\(-1, 1\) .*, once they are numbered from 0, takes"),
+        (CLASSES % 2 == 0, r"\(0, 1\) and are regressed; .*loss=classification"),
+        (
+            np.tile(CLASSES[:, None] % 2 / 1.0, L),
+            r"\(0, 1\) .*--config.data.loss=token takes them for classes",
+        ),
+        (
+            np.tile(1 - CLASSES[:, None] % 2 * 2, L),
+            r"no target is 0, .*\(-1 is no class of tokens\)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_targets_that_may_be_of_another_kind_are_told(tmp_path, targets, text):
+    dataset = load_npz(tmp_path, WHOLE, inputs=INPUTS, targets=targets)
+    doubts = dataset.reading.warnings
+    assert any(re.search(text, doubt) for doubt in doubts), doubts
+    assert {*doubts} <= {*told(dataset)[2]}
+    # What was asked for is not asked about.
+    asked = dict(loss=dataset.spec.loss, **WHOLE)
+    dataset = load_npz(tmp_path, asked, inputs=INPUTS, targets=targets)
+    assert dataset.reading.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        CLASSES,
+        INPUTS[:, 0],
+        np.arange(N) / 1.0,
+        np.stack([CLASSES / 1.0, CLASSES % 2], axis=1),
+        np.tile(CLASSES[:, None] % 2, L),
+    ],
+    ids=["classes", "numbers", "whole numbers", "vectors", "tokens"],
+)
+def test_targets_of_one_kind_alone_are_not_asked_about(tmp_path, targets):
+    dataset = load_npz(tmp_path, WHOLE, inputs=INPUTS, targets=targets)
+    assert dataset.reading.warnings == ()
+
+
+def test_amounts_as_whole_numbers_of_a_table_are_told(tmp_path):
+    prices = "".join(f"{i},{i % 3},{1000 * (i % 25) + 100}\n" for i in range(50))
+    dataset = load_csv(tmp_path, prices)
+    assert (dataset.spec.loss, dataset.spec.outputs) == ("classification", 24_101)
+    assert "only 25 of the 24,101 classes" in " ".join(told(dataset)[2])
+    regressed = load_csv(tmp_path, prices, loss="regression")
+    assert "classes" not in " ".join(told(regressed)[2])
+    with pytest.raises(ValueError, match=r"divided: .*loss=regression"):
+        load_csv(tmp_path, prices.replace(",100\n", ",77\n", 1), test=0.1)
+
+
+def test_labels_below_0_say_the_cure(tmp_path):
+    targets = 1 - CLASSES % 2 * 2
+    message = r"targets is -1 at \[1\]; .*number the classes from 0, or write them as w"
+    with pytest.raises(ValueError, match=rf"{message}.*loss=regression"):
+        load_npz(tmp_path, inputs=INPUTS, targets=targets)
+    with pytest.raises(ValueError, match=rf"{message}.*astype\(str\)\)$"):
+        load_npz(tmp_path, dict(loss="classification"), inputs=INPUTS, targets=targets)
+    dataset = load_npz(tmp_path, inputs=INPUTS, targets=targets.astype(str))
+    assert dataset.spec.classes == ("-1", "1")
+
+
+def test_classes_are_counted_in_memory_of_those_that_occur(tmp_path):
+    targets = np.where(CLASSES, CLASSES, 2**31 - 2)
+    split = dict(split=SPLIT)
+    dataset = load_npz(tmp_path, inputs=INPUTS, targets=targets, **split)
+    assert dataset.spec.outputs == 2**31 - 1
+    tracemalloc.start()
+    try:
+        found, line, warnings = told(dataset)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**24
+    assert found["largest"] == {"class": "1", "share": 0.25}
+    assert "2,147,483,647 classes" in line and "only 4 of the 2,147" in warnings[0]
 
 
 def test_a_given_split_that_is_sorted_is_told_and_a_drawn_one_is_not(tmp_path):

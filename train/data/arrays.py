@@ -20,6 +20,7 @@ Words are classes in their sorted order, by value where all are whole numbers, o
 that of class_names.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -38,7 +39,7 @@ from train.data.reading import Reading
 from train.data.source_file import RECORDINGS, File
 from train.data.sources import split_rows
 from train.data.spec import Spec
-from train.data.targets import LOSSES, read_targets
+from train.data.targets import LOSSES, doubts, read_targets
 
 ENCODERS = ("scalar", "token")
 
@@ -105,7 +106,7 @@ def load(
     else:
         inputs, vocab_size = _numbers(where, given), 0
     beside = companions(source, raw, inputs.shape[:2])
-    real = beside["mask"]
+    real, by_dtype = beside["mask"], not (loss or outputs)
     targets, names, outputs, loss = read_targets(source, raw, real, loss, outputs)
     if "split" in raw:
         indices = given_split(source, raw["split"])
@@ -130,6 +131,10 @@ def load(
         inputs[~real] = 0
     arrays = {"inputs": inputs, "targets": targets, **beside}
     reading = _reading(source, raw, spec, encoder, real)
+    if by_dtype:
+        doubtful = doubts(targets, names, outputs, loss, indices["train"])
+        warnings = (*reading.warnings, *doubtful)
+        reading = dataclasses.replace(reading, warnings=warnings)
     return pipeline.Dataset(spec, split_rows(arrays, indices), reading=reading)
 
 

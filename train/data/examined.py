@@ -15,6 +15,7 @@ from train.losses import IGNORED
 
 ARRAYS = 2**24  # numbers of a split that lies in arrays are looked at
 COMPARED = 2**28  # numbers of a split that are compared with training's
+COUNTED = 2**20  # classes of which each has a count of its own
 EXAMPLES = 512  # of a split that does not
 NUMBERS = 2**21  # in those
 
@@ -168,24 +169,25 @@ def _classes(dataset: Dataset, parts: dict) -> dict:
     }
     first = next(iter(parts))
     train = counts[first]
-    if not train.sum():
+    if not train:
         return nothing
-    largest, share = int(train.argmax()), float(train.max() / train.sum())
+    largest = max(train, key=train.get)
+    share = train[largest] / sum(train.values())
     missing, unseen, ordered = {}, {}, []
     for split, part in parts.items():
         if split == first or dataset.spec.loss != "classification":
             continue
         if part["every"] and parts[first]["every"]:
-            there = counts[split] > 0
-            missing[split] = _names(dataset, np.flatnonzero(~there & (train > 0)))
-            unseen[split] = _names(dataset, np.flatnonzero(there & (train == 0)))
+            here = counts[split]
+            missing[split] = _names(dataset, sorted({*train} - {*here}))
+            unseen[split] = _names(dataset, sorted({*here} - {*train}))
         given = dataset.reading is not None and dataset.reading.split == "given"
         targets = (part["every"] or part)["targets"]
-        several = len(targets) > 2 * np.count_nonzero(counts[split]) > 2
+        several = len(targets) > 2 * len(counts[split]) > 2
         if given and several and (np.diff(targets) >= 0).all():
             ordered.append(split)
     judged = _judged(parts)
-    value = counts[judged][largest] / max(1, counts[judged].sum())
+    value = counts[judged].get(largest, 0) / max(1, sum(counts[judged].values()))
     return {
         "largest": {"class": _names(dataset, [largest])[0], "share": share},
         "missing": {split: names for split, names in missing.items() if names},
@@ -195,13 +197,19 @@ def _classes(dataset: Dataset, parts: dict) -> dict:
     }
 
 
-def _counts(spec, part: dict) -> np.ndarray:
-    """How often each class is a target that counts."""
+def _counts(spec, part: dict) -> dict[int, int]:
+    """How often each class is a target that counts, of those that are one."""
     targets, mask = part["targets"], part["mask"]
     if spec.loss != "classification":
         targets = targets[mask]
     targets = targets[targets != IGNORED].astype(np.int64)
-    return np.bincount(targets.ravel(), minlength=spec.outputs)
+    if spec.outputs > COUNTED:
+        classes, counts = np.unique(targets, return_counts=True)
+    else:  # faster, in memory that grows with the largest class
+        counts = np.bincount(targets)
+        classes = np.flatnonzero(counts)
+        counts = counts[classes]
+    return dict(zip(classes.tolist(), counts.tolist(), strict=True))
 
 
 def _names(dataset: Dataset, classes) -> list[str]:

@@ -223,10 +223,14 @@ def drawn_split(
     try:
         return sources.split_indices(count, validation, test, seed, labels)
     except ValueError as error:
+        amounts = ""
+        if labels is not None and source.kind != RECORDINGS:
+            amounts = "; amounts are regressed with --config.data.loss=regression"
         raise ValueError(
             f"{source.path}: its {count} sequences cannot be divided: {error}; change "
             "data.validation or data.test (0: no such part), or say the split: an NPZ "
             "in its key split, recordings in folders train, validation and test"
+            f"{amounts}"
         ) from error
 
 

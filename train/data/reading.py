@@ -13,7 +13,7 @@ class Reading:
         why: in words, why they were taken for tokens or for numbers.
         asked: whether the user asked for that, and not the dtype decided it.
         split: "given" by the file, or "drawn".
-        warnings: what the order of the file's rows makes one ask.
+        warnings: what the order of the file's rows and its targets make one ask.
     """
 
     dtype: str
