@@ -14,7 +14,7 @@ from scipy.io import wavfile
 from configs import own as own_config
 from kernels import tolerance
 from train import data, loop, runs
-from train.data import arrays, own, said
+from train.data import arrays, own, said, tables
 from train.data.sources import Rows
 from train.data.spec import Spec
 from train.report import answers
@@ -286,6 +286,25 @@ def test_words_and_numbers_do_not_mix(tmp_path, text, message):
 
 
 DATES = ["2016-07-01 00:00:00", "2016/7/1 0:00", "2016-07-01", "2016-07-01T00:00:00Z"]
+DATES += ["01/07/2016", "7/1/2016 0:00", "7/1/16", "01.07.2016 13:15", "2016.07.01"]
+DATES += ["1949-01", "01/1949", "Jan-49", "January 1949", "1949 Jan", "Sept-49"]
+DATES += ["1 Jul 2016", "1-Jul-16", "Fri 1 July 2016", "2016-07-01T00:00:00.5+02:00"]
+DATES += ["20160701T000000Z", "7/1/2016 12:00:00 AM", "00:15", "2016-W07", "2016Q3"]
+DATES += ['"Jul 1, 2016"', "2016-07-01 00:00:00+00:00"]
+
+NO_DATES = ["1949", "1949.01", "20160701", "12.2016", "1e-05", "-1949", "3/4", "1.2.3"]
+NO_DATES += ["v2016.07.01", "may", "mar-3", "2016-13", "10-11-12", "1:2", "may-be", ""]
+NO_DATES += ["1949-1950", "31-12", "12345-01", "a 2016-07-01", "nan", "sat", "99:99"]
+
+
+@pytest.mark.parametrize("text", DATES)
+def test_dates_are_dates(text):
+    assert tables.are_dates([text.strip('"')])
+
+
+@pytest.mark.parametrize("text", NO_DATES)
+def test_numbers_and_words_are_no_dates(text):
+    assert not tables.are_dates([text] * 20)
 
 
 @pytest.mark.parametrize("date", DATES)
@@ -298,6 +317,12 @@ def test_a_csv_with_dates_is_a_forecasting_file(tmp_path, date):
     assert "\n" not in said
     with pytest.raises(ValueError, match=r"column 1 holds dates"):
         load_csv(tmp_path, body)
+    # One bad cell, or an empty one, is a mistake among dates.
+    for cell in ("", "?"):
+        lines = body.splitlines(keepends=True)
+        lines[2] = lines[2].replace(date, cell)
+        with pytest.raises(ValueError, match=r"column 1 holds dates"):
+            load_csv(tmp_path, "".join(lines))
     # One date is a mistake, not a layout; and numbers with dashes are no dates.
     with pytest.raises(ValueError, match=r"row 3, column 1 is .*must be a number"):
         load_csv(tmp_path, f"1,2,0\n3,4,1\n{date},4,0\n")
@@ -308,6 +333,12 @@ def test_dates_in_parquet_are_refused_too(tmp_path):
     for dates in (moments, [*map(str, moments)]):
         with pytest.raises(ValueError, match=r"column 1 \(when\) holds dates"):
             load_parquet(tmp_path, {"when": dates, "x": np.arange(5.0)})
+    for dates in (["1/7/2016 0:00"] * 4 + [None], ["Jan-49"] * 5):
+        with pytest.raises(ValueError, match=r"column 2 \(when\) holds dates"):
+            load_parquet(tmp_path, {"x": np.arange(5.0), "when": dates})
+    with pytest.raises(ValueError, match=r"column 2 .* holds dates"):
+        index = "__index_level_0__"  # of a frame whose index are moments
+        load_parquet(tmp_path, {"x": np.arange(5.0), index: moments})
 
 
 def test_a_table_of_parquet_is_read_as_a_csv(tmp_path):

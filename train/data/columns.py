@@ -15,6 +15,7 @@ from train.data import tables
 from train.data.source_file import File
 
 INDEX = r"__index_level_\d+__"  # of pandas
+WORDS = r"(large_)?string(_view)?|dictionary<values=(large_)?string.*"
 
 
 def read_parquet(
@@ -89,20 +90,26 @@ def _table(source: File):
             f"{source.path}: not a readable Parquet file ({said})"
         ) from error
     # What pandas keeps of the index of a frame that was filtered is no data.
-    indices = [n for n in table.column_names if re.fullmatch(INDEX, n)]
+    indices = [
+        field.name
+        for field in table.schema
+        if re.fullmatch(INDEX, field.name) and not _is_moment(field)
+    ]
     return table.drop_columns(indices) if indices else table
 
 
 def _refuse_moments(source: File, table) -> None:
     """Raises a `ValueError` for a table that has a column of dates."""
     for column, field in enumerate(table.schema):
-        kind = str(field.type)
-        words = kind in ("string", "large_string") and not any(
-            text is None or not tables.DATE.fullmatch(text)
-            for text in table.column(column).to_pylist()
+        words = re.fullmatch(WORDS, str(field.type)) and tables.are_dates(
+            table.column(column).to_pylist()
         )
-        if kind.startswith(("timestamp", "date")) or words:
+        if _is_moment(field) or words:
             raise tables.forecasting(source, column, field.name)
+
+
+def _is_moment(field) -> bool:
+    return str(field.type).startswith(("timestamp", "date", "time"))
 
 
 def _columns(source: File, table) -> dict[str, np.ndarray]:
