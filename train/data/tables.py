@@ -147,7 +147,9 @@ def _column(rows: Sequence[Cells], column: int) -> list[str]:
 
 
 def _is_date(cell: str | None) -> bool:
-    return cell is not None and DATE.fullmatch(cell) is not None
+    if cell is None or _is_number(cell):  # which is fast
+        return False
+    return DATE.fullmatch(cell) is not None
 
 
 def are_dates(cells: Sequence[str | None]) -> bool:
