@@ -14,7 +14,7 @@ from scipy.io import wavfile
 from configs import own as own_config
 from kernels import tolerance
 from train import data, loop, runs
-from train.data import arrays, own, said, tables
+from train.data import arrays, described, own, recordings, said, tables, unseen
 from train.data.sources import Rows
 from train.data.spec import Spec
 from train.report import answers
@@ -481,6 +481,33 @@ def test_samples_are_numbers_from_minus_1_to_1(tmp_path, dtype, step):
     np.testing.assert_allclose(found[0], tone() / 2, atol=2 * step + SMALL)
 
 
+def test_the_formats_of_recordings_are_told(tmp_path):
+    write_digits(tmp_path, count=3)
+    found, line, _ = told(load(tmp_path, **WHOLE))
+    assert found["dtype"] == "int16 PCM" and "(int16 PCM, 8,000 Hz) in [-0.4" in line
+    for name, dtype in (("one_a_1.wav", np.uint8), ("one_b_1.wav", np.float32)):
+        write_wav(tmp_path / name, dtype=dtype)
+    found, line, _ = told(load(tmp_path, rate=4000, **WHOLE))
+    assert found["dtype"] == "float32 and int16 PCM and uint8 PCM"
+    assert "(float32 and int16 PCM and uint8 PCM, 4,000 Hz) in" in line
+
+
+def test_the_rate_of_recordings_is_kept_and_new_ones_are_resampled_to_it(tmp_path):
+    write_digits(tmp_path / "wav", count=3)
+    spec = load(tmp_path / "wav", **WHOLE).spec
+    resampled = load(tmp_path / "wav", rate=4000, **WHOLE).spec
+    assert (spec.rate, resampled.rate) == (8000, 4000)
+    write_wav(tmp_path / "new" / "one_1.wav", tone(160), rate=16000)
+    (sample,) = unseen.inputs(tmp_path / "new", spec).companions["mask"].sum(axis=1)
+    assert sample == 80
+    assert unseen.labelled(tmp_path / "wav", spec.but(rate=2000)).spec.length == 16
+    # A run from before it was kept reads them as they are.
+    old = spec.but(rate=0)
+    assert unseen.inputs(tmp_path / "new", old).inputs.shape == (1, 160)
+    assert described.differing(old, spec) == ""
+    assert described.differing(spec, spec.but(rate=4000)) == "rate was 8000, is 4000"
+
+
 def test_24_bits_are_read(tmp_path):
     samples = np.rint(tone() * (2**23 - 1)).astype("<i4")
     frames = b"".join(struct.pack("<i", s)[:3] for s in samples)
@@ -492,6 +519,7 @@ def test_24_bits_are_read(tmp_path):
     (tmp_path / "a.wav").write_bytes(body)
     found = own.read_inputs(tmp_path / "a.wav")
     np.testing.assert_allclose(found[0], tone(), atol=SMALL)
+    assert recordings.read_all([tmp_path / "a.wav"], 0, 0).formats == ("int24 PCM",)
 
 
 def test_recordings_of_several_rates_become_one(tmp_path):
@@ -657,7 +685,8 @@ def test_bytes_of_a_signal_are_not_taken_for_tokens_in_silence(tmp_path):
     given = dict(inputs=signal.astype(np.uint8), targets=CLASSES)
     _, line, warnings = told(load_npz(tmp_path, **given))
     assert (
-        "integers [n, L] in [28, 227]: taken as tokens of a vocabulary of 228" in line
+        "; uint8 integers [n, L] in [28, 227]: taken as tokens of a vocabulary of 228"
+        in line
     )
     assert "--config.data.encoder=scalar reads them as numbers" in line
     assert any("look like numbers" in text for text in warnings)
@@ -1042,5 +1071,7 @@ def test_a_run_on_recordings_says_what_they_are_and_trains(tmp_path, capsys):
     results = loop.run(config, tmp_path / "run")
     out = capsys.readouterr().out
     assert out.index("data: 16 train, 2 validation, 2 test") < out.index("compiling")
-    assert "recordings in [-0." in out and "chance level 0.5" in out
+    assert (
+        "recordings (int16 PCM, 4,000 Hz) in [-0." in out and "chance level 0.5" in out
+    )
     assert results["step"] == 1 and not Rows({"x": [1]}).arrays["x"][1:]

@@ -122,6 +122,7 @@ def load(
         loss=loss,
         padded=not real.all(),
         classes=names,
+        rate=int(raw.get("rate", 0)),
     )
     if normalise and kind == "scalar":
         rows = indices["train"]
@@ -257,6 +258,7 @@ def _reading(source: File, raw, spec: Spec, encoder: str, real) -> Reading:
     """What to say of how the file was read."""
     inputs = raw["inputs"]
     low, high = _range(inputs, real)
+    dtype = " and ".join(raw.get("formats", [str(inputs.dtype)]))
     warnings = []
     tabular = source.kind in (".csv", ".parquet") and spec.loss != "token"
     if tabular and real.all() and tables.is_one_series(inputs, raw["targets"]):
@@ -266,10 +268,10 @@ def _reading(source: File, raw, spec: Spec, encoder: str, real) -> Reading:
             "the tokens; forecasting files are not read yet"
         )
     return Reading(
-        dtype=str(inputs.dtype),
+        dtype=dtype,
         low=low,
         high=high,
-        why=_why(source, inputs, spec, encoder, f"[{low:.6g}, {high:.6g}]"),
+        why=_why(source, raw, dtype, spec, encoder, f"[{low:.6g}, {high:.6g}]"),
         asked=bool(encoder),
         split="given" if "split" in raw else "drawn",
         warnings=tuple(warnings),
@@ -287,21 +289,23 @@ def _range(inputs: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     return float(low), float(np.max(inputs, where=where, initial=ends.min))
 
 
-def _why(source: File, inputs, spec: Spec, encoder: str, span: str) -> str:
+def _why(source: File, raw, dtype: str, spec: Spec, encoder: str, span: str) -> str:
     """Why the inputs are tokens or numbers, and how they would be the other."""
-    whole, tokens = inputs.dtype.kind in "iu", spec.encoder == "token"
-    what = "integers" if whole else str(inputs.dtype)
+    inputs, tokens = raw["inputs"], spec.encoder == "token"
     axes = "[n, L]" if inputs.ndim == 2 else "[n, L, C]"
-    said = f"{what} {axes}" if source.kind != RECORDINGS else "recordings"
+    integers = " integers" if inputs.dtype.kind in "iu" else ""
+    values = f"{dtype}{integers} {axes} in {span}"
+    if source.kind == RECORDINGS:
+        values = f"recordings ({dtype}, {spec.rate:,} Hz) in {span}"
     kind = f"tokens of a vocabulary of {spec.vocab_size:,}" if tokens else "numbers"
     if encoder:
-        return f"{said} in {span}: read as {kind}, as data.encoder says"
-    said = f"{said} in {span}: taken as {kind}"
+        return f"{values}: read as {kind}, as data.encoder says"
+    values = f"{values}: taken as {kind}"
     if tokens:
-        return f"{said}; --config.data.encoder=scalar reads them as numbers"
+        return f"{values}; --config.data.encoder=scalar reads them as numbers"
     if source.kind == ".csv":
-        return f"{said}; --config.data.encoder=token reads whole ones as tokens"
-    return said
+        return f"{values}; --config.data.encoder=token reads whole ones as tokens"
+    return values
 
 
 def companions(source: File, raw, shape: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -69,10 +69,13 @@ def spec_of(path: Path, found: Mapping) -> Spec:
 
 
 def differing(kept: Spec, now: Spec) -> str:
-    """What of data that are there now is another than it was, in words, or ""."""
+    """What of data that are there now is another than it was, in words, or "". A rate
+    of 0 is one that was not kept."""
     found, then, there = [], _as_json(kept), _as_json(now)
     for key, before in then.items():
         after = there[key]
+        if key == "rate" and not before:
+            continue
         if KINDS[key] == tuple[float, ...] and len(before) == len(after) > 0:
             # Sums over the same numbers differ a little between machines.
             same = tolerance.error(after, before) <= tolerance.limit("float32")

@@ -157,8 +157,7 @@ def read_sequences(
         case ".parquet":
             raw = columns.read_parquet(source, KEYS, targets=False)
         case _:
-            inputs, lengths = recordings.read_unlabelled(source, rate, length)
-            raw = {"inputs": inputs, "lengths": lengths}
+            raw = recordings.read_unlabelled(source, rate, length)._asdict()
     inputs = raw["inputs"]
     if inputs.ndim not in (2, 3) or 0 in inputs.shape:
         raise source.error(

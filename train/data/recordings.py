@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,9 +28,25 @@ LABELS = ("folder", "name")
 RATE = "--config.data.rate=8000"
 
 
+class Recorded(NamedTuple):
+    """Recordings that were read.
+
+    Attributes:
+        inputs: float32 [n, L], padded on the right.
+        lengths: [n], how many samples each has.
+        rate: samples per second.
+        formats: what the files have, in words, sorted: "int16 PCM", "float32".
+    """
+
+    inputs: np.ndarray
+    lengths: np.ndarray
+    rate: int
+    formats: tuple[str, ...]
+
+
 def read_folder(source: File, rate: int, length: int, label: str) -> dict:
     """inputs [n, L] float32 and, as in an NPZ, lengths, targets (words) and, where the
-    folders are splits, split.
+    folders are splits, split; and, as in `Recorded`, rate and formats.
 
     Args:
         source: the folder.
@@ -54,16 +71,17 @@ def read_folder(source: File, rate: int, length: int, label: str) -> dict:
             f"must be two or more: --config.data.label={other} takes the label from "
             f"{'the name of the file' if other == 'name' else 'its folder'}"
         )
-    inputs, lengths = read_all(paths, rate, length)
-    raw = {"inputs": inputs, "lengths": lengths, "targets": np.array(labels)}
+    recorded = read_all(paths, rate, length)
+    raw = {key: np.array(value) for key, value in recorded._asdict().items()}
+    raw["targets"] = np.array(labels)
     if split:
         raw["split"] = np.array(split)
     return raw
 
 
-def read_unlabelled(source: File, rate: int, length: int) -> tuple:
-    """The inputs [n, L] and lengths [n] of one WAV file, or of all in a folder in the
-    order of their paths; arguments and errors as of `read_folder`."""
+def read_unlabelled(source: File, rate: int, length: int) -> Recorded:
+    """One WAV file, or all in a folder in the order of their paths; arguments and
+    errors as of `read_folder`."""
     paths = _paths(source) if source.path.is_dir() else [source.path]
     return read_all(paths, rate, length)
 
@@ -123,14 +141,13 @@ def _labels(source: File, paths, insides, label: str) -> list[str]:
     return found
 
 
-def read_all(paths: Sequence[Path], rate: int, length: int):
-    """The samples of WAV files as float32 [n, L], padded on the right, and how many
-    each has; arguments and errors as of `read_folder`."""
-    found, total, first = [], 0, None
+def read_all(paths: Sequence[Path], rate: int, length: int) -> Recorded:
+    """The samples of WAV files; arguments and errors as of `read_folder`."""
+    recordings, formats, total, first = [], set(), 0, 0
     for path in paths:
-        samples, own_rate = _read(path)
-        if first is None:
-            first = own_rate
+        samples, own_rate, name = _read(path)
+        formats.add(name)
+        first = first or own_rate
         if not rate and own_rate != first:
             raise ValueError(
                 f"{path}: has {own_rate} samples per second, but {paths[0]} has "
@@ -139,22 +156,23 @@ def read_all(paths: Sequence[Path], rate: int, length: int):
         if rate and own_rate != rate:
             samples = _resampled(samples, own_rate, rate)
         samples = samples[: length or None].astype(np.float32)
-        found.append(samples)
+        recordings.append(samples)
         total += samples.nbytes
         settings.check_memory("data.length", total, "what is kept of the recordings")
-    lengths = np.array([len(samples) for samples in found])
+    lengths = np.array([len(samples) for samples in recordings])
     width = length or int(lengths.max())
     settings.check_memory(
-        "data.length", 4 * width * len(found), f"{len(found)} recordings of {width}"
+        "data.length", 4 * width * len(paths), f"{len(paths)} recordings of {width}"
     )
-    inputs = np.zeros((len(found), width), np.float32)
-    for row, samples in zip(inputs, found, strict=True):
+    inputs = np.zeros((len(paths), width), np.float32)
+    for row, samples in zip(inputs, recordings, strict=True):
         row[: len(samples)] = samples
-    return inputs, lengths
+    return Recorded(inputs, lengths, rate or first, tuple(sorted(formats)))
 
 
-def _read(path: Path) -> tuple[np.ndarray, int]:
-    """Samples [L] in float64, one channel, and how many there are per second."""
+def _read(path: Path) -> tuple[np.ndarray, int, str]:
+    """Samples [L] in float64, one channel, how many there are per second, and the
+    format of the file."""
     from scipy.io import wavfile
 
     try:
@@ -181,7 +199,17 @@ def _read(path: Path) -> tuple[np.ndarray, int]:
             f"{path}: has samples that are not finite numbers; write it anew or remove "
             "it"
         )
-    return (numbers if numbers.ndim == 1 else numbers.mean(axis=1)), int(rate)
+    mono = numbers if numbers.ndim == 1 else numbers.mean(axis=1)
+    return mono, int(rate), _format(samples)
+
+
+def _format(samples: np.ndarray) -> str:
+    name = samples.dtype.name
+    if samples.dtype.kind == "f":
+        return name
+    if name == "int32" and not (samples & 0xFF).any():  # 24 bits in the upper ones
+        name = "int24"
+    return f"{name} PCM"
 
 
 def _scaled(samples: np.ndarray) -> np.ndarray:

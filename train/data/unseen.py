@@ -99,7 +99,8 @@ def inputs(
             Parquet of numbers, a sequence per row and no target; WAV, or a folder with
             such.
         spec, dataset: of the run, see `encoded`.
-        rate: that recordings are resampled to; 0: none.
+        rate: that recordings are resampled to; 0: what those of the run have, if it
+            has kept that, or none.
         length: longer recordings are cut to so many tokens; 0: none is.
 
     Raises:
@@ -116,7 +117,7 @@ def inputs(
         case ".parquet":
             raw = columns.read_parquet(source, own.KEYS, targets=False)
         case _:
-            raw, names = _recordings(source, rate, length)
+            raw, names = _recordings(source, rate or spec.rate, length)
     found = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
     return Unseen(found, _companions(source, raw, found, spec), names)
 
@@ -147,9 +148,8 @@ def _recordings(source: File, rate: int, length: int):
         )
     if not paths:
         raise ValueError(f"{folder}: has no {RECORDINGS} file")
-    found, lengths = recordings.read_all(paths, rate, length)
     names = tuple(str(path.relative_to(folder)) for path in paths)
-    return {"inputs": found, "lengths": lengths}, names
+    return recordings.read_all(paths, rate, length)._asdict(), names
 
 
 def labelled(
@@ -166,13 +166,14 @@ def labelled(
         path: a file or a folder of recordings.
         spec, dataset: of the run, see `encoded`.
         per_token: whether the run answers at every token.
-        options: how recordings are read.
+        options: how recordings are read; a rate of 0 is that of the run's recordings.
 
     Raises:
         ValueError: what the run cannot be scored on: other channels, tokens beyond the
             vocabulary, classes that it does not know.
     """
     source = File(str(path), own.FILES, folders=True, key="--data")
+    options = options._replace(rate=options.rate or spec.rate)
     raw = own.read(source, options if source.kind == RECORDINGS else EVERY)
     found = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
     companions = _companions(source, raw, found, spec)
