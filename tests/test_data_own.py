@@ -818,6 +818,21 @@ def test_labels_below_0_say_the_cure(tmp_path):
     assert dataset.spec.classes == ("-1", "1")
 
 
+def test_copies_between_test_and_validation_are_told(tmp_path):
+    inputs = INPUTS.copy()
+    inputs[[35, 36, 37]] = inputs[[25, 25, 0]]
+    given = dict(targets=CLASSES, split=SPLIT)
+    found, _, warnings = told(load_npz(tmp_path, inputs=inputs, **given))
+    assert found["validated"] == 2 and found["repeated"] == {"test": 1}
+    text = "2 of the 10 test sequences are also in validation"
+    assert any(text in warning for warning in warnings)
+    found, _, warnings = told(load_npz(tmp_path, inputs=INPUTS, **given))
+    assert found["validated"] == 0 and not any("also in" in w for w in warnings)
+    # What a run from before there was the key has kept is read as it was.
+    del found["validated"]
+    assert said.warnings(found) == warnings
+
+
 def test_classes_are_counted_in_memory_of_those_that_occur(tmp_path):
     targets = np.where(CLASSES, CLASSES, 2**31 - 2)
     split = dict(split=SPLIT)

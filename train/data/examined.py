@@ -46,6 +46,7 @@ def facts(dataset: Dataset) -> dict:
             None where neither means anything.
         "targets": {"mean", "std"}, lists over outputs of a regression, or None.
         "repeated": split -> how many of its sequences training has too.
+        "validated": how many sequences of test validation has too.
         "missing": split -> names of training's classes that it does not have.
         "unseen": split -> names of its classes that training does not have.
         "sorted": the given splits whose rows stand in the order of their classes.
@@ -73,7 +74,7 @@ def facts(dataset: Dataset) -> dict:
         **_scale(spec, train),
         **_classes(dataset, parts),
         **_regression(dataset, parts),
-        "repeated": _repeated(parts),
+        **_copies(parts),
         "real": float(train["mask"].mean()),
         **_tokens(dataset, train),
         "warnings": list(reading.warnings) if reading else [],
@@ -245,16 +246,19 @@ def _values(dataset: Dataset, part: dict) -> np.ndarray:
     return targets.reshape(-1, dataset.spec.outputs).astype(np.float64)
 
 
-def _repeated(parts: dict) -> dict[str, int]:
-    if "train" not in parts:
-        return {}
-    known = {*_digests(parts["train"]["every"])}
-    found = {
-        split: sum(digest in known for digest in _digests(part["every"]))
-        for split, part in parts.items()
-        if split != "train" and known
+def _copies(parts: dict) -> dict:
+    digests = {split: [*_digests(part["every"])] for split, part in parts.items()}
+
+    def among(split: str, other: str) -> int:
+        """How many sequences of a split the other has too."""
+        known = {*digests.get(other, ())}
+        return sum(digest in known for digest in digests.get(split, ()))
+
+    counts = {split: among(split, "train") for split in digests if split != "train"}
+    return {
+        "repeated": {split: count for split, count in counts.items() if count},
+        "validated": among("test", "validation"),
     }
-    return {split: count for split, count in found.items() if count}
 
 
 def _digests(every: dict | None):

@@ -78,6 +78,13 @@ def warnings(found: Mapping) -> list[str]:
             "part, so that their score says little of new ones: remove the copies, or "
             "keep them in one part (an NPZ's key split)"
         )
+    if count := found.get("validated", 0):  # runs of old have no such key
+        total = found["splits"]["test"]["sequences"]
+        said.append(
+            f"{count:,} of the {total:,} test sequences are also in validation, by "
+            "which the best checkpoint is chosen: remove the copies, or keep them in "
+            "one part (an NPZ's key split)"
+        )
     for split, names in found["unseen"].items():
         said.append(f"{split} has classes that training has not: {_few(names)}")
     for split, names in found["missing"].items():
