@@ -25,7 +25,7 @@ import math
 
 import numpy as np
 
-from train.data import cast, checks, pipeline, recordings, tables
+from train.data import cast, checks, own, pipeline, recordings, tables
 from train.data.own import (
     FILES,
     Options,
@@ -87,7 +87,7 @@ def load(
         ValueError: a file that cannot be read so; names the file, the key or the row
             and column, what stands there and what may.
     """
-    source = File(path, FILES, folders=True)
+    source = File(path, FILES, folders=True, content=own.CONTENT)
     checks.check_choice("encoder", encoder, ("", *ENCODERS))
     checks.check_choice("loss", loss, ("", *LOSSES))
     checks.check_choice("label", label, ("", *recordings.LABELS))

@@ -24,6 +24,7 @@ KEYS = (
     "split",
     "class_names",
 )
+CONTENT = "inputs and targets, one sequence per row"
 # Of the classes, not of the sequences.
 OTHER_AXIS = ("class_names",)
 
@@ -147,7 +148,8 @@ def read_sequences(
     """`read_inputs` and the mask [n, L], True where a token is real: what a file pads
     is not."""
     kinds = (*FILES, RECORDINGS)
-    source = File(str(path), kinds, folders=True, key="inputs")
+    content = "inputs, one sequence per row"
+    source = File(str(path), kinds, folders=True, key="inputs", content=content)
     raw = {}
     match source.kind:
         case ".npz":

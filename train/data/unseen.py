@@ -107,7 +107,8 @@ def inputs(
         ValueError: what cannot be read so; names the file, and the key or the row.
     """
     kinds = (*own.FILES, RECORDINGS)
-    source = File(str(path), kinds, folders=True, key="--inputs")
+    content = "inputs, one sequence per row"
+    source = File(str(path), kinds, folders=True, key="--inputs", content=content)
     names = ()
     match source.kind:
         case ".npz":
@@ -172,7 +173,7 @@ def labelled(
         ValueError: what the run cannot be scored on: other channels, tokens beyond the
             vocabulary, classes that it does not know.
     """
-    source = File(str(path), own.FILES, folders=True, key="--data")
+    source = File(str(path), own.FILES, folders=True, key="--data", content=own.CONTENT)
     options = options._replace(rate=options.rate or spec.rate)
     raw = own.read(source, options if source.kind == RECORDINGS else EVERY)
     found = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
