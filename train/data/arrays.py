@@ -94,17 +94,17 @@ def load(
     for key, value in (("rate", rate), ("length", length)):
         checks.at_least(key, value, 0)
     raw = read(source, Options(rate, length, label))
-    given = raw["inputs"]
+    original = raw["inputs"]
     where = f"{source.path}: inputs"
-    if 0 in given.shape:
+    if 0 in original.shape:
         raise source.error(
-            "inputs", f"has shape {given.shape}; every axis must be 1 or longer"
+            "inputs", f"has shape {original.shape}; every axis must be 1 or longer"
         )
-    kind = encoder or _kind(source, given)
+    kind = encoder or _kind(source, original)
     if kind == "token":
-        inputs, vocab_size = _tokens(source, given, vocab_size, encoder)
+        inputs, vocab_size = _tokens(source, original, vocab_size, encoder)
     else:
-        inputs, vocab_size = _numbers(where, given), 0
+        inputs, vocab_size = _numbers(where, original), 0
     beside = companions(source, raw, inputs.shape[:2])
     real, by_dtype = beside["mask"], not (loss or outputs)
     targets, names, outputs, loss = read_targets(source, raw, real, loss, outputs)
@@ -126,9 +126,9 @@ def load(
     )
     if normalise and kind == "scalar":
         rows = indices["train"]
-        mean, std = fitted(given, real, rows)
+        mean, std = fitted(original, real, rows)
         spec = spec.but(mean=mean, std=std)
-        inputs = encoded(where, given, spec)
+        inputs = encoded(where, original, spec)
         inputs[~real] = 0
     arrays = {"inputs": inputs, "targets": targets, **beside}
     reading = _reading(source, raw, spec, encoder, real)
@@ -160,7 +160,7 @@ def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
         if inputs.ndim != 2:
             raise ValueError(f"{where} has shape {inputs.shape}; tokens must be [n, L]")
         return cast.whole(where, inputs, 0, spec.vocab_size - 1)
-    found = _numbers(where, inputs)
+    numbers = _numbers(where, inputs)
     channels = inputs.shape[2] if inputs.ndim == 3 else 1
     if channels != spec.channels:
         raise ValueError(
@@ -168,7 +168,7 @@ def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
             f"trained on {spec.channels}"
         )
     if not spec.mean:
-        return found
+        return numbers
     mean, std = (np.array(x, np.float64) for x in (spec.mean, spec.std))
     for rows in _blocks(inputs):
         # Of what was given, not of its rounding: an offset may be large.
@@ -184,8 +184,8 @@ def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
                 f"{std[channel]:.3g}; scale the channel in the file, or train with "
                 "--config.data.normalise=False"
             )
-        found[rows] = scaled.reshape(found[rows].shape)
-    return found
+        numbers[rows] = scaled.reshape(numbers[rows].shape)
+    return numbers
 
 
 def fitted(
@@ -236,8 +236,8 @@ def _numbers(where: str, inputs: np.ndarray) -> np.ndarray:
 
 
 def _kind(source: File, inputs: np.ndarray) -> str:
-    whole = inputs.dtype.kind in "iu" and inputs.ndim == 2
-    return "token" if whole else "scalar"
+    integers = inputs.dtype.kind in "iu" and inputs.ndim == 2
+    return "token" if integers else "scalar"
 
 
 def _tokens(source: File, inputs: np.ndarray, vocab_size: int, encoder: str):
@@ -314,15 +314,15 @@ def companions(source: File, raw, shape: tuple[int, int]) -> dict[str, np.ndarra
     Raises:
         ValueError: one of them is of another shape or type.
     """
-    found = {"mask": mask(source, raw, shape)}
+    columns = {"mask": mask(source, raw, shape)}
     if "reset" in raw:
-        found["reset"] = flags(source, "reset", raw["reset"], shape)
+        columns["reset"] = flags(source, "reset", raw["reset"], shape)
     if "dt" in raw:
-        dt, real = raw["dt"], found["mask"]
+        dt, real = raw["dt"], columns["mask"]
         if dt.shape != shape:
             raise source.error(
                 "dt", f"has shape {dt.shape}; it must be [n, L] = {shape}"
             )
         dt = cast.real(f"{source.path}: dt", dt, cast.LEAST, real)
-        found["dt"] = np.where(real, dt, np.float32(1))
-    return found
+        columns["dt"] = np.where(real, dt, np.float32(1))
+    return columns

@@ -78,16 +78,16 @@ def _table(source: File):
         ) from error
     try:
         with parquet.ParquetFile(source.path) as file:
-            found = file.metadata
-            groups = [found.row_group(i) for i in range(found.num_row_groups)]
+            metadata = file.metadata
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             size = sum(group.total_byte_size for group in groups)
-            size = max(size, 8 * found.num_rows * found.num_columns)
+            size = max(size, 8 * metadata.num_rows * metadata.num_columns)
             settings.check_memory("data.path", size, f"{source.path}, unpacked,")
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        said = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{source.path}: not a readable Parquet file ({said})"
+            f"{source.path}: not a readable Parquet file ({reason})"
         ) from error
     # What pandas keeps of the index of a frame that was filtered is no data.
     indices = [

@@ -61,7 +61,7 @@ def facts(dataset: Dataset) -> dict:
     splits = sorted(dataset.sources, key=[*SPLITS, *dataset.sources].index)
     parts = {split: _part(dataset, split) for split in splits}
     train = next(iter(parts.values()))  # of what has nothing else, that
-    found = {
+    summary = {
         "splits": {split: _size(part) for split, part in parts.items()},
         "encoder": spec.encoder,
         "loss": spec.loss,
@@ -80,8 +80,8 @@ def facts(dataset: Dataset) -> dict:
         "warnings": list(reading.warnings) if reading else [],
     }
     if spec.mean:
-        found["normalised"] = {"mean": list(spec.mean), "std": list(spec.std)}
-    return found
+        summary["normalised"] = {"mean": list(spec.mean), "std": list(spec.std)}
+    return summary
 
 
 def _part(dataset: Dataset, split: str) -> dict:
@@ -95,19 +95,19 @@ def _part(dataset: Dataset, split: str) -> dict:
         every = {key: source.arrays[key] for key in keys}
         chosen = _evenly(count, max(EXAMPLES, ARRAYS // size))
         rows = slice(None) if len(chosen) == count else np.array(chosen)
-        found = {key: array[rows] for key, array in every.items()}
+        arrays = {key: array[rows] for key, array in every.items()}
     else:
         chosen = _evenly(count, min(EXAMPLES, max(8, NUMBERS // size)))
         examples = [source[i] for i in chosen]
         if finish is not None:
             examples = [finish(example) for example in examples]
-        found = {
+        arrays = {
             "inputs": np.stack([_largest(example["inputs"]) for example in examples]),
             "targets": np.stack([example["targets"] for example in examples]),
             "mask": np.stack([example["mask"] for example in examples]),
         }
-        every = found.copy() if len(chosen) == count else None
-    return found | {"count": count, "every": every}
+        every = arrays.copy() if len(chosen) == count else None
+    return arrays | {"count": count, "every": every}
 
 
 def _evenly(count: int, most: int) -> list[int] | range:
@@ -182,10 +182,10 @@ def _classes(dataset: Dataset, parts: dict) -> dict:
             here = counts[split]
             missing[split] = _names(dataset, sorted({*train} - {*here}))
             unseen[split] = _names(dataset, sorted({*here} - {*train}))
-        given = dataset.reading is not None and dataset.reading.split == "given"
+        by_file = dataset.reading is not None and dataset.reading.split == "given"
         targets = (part["every"] or part)["targets"]
         several = len(targets) > 2 * len(counts[split]) > 2
-        if given and several and (np.diff(targets) >= 0).all():
+        if by_file and several and (np.diff(targets) >= 0).all():
             ordered.append(split)
     judged = _judged(parts)
     value = counts[judged].get(largest, 0) / max(1, sum(counts[judged].values()))
@@ -278,12 +278,12 @@ def _tokens(dataset: Dataset, train: dict) -> dict:
         return {"smooth": None, "distinct": None, "tokens": None}
     values = np.sort(inputs[mask][: 2**20]).astype(np.float64)
     n, distinct = len(values), len(np.unique(values))
-    found = {"smooth": None, "distinct": distinct, "tokens": n}
+    measures = {"smooth": None, "distinct": distinct, "tokens": n}
     both = mask[:, 1:] & mask[:, :-1]
     steps = np.abs(np.diff(inputs.astype(np.int64), axis=1))[both]
     # The mean distance of any two, of the sorted ones.
     any_two = 2 * ((2 * np.arange(1, n + 1) - n - 1) * values).sum() / n**2
     if steps.size and any_two and distinct >= LIKE_NUMBERS:
         smooth = float(steps.mean() / any_two)
-        found["smooth"] = smooth if smooth < SMOOTH else None
-    return found
+        measures["smooth"] = smooth if smooth < SMOOTH else None
+    return measures

@@ -176,7 +176,7 @@ def mask(source: File, raw: dict, shape: tuple[int, int]) -> np.ndarray:
     """
     length = shape[1]
     if "mask" in raw:
-        found = flags(source, "mask", raw["mask"], shape)
+        real = flags(source, "mask", raw["mask"], shape)
     elif "lengths" in raw:
         lengths = raw["lengths"]
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
@@ -190,15 +190,15 @@ def mask(source: File, raw: dict, shape: tuple[int, int]) -> np.ndarray:
                 f"lies in [{lengths.min()}, {lengths.max()}]; it must lie in "
                 f"[1, {length}]",
             )
-        found = np.arange(length) < lengths[:, None]
+        real = np.arange(length) < lengths[:, None]
     else:
-        found = np.ones(shape, bool)
-    empty = np.flatnonzero(~found.any(axis=1))
+        real = np.ones(shape, bool)
+    empty = np.flatnonzero(~real.any(axis=1))
     if len(empty):
         raise source.error(
             "mask", f"has no True in row {empty[0]}; a sequence needs a real token"
         )
-    return found
+    return real
 
 
 def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:

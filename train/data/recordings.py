@@ -88,18 +88,18 @@ def read_unlabelled(source: File, rate: int, length: int) -> Recorded:
 
 def _paths(source: File) -> list[Path]:
     """All WAV files of the folder that are not hidden, in order."""
-    found = []
+    paths = []
     for folder, folders, names in os.walk(source.path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.lower().endswith(RECORDINGS) and not name.startswith("."):
-                found.append(Path(folder, name))
-    if not found:
+                paths.append(Path(folder, name))
+    if not paths:
         raise ValueError(
             f"data.path must be a file, or a folder of {RECORDINGS} files, got the "
             f"folder {str(source.path)!r}, which has none"
         )
-    return sorted(found)
+    return sorted(paths)
 
 
 def _splits(root: Path, paths: Sequence[Path]) -> list[str]:
@@ -128,17 +128,17 @@ def _labels(source: File, paths, insides, label: str) -> list[str]:
                     "its class, or --config.data.label=name take the file's name"
                 )
         return [parts[0] for parts in insides]
-    found = []
+    classes = []
     for path in paths:
-        name, *rest = re.split("[_-]", path.stem, maxsplit=1)
-        if not name or not rest:
+        name, *others = re.split("[_-]", path.stem, maxsplit=1)
+        if not name or not others:
             raise ValueError(
                 f"{path}: has no label: its name must begin with the class and _ or -, "
                 f"as in yes_1{RECORDINGS}; or put each class into a folder of its own "
                 "(--config.data.label=folder)"
             )
-        found.append(name)
-    return found
+        classes.append(name)
+    return classes
 
 
 def read_all(paths: Sequence[Path], rate: int, length: int) -> Recorded:
@@ -176,7 +176,7 @@ def _read(path: Path) -> tuple[np.ndarray, int, str]:
     from scipy.io import wavfile
 
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             rate, samples = wavfile.read(path)
     except Exception as error:  # struct, zero division and many more
@@ -186,7 +186,7 @@ def _read(path: Path) -> tuple[np.ndarray, int, str]:
             "which ffmpeg writes: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
         ) from error
     # Of chunks that are no samples SciPy warns too; they do no harm.
-    if any("EOF prematurely" in str(warning.message) for warning in said):
+    if any("EOF prematurely" in str(warning.message) for warning in notes):
         raise ValueError(
             f"{path}: is cut off, shorter than it says itself; copy it again or "
             "remove it"
@@ -222,8 +222,8 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
     return (samples.astype(np.float64) - middle) / half
 
 
-def _resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+def _resampled(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     from scipy import signal  # 0.5 s, only needed here
 
-    common = math.gcd(rate, wanted)
-    return signal.resample_poly(samples, wanted // common, rate // common)
+    common = math.gcd(rate, new_rate)
+    return signal.resample_poly(samples, new_rate // common, rate // common)

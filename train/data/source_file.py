@@ -72,7 +72,7 @@ class File:
         """The array as int32 in [lowest, size), -1 where the mask is False, and size,
         which 0 leaves to the array."""
         highest = (size or cast.MOST) - 1
-        found = cast.whole(f"{self.path}: {key}", array, lowest, highest, mask)
-        if found.max() < 0:
+        numbers = cast.whole(f"{self.path}: {key}", array, lowest, highest, mask)
+        if numbers.max() < 0:
             raise self.error(key, "has no class at all, only -1")
-        return found, size or int(found.max()) + 1
+        return numbers, size or int(numbers.max()) + 1

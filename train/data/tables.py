@@ -96,29 +96,29 @@ def read_csv_inputs(source: File) -> dict[str, np.ndarray]:
 def _lines(source: File) -> list[tuple[int, Cells]]:
     """(row number from 1, cells up to the last that is not empty), empty rows left
     out."""
-    found = []
+    lines = []
     try:
         with open(source.path, newline="", encoding="utf-8-sig") as file:
             for line, cells in enumerate(csv.reader(file), 1):
                 while cells and not cells[-1].strip():
                     cells.pop()
                 if cells:
-                    found.append((line, cells))
+                    lines.append((line, cells))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{source.path}: not a UTF-8 CSV file ({error})") from error
-    return found
+    return lines
 
 
 def _is_header(lines: list[tuple[int, Cells]]) -> bool:
-    (*inputs, target), rest = lines[0][1], [cells for _, cells in lines[1:]]
+    (*inputs, target), others = lines[0][1], [cells for _, cells in lines[1:]]
     if any(cell.strip() for cell in inputs) and not any(map(_is_number, inputs)):
         return True
     if _is_number(target):
         return False
-    if rest and all(_is_number(cells[-1]) for cells in rest):
+    if others and all(_is_number(cells[-1]) for cells in others):
         return True
     counted = [cell.strip() for cell in inputs] == [*map(str, range(len(inputs)))]
-    alone = all(cells[-1].strip() != target.strip() for cells in rest)
+    alone = all(cells[-1].strip() != target.strip() for cells in others)
     return len(inputs) > 1 and counted and alone
 
 

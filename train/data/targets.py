@@ -178,22 +178,22 @@ def _class_names(source: File, raw) -> tuple[str, ...]:
 def _numbered(source: File, targets: np.ndarray, names: tuple[str, ...], real):
     """Words as the numbers of their classes, -1 where there is none, and the names."""
     words = _words(source, "targets", targets)
-    found, numbers = np.unique(words, return_inverse=True)
-    numbers, found = numbers.reshape(words.shape), found.tolist()
-    if real is None and "" in found:
+    kinds, numbers = np.unique(words, return_inverse=True)
+    numbers, kinds = numbers.reshape(words.shape), kinds.tolist()
+    if real is None and "" in kinds:
         row = int(np.argmax(words == ""))
         raise source.error("targets", f"is empty in row {row}; it must name a class")
-    there = [name for name in found if name]
+    there = [name for name in kinds if name]
     if not names:
-        whole = all(name.isdecimal() for name in there)
-        names = tuple(sorted(there, key=lambda n: (int(n), n)) if whole else there)
+        integers = all(name.isdecimal() for name in there)
+        names = tuple(sorted(there, key=lambda n: (int(n), n)) if integers else there)
     unknown = [name for name in there if name not in names]
     if unknown:
         raise source.error(
             "targets", f"has {unknown[0]!r}, which class_names does not have"
         )
     order = {name: number for number, name in enumerate(names)}
-    table = np.array([order.get(name, -1) for name in found])
+    table = np.array([order.get(name, -1) for name in kinds])
     return table[numbers], names
 
 
