@@ -497,6 +497,8 @@ def test_the_rate_of_recordings_is_kept_and_new_ones_are_resampled_to_it(tmp_pat
     spec = load(tmp_path / "wav", **WHOLE).spec
     resampled = load(tmp_path / "wav", rate=4000, **WHOLE).spec
     assert (spec.rate, resampled.rate) == (8000, 4000)
+    runs.write_data(tmp_path, load(tmp_path / "wav", **WHOLE))
+    assert runs.read_data(tmp_path) == spec
     write_wav(tmp_path / "new" / "one_1.wav", tone(160), rate=16000)
     (sample,) = unseen.inputs(tmp_path / "new", spec).companions["mask"].sum(axis=1)
     assert sample == 80
