@@ -460,8 +460,11 @@ def test_bad_paths_are_named(tmp_path):
         ("", "data.path must name an .npz, .csv or .parquet file or a folder"),
         ("x.xlsx", r"must end in .npz, .csv or .parquet, or be a folder .*'x.xlsx'"),
         ("one.wav", r"got 'one.wav'; recordings are read from the folder"),
-        ("nowhere", "there is no file or folder 'nowhere'"),
-        (str(tmp_path / "none.npz"), "there is no file .*none.npz"),
+        ("nowhere", "there is no file or folder 'nowhere'; it must hold inputs and t"),
+        (
+            str(tmp_path / "none.npz"),
+            r"no file .*none.npz'; it must hold inputs and targets, .*data\.md",
+        ),
         (
             str(tmp_path / "folder.csv"),
             "must be a file, or .*folder.csv', which has none",

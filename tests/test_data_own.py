@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy.io import wavfile
 from configs import own as own_config
 from kernels import tolerance
 from train import data, loop, runs
-from train.data import arrays, own, said
+from train.data import arrays, described, own, recordings, said, tables, unseen
 from train.data.sources import Rows
 from train.data.spec import Spec
 from train.report import answers
@@ -285,6 +286,25 @@ def test_words_and_numbers_do_not_mix(tmp_path, text, message):
 
 
 DATES = ["2016-07-01 00:00:00", "2016/7/1 0:00", "2016-07-01", "2016-07-01T00:00:00Z"]
+DATES += ["01/07/2016", "7/1/2016 0:00", "7/1/16", "01.07.2016 13:15", "2016.07.01"]
+DATES += ["1949-01", "01/1949", "Jan-49", "January 1949", "1949 Jan", "Sept-49"]
+DATES += ["1 Jul 2016", "1-Jul-16", "Fri 1 July 2016", "2016-07-01T00:00:00.5+02:00"]
+DATES += ["20160701T000000Z", "7/1/2016 12:00:00 AM", "00:15", "2016-W07", "2016Q3"]
+DATES += ['"Jul 1, 2016"', "2016-07-01 00:00:00+00:00"]
+
+NO_DATES = ["1949", "1949.01", "20160701", "12.2016", "1e-05", "-1949", "3/4", "1.2.3"]
+NO_DATES += ["v2016.07.01", "may", "mar-3", "2016-13", "10-11-12", "1:2", "may-be", ""]
+NO_DATES += ["1949-1950", "31-12", "12345-01", "a 2016-07-01", "nan", "sat", "99:99"]
+
+
+@pytest.mark.parametrize("text", DATES)
+def test_dates_are_dates(text):
+    assert tables.are_dates([text.strip('"')])
+
+
+@pytest.mark.parametrize("text", NO_DATES)
+def test_numbers_and_words_are_no_dates(text):
+    assert not tables.are_dates([text] * 20)
 
 
 @pytest.mark.parametrize("date", DATES)
@@ -297,6 +317,12 @@ def test_a_csv_with_dates_is_a_forecasting_file(tmp_path, date):
     assert "\n" not in said
     with pytest.raises(ValueError, match=r"column 1 holds dates"):
         load_csv(tmp_path, body)
+    # One bad cell, or an empty one, is a mistake among dates.
+    for cell in ("", "?"):
+        lines = body.splitlines(keepends=True)
+        lines[2] = lines[2].replace(date, cell)
+        with pytest.raises(ValueError, match=r"column 1 holds dates"):
+            load_csv(tmp_path, "".join(lines))
     # One date is a mistake, not a layout; and numbers with dashes are no dates.
     with pytest.raises(ValueError, match=r"row 3, column 1 is .*must be a number"):
         load_csv(tmp_path, f"1,2,0\n3,4,1\n{date},4,0\n")
@@ -307,6 +333,12 @@ def test_dates_in_parquet_are_refused_too(tmp_path):
     for dates in (moments, [*map(str, moments)]):
         with pytest.raises(ValueError, match=r"column 1 \(when\) holds dates"):
             load_parquet(tmp_path, {"when": dates, "x": np.arange(5.0)})
+    for dates in (["1/7/2016 0:00"] * 4 + [None], ["Jan-49"] * 5):
+        with pytest.raises(ValueError, match=r"column 2 \(when\) holds dates"):
+            load_parquet(tmp_path, {"x": np.arange(5.0), "when": dates})
+    with pytest.raises(ValueError, match=r"column 2 .* holds dates"):
+        index = "__index_level_0__"  # of a frame whose index are moments
+        load_parquet(tmp_path, {"x": np.arange(5.0), index: moments})
 
 
 def test_a_table_of_parquet_is_read_as_a_csv(tmp_path):
@@ -449,6 +481,35 @@ def test_samples_are_numbers_from_minus_1_to_1(tmp_path, dtype, step):
     np.testing.assert_allclose(found[0], tone() / 2, atol=2 * step + SMALL)
 
 
+def test_the_formats_of_recordings_are_told(tmp_path):
+    write_digits(tmp_path, count=3)
+    found, line, _ = told(load(tmp_path, **WHOLE))
+    assert found["dtype"] == "int16 PCM" and "(int16 PCM, 8,000 Hz) in [-0.4" in line
+    for name, dtype in (("one_a_1.wav", np.uint8), ("one_b_1.wav", np.float32)):
+        write_wav(tmp_path / name, dtype=dtype)
+    found, line, _ = told(load(tmp_path, rate=4000, **WHOLE))
+    assert found["dtype"] == "float32 and int16 PCM and uint8 PCM"
+    assert "(float32 and int16 PCM and uint8 PCM, 4,000 Hz) in" in line
+
+
+def test_the_rate_of_recordings_is_kept_and_new_ones_are_resampled_to_it(tmp_path):
+    write_digits(tmp_path / "wav", count=3)
+    spec = load(tmp_path / "wav", **WHOLE).spec
+    resampled = load(tmp_path / "wav", rate=4000, **WHOLE).spec
+    assert (spec.rate, resampled.rate) == (8000, 4000)
+    runs.write_data(tmp_path, load(tmp_path / "wav", **WHOLE))
+    assert runs.read_data(tmp_path) == spec
+    write_wav(tmp_path / "new" / "one_1.wav", tone(160), rate=16000)
+    (sample,) = unseen.inputs(tmp_path / "new", spec).companions["mask"].sum(axis=1)
+    assert sample == 80
+    assert unseen.labelled(tmp_path / "wav", spec.but(rate=2000)).spec.length == 16
+    # A run from before it was kept reads them as they are.
+    old = spec.but(rate=0)
+    assert unseen.inputs(tmp_path / "new", old).inputs.shape == (1, 160)
+    assert described.differing(old, spec) == ""
+    assert described.differing(spec, spec.but(rate=4000)) == "rate was 8000, is 4000"
+
+
 def test_24_bits_are_read(tmp_path):
     samples = np.rint(tone() * (2**23 - 1)).astype("<i4")
     frames = b"".join(struct.pack("<i", s)[:3] for s in samples)
@@ -460,6 +521,7 @@ def test_24_bits_are_read(tmp_path):
     (tmp_path / "a.wav").write_bytes(body)
     found = own.read_inputs(tmp_path / "a.wav")
     np.testing.assert_allclose(found[0], tone(), atol=SMALL)
+    assert recordings.read_all([tmp_path / "a.wav"], 0, 0).formats == ("int24 PCM",)
 
 
 def test_recordings_of_several_rates_become_one(tmp_path):
@@ -625,7 +687,8 @@ def test_bytes_of_a_signal_are_not_taken_for_tokens_in_silence(tmp_path):
     given = dict(inputs=signal.astype(np.uint8), targets=CLASSES)
     _, line, warnings = told(load_npz(tmp_path, **given))
     assert (
-        "integers [n, L] in [28, 227]: taken as tokens of a vocabulary of 228" in line
+        "; uint8 integers [n, L] in [28, 227]: taken as tokens of a vocabulary of 228"
+        in line
     )
     assert "--config.data.encoder=scalar reads them as numbers" in line
     assert any("look like numbers" in text for text in warnings)
@@ -669,6 +732,123 @@ def test_warnings_of_what_makes_a_score_worthless(tmp_path):
     assert "channel 1 is constant in the training part" in words
     assert "test has classes that training has not: 3" in words
     assert "validation has no sequence of 0, 1, which training has" in words
+
+
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        (CLASSES + 1, "no target is 0, and yet the model has an output for it"),
+        (np.array([0, 2, 3, 7])[CLASSES], "only 4 of the 8 classes from 0"),
+        (np.int64(10) ** CLASSES, "only 4 of the 1,001 classes .*from 0 without gaps"),
+        (
+            300_000 + np.arange(N) % 20 * 1000,
+            r"only 20 of the 319,001 .*regressed with --config.data.loss=regression",
+        ),
+        (
+            np.arange(N) % 20,
+            r"the 40 training sequences have 20 classes, 2\.0 sequences each .*"
+            r"regressed with --config.data.loss=regression",
+        ),
+        (
+            np.char.add("w", (np.arange(N) % 20).astype(str)),
+            r"have 20 classes, 2\.0 .*: join classes, or bring more sequences$",
+        ),
+        (
+            CLASSES % 2 / 1.0,
+            r"floats of 2 whole values only \(0, 1\) .*"
+            r"--config.data.loss=classification takes them for classes",
+        ),
+        (1 - CLASSES % 2 * 2.0, r"\(-1, 1\) .*, once they are numbered from 0, takes"),
+        (CLASSES % 2 == 0, r"\(0, 1\) and are regressed; .*loss=classification"),
+        (
+            np.tile(CLASSES[:, None] % 2 / 1.0, L),
+            r"\(0, 1\) .*--config.data.loss=token takes them for classes",
+        ),
+        (
+            np.tile(1 - CLASSES[:, None] % 2 * 2, L),
+            r"no target is 0, .*\(-1 is no class of tokens\)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_targets_that_may_be_of_another_kind_are_told(tmp_path, targets, text):
+    dataset = load_npz(tmp_path, WHOLE, inputs=INPUTS, targets=targets)
+    doubts = dataset.reading.warnings
+    assert any(re.search(text, doubt) for doubt in doubts), doubts
+    assert {*doubts} <= {*told(dataset)[2]}
+    # What was asked for is not asked about.
+    asked = dict(loss=dataset.spec.loss, **WHOLE)
+    dataset = load_npz(tmp_path, asked, inputs=INPUTS, targets=targets)
+    assert dataset.reading.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        CLASSES,
+        INPUTS[:, 0],
+        np.arange(N) / 1.0,
+        np.stack([CLASSES / 1.0, CLASSES % 2], axis=1),
+        np.tile(CLASSES[:, None] % 2, L),
+    ],
+    ids=["classes", "numbers", "whole numbers", "vectors", "tokens"],
+)
+def test_targets_of_one_kind_alone_are_not_asked_about(tmp_path, targets):
+    dataset = load_npz(tmp_path, WHOLE, inputs=INPUTS, targets=targets)
+    assert dataset.reading.warnings == ()
+
+
+def test_amounts_as_whole_numbers_of_a_table_are_told(tmp_path):
+    prices = "".join(f"{i},{i % 3},{1000 * (i % 25) + 100}\n" for i in range(50))
+    dataset = load_csv(tmp_path, prices)
+    assert (dataset.spec.loss, dataset.spec.outputs) == ("classification", 24_101)
+    assert "only 25 of the 24,101 classes" in " ".join(told(dataset)[2])
+    regressed = load_csv(tmp_path, prices, loss="regression")
+    assert "classes" not in " ".join(told(regressed)[2])
+    with pytest.raises(ValueError, match=r"divided: .*loss=regression"):
+        load_csv(tmp_path, prices.replace(",100\n", ",77\n", 1), test=0.1)
+
+
+def test_labels_below_0_say_the_cure(tmp_path):
+    targets = 1 - CLASSES % 2 * 2
+    message = r"targets is -1 at \[1\]; .*number the classes from 0, or write them as w"
+    with pytest.raises(ValueError, match=rf"{message}.*loss=regression"):
+        load_npz(tmp_path, inputs=INPUTS, targets=targets)
+    with pytest.raises(ValueError, match=rf"{message}.*astype\(str\)\)$"):
+        load_npz(tmp_path, dict(loss="classification"), inputs=INPUTS, targets=targets)
+    dataset = load_npz(tmp_path, inputs=INPUTS, targets=targets.astype(str))
+    assert dataset.spec.classes == ("-1", "1")
+
+
+def test_copies_between_test_and_validation_are_told(tmp_path):
+    inputs = INPUTS.copy()
+    inputs[[35, 36, 37]] = inputs[[25, 25, 0]]
+    given = dict(targets=CLASSES, split=SPLIT)
+    found, _, warnings = told(load_npz(tmp_path, inputs=inputs, **given))
+    assert found["validated"] == 2 and found["repeated"] == {"test": 1}
+    text = "2 of the 10 test sequences are also in validation"
+    assert any(text in warning for warning in warnings)
+    found, _, warnings = told(load_npz(tmp_path, inputs=INPUTS, **given))
+    assert found["validated"] == 0 and not any("also in" in w for w in warnings)
+    # What a run from before there was the key has kept is read as it was.
+    del found["validated"]
+    assert said.warnings(found) == warnings
+
+
+def test_classes_are_counted_in_memory_of_those_that_occur(tmp_path):
+    targets = np.where(CLASSES, CLASSES, 2**31 - 2)
+    split = dict(split=SPLIT)
+    dataset = load_npz(tmp_path, inputs=INPUTS, targets=targets, **split)
+    assert dataset.spec.outputs == 2**31 - 1
+    tracemalloc.start()
+    try:
+        found, line, warnings = told(dataset)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**24
+    assert found["largest"] == {"class": "1", "share": 0.25}
+    assert "2,147,483,647 classes" in line and "only 4 of the 2,147" in warnings[0]
 
 
 def test_a_given_split_that_is_sorted_is_told_and_a_drawn_one_is_not(tmp_path):
@@ -908,5 +1088,7 @@ def test_a_run_on_recordings_says_what_they_are_and_trains(tmp_path, capsys):
     results = loop.run(config, tmp_path / "run")
     out = capsys.readouterr().out
     assert out.index("data: 16 train, 2 validation, 2 test") < out.index("compiling")
-    assert "recordings in [-0." in out and "chance level 0.5" in out
+    assert (
+        "recordings (int16 PCM, 4,000 Hz) in [-0." in out and "chance level 0.5" in out
+    )
     assert results["step"] == 1 and not Rows({"x": [1]}).arrays["x"][1:]

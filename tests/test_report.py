@@ -20,7 +20,7 @@ from layers import LRU, S4D, S5, build
 from layers.inside import EXPOSED
 from train import data, loop, main, probe, resolve, runs, sharding, state
 from train.checkpoint import CheckpointError
-from train.data import examined
+from train.data import examined, said
 from train.data.spec import Spec
 from train.draw import figures
 from train.report import answers, facts, inside, mixing, pages
@@ -260,6 +260,21 @@ def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_p
     assert line not in read(pages.compare([path, digits], out)).text["curves"]
     shutil.copytree(path, tmp_path / "same")
     assert line in read(pages.compare([path, tmp_path / "same"], out)).text["curves"]
+
+
+def test_the_facts_that_a_run_keeps_are_in_its_first_section(digits, tmp_path):
+    kept = runs.read_said(digits)
+    rows = dict(facts.rows(kept))
+    expected = ["inputs", "as the model reads them", "classes", "loss"]
+    assert [*rows] == ["train", "validation", "test", *expected]
+    text = read(pages.write(digits, tmp_path / "page.html")).text["verdict"]
+    assert "What the run took its data for" in text
+    dataset = runs.load_run(digits).dataset
+    for split in dataset.sources:
+        count = dataset.num_examples(split)
+        assert f"{count:,} sequences of 64 tokens" in rows[split]
+        assert f"{split}{rows[split]}" in text.replace("\n", "")
+    assert facts.warned(kept) == said.warnings(kept)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ Words are classes in their sorted order, by value where all are whole numbers, o
 that of class_names.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 
-from train.data import cast, checks, pipeline, recordings, tables
+from train.data import cast, checks, own, pipeline, recordings, tables
 from train.data.own import (
     FILES,
     Options,
@@ -38,7 +39,7 @@ from train.data.reading import Reading
 from train.data.source_file import RECORDINGS, File
 from train.data.sources import split_rows
 from train.data.spec import Spec
-from train.data.targets import LOSSES, read_targets
+from train.data.targets import LOSSES, doubts, read_targets
 
 ENCODERS = ("scalar", "token")
 
@@ -86,26 +87,26 @@ def load(
         ValueError: a file that cannot be read so; names the file, the key or the row
             and column, what stands there and what may.
     """
-    source = File(path, FILES, folders=True)
+    source = File(path, FILES, folders=True, content=own.CONTENT)
     checks.check_choice("encoder", encoder, ("", *ENCODERS))
     checks.check_choice("loss", loss, ("", *LOSSES))
     checks.check_choice("label", label, ("", *recordings.LABELS))
     for key, value in (("rate", rate), ("length", length)):
         checks.at_least(key, value, 0)
     raw = read(source, Options(rate, length, label))
-    given = raw["inputs"]
+    original = raw["inputs"]
     where = f"{source.path}: inputs"
-    if 0 in given.shape:
+    if 0 in original.shape:
         raise source.error(
-            "inputs", f"has shape {given.shape}; every axis must be 1 or longer"
+            "inputs", f"has shape {original.shape}; every axis must be 1 or longer"
         )
-    kind = encoder or _kind(source, given)
+    kind = encoder or _kind(source, original)
     if kind == "token":
-        inputs, vocab_size = _tokens(source, given, vocab_size, encoder)
+        inputs, vocab_size = _tokens(source, original, vocab_size, encoder)
     else:
-        inputs, vocab_size = _numbers(where, given), 0
+        inputs, vocab_size = _numbers(where, original), 0
     beside = companions(source, raw, inputs.shape[:2])
-    real = beside["mask"]
+    real, by_dtype = beside["mask"], not (loss or outputs)
     targets, names, outputs, loss = read_targets(source, raw, real, loss, outputs)
     if "split" in raw:
         indices = given_split(source, raw["split"])
@@ -121,15 +122,20 @@ def load(
         loss=loss,
         padded=not real.all(),
         classes=names,
+        rate=int(raw.get("rate", 0)),
     )
     if normalise and kind == "scalar":
         rows = indices["train"]
-        mean, std = fitted(given, real, rows)
+        mean, std = fitted(original, real, rows)
         spec = spec.but(mean=mean, std=std)
-        inputs = encoded(where, given, spec)
+        inputs = encoded(where, original, spec)
         inputs[~real] = 0
     arrays = {"inputs": inputs, "targets": targets, **beside}
     reading = _reading(source, raw, spec, encoder, real)
+    if by_dtype:
+        doubtful = doubts(targets, names, outputs, loss, indices["train"])
+        warnings = (*reading.warnings, *doubtful)
+        reading = dataclasses.replace(reading, warnings=warnings)
     return pipeline.Dataset(spec, split_rows(arrays, indices), reading=reading)
 
 
@@ -154,7 +160,7 @@ def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
         if inputs.ndim != 2:
             raise ValueError(f"{where} has shape {inputs.shape}; tokens must be [n, L]")
         return cast.whole(where, inputs, 0, spec.vocab_size - 1)
-    found = _numbers(where, inputs)
+    numbers = _numbers(where, inputs)
     channels = inputs.shape[2] if inputs.ndim == 3 else 1
     if channels != spec.channels:
         raise ValueError(
@@ -162,7 +168,7 @@ def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
             f"trained on {spec.channels}"
         )
     if not spec.mean:
-        return found
+        return numbers
     mean, std = (np.array(x, np.float64) for x in (spec.mean, spec.std))
     for rows in _blocks(inputs):
         # Of what was given, not of its rounding: an offset may be large.
@@ -178,8 +184,8 @@ def encoded(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
                 f"{std[channel]:.3g}; scale the channel in the file, or train with "
                 "--config.data.normalise=False"
             )
-        found[rows] = scaled.reshape(found[rows].shape)
-    return found
+        numbers[rows] = scaled.reshape(numbers[rows].shape)
+    return numbers
 
 
 def fitted(
@@ -230,8 +236,8 @@ def _numbers(where: str, inputs: np.ndarray) -> np.ndarray:
 
 
 def _kind(source: File, inputs: np.ndarray) -> str:
-    whole = inputs.dtype.kind in "iu" and inputs.ndim == 2
-    return "token" if whole else "scalar"
+    integers = inputs.dtype.kind in "iu" and inputs.ndim == 2
+    return "token" if integers else "scalar"
 
 
 def _tokens(source: File, inputs: np.ndarray, vocab_size: int, encoder: str):
@@ -252,6 +258,7 @@ def _reading(source: File, raw, spec: Spec, encoder: str, real) -> Reading:
     """What to say of how the file was read."""
     inputs = raw["inputs"]
     low, high = _range(inputs, real)
+    dtype = " and ".join(raw.get("formats", [str(inputs.dtype)]))
     warnings = []
     tabular = source.kind in (".csv", ".parquet") and spec.loss != "token"
     if tabular and real.all() and tables.is_one_series(inputs, raw["targets"]):
@@ -261,10 +268,10 @@ def _reading(source: File, raw, spec: Spec, encoder: str, real) -> Reading:
             "the tokens; forecasting files are not read yet"
         )
     return Reading(
-        dtype=str(inputs.dtype),
+        dtype=dtype,
         low=low,
         high=high,
-        why=_why(source, inputs, spec, encoder, f"[{low:.6g}, {high:.6g}]"),
+        why=_why(source, raw, dtype, spec, encoder, f"[{low:.6g}, {high:.6g}]"),
         asked=bool(encoder),
         split="given" if "split" in raw else "drawn",
         warnings=tuple(warnings),
@@ -282,21 +289,23 @@ def _range(inputs: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     return float(low), float(np.max(inputs, where=where, initial=ends.min))
 
 
-def _why(source: File, inputs, spec: Spec, encoder: str, span: str) -> str:
+def _why(source: File, raw, dtype: str, spec: Spec, encoder: str, span: str) -> str:
     """Why the inputs are tokens or numbers, and how they would be the other."""
-    whole, tokens = inputs.dtype.kind in "iu", spec.encoder == "token"
-    what = "integers" if whole else str(inputs.dtype)
+    inputs, tokens = raw["inputs"], spec.encoder == "token"
     axes = "[n, L]" if inputs.ndim == 2 else "[n, L, C]"
-    said = f"{what} {axes}" if source.kind != RECORDINGS else "recordings"
+    integers = " integers" if inputs.dtype.kind in "iu" else ""
+    values = f"{dtype}{integers} {axes} in {span}"
+    if source.kind == RECORDINGS:
+        values = f"recordings ({dtype}, {spec.rate:,} Hz) in {span}"
     kind = f"tokens of a vocabulary of {spec.vocab_size:,}" if tokens else "numbers"
     if encoder:
-        return f"{said} in {span}: read as {kind}, as data.encoder says"
-    said = f"{said} in {span}: taken as {kind}"
+        return f"{values}: read as {kind}, as data.encoder says"
+    values = f"{values}: taken as {kind}"
     if tokens:
-        return f"{said}; --config.data.encoder=scalar reads them as numbers"
+        return f"{values}; --config.data.encoder=scalar reads them as numbers"
     if source.kind == ".csv":
-        return f"{said}; --config.data.encoder=token reads whole ones as tokens"
-    return said
+        return f"{values}; --config.data.encoder=token reads whole ones as tokens"
+    return values
 
 
 def companions(source: File, raw, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -305,15 +314,15 @@ def companions(source: File, raw, shape: tuple[int, int]) -> dict[str, np.ndarra
     Raises:
         ValueError: one of them is of another shape or type.
     """
-    found = {"mask": mask(source, raw, shape)}
+    columns = {"mask": mask(source, raw, shape)}
     if "reset" in raw:
-        found["reset"] = flags(source, "reset", raw["reset"], shape)
+        columns["reset"] = flags(source, "reset", raw["reset"], shape)
     if "dt" in raw:
-        dt, real = raw["dt"], found["mask"]
+        dt, real = raw["dt"], columns["mask"]
         if dt.shape != shape:
             raise source.error(
                 "dt", f"has shape {dt.shape}; it must be [n, L] = {shape}"
             )
         dt = cast.real(f"{source.path}: dt", dt, cast.LEAST, real)
-        found["dt"] = np.where(real, dt, np.float32(1))
-    return found
+        columns["dt"] = np.where(real, dt, np.float32(1))
+    return columns

@@ -27,8 +27,8 @@ def real(where: str, array: np.ndarray, least: float = -LARGEST, mask=None):
     """
     _check_kind(where, array)
     with np.errstate(over="ignore"):
-        found = array.astype(np.float32)
-    bad = ~np.isfinite(found)
+        numbers = array.astype(np.float32)
+    bad = ~np.isfinite(numbers)
     if bad.any():
         place = _first(bad)
         if not np.isfinite(array[place]):
@@ -38,14 +38,14 @@ def real(where: str, array: np.ndarray, least: float = -LARGEST, mask=None):
         raise ValueError(f"{where} is {array[place]} at {list(place)}; {reason}")
     if least > -LARGEST:
         # The rounded ones: a float64 may be above 0 where its float32 is not.
-        bad = found < least if mask is None else mask & (found < least)
+        bad = numbers < least if mask is None else mask & (numbers < least)
         if bad.any():
             place = _first(bad)
             raise ValueError(
                 f"{where} is {array[place]} at {list(place)}; it must be {least:.3g} "
                 "or more"
             )
-    return found
+    return numbers
 
 
 def whole(where: str, array: np.ndarray, lowest: int, highest: int = MOST, mask=None):

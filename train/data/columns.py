@@ -15,6 +15,7 @@ from train.data import tables
 from train.data.source_file import File
 
 INDEX = r"__index_level_\d+__"  # of pandas
+WORDS = r"(large_)?string(_view)?|dictionary<values=(large_)?string.*"
 
 
 def read_parquet(
@@ -77,32 +78,38 @@ def _table(source: File):
         ) from error
     try:
         with parquet.ParquetFile(source.path) as file:
-            found = file.metadata
-            groups = [found.row_group(i) for i in range(found.num_row_groups)]
+            metadata = file.metadata
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             size = sum(group.total_byte_size for group in groups)
-            size = max(size, 8 * found.num_rows * found.num_columns)
+            size = max(size, 8 * metadata.num_rows * metadata.num_columns)
             settings.check_memory("data.path", size, f"{source.path}, unpacked,")
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        said = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"{source.path}: not a readable Parquet file ({said})"
+            f"{source.path}: not a readable Parquet file ({reason})"
         ) from error
     # What pandas keeps of the index of a frame that was filtered is no data.
-    indices = [n for n in table.column_names if re.fullmatch(INDEX, n)]
+    indices = [
+        field.name
+        for field in table.schema
+        if re.fullmatch(INDEX, field.name) and not _is_moment(field)
+    ]
     return table.drop_columns(indices) if indices else table
 
 
 def _refuse_moments(source: File, table) -> None:
     """Raises a `ValueError` for a table that has a column of dates."""
     for column, field in enumerate(table.schema):
-        kind = str(field.type)
-        words = kind in ("string", "large_string") and not any(
-            text is None or not tables.DATE.fullmatch(text)
-            for text in table.column(column).to_pylist()
+        words = re.fullmatch(WORDS, str(field.type)) and tables.are_dates(
+            table.column(column).to_pylist()
         )
-        if kind.startswith(("timestamp", "date")) or words:
+        if _is_moment(field) or words:
             raise tables.forecasting(source, column, field.name)
+
+
+def _is_moment(field) -> bool:
+    return str(field.type).startswith(("timestamp", "date", "time"))
 
 
 def _columns(source: File, table) -> dict[str, np.ndarray]:

@@ -44,53 +44,58 @@ def _as_json(spec: Spec) -> dict:
     return json.loads(text)
 
 
-def spec_of(path: Path, found: Mapping) -> Spec:
+def spec_of(path: Path, content: Mapping) -> Spec:
     """The spec that `described` has put into what the file `path` holds. A key that it
     lacks has its default: the file is older than the key.
 
     Raises:
         ValueError: keys that are not known, values that cannot be.
     """
-    _check_keys(path, "", found, ("spec", "examples", "said"), ("spec", "examples"))
-    for key in found:
-        if not isinstance(found[key], dict):
-            raise ValueError(f"{path}: {key} must be an object, got {found[key]!r:.60}")
-    _check_keys(path, "spec.", found["spec"], KINDS, REQUIRED)
-    _check_keys(path, "examples.", found["examples"], SPLITS, ())
-    for split, count in found["examples"].items():
+    _check_keys(path, "", content, ("spec", "examples", "said"), ("spec", "examples"))
+    for key in content:
+        if not isinstance(content[key], dict):
+            raise ValueError(
+                f"{path}: {key} must be an object, got {content[key]!r:.60}"
+            )
+    _check_keys(path, "spec.", content["spec"], KINDS, REQUIRED)
+    _check_keys(path, "examples.", content["examples"], SPLITS, ())
+    for split, count in content["examples"].items():
         if type(count) is not int or count < 0:
             raise ValueError(
                 f"{path}: examples.{split} must be a whole number, got {count!r:.60}"
             )
-    values = {key: _value(path, key, x) for key, x in found["spec"].items()}
+    values = {key: _value(path, key, x) for key, x in content["spec"].items()}
     spec = Spec(**values)
     _check_sizes(path, spec)
     return spec
 
 
-def differing(kept: Spec, now: Spec) -> str:
-    """What of data that are there now is another than it was, in words, or ""."""
-    found, then, there = [], _as_json(kept), _as_json(now)
+def differing(original: Spec, now: Spec) -> str:
+    """What of data that are there now is another than it was, in words, or "". A rate
+    of 0 is one that was not kept."""
+    changes, then, there = [], _as_json(original), _as_json(now)
     for key, before in then.items():
         after = there[key]
+        if key == "rate" and not before:
+            continue
         if KINDS[key] == tuple[float, ...] and len(before) == len(after) > 0:
             # Sums over the same numbers differ a little between machines.
             same = tolerance.error(after, before) <= tolerance.limit("float32")
         else:
             same = before == after
         if not same:
-            found.append(f"{key} was {before!r:.60}, is {after!r:.60}")
-    return "; ".join(found)
+            changes.append(f"{key} was {before!r:.60}, is {after!r:.60}")
+    return "; ".join(changes)
 
 
-def _check_keys(path: Path, prefix: str, found: Mapping, known, required) -> None:
-    unknown = [key for key in found if key not in known]
+def _check_keys(path: Path, prefix: str, content: Mapping, known, required) -> None:
+    unknown = [key for key in content if key not in known]
     if unknown:
         raise ValueError(
             f"{path}: {prefix}{unknown[0]:.60} is no known key; those are "
             f"{', '.join(known)}"
         )
-    missing = [key for key in required if key not in found]
+    missing = [key for key in required if key not in content]
     if missing:
         raise ValueError(f"{path}: {prefix}{missing[0]} is missing")
 
@@ -107,8 +112,8 @@ def _value(path: Path, key: str, value):
 
 
 def _plain(path: Path, key: str, place: str, value, kind: type):
-    whole = type(value) is int
-    if kind is float and whole and abs(value) <= settings.MOST:
+    integer = type(value) is int
+    if kind is float and integer and abs(value) <= settings.MOST:
         value = float(value)
     if type(value) is not kind:
         raise ValueError(

@@ -15,6 +15,7 @@ from train.losses import IGNORED
 
 ARRAYS = 2**24  # numbers of a split that lies in arrays are looked at
 COMPARED = 2**28  # numbers of a split that are compared with training's
+COUNTED = 2**20  # classes of which each has a count of its own
 EXAMPLES = 512  # of a split that does not
 NUMBERS = 2**21  # in those
 
@@ -45,6 +46,7 @@ def facts(dataset: Dataset) -> dict:
             None where neither means anything.
         "targets": {"mean", "std"}, lists over outputs of a regression, or None.
         "repeated": split -> how many of its sequences training has too.
+        "validated": how many sequences of test validation has too.
         "missing": split -> names of training's classes that it does not have.
         "unseen": split -> names of its classes that training does not have.
         "sorted": the given splits whose rows stand in the order of their classes.
@@ -59,7 +61,7 @@ def facts(dataset: Dataset) -> dict:
     splits = sorted(dataset.sources, key=[*SPLITS, *dataset.sources].index)
     parts = {split: _part(dataset, split) for split in splits}
     train = next(iter(parts.values()))  # of what has nothing else, that
-    found = {
+    summary = {
         "splits": {split: _size(part) for split, part in parts.items()},
         "encoder": spec.encoder,
         "loss": spec.loss,
@@ -72,14 +74,14 @@ def facts(dataset: Dataset) -> dict:
         **_scale(spec, train),
         **_classes(dataset, parts),
         **_regression(dataset, parts),
-        "repeated": _repeated(parts),
+        **_copies(parts),
         "real": float(train["mask"].mean()),
         **_tokens(dataset, train),
         "warnings": list(reading.warnings) if reading else [],
     }
     if spec.mean:
-        found["normalised"] = {"mean": list(spec.mean), "std": list(spec.std)}
-    return found
+        summary["normalised"] = {"mean": list(spec.mean), "std": list(spec.std)}
+    return summary
 
 
 def _part(dataset: Dataset, split: str) -> dict:
@@ -93,19 +95,19 @@ def _part(dataset: Dataset, split: str) -> dict:
         every = {key: source.arrays[key] for key in keys}
         chosen = _evenly(count, max(EXAMPLES, ARRAYS // size))
         rows = slice(None) if len(chosen) == count else np.array(chosen)
-        found = {key: array[rows] for key, array in every.items()}
+        arrays = {key: array[rows] for key, array in every.items()}
     else:
         chosen = _evenly(count, min(EXAMPLES, max(8, NUMBERS // size)))
         examples = [source[i] for i in chosen]
         if finish is not None:
             examples = [finish(example) for example in examples]
-        found = {
+        arrays = {
             "inputs": np.stack([_largest(example["inputs"]) for example in examples]),
             "targets": np.stack([example["targets"] for example in examples]),
             "mask": np.stack([example["mask"] for example in examples]),
         }
-        every = found.copy() if len(chosen) == count else None
-    return found | {"count": count, "every": every}
+        every = arrays.copy() if len(chosen) == count else None
+    return arrays | {"count": count, "every": every}
 
 
 def _evenly(count: int, most: int) -> list[int] | range:
@@ -168,24 +170,25 @@ def _classes(dataset: Dataset, parts: dict) -> dict:
     }
     first = next(iter(parts))
     train = counts[first]
-    if not train.sum():
+    if not train:
         return nothing
-    largest, share = int(train.argmax()), float(train.max() / train.sum())
+    largest = max(train, key=train.get)
+    share = train[largest] / sum(train.values())
     missing, unseen, ordered = {}, {}, []
     for split, part in parts.items():
         if split == first or dataset.spec.loss != "classification":
             continue
         if part["every"] and parts[first]["every"]:
-            there = counts[split] > 0
-            missing[split] = _names(dataset, np.flatnonzero(~there & (train > 0)))
-            unseen[split] = _names(dataset, np.flatnonzero(there & (train == 0)))
-        given = dataset.reading is not None and dataset.reading.split == "given"
+            here = counts[split]
+            missing[split] = _names(dataset, sorted({*train} - {*here}))
+            unseen[split] = _names(dataset, sorted({*here} - {*train}))
+        by_file = dataset.reading is not None and dataset.reading.split == "given"
         targets = (part["every"] or part)["targets"]
-        several = len(targets) > 2 * np.count_nonzero(counts[split]) > 2
-        if given and several and (np.diff(targets) >= 0).all():
+        several = len(targets) > 2 * len(counts[split]) > 2
+        if by_file and several and (np.diff(targets) >= 0).all():
             ordered.append(split)
     judged = _judged(parts)
-    value = counts[judged][largest] / max(1, counts[judged].sum())
+    value = counts[judged].get(largest, 0) / max(1, sum(counts[judged].values()))
     return {
         "largest": {"class": _names(dataset, [largest])[0], "share": share},
         "missing": {split: names for split, names in missing.items() if names},
@@ -195,13 +198,19 @@ def _classes(dataset: Dataset, parts: dict) -> dict:
     }
 
 
-def _counts(spec, part: dict) -> np.ndarray:
-    """How often each class is a target that counts."""
+def _counts(spec, part: dict) -> dict[int, int]:
+    """How often each class is a target that counts, of those that are one."""
     targets, mask = part["targets"], part["mask"]
     if spec.loss != "classification":
         targets = targets[mask]
     targets = targets[targets != IGNORED].astype(np.int64)
-    return np.bincount(targets.ravel(), minlength=spec.outputs)
+    if spec.outputs > COUNTED:
+        classes, counts = np.unique(targets, return_counts=True)
+    else:  # faster, in memory that grows with the largest class
+        counts = np.bincount(targets)
+        classes = np.flatnonzero(counts)
+        counts = counts[classes]
+    return dict(zip(classes.tolist(), counts.tolist(), strict=True))
 
 
 def _names(dataset: Dataset, classes) -> list[str]:
@@ -237,16 +246,19 @@ def _values(dataset: Dataset, part: dict) -> np.ndarray:
     return targets.reshape(-1, dataset.spec.outputs).astype(np.float64)
 
 
-def _repeated(parts: dict) -> dict[str, int]:
-    if "train" not in parts:
-        return {}
-    known = {*_digests(parts["train"]["every"])}
-    found = {
-        split: sum(digest in known for digest in _digests(part["every"]))
-        for split, part in parts.items()
-        if split != "train" and known
+def _copies(parts: dict) -> dict:
+    digests = {split: [*_digests(part["every"])] for split, part in parts.items()}
+
+    def among(split: str, other: str) -> int:
+        """How many sequences of a split the other has too."""
+        known = {*digests.get(other, ())}
+        return sum(digest in known for digest in digests.get(split, ()))
+
+    counts = {split: among(split, "train") for split in digests if split != "train"}
+    return {
+        "repeated": {split: count for split, count in counts.items() if count},
+        "validated": among("test", "validation"),
     }
-    return {split: count for split, count in found.items() if count}
 
 
 def _digests(every: dict | None):
@@ -266,12 +278,12 @@ def _tokens(dataset: Dataset, train: dict) -> dict:
         return {"smooth": None, "distinct": None, "tokens": None}
     values = np.sort(inputs[mask][: 2**20]).astype(np.float64)
     n, distinct = len(values), len(np.unique(values))
-    found = {"smooth": None, "distinct": distinct, "tokens": n}
+    measures = {"smooth": None, "distinct": distinct, "tokens": n}
     both = mask[:, 1:] & mask[:, :-1]
     steps = np.abs(np.diff(inputs.astype(np.int64), axis=1))[both]
     # The mean distance of any two, of the sorted ones.
     any_two = 2 * ((2 * np.arange(1, n + 1) - n - 1) * values).sum() / n**2
     if steps.size and any_two and distinct >= LIKE_NUMBERS:
         smooth = float(steps.mean() / any_two)
-        found["smooth"] = smooth if smooth < SMOOTH else None
-    return found
+        measures["smooth"] = smooth if smooth < SMOOTH else None
+    return measures

@@ -64,17 +64,17 @@ def distinct(rules: Rules, seed: int, workers: int = 0) -> Iterator[tuple[int, b
     Raises:
         ValueError: no expression is left, or none can be found.
     """
-    seen, barren = set(), 0
+    texts, barren = set(), 0
     for expressions in _draws(rules, seed, workers or os.cpu_count() or 1):
         barren += 1
         for value, tokens in expressions:
-            if tokens not in seen:
+            if tokens not in texts:
                 barren = 0
-                seen.add(tokens)
+                texts.add(tokens)
                 yield value, tokens
         if barren == BARREN_DRAWS:
             raise ValueError(
-                f"only {len(seen)} different expressions were found with data."
+                f"only {len(texts)} different expressions were found with data."
                 + ", data.".join(f"{k}={v}" for k, v in rules._asdict().items())
                 + ": ask for fewer examples or widen these"
             )
@@ -98,8 +98,8 @@ def draw(rules: Rules, seed: int, number: int) -> list[tuple[int, bytes]]:
     """(value, tokens) of those trees of draw `number` whose lengths the rules allow."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
     levels, lengths = _trees(rng, rules, -(-TOKENS_AT_ONCE // rules.max_length))
-    kept = (rules.min_length < lengths) & (lengths < rules.max_length)
-    levels = [_Level(*(field[kept[level.tree]] for field in level)) for level in levels]
+    mask = (rules.min_length < lengths) & (lengths < rules.max_length)
+    levels = [_Level(*(field[mask[level.tree]] for field in level)) for level in levels]
     sizes, values = _sizes_and_values(levels)
     tokens = _tokens(levels, sizes).astype(np.uint8).tobytes()
     ends = np.cumsum(sizes[0]).tolist()

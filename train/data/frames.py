@@ -92,10 +92,10 @@ class _Videos:
 
 def _divided(place: Path, validation, test, seed) -> dict[str, list[Path]]:
     """split -> folders of videos."""
-    found = _folders(place)
-    if not found:
+    folders = _folders(place)
+    if not folders:
         raise ValueError(f"{place}: has no folder; it must have one per video")
-    names = [one.name for one in found]
+    names = [one.name for one in folders]
     if "train" in names:
         other = [name for name in names if name not in SPLITS]
         if other:
@@ -103,7 +103,7 @@ def _divided(place: Path, validation, test, seed) -> dict[str, list[Path]]:
                 f"{place / other[0]}: beside a folder train there may be "
                 "validation and test, and nothing else"
             )
-        parts = {one.name: _folders(one) for one in found}
+        parts = {one.name: _folders(one) for one in folders}
         empty = [name for name, videos in parts.items() if not videos]
         if empty:
             raise ValueError(
@@ -111,15 +111,17 @@ def _divided(place: Path, validation, test, seed) -> dict[str, list[Path]]:
             )
         return parts
     try:
-        indices = split_indices(len(found), validation, test, seed)
+        indices = split_indices(len(folders), validation, test, seed)
     except ValueError as error:
         raise ValueError(
-            f"{place}: its {len(found)} videos cannot be divided: {error}; change "
+            f"{place}: its {len(folders)} videos cannot be divided: {error}; change "
             "data.validation or data.test (0: no such part), or put them into folders "
             "train, validation and test"
         ) from error
     return {
-        split: [found[i] for i in rows] for split, rows in indices.items() if len(rows)
+        split: [folders[i] for i in rows]
+        for split, rows in indices.items()
+        if len(rows)
     }
 
 
@@ -173,5 +175,5 @@ def _read(path: str, channels: int, size=None, scaled: bool = False) -> np.ndarr
 
 
 def _read_pairs(example, length: int, read) -> Example:
-    shown = [read(path) for path in example["frames"][:length]]
-    return pairs({"frames": np.stack(shown)}, length)
+    frames = [read(path) for path in example["frames"][:length]]
+    return pairs({"frames": np.stack(frames)}, length)

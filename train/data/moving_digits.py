@@ -94,8 +94,8 @@ def _glyphs(source: str, folder: str, download: bool, side: int):
             for split, rows in parts.items()
         }
     parts = images.mnist(folder, download=download).sources
-    whole = [parts[split][:]["image"] for split in ("train", "validation")]
-    return dict.fromkeys(SPLITS, _scaled(np.concatenate(whole), side))
+    glyphs = [parts[split][:]["image"] for split in ("train", "validation")]
+    return dict.fromkeys(SPLITS, _scaled(np.concatenate(glyphs), side))
 
 
 def _scaled(glyphs: np.ndarray, side: int) -> np.ndarray:

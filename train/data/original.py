@@ -232,7 +232,7 @@ def _folder_files(path: Path, names: Sequence[str]) -> list[bytes]:
 
 def _tar_files(path: Path, names: Sequence[str]) -> list[bytes]:
     """Reads members without extracting anything."""
-    found = {}
+    contents = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
@@ -243,10 +243,10 @@ def _tar_files(path: Path, names: Sequence[str]) -> list[bytes]:
                     )
                 folder, _, name = member.name.rpartition("/")
                 if member.isfile() and name in names and folder.endswith(CIFAR_FOLDER):
-                    found[name] = archive.extractfile(member).read(LONGEST + 1)
+                    contents[name] = archive.extractfile(member).read(LONGEST + 1)
     except DAMAGE as error:
         raise ValueError(f"{path}: damaged or incomplete ({error})") from None
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in contents]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} not found in it")
-    return [found[name] for name in names]
+    return [contents[name] for name in names]

@@ -24,6 +24,7 @@ KEYS = (
     "split",
     "class_names",
 )
+CONTENT = "inputs and targets, one sequence per row"
 # Of the classes, not of the sequences.
 OTHER_AXIS = ("class_names",)
 
@@ -147,7 +148,8 @@ def read_sequences(
     """`read_inputs` and the mask [n, L], True where a token is real: what a file pads
     is not."""
     kinds = (*FILES, RECORDINGS)
-    source = File(str(path), kinds, folders=True, key="inputs")
+    content = "inputs, one sequence per row"
+    source = File(str(path), kinds, folders=True, key="inputs", content=content)
     raw = {}
     match source.kind:
         case ".npz":
@@ -157,8 +159,7 @@ def read_sequences(
         case ".parquet":
             raw = columns.read_parquet(source, KEYS, targets=False)
         case _:
-            inputs, lengths = recordings.read_unlabelled(source, rate, length)
-            raw = {"inputs": inputs, "lengths": lengths}
+            raw = recordings.read_unlabelled(source, rate, length)._asdict()
     inputs = raw["inputs"]
     if inputs.ndim not in (2, 3) or 0 in inputs.shape:
         raise source.error(
@@ -175,7 +176,7 @@ def mask(source: File, raw: dict, shape: tuple[int, int]) -> np.ndarray:
     """
     length = shape[1]
     if "mask" in raw:
-        found = flags(source, "mask", raw["mask"], shape)
+        real = flags(source, "mask", raw["mask"], shape)
     elif "lengths" in raw:
         lengths = raw["lengths"]
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
@@ -189,15 +190,15 @@ def mask(source: File, raw: dict, shape: tuple[int, int]) -> np.ndarray:
                 f"lies in [{lengths.min()}, {lengths.max()}]; it must lie in "
                 f"[1, {length}]",
             )
-        found = np.arange(length) < lengths[:, None]
+        real = np.arange(length) < lengths[:, None]
     else:
-        found = np.ones(shape, bool)
-    empty = np.flatnonzero(~found.any(axis=1))
+        real = np.ones(shape, bool)
+    empty = np.flatnonzero(~real.any(axis=1))
     if len(empty):
         raise source.error(
             "mask", f"has no True in row {empty[0]}; a sequence needs a real token"
         )
-    return found
+    return real
 
 
 def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:
@@ -223,10 +224,14 @@ def drawn_split(
     try:
         return sources.split_indices(count, validation, test, seed, labels)
     except ValueError as error:
+        amounts = ""
+        if labels is not None and source.kind != RECORDINGS:
+            amounts = "; amounts are regressed with --config.data.loss=regression"
         raise ValueError(
             f"{source.path}: its {count} sequences cannot be divided: {error}; change "
             "data.validation or data.test (0: no such part), or say the split: an NPZ "
             "in its key split, recordings in folders train, validation and test"
+            f"{amounts}"
         ) from error
 
 

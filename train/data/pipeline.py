@@ -216,8 +216,8 @@ class TrainIterator(Iterator[Batch]):
                 # One thread keeps the order and prepares the next batch during a step;
                 # Grain's default of 16 only competes with it for the cores.
                 reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-                rest = self._stream[self._taken :]
-                self._batches = iter(rest.to_iter_dataset(reading))
+                remainder = self._stream[self._taken :]
+                self._batches = iter(remainder.to_iter_dataset(reading))
         return self._batches
 
 

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,9 +28,25 @@ LABELS = ("folder", "name")
 RATE = "--config.data.rate=8000"
 
 
+class Recorded(NamedTuple):
+    """Recordings that were read.
+
+    Attributes:
+        inputs: float32 [n, L], padded on the right.
+        lengths: [n], how many samples each has.
+        rate: samples per second.
+        formats: what the files have, in words, sorted: "int16 PCM", "float32".
+    """
+
+    inputs: np.ndarray
+    lengths: np.ndarray
+    rate: int
+    formats: tuple[str, ...]
+
+
 def read_folder(source: File, rate: int, length: int, label: str) -> dict:
     """inputs [n, L] float32 and, as in an NPZ, lengths, targets (words) and, where the
-    folders are splits, split.
+    folders are splits, split; and, as in `Recorded`, rate and formats.
 
     Args:
         source: the folder.
@@ -54,34 +71,35 @@ def read_folder(source: File, rate: int, length: int, label: str) -> dict:
             f"must be two or more: --config.data.label={other} takes the label from "
             f"{'the name of the file' if other == 'name' else 'its folder'}"
         )
-    inputs, lengths = read_all(paths, rate, length)
-    raw = {"inputs": inputs, "lengths": lengths, "targets": np.array(labels)}
+    recorded = read_all(paths, rate, length)
+    raw = {key: np.array(value) for key, value in recorded._asdict().items()}
+    raw["targets"] = np.array(labels)
     if split:
         raw["split"] = np.array(split)
     return raw
 
 
-def read_unlabelled(source: File, rate: int, length: int) -> tuple:
-    """The inputs [n, L] and lengths [n] of one WAV file, or of all in a folder in the
-    order of their paths; arguments and errors as of `read_folder`."""
+def read_unlabelled(source: File, rate: int, length: int) -> Recorded:
+    """One WAV file, or all in a folder in the order of their paths; arguments and
+    errors as of `read_folder`."""
     paths = _paths(source) if source.path.is_dir() else [source.path]
     return read_all(paths, rate, length)
 
 
 def _paths(source: File) -> list[Path]:
     """All WAV files of the folder that are not hidden, in order."""
-    found = []
+    paths = []
     for folder, folders, names in os.walk(source.path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.lower().endswith(RECORDINGS) and not name.startswith("."):
-                found.append(Path(folder, name))
-    if not found:
+                paths.append(Path(folder, name))
+    if not paths:
         raise ValueError(
             f"data.path must be a file, or a folder of {RECORDINGS} files, got the "
             f"folder {str(source.path)!r}, which has none"
         )
-    return sorted(found)
+    return sorted(paths)
 
 
 def _splits(root: Path, paths: Sequence[Path]) -> list[str]:
@@ -110,27 +128,26 @@ def _labels(source: File, paths, insides, label: str) -> list[str]:
                     "its class, or --config.data.label=name take the file's name"
                 )
         return [parts[0] for parts in insides]
-    found = []
+    classes = []
     for path in paths:
-        name, *rest = re.split("[_-]", path.stem, maxsplit=1)
-        if not name or not rest:
+        name, *others = re.split("[_-]", path.stem, maxsplit=1)
+        if not name or not others:
             raise ValueError(
                 f"{path}: has no label: its name must begin with the class and _ or -, "
                 f"as in yes_1{RECORDINGS}; or put each class into a folder of its own "
                 "(--config.data.label=folder)"
             )
-        found.append(name)
-    return found
+        classes.append(name)
+    return classes
 
 
-def read_all(paths: Sequence[Path], rate: int, length: int):
-    """The samples of WAV files as float32 [n, L], padded on the right, and how many
-    each has; arguments and errors as of `read_folder`."""
-    found, total, first = [], 0, None
+def read_all(paths: Sequence[Path], rate: int, length: int) -> Recorded:
+    """The samples of WAV files; arguments and errors as of `read_folder`."""
+    recordings, formats, total, first = [], set(), 0, 0
     for path in paths:
-        samples, own_rate = _read(path)
-        if first is None:
-            first = own_rate
+        samples, own_rate, name = _read(path)
+        formats.add(name)
+        first = first or own_rate
         if not rate and own_rate != first:
             raise ValueError(
                 f"{path}: has {own_rate} samples per second, but {paths[0]} has "
@@ -139,26 +156,27 @@ def read_all(paths: Sequence[Path], rate: int, length: int):
         if rate and own_rate != rate:
             samples = _resampled(samples, own_rate, rate)
         samples = samples[: length or None].astype(np.float32)
-        found.append(samples)
+        recordings.append(samples)
         total += samples.nbytes
         settings.check_memory("data.length", total, "what is kept of the recordings")
-    lengths = np.array([len(samples) for samples in found])
+    lengths = np.array([len(samples) for samples in recordings])
     width = length or int(lengths.max())
     settings.check_memory(
-        "data.length", 4 * width * len(found), f"{len(found)} recordings of {width}"
+        "data.length", 4 * width * len(paths), f"{len(paths)} recordings of {width}"
     )
-    inputs = np.zeros((len(found), width), np.float32)
-    for row, samples in zip(inputs, found, strict=True):
+    inputs = np.zeros((len(paths), width), np.float32)
+    for row, samples in zip(inputs, recordings, strict=True):
         row[: len(samples)] = samples
-    return inputs, lengths
+    return Recorded(inputs, lengths, rate or first, tuple(sorted(formats)))
 
 
-def _read(path: Path) -> tuple[np.ndarray, int]:
-    """Samples [L] in float64, one channel, and how many there are per second."""
+def _read(path: Path) -> tuple[np.ndarray, int, str]:
+    """Samples [L] in float64, one channel, how many there are per second, and the
+    format of the file."""
     from scipy.io import wavfile
 
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             rate, samples = wavfile.read(path)
     except Exception as error:  # struct, zero division and many more
@@ -168,7 +186,7 @@ def _read(path: Path) -> tuple[np.ndarray, int]:
             "which ffmpeg writes: ffmpeg -i IN -c:a pcm_s16le OUT.wav"
         ) from error
     # Of chunks that are no samples SciPy warns too; they do no harm.
-    if any("EOF prematurely" in str(warning.message) for warning in said):
+    if any("EOF prematurely" in str(warning.message) for warning in notes):
         raise ValueError(
             f"{path}: is cut off, shorter than it says itself; copy it again or "
             "remove it"
@@ -181,7 +199,17 @@ def _read(path: Path) -> tuple[np.ndarray, int]:
             f"{path}: has samples that are not finite numbers; write it anew or remove "
             "it"
         )
-    return (numbers if numbers.ndim == 1 else numbers.mean(axis=1)), int(rate)
+    mono = numbers if numbers.ndim == 1 else numbers.mean(axis=1)
+    return mono, int(rate), _format(samples)
+
+
+def _format(samples: np.ndarray) -> str:
+    name = samples.dtype.name
+    if samples.dtype.kind == "f":
+        return name
+    if name == "int32" and not (samples & 0xFF).any():  # 24 bits in the upper ones
+        name = "int24"
+    return f"{name} PCM"
 
 
 def _scaled(samples: np.ndarray) -> np.ndarray:
@@ -194,8 +222,8 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
     return (samples.astype(np.float64) - middle) / half
 
 
-def _resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+def _resampled(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     from scipy import signal  # 0.5 s, only needed here
 
-    common = math.gcd(rate, wanted)
-    return signal.resample_poly(samples, wanted // common, rate // common)
+    common = math.gcd(rate, new_rate)
+    return signal.resample_poly(samples, new_rate // common, rate // common)

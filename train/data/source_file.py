@@ -16,6 +16,7 @@ class File:
         suffixes: of the files that can be read.
         folders: whether it may also be a folder of recordings.
         key: what the path is called in messages.
+        content: what such a file must hold, which is said where there is none.
 
     Raises:
         ValueError: there is no such file, or it is of another kind.
@@ -27,7 +28,9 @@ class File:
         suffixes: Sequence[str],
         folders: bool = False,
         key: str = "data.path",
+        content: str = "",
     ):
+        cure = f"; it must hold {content} (docs/data.md)" if content else ""
         *others, last = suffixes
         kinds = f"{', '.join(others)} or {last}" if others else last
         folder = f" or a folder of {RECORDINGS} files" if folders else ""
@@ -41,19 +44,21 @@ class File:
         if folders and self.path.is_dir():
             return
         if self.path.suffix.lower() not in suffixes:
-            cure = ""
+            other = ""
             if folders and self.path.suffix.lower() == RECORDINGS:
-                cure = "; recordings are read from the folder that they lie in"
+                other = "; recordings are read from the folder that they lie in"
             elif folders and not self.path.suffix and not self.path.exists():
-                raise ValueError(f"{key}: there is no file or folder {str(path)!r}")
+                raise ValueError(
+                    f"{key}: there is no file or folder {str(path)!r}{cure}"
+                )
             raise ValueError(
                 f"{key} must end in {kinds}{folder and ', or be' + folder[3:]}, got "
-                f"{str(path)!r}{cure}"
+                f"{str(path)!r}{other}"
             )
         if not self.path.is_file():
             if self.path.exists():
                 raise ValueError(f"{key} must be a file, got the folder {str(path)!r}")
-            raise ValueError(f"{key}: there is no file {str(path)!r}")
+            raise ValueError(f"{key}: there is no file {str(path)!r}{cure}")
 
     @property
     def kind(self) -> str:
@@ -67,7 +72,7 @@ class File:
         """The array as int32 in [lowest, size), -1 where the mask is False, and size,
         which 0 leaves to the array."""
         highest = (size or cast.MOST) - 1
-        found = cast.whole(f"{self.path}: {key}", array, lowest, highest, mask)
-        if found.max() < 0:
+        numbers = cast.whole(f"{self.path}: {key}", array, lowest, highest, mask)
+        if numbers.max() < 0:
             raise self.error(key, "has no class at all, only -1")
-        return found, size or int(found.max()) + 1
+        return numbers, size or int(numbers.max()) + 1

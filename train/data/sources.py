@@ -128,16 +128,16 @@ def split_indices(
     """
     from sklearn.model_selection import train_test_split  # 0.5 s, only needed here
 
-    parts, rest = {}, np.arange(count)
+    parts, remainder = {}, np.arange(count)
     for name, fraction in (("test", test), ("validation", validation)):
         if not 0 <= fraction < 1:
             raise ValueError(f"{name} must be a fraction in [0, 1), got {fraction}")
-        parts[name] = rest[:0]
+        parts[name] = remainder[:0]
         if fraction > 0:
-            rest, parts[name] = train_test_split(
-                rest,
+            remainder, parts[name] = train_test_split(
+                remainder,
                 test_size=fraction,
                 random_state=seed,
-                stratify=None if labels is None else labels[rest],
+                stratify=None if labels is None else labels[remainder],
             )
-    return {"train": rest, **parts}
+    return {"train": remainder, **parts}

@@ -27,6 +27,8 @@ class Spec:
             none.
         mean, std: of each channel of the inputs, which were subtracted and divided by;
             () where inputs are as they came.
+        rate: samples per second of recordings; 0 for other inputs, and in what was kept
+            before there was this field.
     """
 
     encoder: str
@@ -45,6 +47,7 @@ class Spec:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    rate: int = 0
 
     def but(self, **changes) -> "Spec":
         """The same with other values."""

@@ -239,9 +239,9 @@ def passkey(
 
 def _passkey(rng, room, digits):
     number = bytes(b"0"[0] + rng.integers(10, size=digits, dtype=np.uint8))
-    blocks, rest = divmod(room, len(FILLER))
+    blocks, remainder = divmod(room, len(FILLER))
     before = rng.integers(blocks + 1)
-    text = PROMPT + FILLER[len(FILLER) - rest :] + before * FILLER
+    text = PROMPT + FILLER[len(FILLER) - remainder :] + before * FILLER
     text += STATED % (number, number) + (blocks - before) * FILLER + QUESTION + number
     read = np.frombuffer(text, np.uint8).astype(np.int64)
     targets = np.full(len(read) - 1, IGNORED)

@@ -20,10 +20,40 @@ import numpy as np
 from train.data import cast
 from train.data.source_file import File
 
+# Every form has a separator that no number has, so that 1949.01 and 20160701 are none.
 DATE = re.compile(
-    r"\s*\d{4}([-/])\d{1,2}\1\d{1,2}"
-    r"([T ]\d{1,2}:\d{2}(:\d{2}([.,]\d+)?)?\s*(Z|[+-]\d{2}:?\d{2})?)?\s*"
+    r"""\s*(
+        YYYY (?P<after>[-/.]) MM (?P=after) DD ([T ]+ HOUR)?
+      | DD (?P<between>[-/.]) (DD|MM) (?P=between) YYYY ([T ]+ HOUR)?
+      | DD / DD / \d\d ([ ]+ HOUR)?
+      | YYYY [-/] MM | MM [-/] YYYY                                # 1949-01, 01/1949
+      | (WEEKDAY,?[ ]+)? DD [- /.]+ NAME [- /.,]+ (YYYY|\d\d) ([T ]+ HOUR)?
+      | (WEEKDAY,?[ ]+)? NAME [- ] DD,? [ ]+ YYYY ([ ]+ HOUR)?     # Jul 1, 2016
+      | YYYY [- /]? NAME ([- /]? DD)? ([ ]+ HOUR)?
+      | NAME [- /.']+ (YYYY|\d\d)                                  # Jan-49
+      | YYYY MM DD T HOUR                                          # 20160701T0000Z
+      | YYYY -? (W\d\d (-?\d)? | Q[1-4])
+      | HOUR
+    )\s*""".replace(
+        "WEEKDAY", r"(mon|tues?|wed(nes)?|thu(rs?)?|fri|sat(ur)?|sun)(day)?"
+    )
+    .replace(
+        "NAME",
+        r"(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|"
+        r"sept?(ember)?|oct(ober)?|nov(ember)?|dec(ember)?)",
+    )
+    .replace(
+        "HOUR",
+        r"([01]?\d|2[0-4]) (:[0-5]\d | (?<=T\d\d)[0-5]\d) (:?[0-6]\d([.,]\d+)?)?"
+        r"[ ]* ([ap]\.?m\.?)? [ ]* (Z|UTC|GMT|[+-]\d\d(:?\d\d)?)?",
+    )
+    .replace("YYYY", r"(1[5-9]|2\d)\d\d")
+    .replace("MM", r"(1[0-2]|0?[1-9])")
+    .replace("DD", r"(3[01]|[12]\d|0?[1-9])(st|nd|rd|th)?"),
+    re.VERBOSE | re.IGNORECASE,
 )
+BAD_DATES = 0.1  # share of cells in a column of dates that may be none
+SAMPLE = 32  # rows that tell which columns to look at
 
 ALIKE = 0.8  # correlation from which on neighbours are moments of one series
 FEWEST = 30  # rows that tell
@@ -66,29 +96,29 @@ def read_csv_inputs(source: File) -> dict[str, np.ndarray]:
 def _lines(source: File) -> list[tuple[int, Cells]]:
     """(row number from 1, cells up to the last that is not empty), empty rows left
     out."""
-    found = []
+    lines = []
     try:
         with open(source.path, newline="", encoding="utf-8-sig") as file:
             for line, cells in enumerate(csv.reader(file), 1):
                 while cells and not cells[-1].strip():
                     cells.pop()
                 if cells:
-                    found.append((line, cells))
+                    lines.append((line, cells))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{source.path}: not a UTF-8 CSV file ({error})") from error
-    return found
+    return lines
 
 
 def _is_header(lines: list[tuple[int, Cells]]) -> bool:
-    (*inputs, target), rest = lines[0][1], [cells for _, cells in lines[1:]]
+    (*inputs, target), others = lines[0][1], [cells for _, cells in lines[1:]]
     if any(cell.strip() for cell in inputs) and not any(map(_is_number, inputs)):
         return True
     if _is_number(target):
         return False
-    if rest and all(_is_number(cells[-1]) for cells in rest):
+    if others and all(_is_number(cells[-1]) for cells in others):
         return True
     counted = [cell.strip() for cell in inputs] == [*map(str, range(len(inputs)))]
-    alone = all(cells[-1].strip() != target.strip() for cells in rest)
+    alone = all(cells[-1].strip() != target.strip() for cells in others)
     return len(inputs) > 1 and counted and alone
 
 
@@ -103,15 +133,35 @@ def _is_number(cell: str) -> bool:
 def _refuse_dates(source: File, lines: list[tuple[int, Cells]]) -> None:
     """Raises a `ValueError` for a file that has a column of dates."""
     rows = [cells for _, cells in lines[1:]] or [cells for _, cells in lines]
+    sample = rows[:: max(1, len(rows) // SAMPLE)]
     for column in range(max(map(len, rows), default=0)):
-        if all(len(cells) > column and DATE.fullmatch(cells[column]) for cells in rows):
+        dates = sum(map(_is_date, _column(sample, column)))
+        if 2 * dates > len(sample) and are_dates(_column(rows, column)):
             name = lines[0][1][column : column + 1] if len(lines) > 1 else []
             raise forecasting(source, column, "".join(name))
 
 
+def _column(rows: Sequence[Cells], column: int) -> list[str]:
+    """The cells of a column, "" where a row is shorter."""
+    return [cells[column] if len(cells) > column else "" for cells in rows]
+
+
+def _is_date(cell: str | None) -> bool:
+    if cell is None or _is_number(cell):  # which is fast
+        return False
+    return DATE.fullmatch(cell) is not None
+
+
+def are_dates(cells: Sequence[str | None]) -> bool:
+    """Whether nearly all cells of a column are dates: one may always be none, and of
+    many some, as cells are empty, damaged or a note."""
+    others = len(cells) - sum(map(_is_date, cells))
+    return others <= max(1, BAD_DATES * len(cells)) and 2 * others < len(cells)
+
+
 def forecasting(source: File, column: int, name: str) -> ValueError:
     """What is said of a file whose column holds dates."""
-    called = f" ({name.strip()[:40]})" if name and not DATE.fullmatch(name) else ""
+    called = f" ({name.strip()[:40]})" if name and not _is_date(name) else ""
     return ValueError(
         f"{source.path}: column {column + 1}{called} holds dates: this is a "
         "forecasting file, a table with one moment per row, and is not read yet; "

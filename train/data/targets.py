@@ -7,6 +7,11 @@ from train.data.source_file import File
 
 LOSSES = ("classification", "token", "regression")
 
+MANY = 16  # classes from which on numbers may have been amounts
+FEW = 10  # training sequences of a class that teach little
+LEVELS = 10  # values of numbers that may have been classes
+REGRESS = "--config.data.loss=regression"
+
 
 def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
     """Targets as int32 or float32, the names of the classes, the number of outputs and
@@ -29,7 +34,8 @@ def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
             "targets", f"is of dtype {targets.dtype}; it must be numbers or words"
         )
     per_token = targets.shape[1:2] == mask.shape[1:]
-    if not loss:
+    by_dtype = not loss
+    if by_dtype:
         kinds = {True: "token" if per_token else "classification", False: "regression"}
         loss = kinds[targets.dtype.kind in "iuUS"]
     if loss == "regression":
@@ -59,12 +65,85 @@ def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
         )
     lowest = -1 if loss == "token" else 0
     size = len(names) or outputs
-    return *_classes(source, targets, names, lowest, size, real), loss
-
-
-def _classes(source, targets, names, lowest, size, real):
+    if lowest == 0 and targets.dtype.kind in "if" and targets.min() < 0:
+        row = int(np.argmax(targets < 0))
+        raise source.error(
+            "targets",
+            f"is {targets[row]} at [{row}]; it must lie between 0 and "
+            f"{(size or cast.MOST) - 1}: number the classes from 0, or write them as "
+            "words (in an NPZ targets.astype(str))"
+            + f"; amounts are regressed with {REGRESS}"
+            * by_dtype,
+        )
     targets, outputs = source.whole("targets", targets, lowest, size, real)
-    return targets, names, outputs
+    return targets, names, outputs, loss
+
+
+def doubts(
+    targets: np.ndarray, names: tuple[str, ...], outputs: int, loss: str, rows
+) -> list[str]:
+    """What makes one ask whether targets are classes or amounts, each with its cure,
+    where their dtype alone decided it.
+
+    Args:
+        targets, names, outputs, loss: of `read_targets`.
+        rows: of the sequences that are trained on.
+    """
+    if loss == "regression":
+        return _levels(targets) if outputs == 1 else []
+    unused = [] if names else _unused(targets, outputs, loss)
+    return unused + (_thin(targets[rows], names) if loss == "classification" else [])
+
+
+def _levels(targets: np.ndarray) -> list[str]:
+    """Of numbers that are few whole values."""
+    levels = np.unique(targets)
+    few = 1 < len(levels) <= min(LEVELS, targets.size // 4)
+    if not few or (levels != np.rint(levels)).any():
+        return []
+    values = ", ".join(f"{level:g}" for level in levels)
+    loss = "classification" if targets.ndim == 1 else "token"
+    number = ", once they are numbered from 0," if levels[0] < 0 else ""
+    return [
+        f"the targets are floats of {len(levels)} whole values only ({values}) and "
+        f"are regressed; --config.data.loss={loss}{number} takes them for classes"
+    ]
+
+
+def _unused(targets: np.ndarray, outputs: int, loss: str) -> list[str]:
+    """Of classes below the largest that no target has."""
+    classes = np.unique(targets[targets >= 0])
+    unused, lowest = outputs - len(classes), int(classes[0])
+    if not unused:
+        return []
+    if unused == lowest == 1:
+        which = "no target is 0, and yet the model has an output for it"
+    else:
+        which = (
+            f"only {len(classes):,} of the {outputs:,} classes from 0 to the largest "
+            "target occur, and the model has an output for each"
+        )
+    ignored = " (-1 is no class of tokens)" if (targets < 0).any() else ""
+    amounts = f"; amounts are regressed with {REGRESS}" if len(classes) > MANY else ""
+    return [
+        f"{which}: number the classes from 0 without gaps{ignored}, or write them as "
+        f"words (in an NPZ targets.astype(str)){amounts}"
+    ]
+
+
+def _thin(targets: np.ndarray, names: tuple[str, ...]) -> list[str]:
+    """Of many classes that have few sequences each."""
+    count = len(np.unique(targets))
+    if count <= MANY or len(targets) >= FEW * count:
+        return []
+    cure = "join classes, or bring more sequences"
+    if not names:
+        cure += f"; amounts (prices, ages) are regressed with {REGRESS}"
+    return [
+        f"the {len(targets):,} training sequences have {count:,} classes, "
+        f"{len(targets) / count:.1f} sequences each in the mean, too few to learn them "
+        f"by: {cure}"
+    ]
 
 
 def _regressed(source: File, targets: np.ndarray, per_token: bool):
@@ -99,22 +178,22 @@ def _class_names(source: File, raw) -> tuple[str, ...]:
 def _numbered(source: File, targets: np.ndarray, names: tuple[str, ...], real):
     """Words as the numbers of their classes, -1 where there is none, and the names."""
     words = _words(source, "targets", targets)
-    found, numbers = np.unique(words, return_inverse=True)
-    numbers, found = numbers.reshape(words.shape), found.tolist()
-    if real is None and "" in found:
+    kinds, numbers = np.unique(words, return_inverse=True)
+    numbers, kinds = numbers.reshape(words.shape), kinds.tolist()
+    if real is None and "" in kinds:
         row = int(np.argmax(words == ""))
         raise source.error("targets", f"is empty in row {row}; it must name a class")
-    there = [name for name in found if name]
+    there = [name for name in kinds if name]
     if not names:
-        whole = all(name.isdecimal() for name in there)
-        names = tuple(sorted(there, key=lambda n: (int(n), n)) if whole else there)
+        integers = all(name.isdecimal() for name in there)
+        names = tuple(sorted(there, key=lambda n: (int(n), n)) if integers else there)
     unknown = [name for name in there if name not in names]
     if unknown:
         raise source.error(
             "targets", f"has {unknown[0]!r}, which class_names does not have"
         )
     order = {name: number for number, name in enumerate(names)}
-    table = np.array([order.get(name, -1) for name in found])
+    table = np.array([order.get(name, -1) for name in kinds])
     return table[numbers], names
 
 

@@ -63,8 +63,8 @@ def encoded(where: str, inputs, spec: Spec, dataset: str = OWN) -> np.ndarray:
             f"{where}: a run of frames must be read by train.video.rollout, which "
             "predicts what follows"
         )
-    whole = inputs.dtype.kind in "biu"
-    if spec.encoder != "token" and dataset != OWN and not spec.mean and whole:
+    integers = inputs.dtype.kind in "biu"
+    if spec.encoder != "token" and dataset != OWN and not spec.mean and integers:
         raise ValueError(
             f"{where} is of dtype {inputs.dtype}; the dataset {dataset!r} prepares its "
             "numbers itself, and they must come as its batches have them, as floats"
@@ -99,14 +99,16 @@ def inputs(
             Parquet of numbers, a sequence per row and no target; WAV, or a folder with
             such.
         spec, dataset: of the run, see `encoded`.
-        rate: that recordings are resampled to; 0: none.
+        rate: that recordings are resampled to; 0: what those of the run have, if it
+            has kept that, or none.
         length: longer recordings are cut to so many tokens; 0: none is.
 
     Raises:
         ValueError: what cannot be read so; names the file, and the key or the row.
     """
     kinds = (*own.FILES, RECORDINGS)
-    source = File(str(path), kinds, folders=True, key="--inputs")
+    content = "inputs, one sequence per row"
+    source = File(str(path), kinds, folders=True, key="--inputs", content=content)
     names = ()
     match source.kind:
         case ".npz":
@@ -116,21 +118,21 @@ def inputs(
         case ".parquet":
             raw = columns.read_parquet(source, own.KEYS, targets=False)
         case _:
-            raw, names = _recordings(source, rate, length)
-    found = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
-    return Unseen(found, _companions(source, raw, found, spec), names)
+            raw, names = _recordings(source, rate or spec.rate, length)
+    values = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
+    return Unseen(values, _companions(source, raw, values, spec), names)
 
 
-def _companions(source: File, raw: Mapping, found: np.ndarray, spec: Spec) -> dict:
+def _companions(source: File, raw: Mapping, inputs: np.ndarray, spec: Spec) -> dict:
     """What of COMPANIONS a file has; images have none."""
     if "mask" in raw and "lengths" in raw:
         raise source.error("lengths", "and mask say the same: give one of them")
-    if spec.encoder == "image" or (spec.encoder == "token" and found.ndim == 3):
-        given = [key for key in COMPANIONS if key in raw]
-        if given:
-            raise source.error(given[0], "does not go with inputs of that shape")
+    if spec.encoder == "image" or (spec.encoder == "token" and inputs.ndim == 3):
+        keys = [key for key in COMPANIONS if key in raw]
+        if keys:
+            raise source.error(keys[0], "does not go with inputs of that shape")
         return {}
-    return arrays.companions(source, raw, found.shape[:2])
+    return arrays.companions(source, raw, inputs.shape[:2])
 
 
 def _recordings(source: File, rate: int, length: int):
@@ -147,9 +149,8 @@ def _recordings(source: File, rate: int, length: int):
         )
     if not paths:
         raise ValueError(f"{folder}: has no {RECORDINGS} file")
-    found, lengths = recordings.read_all(paths, rate, length)
     names = tuple(str(path.relative_to(folder)) for path in paths)
-    return {"inputs": found, "lengths": lengths}, names
+    return recordings.read_all(paths, rate, length)._asdict(), names
 
 
 def labelled(
@@ -166,24 +167,25 @@ def labelled(
         path: a file or a folder of recordings.
         spec, dataset: of the run, see `encoded`.
         per_token: whether the run answers at every token.
-        options: how recordings are read.
+        options: how recordings are read; a rate of 0 is that of the run's recordings.
 
     Raises:
         ValueError: what the run cannot be scored on: other channels, tokens beyond the
             vocabulary, classes that it does not know.
     """
-    source = File(str(path), own.FILES, folders=True, key="--data")
+    source = File(str(path), own.FILES, folders=True, key="--data", content=own.CONTENT)
+    options = options._replace(rate=options.rate or spec.rate)
     raw = own.read(source, options if source.kind == RECORDINGS else EVERY)
-    found = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
-    companions = _companions(source, raw, found, spec)
+    values = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
+    companions = _companions(source, raw, values, spec)
     mask = companions.pop("mask", None)
     if mask is None:
-        places = 2 if spec.encoder == "image" else found.ndim - 1
-        mask = np.ones((len(found), *found.shape[1 : 1 + places]), bool)
-        mask = mask.reshape(len(found), -1) if spec.encoder == "image" else mask
-    rows = {"inputs": found, "mask": mask, **companions}
+        places = 2 if spec.encoder == "image" else values.ndim - 1
+        mask = np.ones((len(values), *values.shape[1 : 1 + places]), bool)
+        mask = mask.reshape(len(values), -1) if spec.encoder == "image" else mask
+    rows = {"inputs": values, "mask": mask, **companions}
     rows["targets"] = _targets(source, raw, spec, mask, per_token)
-    chosen = {"test": np.arange(len(found))}
+    chosen = {"test": np.arange(len(values))}
     if "split" in raw:
         chosen = {name: np.flatnonzero(raw["split"] == name) for name in SPLITS}
     sources = {
@@ -193,7 +195,7 @@ def labelled(
     }
     if not sources:
         raise source.error("split", f"must name {', '.join(SPLITS)}; it has none")
-    length = found.shape[1] if spec.encoder != "image" else spec.length
+    length = values.shape[1] if spec.encoder != "image" else spec.length
     padded = spec.padded or not mask.all()
     return Dataset(spec.but(length=length, padded=padded), sources)
 
@@ -202,20 +204,20 @@ def _targets(source: File, raw: Mapping, spec: Spec, mask, per_token: bool):
     """Targets as the loss of the run takes them."""
     if spec.loss not in LOSSES:
         raise source.error("targets", f"are not for a run of the loss {spec.loss!r}")
-    found, names, outputs, _ = read_targets(source, raw, mask, spec.loss, 0)
+    targets, names, outputs, _ = read_targets(source, raw, mask, spec.loss, 0)
     if spec.loss == "regression":
         shape = mask.shape if per_token else mask.shape[:1]
-        if outputs != spec.outputs or found.shape[: len(shape)] != shape:
+        if outputs != spec.outputs or targets.shape[: len(shape)] != shape:
             raise source.error(
                 "targets",
-                f"has shape {found.shape}; the run answers {(*shape, spec.outputs)}",
+                f"has shape {targets.shape}; the run answers {(*shape, spec.outputs)}",
             )
-        return found
+        return targets
     if names:
         known = _numbers(source, names, spec)
-        return np.where(found < 0, -1, known[found]).astype(np.int32)
+        return np.where(targets < 0, -1, known[targets]).astype(np.int32)
     lowest = -1 if spec.loss == "token" else 0
-    return source.whole("targets", found, lowest, spec.outputs)[0]
+    return source.whole("targets", targets, lowest, spec.outputs)[0]
 
 
 def _numbers(source: File, names: tuple[str, ...], spec: Spec) -> np.ndarray:

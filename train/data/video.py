@@ -63,7 +63,7 @@ def clips(
             "frames", f"{fault}; the file must have one of frames, codes"
         )
     if "frames" in raw:
-        shown, spec = _read_pixels(source, raw["frames"])
+        values, spec = _read_pixels(source, raw["frames"])
         for name, value in (("codec", codec), ("vocab_size", vocab_size)):
             if value:
                 raise ValueError(
@@ -71,10 +71,10 @@ def clips(
                     f"must be {type(value)()!r}, got {value!r}"
                 )
     else:
-        shown, spec = _read_codes(source, raw["codes"], vocab_size)
+        values, spec = _read_codes(source, raw["codes"], vocab_size)
         spec = spec.but(codec=codec)
-    arrays = {"frames": shown}
-    count, frames = shown.shape[:2]
+    arrays = {"frames": values}
+    count, frames = values.shape[:2]
     length = length or frames
     if not 2 <= length <= frames:
         raise ValueError(
@@ -103,18 +103,18 @@ def clips(
     )
 
 
-def _read_pixels(source: File, shown: np.ndarray):
+def _read_pixels(source: File, frames: np.ndarray):
     """Frames [n, T, h, w, C] and their spec."""
     may = "it must be uint8 [n, T, h, w, C] with 1 or 3 channels C, or [n, T, h, w]"
-    if shown.dtype != np.uint8:
-        raise source.error("frames", f"is {shown.dtype} {shown.shape}; {may}")
-    shape = shown.shape
-    if shown.ndim == 4:
-        shown = shown[..., None]
-    if shown.ndim != 5 or shown.shape[-1] not in CHANNELS:
+    if frames.dtype != np.uint8:
+        raise source.error("frames", f"is {frames.dtype} {frames.shape}; {may}")
+    shape = frames.shape
+    if frames.ndim == 4:
+        frames = frames[..., None]
+    if frames.ndim != 5 or frames.shape[-1] not in CHANNELS:
         raise source.error("frames", f"has shape {shape}; {may}")
     _check_extent(source, "frames", shape)
-    return shown, pixels_spec(shown.shape[2:4], shown.shape[-1])
+    return frames, pixels_spec(frames.shape[2:4], frames.shape[-1])
 
 
 def _read_codes(source: File, codes: np.ndarray, vocab_size: int):
@@ -157,13 +157,13 @@ def window_of(example, rng: np.random.Generator, length: int):
 
 def pairs(example: Example, length: int) -> Example:
     """The first `length` frames as inputs and targets."""
-    shown = example["frames"][:length]
-    inputs = shown[:-1]
+    frames = example["frames"][:length]
+    inputs = frames[:-1]
     if "actions" in example:
         inputs = {"frames": inputs, "actions": example["actions"][1:length]}
     return {
         "inputs": inputs,
-        "targets": shown[1:],
+        "targets": frames[1:],
         "mask": np.ones(length - 1, bool),
     }
 
@@ -171,10 +171,10 @@ def pairs(example: Example, length: int) -> Example:
 def whole_clips(batch) -> tuple[np.ndarray, np.ndarray | None]:
     """The clips [B, T, ...] of a batch of pairs, and its actions [B, T - 1] or None."""
     inputs = batch["inputs"]
-    given = inputs if isinstance(inputs, Mapping) else {"frames": inputs}
+    parts = inputs if isinstance(inputs, Mapping) else {"frames": inputs}
     last = batch["targets"][:, -1:]
-    clips = np.concatenate([given["frames"], last], axis=1)
-    return clips, given.get("actions")
+    clips = np.concatenate([parts["frames"], last], axis=1)
+    return clips, parts.get("actions")
 
 
 def pixels_spec(size: tuple[int, int], channels: int, length: int = 0) -> Spec:

@@ -170,10 +170,10 @@ def _received(connection):
     head, sizes = connection.recv()
     arrays = [np.empty(size, np.uint8) for size in sizes]
     for array in arrays:
-        rest = memoryview(array)
-        while rest.nbytes:
-            count = os.readv(connection.fileno(), [rest])
+        remainder = memoryview(array)
+        while remainder.nbytes:
+            count = os.readv(connection.fileno(), [remainder])
             if not count:
                 raise EOFError
-            rest = rest[count:]
+            remainder = remainder[count:]
     return pickle.loads(head, buffers=arrays)
