@@ -489,9 +489,14 @@ def test_flags_say_what_they_must_be(
     assert message in refused(predict.main, command, capsys)
 
 
-def test_the_page_streams_through_a_model(classes, tmp_path, monkeypatch):
-    page = (tiny_run.ROOT / "docs" / "training.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+@pytest.mark.parametrize("name", ["README.md", "docs/training.md"])
+def test_a_page_streams_through_a_model(classes, tmp_path, monkeypatch, name):
+    page = (tiny_run.ROOT / name).read_text()
+    (snippet,) = [
+        block
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+        if "load_run(" in block
+    ]
     assert len([line for line in snippet.splitlines() if line]) == 6
     (tmp_path / "runs").mkdir()
     shutil.copytree(classes, tmp_path / "runs" / "my")
