@@ -5,6 +5,7 @@ import html.parser
 import json
 import re
 import shutil
+import sys
 
 import browser
 import chex
@@ -555,13 +556,13 @@ def untrained(config):
 @pytest.mark.slow
 def test_a_layer_that_selects_shows_how_it_mixes_one_example():
     """Of the values that it shows in the model's own call, the matrix makes what it
-    shows as their mixture; a GRU has no values, and an LRU has filters."""
+    shows as their mixture; a GRU has no values, and so none; an LRU has filters."""
     config = small(common.base(), ("gru", "lru", "mamba"), dropout=0.0)
     config.data.update(name="digits", target="label")
     config.model.depth = 3
     run = untrained(config)
     kinds = mixing.kinds(run)
-    assert kinds == {2: 64}
+    assert kinds == {0: 0, 2: 64}
     (shown,) = mixing.of(run, {"trained": run.variables}, kinds)
     assert shown.title == "block 3, Mamba" and shown.channels == (12,)
     batch = next(iter(run.dataset.evaluation(shown.split, 1)))
@@ -574,6 +575,101 @@ def test_a_layer_that_selects_shows_how_it_mixes_one_example():
     assert M.shape == (64, 64) and np.abs(np.triu(M, 1)).max() == 0
     assert np.abs(np.tril(M, -1)).max() > 0
     assert_close(M @ values, mixed, "gradient")
+
+
+GATED = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+from kernels import linear_scan
+from layers.checks import checked
+from layers.inside import expose
+
+
+class Gated(nn.Module):
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        sequence = checked(self, x, state, sequence)
+        state = self.init_state(len(x)) if state is None else state
+        decay = nn.sigmoid(nn.Dense(self.features)(x))
+        h, state = linear_scan(decay, self.values(x), state)
+        return nn.silu(x) * self.mixed(h), state
+
+    def values(self, x):
+        return x
+
+    mixed = values
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        return jnp.zeros((batch_size, self.features))
+
+
+class Shown(Gated):
+    def values(self, x):
+        return expose(self, "values", x)
+
+    def mixed(self, h):
+        return expose(self, "mixed", h)
+"""
+
+
+@pytest.fixture(scope="module")
+def waves(tmp_path_factory):
+    """A config of two classes of short waves, and where Python looks for layers."""
+    folder = tmp_path_factory.mktemp("waves")
+    (folder / "my_gates.py").write_text(GATED)
+    rng = np.random.default_rng(0)
+    targets = np.arange(40) % 2
+    x = np.sin(np.arange(16) * (1 + targets[:, None]) + 6 * rng.random((40, 1)))
+    np.savez(folder / "waves.npz", inputs=x, targets=targets)
+    config = own.get_config(f"path={folder / 'waves.npz'},layer=gru")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield config
+    sys.modules.pop("my_gates", None)
+
+
+def reported(waves, layer, folder):
+    """The page of a run of one step."""
+    config = small(waves.copy_and_resolve_references(), layer, dropout=0.0)
+    config.train.update(steps=1, eval_every=1, checkpoint_every=1)
+    loop.run(config, folder / "run")
+    return read(pages.write(folder / "run", trust=True))
+
+
+def test_a_gated_layer_of_ones_own_has_no_filters_and_the_page_says_why(
+    waves, tmp_path
+):
+    page = reported(waves, ("my_gates.Gated",), tmp_path)
+    assert "filters" not in page.sections()
+    said = page.text["mixing"]
+    assert "block 1, Gated: what it lets pass depends on the input" in said
+    assert "layers.inside.expose" in said and "How block" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [("my_gates.Shown",), "mamba"], ids=str)
+def test_a_page_of_a_layer_that_selects_has_its_matrix(waves, tmp_path, layer):
+    page = reported(waves, layer, tmp_path)
+    assert "filters" not in page.sections() and "Learned" not in str(page.text)
+    assert "mixes the first 16 tokens of the first example" in page.text["mixing"]
+    assert "leaves no trace" not in page.text["mixing"]
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_bent_has_filters_and_the_page_says_that_they_are_not_all(
+    waves, tmp_path
+):
+    page = reported(waves, "gru", tmp_path)
+    assert "mixing" not in page.sections()
+    assert (
+        "Not linear, so that other inputs are answered otherwise: block 1, GRU."
+        in (page.text["filters"])
+    )
 
 
 def test_regressed_values_are_shown():
