@@ -645,6 +645,32 @@ def test_many_classes_are_shown_by_some_of_them():
     np.testing.assert_array_equal(few, [2, 1])
 
 
+def test_confusions_of_many_classes_have_their_names():
+    targets = np.arange(90) % 30
+    outputs = targets.copy()
+    outputs[[4, 34, 64]] = 7  # every e is an h
+    outputs[2] = 3
+    names = tuple(f"the letter {chr(97 + i)}" for i in range(30))
+    page = shown(
+        "classification",
+        np.zeros((90, 5)),
+        outputs,
+        targets,
+        outputs=30,
+        classes=names,
+    )
+    rows = re.findall(r"<tr>(.*?)</tr>", page.replace("\n", ""))
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    at = cells.index(["class", "answer", "times", "share of the class"])
+    assert cells[at + 1 : at + 3] == [
+        ["the letter e", "the letter h", "3", "100%"],
+        ["the letter c", "the letter d", "1", "33%"],
+    ]
+    assert len(cells) == at + 3
+    right = shown("classification", np.zeros((90, 5)), targets, targets, outputs=30)
+    assert "taken for what" not in right
+
+
 def untrained(config):
     """A run at its first step."""
     dataset = data.load(config.data)
