@@ -711,9 +711,9 @@ def test_a_gated_layer_of_ones_own_has_no_filters_and_the_page_says_why(
 ):
     page = reported(waves, ("my_gates.Gated",), tmp_path)
     assert "filters" not in page.sections()
-    said = page.text["mixing"]
-    assert "block 1, Gated: what it lets pass depends on the input" in said
-    assert "layers.inside.expose" in said and "How block" not in said
+    text = page.text["mixing"]
+    assert "block 1, Gated: what it lets pass depends on the input" in text
+    assert "layers.inside.expose" in text and "How block" not in text
 
 
 @pytest.mark.slow
