@@ -6,6 +6,7 @@ import struct
 import sys
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -13,7 +14,7 @@ from scipy.io import wavfile
 
 from configs import own as own_config
 from kernels import tolerance
-from train import data, loop, runs
+from train import data, loop, predict, runs
 from train.data import arrays, described, own, recordings, said, tables, unseen
 from train.data.sources import Rows
 from train.data.spec import Spec
@@ -982,6 +983,22 @@ def test_the_example_of_the_page_is_a_dataset(example):
         ValueError, match=r"data\.count must be a whole number, got 'x'"
     ):
         data.load({**config.data, "count": "x"})
+
+
+@pytest.mark.slow
+def test_a_run_of_the_example_is_asked_by_who_trusts_it(example, tmp_path):
+    config = own_config.get_config("name=my_data.tones,layer=gru,count=20,length=16")
+    config.model.update(features=4, depth=1)
+    config.train.update(steps=1, batch_size=4, eval_every=1, checkpoint_every=1)
+    loop.run(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"names the dataset 'my_data.tones'"):
+        runs.load_run(tmp_path / "run")
+    run = runs.load_run(tmp_path / "run", trust=True)
+    assert run.spec.classes == ("low", "high")
+    (batch,) = run.dataset.evaluation("test", 5)
+    answers = predict.predict(run, batch["inputs"])
+    logits, _ = run.model.apply(run.variables, batch["inputs"])
+    tolerance.assert_close(np.log(answers), jax.nn.log_softmax(logits))
 
 
 @pytest.mark.parametrize(

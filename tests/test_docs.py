@@ -135,6 +135,26 @@ def test_commands_are_understood_and_runs_are_made_before_they_are_read(
         assert [run for run in missing if not PLACEHOLDER.search(run)] == []
 
 
+def test_a_workdir_has_one_config_on_all_pages(parsed):
+    """A run goes on with the config that it began with, so that who types one page
+    after another would be refused."""
+    configs = {}
+    for page in TAUGHT:
+        for module, arguments in commands(page):
+            if module != "train.main" or arguments[-1:] == ["..."]:
+                continue
+            main.check_arguments(parsed(*arguments))
+            seeds = [int(seed) for seed in main.SEEDS.value] or [main.CONFIG.value.seed]
+            for seed in seeds:
+                config = main.CONFIG.value.copy_and_resolve_references()
+                config.seed = seed
+                workdir = str(main._workdir(seed, len(seeds) > 1))
+                configs.setdefault(workdir, {})[config.to_json()] = page.name
+    assert len(configs) > 10
+    several = {w: [*pages.values()] for w, pages in configs.items() if len(pages) > 1}
+    assert several == {}
+
+
 def _of_make():
     """The arguments of `train.main` in `make train`."""
     text = (tiny_run.ROOT / "Makefile").read_text()

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from jax import export
 
-from configs import pixels
+from configs import own, pixels
 from kernels.tolerance import assert_close
 from layers import GRU, S5, Cell, Sequence
 from layers.laws.examples import CASES
 from layers.parameters import Alike, Logical, logical
-from train import loop, runs
+from train import loop, predict, runs
 
 PAGE = (tiny_run.ROOT / "docs" / "other_code.md").read_text()
 # Title -> its blocks of code.
@@ -27,6 +28,7 @@ SECTIONS = {
     for section in PAGE.split("\n## ")[1:]
 }
 FILE, ELSEWHERE = "A trained model in a file", "Elsewhere, without this repository"
+NUMBERS = "A model of numbers in a file"
 
 
 def executed(title):
@@ -38,7 +40,7 @@ def executed(title):
 
 
 def test_every_section_is_executed():
-    assert len(SECTIONS) == 6 and all(SECTIONS.values())
+    assert len(SECTIONS) == 7 and all(SECTIONS.values())
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_every_section_is_executed():
     [
         pytest.param(title, marks=[pytest.mark.slow] if title == "Equinox" else [])
         for title in SECTIONS
-        if title not in (FILE, ELSEWHERE)
+        if title not in (FILE, ELSEWHERE, NUMBERS)
     ],
 )
 def test_a_section_runs(title):
@@ -100,6 +102,29 @@ def test_a_trained_model_runs_without_this_repository(tmp_path, monkeypatch):
         logits, state = apply(run.variables, tokens[:, None], state)
         tokens = logits[:, 0].argmax(axis=-1)
     assert done.stdout.strip() == str(tokens.tolist())
+
+
+@pytest.mark.slow
+def test_a_model_of_numbers_takes_them_as_its_file_had_them(tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers")
+    monkeypatch.chdir(tmp_path)
+    inputs = np.random.default_rng(0).normal([5, -200], [0.1, 30], (40, 6, 2))
+    np.savez("my.npz", inputs=inputs, targets=np.arange(40) % 3)
+    config = own.get_config("path=my.npz,layer=gru")
+    config.model.update(features=4, depth=1)
+    config.train.update(steps=1, batch_size=8, eval_every=1, checkpoint_every=1)
+    loop.run(config, Path("runs/my"))
+    executed(NUMBERS)
+    begin, step = (
+        export.deserialize(bytearray(Path(f"{name}.jax").read_bytes()))
+        for name in ("begin", "step")
+    )
+    sequences = inputs[:3].astype(np.float32)
+    state = begin.call(sequences[:, 0])
+    for numbers in sequences.swapaxes(0, 1):
+        logits, state = step.call(numbers, state)
+    expected = predict.predict(runs.load_run("runs/my"), inputs[:3])
+    assert_close(jax.nn.softmax(logits), expected, "gradient")
 
 
 # The cell.

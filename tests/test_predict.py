@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -305,6 +306,87 @@ def test_recordings(classes, tmp_path, capsys):
     assert "empty: has no .wav file" in said
 
 
+def test_a_recording_is_streamed_at_the_rate_of_the_run(classes, tmp_path, capsys):
+    workdir = shutil.copytree(classes, tmp_path / "run")
+    config = runs.read_config(workdir)
+    config.data.update(rate=1000, length=7)
+    (workdir / runs.CONFIG).write_text(config.to_json())
+    path = tmp_path / "new.wav"
+    wavfile.write(path, 2000, RNG.normal(size=30).astype(np.float32))
+    command = ["--workdir", str(workdir), "--inputs", str(path)]
+    assert predict.main(command) == 0
+    (answer,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert predict.main([*command, "--stream"]) == 0
+    lines = [*csv.DictReader(capsys.readouterr().out.splitlines())]
+    assert [*lines[0]] == ["index", "token", "prediction", "label", "score", "file"]
+    assert [row["token"] for row in lines] == [str(i) for i in range(7)]
+    assert {row["file"] for row in lines} == {"new.wav"}
+    assert_close(np.float32(lines[-1]["score"]), np.float32(answer["score"]))
+
+
+def test_answers_to_a_parquet_file_are_those_to_an_npz(classes, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"inputs": NEW.tolist(), "lengths": [20, 3, 20, 20, 9]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "new.parquet")
+    np.savez(tmp_path / "new.npz", inputs=NEW, lengths=columns["lengths"])
+    printed = []
+    for name in ("new.parquet", "new.npz"):
+        command = ["--workdir", str(classes), "--inputs", str(tmp_path / name)]
+        assert predict.main(command) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].count("\n") == 6
+    numbers = {f"t{i}": NEW[:, i] for i in range(20)}  # a column per token
+    parquet.write_table(pyarrow.table(numbers), tmp_path / "new.parquet")
+    assert predict.main([*command[:-1], str(tmp_path / "new.parquet")]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == printed[0].splitlines()[1]
+
+
+@pytest.mark.slow
+def test_a_pipe_is_answered_line_by_line(classes):
+    """Each answer is there before the next token is: a sensor never ends."""
+    command = [sys.executable, "-m", "train.predict", "--inputs", "-"]
+    command += ["--workdir", str(classes)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=tiny_run.ROOT, **pipes) as process:
+        rows = []
+        for number in NEW[0, :4]:
+            process.stdin.write(f"{number}\n")
+            process.stdin.flush()
+            if not rows:
+                header = process.stdout.readline()
+            rows.append(process.stdout.readline().strip().split(","))
+        process.stdin.close()
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+    assert header == "index,token,prediction,label,score\n"
+    assert [row[1] for row in rows] == ["0", "1", "2", "3"]
+    expected = predict.predict(runs.load_run(classes), NEW[:1, :4])[0].max()
+    assert_close(np.float32(rows[-1][-1]), expected)
+
+
+@pytest.mark.slow
+def test_numbers_that_are_predicted_have_a_column_each(tmp_path):
+    inputs = RNG.normal(size=(N, L))
+    targets = np.stack([inputs.mean(axis=1), inputs[:, 0]], axis=1)
+    workdir = trained(tmp_path, inputs=inputs, targets=targets)
+    path, out = tmp_path / "new.npz", tmp_path / "answers.csv"
+    np.savez(path, inputs=NEW)
+    command = ["--workdir", str(workdir), "--inputs", str(path), "--out", str(out)]
+    assert predict.main(command) == 0
+    rows = table(out)
+    assert [*rows[0]] == ["index", "y_0", "y_1"]
+    expected = predict.predict(runs.load_run(workdir), NEW)
+    values = np.array([[row["y_0"], row["y_1"]] for row in rows], np.float32)
+    assert_close(values, expected)
+    assert predict.main([*command, "--stream"]) == 0
+    streamed = table(out)
+    assert [*streamed[0]] == ["index", "token", "y_0", "y_1"]
+    last = streamed[19]
+    assert_close(np.array([last["y_0"], last["y_1"]], np.float32), expected[0])
+
+
 def test_rows_of_a_table_may_differ_in_length(classes, tmp_path, capsys):
     path = tmp_path / "new.csv"
     path.write_text("0.5,1.5,2.5\n1,2\n")
@@ -489,9 +571,14 @@ def test_flags_say_what_they_must_be(
     assert message in refused(predict.main, command, capsys)
 
 
-def test_the_page_streams_through_a_model(classes, tmp_path, monkeypatch):
-    page = (tiny_run.ROOT / "docs" / "training.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+@pytest.mark.parametrize("name", ["README.md", "docs/training.md"])
+def test_a_page_streams_through_a_model(classes, tmp_path, monkeypatch, name):
+    page = (tiny_run.ROOT / name).read_text()
+    (snippet,) = [
+        block
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+        if "load_run(" in block
+    ]
     assert len([line for line in snippet.splitlines() if line]) == 6
     (tmp_path / "runs").mkdir()
     shutil.copytree(classes, tmp_path / "runs" / "my")

@@ -5,6 +5,7 @@ import html.parser
 import json
 import re
 import shutil
+import sys
 
 import browser
 import chex
@@ -72,6 +73,92 @@ def regression(tmp_path_factory):
     config = own.get_config(f"path={folder / 'sums.npz'},layer=gru,head=token")
     loop.run(small(config, "gru"), folder / "regression")
     return folder / "regression"
+
+
+GATED = """
+import flax.linen as nn
+import jax.numpy as jnp
+
+from kernels import linear_scan
+from layers.checks import checked
+from layers.inside import expose
+
+
+class Gated(nn.Module):
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        sequence = checked(self, x, state, sequence)
+        state = self.init_state(len(x)) if state is None else state
+        decay = nn.sigmoid(nn.Dense(self.features)(x))
+        h, state = linear_scan(decay, self.values(x), state)
+        return nn.silu(x) * self.mixed(h), state
+
+    def values(self, x):
+        return x
+
+    mixed = values
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        return jnp.zeros((batch_size, self.features))
+
+
+class Shown(Gated):
+    def values(self, x):
+        return expose(self, "values", x)
+
+    def mixed(self, h):
+        return expose(self, "mixed", h)
+"""
+
+
+@pytest.fixture(scope="module")
+def waves(tmp_path_factory):
+    """A config of two classes of short waves, and where Python looks for layers."""
+    folder = tmp_path_factory.mktemp("waves")
+    (folder / "my_gates.py").write_text(GATED)
+    rng = np.random.default_rng(0)
+    targets = np.arange(40) % 2
+    x = np.sin(np.arange(16) * (1 + targets[:, None]) + 6 * rng.random((40, 1)))
+    np.savez(folder / "waves.npz", inputs=x, targets=targets)
+    config = own.get_config(f"path={folder / 'waves.npz'},layer=gru")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield config
+    sys.modules.pop("my_gates", None)
+
+
+def reported(waves, layer, folder):
+    """The page of a run of one step."""
+    config = small(waves.copy_and_resolve_references(), layer, dropout=0.0)
+    config.train.update(steps=1, eval_every=1, checkpoint_every=1)
+    loop.run(config, folder / "run")
+    return read(pages.write(folder / "run", trust=True))
+
+
+LONG = "a_name_that_goes_on_and_on_without_any_place_to_break_it_into_lines"
+
+
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory):
+    """Classes and a file of long names, and data that a run warns of."""
+    folder = tmp_path_factory.mktemp("runs") / LONG
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    x = 1e4 * rng.normal(size=(60, 30, 2))
+    x[..., 1] = 3  # a constant channel
+    x[30:] = x[:30]  # and copies, which parts have in common
+    names = [f"{i}_{LONG}" for i in range(3)] + ["one of a few words in a row", "x"]
+    targets = np.arange(60) // 6 % 5
+    place = folder / f"{LONG}.npz"
+    np.savez(place, inputs=x, targets=targets, class_names=names)
+    config = own.get_config(f"path={place},layer=lru")
+    config.data.normalise = False
+    loop.run(small(config, "lru"), folder / "run")
+    return folder / "run"
 
 
 class Page(html.parser.HTMLParser):
@@ -170,6 +257,23 @@ def test_reports_fit_into_wide_and_narrow_windows(digits, tmp_path):
     shutil.copytree(digits, other)
     several = pages.compare([digits, other], tmp_path / "compare.html")
     browser.fits(one, several)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tokens", "regression", "long_names"])
+def test_pages_of_every_kind_fit(name, request, tmp_path):
+    page = pages.write(request.getfixturevalue(name), tmp_path / f"{name}.html")
+    if name == "long_names":
+        text = read(page).text
+        assert LONG in text["answers"] and "Warning: " in text["verdict"]
+    browser.fits(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["mamba", ("my_gates.Gated",)], ids=str)
+def test_pages_of_layers_that_select_fit(waves, tmp_path, layer):
+    reported(waves, layer, tmp_path)
+    browser.fits(tmp_path / "run" / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -556,6 +660,32 @@ def test_many_classes_are_shown_by_some_of_them():
     np.testing.assert_array_equal(few, [2, 1])
 
 
+def test_confusions_of_many_classes_have_their_names():
+    targets = np.arange(90) % 30
+    outputs = targets.copy()
+    outputs[[4, 34, 64]] = 7  # every e is an h
+    outputs[2] = 3
+    names = tuple(f"the letter {chr(97 + i)}" for i in range(30))
+    page = shown(
+        "classification",
+        np.zeros((90, 5)),
+        outputs,
+        targets,
+        outputs=30,
+        classes=names,
+    )
+    rows = re.findall(r"<tr>(.*?)</tr>", page.replace("\n", ""))
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    at = cells.index(["class", "answer", "times", "share of the class"])
+    assert cells[at + 1 : at + 3] == [
+        ["the letter e", "the letter h", "3", "100%"],
+        ["the letter c", "the letter d", "1", "33%"],
+    ]
+    assert len(cells) == at + 3
+    right = shown("classification", np.zeros((90, 5)), targets, targets, outputs=30)
+    assert "taken for what" not in right
+
+
 def untrained(config):
     """A run at its first step."""
     dataset = data.load(config.data)
@@ -570,13 +700,13 @@ def untrained(config):
 @pytest.mark.slow
 def test_a_layer_that_selects_shows_how_it_mixes_one_example():
     """Of the values that it shows in the model's own call, the matrix makes what it
-    shows as their mixture; a GRU has no values, and an LRU has filters."""
+    shows as their mixture; a GRU has no values, and so none; an LRU has filters."""
     config = small(common.base(), ("gru", "lru", "mamba"), dropout=0.0)
     config.data.update(name="digits", target="label")
     config.model.depth = 3
     run = untrained(config)
     kinds = mixing.kinds(run)
-    assert kinds == {2: 64}
+    assert kinds == {0: 0, 2: 64}
     (shown,) = mixing.of(run, {"trained": run.variables}, kinds)
     assert shown.title == "block 3, Mamba" and shown.channels == (12,)
     batch = next(iter(run.dataset.evaluation(shown.split, 1)))
@@ -589,6 +719,37 @@ def test_a_layer_that_selects_shows_how_it_mixes_one_example():
     assert M.shape == (64, 64) and np.abs(np.triu(M, 1)).max() == 0
     assert np.abs(np.tril(M, -1)).max() > 0
     assert_close(M @ values, mixed, "gradient")
+
+
+def test_a_gated_layer_of_ones_own_has_no_filters_and_the_page_says_why(
+    waves, tmp_path
+):
+    page = reported(waves, ("my_gates.Gated",), tmp_path)
+    assert "filters" not in page.sections()
+    text = page.text["mixing"]
+    assert "block 1, Gated: what it lets pass depends on the input" in text
+    assert "layers.inside.expose" in text and "How block" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [("my_gates.Shown",), "mamba"], ids=str)
+def test_a_page_of_a_layer_that_selects_has_its_matrix(waves, tmp_path, layer):
+    page = reported(waves, layer, tmp_path)
+    assert "filters" not in page.sections() and "Learned" not in str(page.text)
+    assert "mixes the first 16 tokens of the first example" in page.text["mixing"]
+    assert "leaves no trace" not in page.text["mixing"]
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_bent_has_filters_and_the_page_says_that_they_are_not_all(
+    waves, tmp_path
+):
+    page = reported(waves, "gru", tmp_path)
+    assert "mixing" not in page.sections()
+    assert (
+        "Not linear, so that other inputs are answered otherwise: block 1, GRU."
+        in (page.text["filters"])
+    )
 
 
 def test_regressed_values_are_shown():

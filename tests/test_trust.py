@@ -341,6 +341,7 @@ FLAGS = {
         "--step": ("", "x", "-1", "9" * 30),
         "--examples": ("", "x", "0", "-1", "1e3"),
         "--lengths": ("", "x", "0", "-1", "²", "9" * 30, "1,,2", "2"),
+        "--data": ("", LONG, "~nouser/x", "/dev/null", "x\0y", "nope.npz", "."),
     },
     "generate": {
         "--workdir": ("", LONG, "~nouser/x", "/dev/null", "x\0y"),

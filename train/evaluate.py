@@ -13,14 +13,14 @@ and 8 times as long, where the dataset can make such; also in <workdir>/lengths.
 What a workdir may do. A workdir from elsewhere is data: reading it, here and in
 `train.report`, `train.generate`, `train.predict`, `train.video.rollout` and
 `train.video.codec`, and as data.codec or train.init_from, runs no code that it holds or
-names. A layer that is not of this project is imported by its dotted path, from wherever
-Python finds it, the folder of the run included; so a run that names one is refused
-unless --trust says that its code may run. The process that trained a run needs no flag
-to evaluate it at its end: there the config came from its own command line. What a
-workdir's config can do without the flag is to name the files that its dataset reads
-(data.path, data.folder, data.codec), the folder below which listops keeps what it
-generates and mnist and cifar what they fetch from their published addresses, and how
-much time and memory it takes.
+names. A layer that is not of this project, and a function that returns a data set, are
+imported by their dotted paths, from wherever Python finds them, the folder of the run
+included; so a run that names one is refused unless --trust says that its code may run.
+The process that trained a run needs no flag to evaluate it at its end: there the config
+came from its own command line. What a workdir's config can do without the flag is to
+name the files that its dataset reads (data.path, data.folder, data.codec), the folder
+below which listops keeps what it generates and mnist and cifar what they fetch from
+their published addresses, and how much time and memory it takes.
 """
 
 import argparse
@@ -223,7 +223,8 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="import, and so execute, the run's layers that are not of this project",
+        help="import, and so execute, the run's layers and data set that are not of "
+        "this project",
     )
 
 

@@ -16,6 +16,8 @@ LAGS = 4096
 IMPULSES = 64
 IMPULSE_NUMBERS = 2**22  # impulses x lags x features fed at once, but 8 impulses always
 
+SILENCE = 1e-6  # below this, an answer to a unit impulse is rounding
+
 
 class Response(NamedTuple):
     """What one mixer computes at one stage of training.
@@ -45,6 +47,15 @@ class Block(NamedTuple):
     features: np.ndarray
     lags: np.ndarray
     responses: dict[str, Response]
+
+    def silent(self) -> bool:
+        """Whether an impulse leaves no trace in other tokens, at any stage: its filters
+        would be flat lines."""
+        return all(
+            np.abs(response.memory[self.lags != 0]).max(initial=0)
+            <= SILENCE * max(1.0, np.abs(response.memory).max())
+            for response in self.responses.values()
+        )
 
     def has_spectrum(self) -> bool:
         """Whether its layer has eigenvalues."""

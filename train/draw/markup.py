@@ -45,7 +45,7 @@ figcaption { margin: .4rem 0; max-width: 52rem; }
   grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--fits)), 1fr)); }
 .panel { min-width: 0; }
 .panel.alone { max-width: 34rem; }
-.panel > .name { font-size: .85rem; line-height: 1.3; }
+.panel > .name { font-size: .85rem; line-height: 1.3; overflow-wrap: anywhere; }
 .panel svg { display: block; width: 100%; max-width: 34rem; height: auto; }
 .panel img { display: block; width: 100%; height: auto; margin: .15rem 0;
   image-rendering: pixelated; }
@@ -78,14 +78,16 @@ th.long { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 .counts td { background: rgb(47 120 183 / var(--share, 0)); }
 .counts td.most { color: #fff; }
 .counts .turned { writing-mode: vertical-rl; transform: rotate(180deg);
-  text-align: left; margin: 0 auto; }
+  text-align: left; margin: 0 auto; max-height: 11rem; overflow-wrap: anywhere; }
+.counts th.long { max-width: 9rem; }
 pre { white-space: pre;
   font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; padding: .6rem .8rem;
   border: 1px solid var(--line); border-radius: 4px; }
 summary { cursor: pointer; color: var(--soft); }
 mark { background: none; color: var(--wrong); text-decoration: underline; }
 @media (max-width: 30rem) { main { padding: 1.5rem 1rem 3rem; }
-  h1 { font-size: 1.5rem; } h2 { margin-top: 2rem; } }
+  h1 { font-size: 1.5rem; } h2 { margin-top: 2rem; }
+  table:not(.counts) th[scope=row] { white-space: normal; } }
 """
 
 
@@ -166,7 +168,7 @@ def counts(numbers: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> 
             else "<td></td>"
             for n, s in zip(row, share, strict=True)
         )
-        body.append(f'<tr><th scope="row">{text(name)}</th>{cells}</tr>\n')
+        body.append(f'<tr><th scope="row"{_long(name)}>{text(name)}</th>{cells}</tr>\n')
     head = f"<thead><tr><td></td>{head}</tr></thead>"
     return (
         f'<div class="wide"><table class="counts">{head}<tbody>\n{"".join(body)}'

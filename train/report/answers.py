@@ -20,6 +20,7 @@ LIMIT = 2**20  # tokens that are answered, or one batch
 SHOWN = 8  # right and wrong examples
 TOKENS = 200  # of an example that is shown as text
 CLASSES = 20  # at most, in a table of them
+CONFUSIONS = 10  # of more classes than that, those that are named
 ARROW = "\N{RIGHTWARDS ARROW}"
 
 
@@ -105,6 +106,7 @@ def _classes(found, spec, chance):
         parts = [drawn, paragraph(caption, "soft")]
     else:
         parts = [figure(figures.confusion(table_of), caption)]
+        parts.append(_confused(table_of, spec))
     rule = "a class at a time"
     chosen = mixed(targets, right)
     labels = _names(targets[chosen], spec)
@@ -121,6 +123,26 @@ def _classes(found, spec, chance):
     title = f"Wrong, {len(wrong):,} in all: those of which the model was surest, {rule}"
     parts.append(_examples(found, spec, chosen, labels, title))
     return "".join(parts)
+
+
+def _confused(table_of: np.ndarray, spec) -> str:
+    """By name, what is taken for what most often: a figure of many classes has no room
+    for their names."""
+    off = table_of * ~np.eye(*table_of.shape, dtype=bool)
+    largest = np.argsort(-off, axis=None, kind="stable")[:CONFUSIONS]
+    pairs = [divmod(place, off.shape[1]) for place in largest if off.flat[place]]
+    if not pairs:
+        return ""
+    rows = [
+        (
+            *_names((i, j), spec),
+            f"{off[i, j]:.0f}",
+            f"{off[i, j] / table_of[i].sum():.0%}",
+        )
+        for i, j in pairs
+    ]
+    title = paragraph("What is taken for what most often:", "soft")
+    return title + table(("class", "answer", "times", "share of the class"), rows)
 
 
 def mixed(classes: np.ndarray, rows: Iterable[int], most: int = SHOWN) -> np.ndarray:

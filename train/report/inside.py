@@ -20,21 +20,27 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, told.config.model.length)
     selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
-    linear = [block for i, block in enumerate(blocks) if i % pattern not in selective]
+    matrix = [selective.get(i % pattern) for i in range(len(blocks))]
+    pairs = [*zip(blocks, matrix, strict=True)]
+    silent = [block for block, most in pairs if most == 0 and block.silent()]
+    answering = [block for block, most in pairs if not most and not block.silent()]
+    bent = [block for block, most in pairs if most == 0 and not block.silent()]
     try:
         found = answers.section(
             answers.answer(run), run.spec, run.step, reached.get("accuracy")
         )
     except DataError as error:
         found = paragraph(f"The answers cannot be shown: {error}.", "soft")
-    shown = remark + _filters(told, run, linear) if linear else ""
+    shown = remark + _filters(told, run, answering, bent) if answering else ""
     mixed = ""
-    if selective:
+    if any(matrix):
         try:
             mixed = _mixing(run, mixing.of(run, stages, selective))
         except DataError as error:
             mixed = paragraph(f"Mixing cannot be shown: {error}.", "soft")
-        mixed = mixed if shown else remark + mixed
+    mixed += _neither(silent)
+    if mixed and not shown:
+        mixed = remark + mixed
     return [
         ("filters", "Learned filters", shown),
         ("mixing", "What a token reads", mixed),
@@ -67,6 +73,22 @@ def _mixing(run, found: list[mixing.Mixing]) -> str:
     return "".join(parts)
 
 
+def _neither(blocks) -> str:
+    """Of blocks that have neither a filter nor a matrix."""
+    if not blocks:
+        return ""
+    return paragraph(
+        f"{_titles(blocks)}: what it lets pass depends on the input, so that an "
+        "impulse among zeros leaves no trace and there are no filters to draw; and it "
+        "is linear in nothing that it shows, so that there is no mixing matrix either. "
+        "A layer shows what it mixes, and the mixture, by layers.inside.expose."
+    )
+
+
+def _titles(blocks) -> str:
+    return "; ".join(block.title for block in blocks)
+
+
 def _place(numbers: tuple[int, ...], first: int = 0) -> str:
     """Numbers of the axes, as 4 x 16; those of a place are counted from `first`."""
     return (", " if first else " x ").join(str(i + first) for i in numbers)
@@ -82,7 +104,8 @@ def _stages(run) -> tuple[dict, str]:
         return trained, paragraph(remark, "soft")
 
 
-def _filters(told, run, blocks) -> str:
+def _filters(told, run, blocks, bent) -> str:
+    """`bent`: those of the blocks that are not linear."""
     block, L = blocks[0], told.config.model.length
     lines = min(len(block.features), figures.LINES)
     caption = (
@@ -96,6 +119,9 @@ def _filters(told, run, blocks) -> str:
     caption += f"the whole output over impulses in {len(block.features)} features."
     if len(block.lags) < L:
         caption += f" The first {len(block.lags):,} of {L:,} tokens."
+    if bent:
+        caption += " Not linear, so that other inputs are answered otherwise: "
+        caption += f"{_titles(bent)}."
     columns = len(block.responses) + 1
     return figure(figures.filters(blocks), caption + _not_all(blocks), columns)
 

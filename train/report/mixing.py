@@ -50,8 +50,8 @@ def linear(layer: nn.Module, variables: dict, length: int) -> bool:
 
 
 def kinds(run: Run) -> dict[int, int]:
-    """Of each layer that has such a matrix and is not linear in its inputs, by its
-    number in the pattern (from 0), of how many tokens the matrix may be."""
+    """Of each layer that is not linear in its inputs, by its number in the pattern
+    (from 0), of how many tokens its matrix may be; 0 where it has none."""
     stack, found = run.model.stack(), {}
     if run.model.encoder == "grid":
         return found  # places of a grid have no one order
@@ -64,6 +64,7 @@ def kinds(run: Run) -> dict[int, int]:
         try:
             few, *_ = materialize(layer, variables, x)
         except ValueError:  # not linear in anything that it shows
+            found[number] = 0
             continue
         most = math.isqrt(NUMBERS // math.prod(few.shape[:-2]))
         found[number] = min(TOKENS, most)
@@ -71,7 +72,8 @@ def kinds(run: Run) -> dict[int, int]:
 
 
 def of(run: Run, stages: dict[str, dict], kinds: dict[int, int]) -> list[Mixing]:
-    """The matrices of `kinds` on one example, one for each class of layers.
+    """The matrices of `kinds` on one example, one for each class of layers that has
+    them.
 
     Args:
         run: of a `Model`.
@@ -84,7 +86,7 @@ def of(run: Run, stages: dict[str, dict], kinds: dict[int, int]) -> list[Mixing]
     for number, count in kinds.items():
         layer = precise(stack.pattern[number]().mixer())
         name = type(layer).__name__
-        if name in found:
+        if name in found or not count:
             continue
         entered = _reader(run, batch, number)
         matrices = {}

@@ -32,8 +32,8 @@ def write(
         path: of a run with at least one checkpoint.
         out: the file; default `path`/report.html.
         step: of the checkpoint to look into; default the newest good one.
-        trust: import layers that the run names by dotted paths, see
-            `runs.load_run`.
+        trust: import the layers and the dataset that the run names by dotted paths,
+            see `runs.load_run`.
 
     Raises:
         ValueError: no run, one of its files cannot be read, or `out` is in no folder.
