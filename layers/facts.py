@@ -38,6 +38,7 @@ class Placement(NamedTuple):
     norm_epsilon: float = 0.0
 
 
+FIELDS = ("mask", "reset", "dt", "state")  # what may be refused
 DEFAULT_PLACEMENT = Placement("glu", 0.0)
 S4_BLOCK = Placement("glu", 0.0, "erf", 1e-5)
 
@@ -60,3 +61,27 @@ def placement_of(cls: type[nn.Module]) -> Placement:
 def examples_of(cls: type[nn.Module]) -> Mapping[str, Mapping]:
     """Variant -> fields of the class of a mixer."""
     return vars(cls).get("EXAMPLES", {"": {}})
+
+
+def refusals(layer: nn.Module) -> frozenset[str]:
+    """What a layer, or a model of layers, declares to refuse: its `REFUSES`, and the
+    state where it has a field `bidirectional` that is True.
+
+    `ValueError` for a `REFUSES` that is no tuple of names among mask, reset, dt, state.
+    """
+    declared = getattr(layer, "REFUSES", ())
+    unknown = [name for name in declared if name not in FIELDS]
+    if isinstance(declared, str) or unknown:
+        raise ValueError(
+            f"REFUSES: must be a tuple of names among {', '.join(FIELDS)}, got "
+            f"{declared!r}"
+        )
+    state = ("state",) if getattr(layer, "bidirectional", False) else ()
+    return frozenset((*declared, *state))
+
+
+def has_state(layer: nn.Module) -> bool:
+    """Whether a layer, or a model of layers, has a recurrent mode: only where it does
+    not declare the contrary may `init_state` be called, and what it raises then is a
+    fault of the layer."""
+    return "state" not in refusals(layer)
