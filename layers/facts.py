@@ -1,7 +1,8 @@
 """What a mixer's class says of itself, without annotation, so that no table does.
 
     REFUSES     which of `mask`, `reset`, `dt` and `state` it cannot take; a property
-                where that depends on a field, inherited
+                where that depends on a field, inherited; of a block, a stack and a
+                model what any of their mixers cannot
     PLACEMENT   how it stands in a block; `DEFAULT_PLACEMENT` where it has none
     EXAMPLES    variant -> its fields at a small size, for the laws and the tests; ""
                 is the plain one, and `features` and `size` are given
@@ -85,3 +86,13 @@ def has_state(layer: nn.Module) -> bool:
     not declare the contrary may `init_state` be called, and what it raises then is a
     fault of the layer."""
     return "state" not in refusals(layer)
+
+
+def why_no_state(layer: nn.Module) -> str:
+    """Why a layer, or a model, that declares to have no state has none, as its
+    `init_state` says."""
+    try:
+        layer.init_state(1)
+    except ValueError as reason:
+        return str(reason)
+    return f"REFUSES: {type(layer).__name__} declares that it has no recurrent mode"
