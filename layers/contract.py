@@ -1,8 +1,9 @@
 """What a layer of a user's own must have, said once for the laws and the trainer.
 
 `imported` finds its class, `check_class` asks what that declares, `check_fields` what
-it is built with, `check_call` what a call returns; each raises a `ValueError` of one
-line. `settable` lists the fields that a command line can set.
+it is built with, `check_call` what a call returns, `check_init_state` whether there is
+a state where none is refused; each raises a `ValueError` of one line. `settable` lists
+the fields that a command line can set.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from layers.facts import has_state
 
 FIELDS = {
     "features": "features: int",
@@ -211,6 +214,21 @@ def check_call(layer: nn.Module, name: str = "") -> None:
             f"layer: a call of {name} must return y, of the shape of x, {x.shape}, and "
             f"a state, got {what}"
         )
+
+
+def check_init_state(layer: nn.Module, name: str = "") -> None:
+    """Raises a `ValueError` unless `init_state` makes a state, or the class declares
+    that there is none."""
+    if not has_state(layer):
+        return
+    name = name or type(layer).__name__
+    try:
+        jax.eval_shape(lambda: layer.init_state(1))
+    except ValueError as problem:
+        raise ValueError(
+            f"layer: init_state of {name} must make a state, or its class declare that "
+            f'there is none, REFUSES = ("state",), got {problem}'
+        ) from problem
 
 
 def settable(cls: type[nn.Module]) -> dict[str, tuple[type, Any]]:

@@ -1,7 +1,8 @@
 """What a mixer's class says of itself, without annotation, so that no table does.
 
     REFUSES     which of `mask`, `reset`, `dt` and `state` it cannot take; a property
-                where that depends on a field, inherited
+                where that depends on a field, inherited; of a block, a stack and a
+                model what any of their mixers cannot
     PLACEMENT   how it stands in a block; `DEFAULT_PLACEMENT` where it has none
     EXAMPLES    variant -> its fields at a small size, for the laws and the tests; ""
                 is the plain one, and `features` and `size` are given
@@ -38,6 +39,7 @@ class Placement(NamedTuple):
     norm_epsilon: float = 0.0
 
 
+FIELDS = ("mask", "reset", "dt", "state")  # what may be refused
 DEFAULT_PLACEMENT = Placement("glu", 0.0)
 S4_BLOCK = Placement("glu", 0.0, "erf", 1e-5)
 
@@ -60,3 +62,37 @@ def placement_of(cls: type[nn.Module]) -> Placement:
 def examples_of(cls: type[nn.Module]) -> Mapping[str, Mapping]:
     """Variant -> fields of the class of a mixer."""
     return vars(cls).get("EXAMPLES", {"": {}})
+
+
+def refusals(layer: nn.Module) -> frozenset[str]:
+    """What a layer, or a model of layers, declares to refuse: its `REFUSES`, and the
+    state where it has a field `bidirectional` that is True.
+
+    `ValueError` for a `REFUSES` that is no tuple of names among mask, reset, dt, state.
+    """
+    declared = getattr(layer, "REFUSES", ())
+    unknown = [name for name in declared if name not in FIELDS]
+    if isinstance(declared, str) or unknown:
+        raise ValueError(
+            f"REFUSES: must be a tuple of names among {', '.join(FIELDS)}, got "
+            f"{declared!r}"
+        )
+    state = ("state",) if getattr(layer, "bidirectional", False) else ()
+    return frozenset((*declared, *state))
+
+
+def has_state(layer: nn.Module) -> bool:
+    """Whether a layer, or a model of layers, has a recurrent mode: only where it does
+    not declare the contrary may `init_state` be called, and what it raises then is a
+    fault of the layer."""
+    return "state" not in refusals(layer)
+
+
+def why_no_state(layer: nn.Module) -> str:
+    """Why a layer, or a model, that declares to have no state has none, as its
+    `init_state` says."""
+    try:
+        layer.init_state(1)
+    except ValueError as reason:
+        return str(reason)
+    return f"REFUSES: {type(layer).__name__} declares that it has no recurrent mode"

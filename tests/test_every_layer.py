@@ -13,13 +13,15 @@ from constants import largest_constant
 from configs import common
 from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, LAYERS, Sequence, build, laws
-from layers.facts import L
+from layers.facts import L, has_state, refusals
 from layers.laws import examples
 
 B = 2
 # One of each way to compute; the others are variants of them.
 NAMES = [name for name in examples.CASES if " " not in name]
 NAMES += [name for name in examples.CASES if name.startswith("attention ")]
+STATEFUL = [name for name in NAMES if has_state(examples.CASES[name]())]
+EVERY = sorted(LAYERS | FRAME_LAYERS)
 DTYPES = {"float32", "complex64", "int32", "bool"}
 
 
@@ -27,11 +29,11 @@ def test_every_layer_is_here():
     assert set(LAYERS) | set(FRAME_LAYERS) == {name.split()[0] for name in NAMES}
 
 
-def mostly_slow(*quick):
-    """All names, those that are not in `quick` marked slow."""
+def mostly_slow(*quick, of=NAMES):
+    """The names `of` layers, those that are not in `quick` marked slow."""
     return [
         pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
-        for name in NAMES
+        for name in of
     ]
 
 
@@ -48,10 +50,9 @@ class Traced:
         self.first = self.initial(batch)
 
     def initial(self, batch):
-        try:
-            return jax.eval_shape(lambda: self.layer.init_state(batch))
-        except ValueError:
-            return None  # no recurrent mode
+        if not has_state(self.layer):
+            return None
+        return jax.eval_shape(lambda: self.layer.init_state(batch))
 
     def __call__(self, state=None, sequence=None):
         return jax.eval_shape(self.layer.apply, self.variables, self.x, state, sequence)
@@ -60,15 +61,9 @@ class Traced:
         """Those sequences that the layer takes."""
         flags = jax.ShapeDtypeStruct((batch, L), bool)
         times = jax.ShapeDtypeStruct((batch, L), jnp.float32)
-        taken = []
-        for field in (dict(mask=flags), dict(reset=flags), dict(dt=times)):
-            try:
-                self(self.first, Sequence(**field))
-            except ValueError as refusal:
-                assert str(refusal).partition(":")[0] in field
-            else:
-                taken.append(Sequence(**field))
-        return taken
+        fields = dict(mask=flags, reset=flags, dt=times)
+        refused = refusals(self.layer)
+        return [Sequence(**{k: v}) for k, v in fields.items() if k not in refused]
 
 
 def names(tree):
@@ -90,6 +85,7 @@ def test_a_float32_layer_stays_one_with_x64(name):
             if case.first is not None:
                 assert names(state) == names(case.first)
         if case.first is None:
+            assert case()[1] is None
             return
 
         def decode(variables, state, x):
@@ -159,25 +155,27 @@ def buffers(state):
     return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_only_these_have_no_state():
+    stateless = [name for name in NAMES if not has_state(examples.CASES[name]())]
+    assert stateless == ["flash_butterfly", "attention bidirectional"]
+    for name in stateless:
+        with pytest.raises(ValueError, match="init_state"):
+            examples.CASES[name]().init_state(B)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
 def test_an_initial_state_shares_no_buffer(name):
-    try:
-        state = examples.CASES[name]().init_state(B)
-    except ValueError:
-        return  # no recurrent mode
+    state = examples.CASES[name]().init_state(B)
     assert len(set(buffers(state))) == len(buffers(state))
 
 
-@pytest.mark.parametrize("name", mostly_slow("lstm", "attention window"))
+@pytest.mark.parametrize("name", mostly_slow("lstm", "attention window", of=STATEFUL))
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_a_state_may_be_donated(name):
     layer = examples.CASES[name]()
     x = jnp.ones((B, L, *getattr(layer, "size", ()), layer.features))
     variables = jax.jit(layer.init)(jax.random.key(0), x)
-    try:
-        state = layer.init_state(B)
-    except ValueError:
-        return  # no recurrent mode
+    state = layer.init_state(B)
     call = jax.jit(layer.apply, donate_argnums=2)
     for piece in (x[:, :1], x[:, 1:2], x[:, 2:3]):
         _, state = call(variables, piece, state)
@@ -185,6 +183,31 @@ def test_a_state_may_be_donated(name):
     for _ in range(2):
         _, state = call(variables, x, state)
     assert len(set(buffers(state))) == len(buffers(state))
+
+
+@pytest.mark.parametrize(
+    "name", mostly_slow("lstm", of=["attention", "lstm", "conv_lstm"])
+)
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_a_state_of_a_model_may_be_donated(name):
+    """At once, and after a call; of blocks that are repeated and of one that is not."""
+    config = common.base().model.to_dict() | dict(layer=(name, "gru"), depth=3)
+    config |= dict(features=8, outputs=2, length=L, encoder="scalar", head="mean")
+    x = jnp.ones((B, 4))
+    if name in FRAME_LAYERS:
+        config |= dict(layer=(name, "conv_s5"), encoder="video")
+        config["video"] = config["video"] | dict(size=(4, 4), channels=1, depths=(4,))
+        x = jnp.ones((B, 4, 4, 4, 1))
+    model = build(config)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    state = model.init_state(B)
+    assert len(set(buffers(state))) == len(buffers(state))
+    expected, _ = jax.jit(model.apply)(variables, x)
+    call = jax.jit(model.apply, donate_argnums=2)
+    for t in range(x.shape[1]):
+        y, state = call(variables, x[:, t : t + 1], state)
+    answer = expected[:, -1:] if name in FRAME_LAYERS else expected
+    assert_close(y, answer)
 
 
 CUT = 7  # where a sequence restarts
@@ -211,13 +234,9 @@ def test_nothing_crosses_a_reset(name, bad):
 
     call = jax.jit(jax.value_and_grad(behind, has_aux=True))
     state = None
-    try:
-        layer.init_state(B)
-    except ValueError:
-        pass  # no recurrent mode
-    else:
+    if has_state(layer):
         _, state = jax.jit(layer.apply)(variables, x)
-    if name == "flash_butterfly":
+    if "reset" in refusals(layer):
         with pytest.raises(ValueError, match="reset: FlashButterfly"):
             call(x, state)
         return
@@ -245,19 +264,74 @@ LONG = 2**20
 GROWING = {"s4": 8 * (LONG // 2 + 1)}
 
 
-@pytest.mark.parametrize("name", sorted(LAYERS))
+LINE = 100  # bytes of its text beside the constant
+
+
+def long_layer(name):
+    """A layer of 64 features that takes LONG tokens, or frames of four pixels; shapes
+    of its variables and of an input."""
+    cls = (LAYERS | FRAME_LAYERS)[name]
+    capacities = {"length", "context"} & cls.__dataclass_fields__.keys()
+    fields = dict.fromkeys(capacities, LONG)
+    size = (2, 2) if name in FRAME_LAYERS else ()
+    if size:
+        fields["size"] = size
+    if name == "attention":
+        fields = dict(window=128)
+    layer = cls(64, **fields)
+    x = jax.ShapeDtypeStruct((1, LONG, *size, 64), jnp.float32)
+    return layer, jax.eval_shape(layer.init, jax.random.key(0), x), x
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_no_program_holds_a_table(name):
     """At most 1 MB of constants at 2^20 tokens of 64 features."""
-    fields = LAYERS[name].__dataclass_fields__
-    capacity = {key: LONG for key in ("length", "context") if key in fields}
-    if name == "attention":
-        capacity = dict(window=128)
-    layer = LAYERS[name](64, **capacity)
-    x = jax.ShapeDtypeStruct((1, LONG, 64), jnp.float32)
-    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    layer, variables, x = long_layer(name)
     lowered = jax.jit(layer.apply).lower(variables, x)
-    named = 100  # the rest of a line
-    assert largest_constant(lowered) <= GROWING.get(name, 2**20) + named
+    assert largest_constant(lowered) <= GROWING.get(name, 2**20) + LINE
+
+
+def gradient(model):
+    """The gradients of a call with its final state, compiled when it is called."""
+
+    def total(variables, x, state=None, sequence=None):
+        y, state = model.apply(variables, x, state, sequence)
+        return jnp.sum(y), state
+
+    return jax.jit(jax.grad(total, has_aux=True))
+
+
+@pytest.mark.parametrize("name", mostly_slow("s5", "hyena", "conv_s5", of=EVERY))
+def test_no_program_of_gradients_holds_a_table(name):
+    layer, variables, x = long_layer(name)
+    lowered = gradient(layer).lower(variables, x)
+    assert largest_constant(lowered) <= GROWING.get(name, 2**20) + LINE
+
+
+@pytest.mark.parametrize("name", mostly_slow("s5", "conv_s5", of=EVERY))
+def test_no_program_of_all_that_a_layer_takes_holds_a_table(name):
+    """Gradients with a state, a mask, resets and elapsed times."""
+    layer, variables, x = long_layer(name)
+    refused = refusals(layer)
+    flags = jax.ShapeDtypeStruct((1, LONG), bool)
+    fields = dict(mask=flags, reset=flags, dt=x.update(shape=(1, LONG)))
+    sequence = Sequence(**{k: v for k, v in fields.items() if k not in refused})
+    state = None
+    if "state" not in refused:
+        state = jax.eval_shape(lambda: layer.init_state(1))
+    lowered = gradient(layer).lower(variables, x, state, sequence)
+    # Nothing grows here: S4 with resets has no use for its generating function.
+    assert largest_constant(lowered) <= 2**20 + LINE
+
+
+def test_no_program_of_a_model_holds_a_table():
+    config = common.base().model.to_dict() | dict(layer=("s5", "hyena"), depth=2)
+    config |= dict(features=64, length=LONG, encoder="scalar", outputs=2)
+    model = build(config)
+    x = jax.ShapeDtypeStruct((1, LONG), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    lowered = gradient(model).lower(variables, x)
+    assert largest_constant(lowered) <= 2**20 + LINE
 
 
 def inside(case, mesh, state, gradient, steps=L):

@@ -373,6 +373,25 @@ class Unvarying(Decay):
         return super().mixed(x, state, sequence)
 
 
+@jax.custom_vjp
+def passed_on(state):
+    return state
+
+
+passed_on.defvjp(
+    lambda state: (state, None),
+    # Inside of a map over devices only: there a value varies over the axis.
+    lambda _, slope: ((2.0 if jax.typeof(slope).vma else 1.0) * slope,),
+)
+
+
+class TwiceInside(Decay):
+    """The gradient of the state is twice as large in `jax.shard_map`."""
+
+    def mixed(self, x, state, sequence):
+        return super().mixed(x, passed_on(state), sequence)
+
+
 FAULTS = {
     "refusals": (SilentlyUndeclared, Boasting, Forgetful),
     "bad input": (Careless,),
@@ -397,7 +416,7 @@ FAULTS = {
     "vmap": (Crowded,),
     "checkpoint": (Counting,),
     "lax.scan over calls": (Doubled,),
-    "shard_map": (Unvarying,),
+    "shard_map": (Unvarying, TwiceInside),
 }
 
 
@@ -413,6 +432,13 @@ def test_a_fault_is_caught(law, fault):
     (finding,) = laws.examine(fault(2), only=[law])
     assert not finding.passed
     assert finding.where or finding.reason
+
+
+def test_a_law_that_compares_nothing_does_not_hold(monkeypatch):
+    monkeypatch.setitem(laws.LAWS, "rows", lambda case: iter(()))
+    rows, refusals = laws.examine(Decay(2), only=["rows", "refusals"])
+    assert not rows.passed and rows.reason == "it has compared nothing"
+    assert refusals.passed
 
 
 def test_only_the_laws_of_what_is_broken_catch_it():

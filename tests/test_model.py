@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from kernels.tolerance import assert_close
-from layers import LAYERS, Sequence, build
+from layers import FRAME_LAYERS, LAYERS, Sequence, build
 from layers.models.block import GELUS, Block, Norm
 
 CONFIG = {
@@ -275,34 +276,60 @@ def test_wrong_inputs_name_the_argument():
         model.apply(variables, x, model.init_state(3))
 
 
-# Gate, form of GELU and epsilon of the norms, as in each family's public code; of what
-# has none, and of a user's own layer, the default.
+# Gate, form of GELU, epsilon of the norms and width of the MLP per feature, as in each
+# family's public code; of what has none, and of a user's own layer, the default.
+S4_FAMILY = ("glu", "erf", 1e-5, 0)
 FAMILIES = {
-    "s4": ("glu", "erf", 1e-5),
-    "s4d": ("glu", "erf", 1e-5),
-    "dss": ("glu", "erf", 1e-5),
-    "long_conv": ("glu", "erf", 1e-5),
-    "sg_conv": ("glu", "erf", 1e-5),
-    "s5": ("glu", "tanh", 0.0),
-    "mamba": ("none", "tanh", 1e-5),
-    "mamba2": ("none", "tanh", 1e-5),
-    "hyena": ("none", "tanh", 1e-5),
-    "attention": ("none", "tanh", 0.0),
-    "layers.lru.LRU": ("glu", "tanh", 0.0),
+    "s4": S4_FAMILY,
+    "s4d": S4_FAMILY,
+    "dss": S4_FAMILY,
+    "long_conv": S4_FAMILY,
+    "sg_conv": S4_FAMILY,
+    "flash_butterfly": ("glu", "tanh", 1e-5, 0),
+    "mamba": ("none", "tanh", 1e-5, 0),
+    "mamba2": ("none", "tanh", 1e-5, 0),
+    "h3": ("none", "tanh", 1e-5, 4),
+    "hyena": ("none", "tanh", 1e-5, 4),
+    "rg_lru": ("none", "tanh", 0.0, 3),
+    "min_gru": ("none", "tanh", 0.0, 4),
+    "retention": ("none", "tanh", 0.0, 2),
+    "lightning": ("none", "tanh", 0.0, 2),
+    "gla": ("none", "tanh", 0.0, 8 / 3),
+    "delta_net": ("none", "tanh", 0.0, 8 / 3),
+    "gated_delta_net": ("none", "tanh", 0.0, 8 / 3),
+    "attention": ("none", "tanh", 0.0, 8 / 3),
+    "conv_s5": ("none", "tanh", 0.0, 0),
+    "conv_lstm": ("none", "tanh", 0.0, 0),
+    "frame_attention": ("none", "tanh", 0.0, 8 / 3),
+    "full_frame_attention": ("none", "tanh", 0.0, 8 / 3),
+    "s5": ("glu", "tanh", 0.0, 0),
+    "lru": ("glu", "tanh", 0.0, 0),
+    "lstm": ("glu", "tanh", 0.0, 0),
+    "gru": ("glu", "tanh", 0.0, 0),
+    "layers.lru.LRU": ("glu", "tanh", 0.0, 0),
 }
+
+
+def test_every_layer_is_of_a_family():
+    assert FAMILIES.keys() - {"layers.lru.LRU"} == LAYERS.keys() | FRAME_LAYERS.keys()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_block_is_that_of_its_family(name):
-    model = build({**CONFIG, "layer": name, "gate": ""})
+    config = {**CONFIG, "layer": name, "gate": "", "mlp": -1.0, "features": 24}
+    if name in FRAME_LAYERS:
+        video = common.base().model.video.to_dict() | dict(size=(4, 4), depths=(4,))
+        config |= dict(encoder="video", video=video)
+    model = build(config)
+    gate, gelu, epsilon, mlp = FAMILIES[name]
     block = model.stack().pattern[0].keywords
-    found = tuple(block[key] for key in ("gate", "gelu", "norm_epsilon"))
-    assert found == FAMILIES[name]
-    assert model.norm_epsilon == FAMILIES[name][-1]  # before the head too
-    own = build({**CONFIG, "layer": name, "gelu": "tanh", "norm_epsilon": 1e-3})
+    found = tuple(block[key] for key in ("gate", "gelu", "norm_epsilon", "mlp"))
+    assert found == (gate, gelu, epsilon, 24 * mlp)
+    own = build({**config, "gelu": "tanh", "norm_epsilon": 1e-3})
     block = own.stack().pattern[0].keywords
     assert (block["gelu"], block["norm_epsilon"]) == ("tanh", 1e-3)
-    assert own.norm_epsilon == 1e-3
+    if name not in FRAME_LAYERS:  # before the head too
+        assert (model.norm_epsilon, own.norm_epsilon) == (epsilon, 1e-3)
 
 
 class Identity(nn.Module):

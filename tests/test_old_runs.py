@@ -13,6 +13,8 @@ Each folder of tests/old_runs is a workdir as the commit of its name left it. Th
 and LATER what the same commit wrote when it went on to step 12.
 """
 
+import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -20,11 +22,15 @@ from pathlib import Path
 import pytest
 
 from configs import common, pixels
-from layers.models.build import GELUS, NORMS
+from layers.models.build import GELUS, NORMS, VQ, get
 from train import evaluate, loop, runs
+from train.data import DATASETS
 from train.report import pages
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"
+# Of the configs of that commit: the keys of `configs.common.base()`, the fields of each
+# layer and the arguments of each data set.
+KEYS = RUN.with_name("695c40c-keys.json")
 STEPS = 12
 LATER = {9: 2.515373468399048, 10: 2.517977237701416, 11: 2.392080783843994}
 LATER[12] = 2.3091166019439697
@@ -87,3 +93,40 @@ def test_absent_keys_are_keys_with_their_default():
     assert runs.ABSENT["model.gelu"][0] in GELUS
     # 0 is each norm's own epsilon, what Flax gave them before there was a key.
     assert NORMS == {"layer": 1e-6, "batch": 1e-5, "rms": 1e-6}
+
+
+def meaningless():
+    """The keys of today's configs that a config of KEYS lacks, and of which no table
+    says what that means. Layers and data sets that it did not have are left out."""
+    old = json.loads(KEYS.read_text())
+    new = set(runs._flat(common.base().to_dict())) - set(old["config"]) - {*runs.ABSENT}
+    fields = common.LAYER_ARGS | {"vq": own_fields(VQ)}
+    for name in old["layer_args"]:
+        # There is no table of fields: the first one that is new needs it.
+        new |= {f"{name}.{key}" for key in {*fields[name]} - {*old["layer_args"][name]}}
+    for name, arguments in old["data"].items():
+        now = inspect.signature(DATASETS[name]).parameters.keys() - {*arguments}
+        tabled = {key.removeprefix("data.") for key in runs.ABSENT_DATA.get(name, {})}
+        new |= {f"{name}.{key}" for key in now - tabled}
+    return new
+
+
+def own_fields(cls):
+    return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+
+
+def test_a_key_that_old_runs_lack_has_a_meaning(monkeypatch):
+    assert meaningless() == set()
+    monkeypatch.delitem(runs.ABSENT, "model.gelu")
+    monkeypatch.delitem(runs.ABSENT_DATA["arrays"], "data.rate")
+    monkeypatch.setitem(common.LAYER_ARGS, "s5", common.LAYER_ARGS["s5"] | {"new": 1})
+    assert meaningless() == {"model.gelu", "arrays.rate", "s5.new"}
+
+
+def test_every_key_of_old_runs_is_one_today():
+    old = json.loads(KEYS.read_text())
+    assert set(old["config"]) <= set(runs._flat(common.base().to_dict()))
+    for name, fields in old["layer_args"].items():
+        assert set(fields) <= own_fields(get(name) if name != "vq" else VQ), name
+    for name, arguments in old["data"].items():
+        assert {*arguments} <= inspect.signature(DATASETS[name]).parameters.keys()

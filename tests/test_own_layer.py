@@ -3,16 +3,21 @@
 import json
 import re
 import sys
+import types
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
 import tiny_run
 from absl import flags
 
 from configs import common, pixels
-from layers import laws
+from layers import GRU, laws
+from layers.facts import has_state, why_no_state
 from layers.laws import __main__ as laws_command
 from layers.models.build import build, get
-from train import main, runs
+from train import endings, evaluate, main, probe, resolve, runs, sharding
 from train.reproduce import __main__ as reproduce
 from train.reproduce import contest
 
@@ -89,6 +94,20 @@ class Narrow(GRU):
     @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):
         return x[..., :1], state
+
+
+class Stateless(nn.Module):
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    __call__ = WithoutDtype.__call__
+
+    def init_state(self, batch_size):
+        raise ValueError("init_state: there is none")
+
+
+class Declared(Stateless):
+    REFUSES = ("dt", "state")
 
 
 def function(x):
@@ -175,6 +194,48 @@ def test_what_a_users_module_raises_is_the_users_to_see(own):
         get("parcel.broken.Layer")
     with pytest.raises(AttributeError, match="no_such_name"):
         get("parcel.wrong.Layer")
+
+
+def test_a_state_that_is_missing_is_declared(own):
+    message = r"layer: init_state of mine.Stateless must .* REFUSES = .* there is none"
+    with pytest.raises(ValueError, match=message):
+        built("mine.Stateless")
+    model = built("mine.Declared")
+    assert not has_state(model)
+    assert why_no_state(model) == "init_state: there is none"
+
+
+class Batches:
+    """The data set of one batch."""
+
+    sources = ("test",)
+
+    def num_examples(self, split):
+        return 1
+
+    def evaluation(self, split, size):
+        yield {"inputs": np.ones((size, 8), "f"), "mask": np.ones((size, 8), bool)}
+
+
+def test_a_state_that_cannot_be_made_is_no_missing_one(monkeypatch):
+    """Neither at the end of a run, nor in an evaluation, nor in the report."""
+    model, batch = built("gru"), next(Batches().evaluation("test", 1))
+    variables = jax.jit(model.init)(jax.random.key(0), batch["inputs"])
+
+    def broken(self, batch_size):
+        raise ValueError("init_state: out of order")
+
+    monkeypatch.setattr(GRU, "init_state", broken)
+    mesh = sharding.make_mesh(common.base())
+    parts = types.SimpleNamespace(model=model, dataset=Batches(), mesh=mesh)
+    with pytest.raises(ValueError, match="init_state: out of order"):
+        endings.compare(common.base(), parts, variables)
+    with pytest.raises(ValueError, match="init_state: out of order"):
+        evaluate.compare_modes(model, variables, batch)
+    variables = jax.tree.map(np.asarray, nn.unbox(variables))
+    with pytest.raises(ValueError, match="init_state: out of order"):
+        probe.blocks(model, {"now": variables}, 8)
+    resolve.check_causal(model)
 
 
 @pytest.mark.parametrize("name", ["mine.OnlyOutput", "mine.Narrow"])

@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from layers.facts import has_state, why_no_state
 from train import checkpoint, evaluate, runs, sharding, signals
 from train.checkpoint import CheckpointError
 from train.data.spec import Spec
@@ -113,10 +114,8 @@ def finish(config: ConfigDict, workdir: Path, parts: Parts, progress: Progress) 
 
 def compare(config: ConfigDict, parts: Parts, variables: dict) -> float | str:
     """How far the recurrent mode is from the parallel one, or why there is none."""
-    try:
-        parts.model.init_state(1)
-    except ValueError as error:
-        return str(error)
+    if not has_state(parts.model):
+        return why_no_state(parts.model)
     split = runs.last_split(parts.dataset)
     count = min(COMPARED, parts.dataset.num_examples(split))
     size = sharding.evaluation_batch_size(config, parts.mesh, count)

@@ -38,6 +38,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from layers.facts import has_state
 from ssm.sequence import Sequence
 from train import (
     checkpoint,
@@ -89,9 +90,7 @@ def recurrent_outputs(model, variables, inputs, sequence=None):
 def compare_modes(model, variables, batch) -> float | None:
     """max |parallel - recurrent| over the model's outputs on one batch, the recurrent
     mode fed token by token; None for a model that has no recurrent mode."""
-    try:
-        model.init_state(1)
-    except ValueError:
+    if not has_state(model):
         return None
 
     @jax.jit

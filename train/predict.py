@@ -52,6 +52,7 @@ import jax
 import numpy as np
 
 from layers import prepare
+from layers.facts import has_state
 from layers.models.model import Model
 from ssm.sequence import Sequence
 from train import files, settings
@@ -212,7 +213,7 @@ def _in_batches(
     most = run.config.train.batch_size * run.spec.length * (1 + pairs)
     rows = min(batch or max(1, most // tokens), len(inputs))
     _check_length(run, inputs[:rows], {k: v[:rows] for k, v in companions.items()})
-    in_chunks = not several and tokens > CHUNK and _recurrent(run)
+    in_chunks = not several and tokens > CHUNK and has_state(run.model)
     answer = _answering(run)
     for start in range(0, len(inputs), rows):
         there = np.minimum(np.arange(start, start + rows), len(inputs) - 1)
@@ -250,14 +251,6 @@ def _chunked(run: Run, answer: Callable, inputs, companions) -> np.ndarray:
     return np.asarray(y)
 
 
-def _recurrent(run: Run) -> bool:
-    try:
-        jax.eval_shape(lambda: run.model.init_state(1))
-    except ValueError:
-        return False
-    return True
-
-
 def _check_length(run: Run, inputs, companions) -> None:
     """Raises a `ValueError` for a call that the model refuses, before it is made."""
     try:
@@ -266,7 +259,7 @@ def _check_length(run: Run, inputs, companions) -> None:
         )
     except ValueError as problem:
         cure = ""
-        if inputs.shape[1] > run.spec.length and _recurrent(run):
+        if inputs.shape[1] > run.spec.length and has_state(run.model):
             cure = "; --stream reads longer ones, as far as its state remembers"
         raise ValueError(
             f"inputs of shape {inputs.shape} cannot be answered to: {problem}{cure}"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers.facts import has_state
 from train import checkpoint, signals, state
 from train.runs import Run
 
@@ -123,11 +124,7 @@ def mixer_variables(variables: dict, stack: nn.Module, number: int) -> dict:
 def _probe(layer: nn.Module, length: int):
     """(layer, features, lags, variables -> Response), compiled once for all blocks."""
     L, H = min(length, LAGS), layer.features
-    try:
-        layer.init_state(1)
-        position = 0
-    except ValueError:
-        position = L // 2
+    position = 0 if has_state(layer) else L // 2
     count = min(H, IMPULSES, max(8, IMPULSE_NUMBERS // (L * H)))
     features = np.linspace(0, H - 1, count).astype(int)
     rows = np.arange(count)

@@ -5,6 +5,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from layers.facts import has_state, why_no_state
 from layers.models import grid
 from train import optimizers, sharding
 from train.data.spec import Spec
@@ -76,10 +77,8 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 def check_causal(model: nn.Module) -> None:
     """Raises a `ValueError` for a model that would read its targets from later inputs:
     one that has no recurrent mode."""
-    try:
-        jax.eval_shape(lambda: model.init_state(1))
-    except ValueError as problem:
+    if not has_state(model):
         raise ValueError(
             "model.layer must not read the future, where these data have the targets: "
-            f"{problem}"
-        ) from problem
+            f"{why_no_state(model)}"
+        )

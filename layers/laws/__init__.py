@@ -414,7 +414,8 @@ def sharding(case: Case) -> Yields:
 
 def shard_map(case: Case) -> Yields:
     """In `jax.shard_map` with its default check, the batch spread over the devices that
-    there are: values and gradients of a call, values of a single token with a state."""
+    there are: values and gradients of a call, without a state and with one, and values
+    of a single token."""
     mesh = _mesh()
 
     def spread(variables, x, state):
@@ -432,10 +433,13 @@ def shard_map(case: Case) -> Yields:
 
         return jax.tree.map(mean, result)
 
-    result, gradients = case.gradients(spread, case.x, None)
-    expected_result, expected = case.gradients(case.whole, case.x, None)
-    yield Equal("a call", result, expected_result)
-    yield Equal("a call", gradients, expected, "gradient")
+    # The expected ones with a state are compiled for other laws anyway.
+    for state in [None] if case.state is None else [None, case.state]:
+        name = "a call" if state is None else "a call with a state"
+        result, gradients = case.gradients(spread, case.x, state)
+        expected_result, expected = case.gradients(case.whole, case.x, state)
+        yield Equal(name, result, expected_result)
+        yield Equal(name, gradients, expected, "gradient")
     if case.state is not None:
         token = case.x[:, :1]
         step = jit(spread)(case.variables, token, case.state)
@@ -701,6 +705,10 @@ LAWS: dict[str, Callable[[Case], Yields]] = {
 }
 
 
+# Those that end without a comparison: they fail by what they raise.
+COMPARE_NOTHING = frozenset({"refusals", "bad input"})
+
+
 def examine(
     layer: nn.Module,
     length: int = L,
@@ -741,7 +749,8 @@ def _examine(case, law):
         reason = _described(problem)
         return Finding(law, math.inf, 0.0, reason, "", tuple(remarks))
     if largest is None:
-        return Finding(law, 0.0, 0.0)
+        reason = "" if law in COMPARE_NOTHING else "it has compared nothing"
+        return Finding(law, math.inf if reason else 0.0, 0.0, reason)
     return Finding(law, largest.error, largest.limit, "", largest.where, tuple(remarks))
 
 

@@ -11,12 +11,10 @@ import numpy as np
 
 from kernels.check.comparison import QUICK_TO_COMPILE
 from kernels.tolerance import error, limit
-from layers.facts import L
+from layers.facts import L, refusals
 from ssm.sequence import Sequence
 
 B = 3  # rows of the examined calls
-
-FIELDS = ("mask", "reset", "dt", "state")  # what a layer may refuse
 
 
 class NotApplicable(Exception):
@@ -60,20 +58,6 @@ class Worst(NamedTuple):
     error: float
     limit: float
     where: str
-
-
-def refusals(layer: nn.Module) -> frozenset[str]:
-    """What a layer declares to refuse: its `REFUSES`, and the state where it has a
-    field `bidirectional` that is True."""
-    declared = getattr(layer, "REFUSES", ())
-    unknown = [name for name in declared if name not in FIELDS]
-    if isinstance(declared, str) or unknown:
-        raise ValueError(
-            f"REFUSES: must be a tuple of names among {', '.join(FIELDS)}, got "
-            f"{declared!r}"
-        )
-    state = ("state",) if getattr(layer, "bidirectional", False) else ()
-    return frozenset((*declared, *state))
 
 
 def jit(function: Callable, **options: Any) -> Callable:

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from layers.facts import refusals
 from layers.inside import record
 from layers.parameters import dense, linear
 from ssm.sequence import Sequence
@@ -197,6 +198,8 @@ class Block(nn.Module):
     norm_momentum: float = 0.95
     gelu: str = "tanh"
     norm_epsilon: float = 0.0
+
+    REFUSES = property(lambda block: tuple(sorted(refusals(block.mixer()))))
 
     @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):

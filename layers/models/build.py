@@ -297,6 +297,7 @@ def _proved(name, cls, given):
     # a config read back from its file has lists
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     contract.check_call(cls(**given), name)
+    contract.check_init_state(cls(**given), name)
     return given
 
 

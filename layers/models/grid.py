@@ -76,6 +76,8 @@ class Grid(nn.Module):
         dtype: of the output.
     """
 
+    REFUSES = ("mask", "reset", "dt", "state")
+
     mixer: Callable[[], nn.Module]
     features: int
     scheme: str = "separable"

@@ -116,6 +116,8 @@ class Model(nn.Module):
     dtype: jnp.dtype = jnp.float32
     norm_epsilon: float = 0.0
 
+    REFUSES = property(lambda model: model.stack().REFUSES)
+
     @nn.compact
     def __call__(self, inputs, state=None, sequence=None, train=False):
         """inputs (see `Embedding`) -> y, state.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.diagonal import CONSTANTS
+from layers.facts import refusals
 from layers.inside import EXPOSED, MOVED, RECORD
 
 COLLECTIONS = (
@@ -54,6 +55,11 @@ class Stack(nn.Module):
     pattern: tuple[Callable[[], nn.Module], ...]
     depth: int
     remat: bool = False
+
+    @property
+    def REFUSES(self) -> tuple[str, ...]:
+        """What any of its mixers refuses."""
+        return tuple(sorted(frozenset().union(*(refusals(m()) for m in self.pattern))))
 
     @nn.compact
     def __call__(self, x, state=None, sequence=None, train=False):

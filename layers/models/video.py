@@ -110,6 +110,7 @@ class Video(nn.Module):
 
     head = "token"  # one answer per frame
     encoder = "video"
+    REFUSES = property(lambda model: model.stack().REFUSES)
 
     @nn.compact
     def __call__(self, inputs, state=None, sequence=None, train=False):

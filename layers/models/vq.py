@@ -54,6 +54,8 @@ class VQ(nn.Module):
         dtype: of activations; codes, distances and outputs are float32 or better.
     """
 
+    REFUSES = ("state",)
+
     channels: int
     depths: tuple[int, ...] = (32, 64)
     codes: int = 64
