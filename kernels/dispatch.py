@@ -123,7 +123,10 @@ def pick(
         backend = (_preferred.get() or {}).get(op)
     if backend is not None:
         if backend not in backends:
-            raise ValueError(f"{op}: unknown backend {backend!r}; {listing()}")
+            raise ValueError(
+                f"{op}: backend must be one of {[*backends]}, got {backend!r}; "
+                f"{listing()}"
+            )
         if backends[backend].unsupported(*arguments) is not None:
             raise ValueError(f"{op}: backend {backend!r} cannot run; {listing()}")
         _note(op, backend, "named by the caller")

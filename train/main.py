@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
 def check_arguments(argv: list[str]) -> None:
     """Raises a `ValueError` for arguments that are no flags, or without --config."""
     if len(argv) > 1:
-        raise ValueError(f"unknown arguments {argv[1:]}")
+        raise ValueError(f"arguments must be flags, got {argv[1:]}")
     if CONFIG.value is None:
         raise ValueError("--config is missing, such as --config pixels:digits")
     settings.check_types(CONFIG.value)

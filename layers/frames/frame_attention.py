@@ -18,7 +18,14 @@ from layers.attention import (
     joined,
     remember,
 )
-from layers.checks import also_empty, at_least_one, checked_frames, divides, refuse_dt
+from layers.checks import (
+    also_empty,
+    at_least_one,
+    checked_frames,
+    divides,
+    refuse_dt,
+    within_context,
+)
 from layers.facts import L, Placement, examples
 from layers.parameters import at_least_float32, linear, logical
 from ssm import rotary
@@ -172,11 +179,7 @@ class FullFrameAttention(nn.Module):
         at_least_one(self, "heads", "context")
         divides(self, "heads", "features", self.features)
         refuse_dt(self, sequence)
-        if x.shape[1] > self.context:
-            raise ValueError(
-                f"context: a call of {x.shape[1]} frames needs at least as many, got "
-                f"{self.context}"
-            )
+        within_context(self, x, "frames")
 
     @nn.nowrap
     def _attend(self, q, k, v, cache, sequence, R):
