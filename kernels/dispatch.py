@@ -48,7 +48,7 @@ class OnPlatform:
         return missing or self._loaded().unsupported(*arguments)
 
     def not_by_default(self) -> str | None:
-        """Why only a call that names this backend gets it; None if there is no why."""
+        """Why this backend is not a default here; None if it is."""
         if elsewhere(self):
             return f"for {self.platform}, would be interpreted here"
         if compat.partitioned_by_xla():
