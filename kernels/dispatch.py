@@ -48,7 +48,7 @@ class OnPlatform:
         return missing or self._loaded().unsupported(*arguments)
 
     def not_by_default(self) -> str | None:
-        """Why only a call that names this backend gets it; None if there is no why."""
+        """Why this backend is not a default here; None if it is."""
         if elsewhere(self):
             return f"for {self.platform}, would be interpreted here"
         if compat.partitioned_by_xla():
@@ -123,7 +123,10 @@ def pick(
         backend = (_preferred.get() or {}).get(op)
     if backend is not None:
         if backend not in backends:
-            raise ValueError(f"{op}: unknown backend {backend!r}; {listing()}")
+            raise ValueError(
+                f"{op}: backend must be one of {[*backends]}, got {backend!r}; "
+                f"{listing()}"
+            )
         if backends[backend].unsupported(*arguments) is not None:
             raise ValueError(f"{op}: backend {backend!r} cannot run; {listing()}")
         _note(op, backend, "named by the caller")

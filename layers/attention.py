@@ -16,6 +16,7 @@ from layers.checks import (
     divides,
     recurrent,
     refuse_dt,
+    within_context,
 )
 from layers.facts import L, Placement, examples
 from layers.inside import expose
@@ -171,11 +172,8 @@ class Attention(nn.Module):
         sequence = checked(self, x, state, sequence)
         reach, G, K = self._sizes()
         refuse_dt(self, sequence)
-        if not self.window and x.shape[1] > self.context:
-            raise ValueError(
-                f"context: a call of {x.shape[1]} tokens needs at least as many, got "
-                f"{self.context}"
-            )
+        if not self.window:
+            within_context(self, x)
         x, sequence, restore = seq.compact(x, sequence)
         q = heads.project(x, self.heads, K, "query", self.dtype)
         k = heads.project(x, G, K, "key", self.dtype)

@@ -176,6 +176,17 @@ def within_length(layer: nn.Module, x: jax.Array) -> None:
     at_least_one(layer, "length")
     if x.shape[1] > layer.length:
         raise ValueError(
-            f"length: {type(layer).__name__} has filters of {layer.length} taps, got a "
-            f"call of {x.shape[1]} tokens; build it with length={x.shape[1]}"
+            f"length: must be at least the {x.shape[1]} tokens of the call, got "
+            f"{layer.length} taps in the filters of {type(layer).__name__}; build it "
+            f"with length={x.shape[1]}"
+        )
+
+
+def within_context(layer: nn.Module, x: jax.Array, unit: str = "tokens") -> None:
+    """Raises a `ValueError` naming `context` where a call has more tokens, or what
+    `unit` calls them."""
+    if x.shape[1] > layer.context:
+        raise ValueError(
+            f"context: must be at least the {x.shape[1]} {unit} of the call, got "
+            f"{layer.context}"
         )

@@ -67,11 +67,7 @@ class S5(nn.Module):
         lam, dt, B, C, D = self._parameters()
         x = x.astype(parameters.at_least_float32(self.dtype))
         u = seq.zero_masked(x, sequence)
-        discretization = discretize.get(self.discretization)
-
-        def rule(elapsed):
-            return discretization(lam, dt, 1.0 if elapsed is None else elapsed)
-
+        rule = functools.partial(discretize.get(self.discretization), lam, dt)
         run = functools.partial(
             recurrence.mixed,
             rule,

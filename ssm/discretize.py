@@ -4,12 +4,12 @@ A diagonal mode x' = lam x + B u, sampled with step dt, becomes
 
     x[t] = a x[t-1] + gain B u[t],      a = exp(log_a).
 
-Every rule for diagonal systems has one signature, `rule(lam, dt, elapsed=1.0)`, and
+Every rule for diagonal systems has one signature, `rule(lam, dt, elapsed=None)`, and
 returns `(log_a, gain)`. The logarithm is returned, not a, because filters need powers
 a^l and recurrences need a^elapsed, and both lose digits by way of log(exp(.)).
 
-`elapsed` is the time since the previous token in units of the nominal step (1 = regular
-sampling); it broadcasts against lam and dt. elapsed = 0 gives a = 1.
+`elapsed` is the time since the previous token in units of the nominal step (None, as 1:
+regular sampling); it broadcasts against lam and dt. elapsed = 0 gives a = 1.
 
 Sources: ZOH, bilinear and GBT from S4 (https://arxiv.org/abs/2111.00396) and HiPPO
 (https://arxiv.org/abs/2008.07669); dirac and async from Event-SSM
@@ -34,23 +34,32 @@ def expm1_ratio(z: jax.Array) -> jax.Array:
     return jnp.where(small, series, jnp.expm1(safe) / safe)
 
 
+def _steps(elapsed):
+    """`elapsed`, or the one step of regular sampling."""
+    return 1.0 if elapsed is None else elapsed
+
+
 def zoh(
-    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Zero-order hold: a = e^{lam dt}, gain = (e^{lam dt} - 1) / lam, exact for an
     input that is constant over the step; dt is multiplied by `elapsed`."""
-    step = dt * elapsed
+    step = dt * _steps(elapsed)
     z = lam * step
     return z, step * expm1_ratio(z)
 
 
 def gbt(
-    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0, *, alpha: float
+    lam: jax.Array,
+    dt: jax.Array,
+    elapsed: jax.Array | float | None = None,
+    *,
+    alpha: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Generalised bilinear transform: a = (1 + (1-alpha) z) / (1 - alpha z) and
     gain = dt / (1 - alpha z), z = lam dt. alpha 0 is Euler, 1/2 bilinear, 1 backward
     Euler; dt is multiplied by `elapsed`."""
-    step = dt * elapsed
+    step = dt * _steps(elapsed)
     z = lam * step
     denominator = 1.0 - alpha * z
     log_a = jnp.log1p((1.0 - alpha) * z) - jnp.log1p(-alpha * z)
@@ -58,27 +67,27 @@ def gbt(
 
 
 def bilinear(
-    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Bilinear (Tustin): a = (1 + z/2) / (1 - z/2), gain = dt / (1 - z/2)."""
     return gbt(lam, dt, elapsed, alpha=0.5)
 
 
 def dirac(
-    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Events as impulses: a = e^{lam dt elapsed}, gain = 1."""
-    z = lam * dt * elapsed
+    z = lam * dt * _steps(elapsed)
     return z, jnp.ones_like(z)
 
 
 def async_(
-    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float = 1.0
+    lam: jax.Array, dt: jax.Array, elapsed: jax.Array | float | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Asynchronous events: the state decays over the true gap, the input is scaled by
     the learned step alone: a = e^{lam dt elapsed}, gain = (e^{lam dt} - 1) / lam."""
     z = lam * dt
-    log_a = z * elapsed
+    log_a = z * _steps(elapsed)
     return log_a, jnp.broadcast_to(dt * expm1_ratio(z), log_a.shape)
 
 

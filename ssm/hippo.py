@@ -213,8 +213,8 @@ def own_arguments(measure: str, **arguments: dict) -> dict:
     for name, value in arguments.items():
         if name not in takes:
             raise ValueError(
-                f"{name}: {measure!r} takes {takes or 'no arguments'}, "
-                f"got {name}={value}"
+                f"{name}: must be left out for {measure!r}, which takes "
+                f"{takes or 'no arguments'}, got {value}"
             )
     return arguments
 
@@ -307,7 +307,9 @@ def nplr(
     _check_size(N, even=True)
     P = LOW_RANK[name](N)
     if not max(1, len(P)) <= rank <= 3:
-        raise ValueError(f"rank: {measure!r} needs {max(1, len(P))} to 3, got {rank}")
+        raise ValueError(
+            f"rank: must be {max(1, len(P))} to 3 for {measure!r}, got {rank}"
+        )
     P = np.concatenate([P, np.zeros((rank - len(P), N))])
     A, B = MEASURES[name](N)
     lam, V = normal_eigenpairs(A + P.T @ P)

@@ -221,7 +221,7 @@ def legs_memory(
             f"discretization: must be one of {sorted(STEPS)}, got {discretization!r}"
         )
     if u.ndim == 0 or u.shape[-1] == 0:
-        raise ValueError(f"u: needs at least one token [..., L], got shape {u.shape}")
+        raise ValueError(f"u: must be [..., L >= 1], got shape {u.shape}")
     step = STEPS[discretization](N)
     flat = u.reshape(-1, u.shape[-1])
     x = np.zeros((len(flat), N))

@@ -39,7 +39,8 @@ def inverse(name: str, rate: np.ndarray) -> np.ndarray:
     rate = np.maximum(np.asarray(rate, np.float64), FLOOR)
     if name == "sigmoid" and np.any(rate >= 1):
         raise ValueError(
-            f"transform: 'sigmoid' represents rates below 1, got {rate.max():.3g}"
+            f"transform: must reach the rate {rate.max():.3g}, got 'sigmoid', which "
+            "stays below 1"
         )
     return positive(name).inverse(rate)
 

@@ -312,11 +312,11 @@ def test_contenders_get_the_same_number_of_parameters(monkeypatch):
     monkeypatch.setattr(contest, "FEATURES", range(4, 65, 4))
     config = tiny("induction,layer=gru")
     config.model.update(encoder="token", vocab_size=5, outputs=5)
-    contest.equalise(config, 5_000)
+    contest.match_parameters(config, 5_000)
     assert config.model.features % 4 == 0
     assert abs(contest.parameters(config) / 5_000 - 1) < 0.1
     with pytest.raises(ValueError, match=r"within 10% of 100; \d+ with 4 features"):
-        contest.equalise(config, 100)
+        contest.match_parameters(config, 100)
 
 
 @pytest.mark.slow
@@ -359,13 +359,13 @@ def test_validation_chooses_the_rate_and_the_test_does_not(tmp_path, monkeypatch
 
     monkeypatch.setattr(ledger, "trained", run)
     found = small_contest("gru")
-    row = contest.play(found, found.contenders[0], (4, 5, 6), tmp_path)
+    row = contest.run_contender(found, found.contenders[0], (4, 5, 6), tmp_path)
     assert trained[:2] == [(1e-3, 4), (3e-3, 4)]
     assert trained[2:] == [(3e-3, 4), (3e-3, 5), (3e-3, 6)]
     assert row.config.optimizer.lr == 3e-3 and row.accuracies == [[0.2, 0.2]] * 3
     accuracy.update({1e-3: None, 3e-3: None})
     with pytest.raises(FloatingPointError, match="gru: finite at none of"):
-        contest.play(found, found.contenders[0], (4,), tmp_path)
+        contest.run_contender(found, found.contenders[0], (4,), tmp_path)
 
 
 @pytest.mark.slow

@@ -89,6 +89,13 @@ def test_gain_has_a_finite_gradient_at_zero():
     assert_close(gradient, np.float32(0.1**2 / 2))
 
 
+@pytest.mark.parametrize("name", discretize.DISCRETIZATIONS)
+def test_no_elapsed_times_are_regular_steps(name):
+    rule = discretize.get(name)
+    lam = LAM.astype(np.complex64)
+    np.testing.assert_array_equal(rule(lam, 0.1, None), rule(lam, 0.1, 1.0))
+
+
 def test_unknown_rule_lists_the_names():
     with pytest.raises(ValueError, match=r"must be one of .*bilinear.*zoh.*'euler'"):
         discretize.get("euler")

@@ -453,7 +453,7 @@ BAD = {
         ("heads", 3, "heads: must divide features = 8, got 3"),
         ("kv_heads", 3, "kv_heads: must divide heads = 4, got 3"),
         ("kv_heads", -2, "kv_heads: must be 0 or positive, got -2"),
-        ("context", 19, "context: a call of 20 tokens needs at least as many, got 19"),
+        ("context", 19, "context: must be at least the 20 tokens of the call, got 19"),
         ("window", -1, "window: must be 0 or positive, got -1"),
         ("rotary", 2.0, r"rotary: must be in \[0, 1\], got 2.0"),
     ],

@@ -71,10 +71,10 @@ def broken(made, name, value):
     ("name", "value", "message"),
     [
         ("nothing", 0.0, ""),
-        ("block_0/mixer/dt/bias", np.nan, "the parameter .*mixer/dt/bias is nan"),
-        ("block_0/mixer/D", 3e38, "block 1: output_rms is inf"),
-        ("block_1/mixer/out/kernel", 3e38, "block 2: output_rms is (inf|nan)"),
-        ("head/kernel", 3e38, "the loss is (inf|nan)"),
+        ("block_0/mixer/dt/bias", np.nan, "the parameter .*mixer/dt/bias = nan"),
+        ("block_0/mixer/D", 3e38, "block 1, output_rms = inf"),
+        ("block_1/mixer/out/kernel", 3e38, "block 2, output_rms = (inf|nan)"),
+        ("head/kernel", 3e38, "the loss = (inf|nan)"),
     ],
 )
 def test_the_first_that_broke_is_named(name, value, message):

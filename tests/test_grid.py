@@ -316,8 +316,8 @@ def test_norm_and_tied_dropout_treat_all_places_of_an_image_alike():
     ("changes", "message"),
     [
         (dict(grid="spiral"), r"grid: must be .*\['', 'axis_sum', 'cro.* 'spiral'"),
-        (dict(encoder="image"), r"grid: 'separable' needs .* data.layout=image"),
-        (dict(grid=""), r"grid: the encoder 'grid' needs one of \['axis_sum', 'cross"),
+        (dict(encoder="image"), r"grid: must be '' .* data.layout=image"),
+        (dict(grid=""), r"grid: must be one of \['axis_sum', 'cross.* got ''"),
         (dict(patch=0), "patch: must be at least 1, .* got 0"),
         (dict(grid="", encoder="image", patch=2), "patch: .* 1 without a grid, got 2"),
     ],
@@ -330,9 +330,9 @@ def test_a_config_that_is_no_grid_is_named(changes, message):
 @pytest.mark.parametrize(
     ("changes", "shape", "sequence", "message"),
     [
-        (dict(head="last"), (2, 4, 4, 1), None, "head: the grid encoder needs 'mean'"),
+        (dict(head="last"), (2, 4, 4, 1), None, "head: must be 'mean' for the grid"),
         (dict(patch=3), (2, 6, 4, 1), None, r"patch: must divide .* \(6, 4\), got 3"),
-        ({}, (2, 16, 1), None, r"inputs: the grid encoder takes \[B, h, w, C\] or"),
+        ({}, (2, 16, 1), None, r"inputs: must be \[B, h, w, C\] or .* for the grid"),
         ({}, (2, 4, 4, 1), Sequence(mask=TOKENS), "mask: belongs to tokens"),
     ],
 )

@@ -352,7 +352,7 @@ SHAPE = (2, 5, 4)
         (dict(initial_state=jnp.ones((2, 4, 6, 8))), r"initial_state must be .*8, 6\)"),
         (dict(reset=jnp.ones((2, 5))), "reset must be bool"),
         (dict(reset=jnp.ones((2, 4), bool)), r"reset must be \[B, L\] = \(2, 5\)"),
-        (dict(backend="cuda"), "unknown backend 'cuda'"),
+        (dict(backend="cuda"), "backend must be one of .*, got 'cuda'"),
     ],
 )
 def test_bad_input(change, message):

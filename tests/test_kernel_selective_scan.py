@@ -139,7 +139,7 @@ def test_memory_of_the_backward_pass_is_linear_and_without_modes():
         (dict(skip=jnp.ones(4)), r"skip must be \[D\] = \(3,\)"),
         (dict(initial_state=jnp.ones((2, 3, 3))), "initial_state must be"),
         (dict(reset=jnp.ones((2, 5))), "reset must be bool"),
-        (dict(backend="cuda"), "unknown backend 'cuda'"),
+        (dict(backend="cuda"), "backend must be one of .*, got 'cuda'"),
     ],
 )
 def test_bad_input(change, message):

@@ -90,7 +90,7 @@ def test_state_is_float32_for_bfloat16():
         ({"bias": np.ones(2, np.float32)}, "bias must be"),
         ({"initial_state": np.ones((2, 4, 3), np.float32)}, "initial_state must be"),
         ({"reset": np.ones((2, 5), bool)}, "reset must be"),
-        ({"backend": "fast"}, "unknown backend"),
+        ({"backend": "fast"}, "backend must be one of .*, got 'fast'"),
     ],
 )
 def test_bad_input(change, words):

@@ -123,7 +123,7 @@ def test_memory_is_far_below_modes_times_length():
         ({"c": np.ones((2, 5), np.float32)}, "c must be .*as in log_z"),
         ({"c": np.ones((3, 5), np.int32)}, "c must be floating point"),
         ({"log_z": np.ones((3, 0), np.float32)}, "log_z must be"),
-        ({"backend": "fast"}, "unknown backend"),
+        ({"backend": "fast"}, "backend must be one of .*, got 'fast'"),
     ],
 )
 def test_bad_input(change, words):

@@ -275,8 +275,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError) as caught:
         loop.run(tiny_run.config(), tmp_path)
     # The update of step 7 breaks the weights; the loss of step 8 shows it.
-    assert "at step 8; first of all, the parameter" in str(caught.value)
-    assert "in step 8; last good checkpoint: step 5" in str(caught.value)
+    assert "at step 8; first non-finite value: the parameter" in str(caught.value)
+    assert "= nan, step 8; last good checkpoint: step 5" in str(caught.value)
     assert checkpoint.steps(tmp_path) == [5]
     assert tiny_run.lines(tmp_path)[-1]["step"] == 6
 

@@ -123,7 +123,7 @@ def test_nan_at_padding_reaches_neither_value_nor_gradient(loss):
 )
 def test_wrong_head_is_named(loss, outputs, targets):
     data = batch(np.zeros(targets, int), np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match=r"do not fit targets .*model\.head"):
+    with pytest.raises(ValueError, match=r"outputs must be .*model\.head"):
         losses.make(loss)(jnp.zeros(outputs), data)
 
 

@@ -74,7 +74,7 @@ def parsed(monkeypatch):
             ["--config", CONFIG, "--seeds=0,one"],
             "whole numbers such as 0,1,2, got 'one'",
         ),
-        (["--config", CONFIG, "extra"], r"unknown arguments \['extra'\]"),
+        (["--config", CONFIG, "extra"], r"arguments must be flags, got \['extra'\]"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )

@@ -253,7 +253,7 @@ def test_a_bidirectional_model_has_no_state():
         ({"layer": ()}, r"layer: a pattern must have at least one name"),
         (
             {"layer": ("gru", "lru"), "layer_args": {"state_size": 4}},
-            r"layer_args: of a pattern .* names of its layers, \['gru', 'lru'\]; got",
+            r"layer_args: must stand under .* layers, \['gru', 'lru'\], got",
         ),
         ({"encoder": "token"}, r"vocab_size: "),
     ],
@@ -267,7 +267,7 @@ def test_wrong_inputs_name_the_argument():
     model, variables, x = made()
     for bad, sequence, message in (
         (x[:, :0], None, "inputs: the length L"),
-        (x[0], None, r"inputs: the scalar encoder takes \[B, L\]"),
+        (x[0], None, r"inputs: must be \[B, L\] or .* for the scalar encoder"),
         (x, Sequence(mask=jnp.ones((2, 3), bool)), r"mask: must have shape"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -167,7 +167,7 @@ def test_half_the_rate_is_close_where_no_hold_is_assumed(make):
         (S4(H, 0), "length: must be at least 1, got 0"),
         (S4(H, 8, state_size=5), "state_size: must be even and at least 2, got 5"),
         (S4(H, 8, measure="lgs"), "measure: .*'lgs'"),
-        (S4(H, 8, measure="legt"), "rank: 'legt' needs 2 to 3, got 1"),
+        (S4(H, 8, measure="legt"), "rank: must be 2 to 3 for 'legt', got 1"),
         (S4(H, 8, copies=3), "copies: must divide features = 4, got 3"),
         (S4(H, 8, step_scale=0.0), "step_scale: must be positive, got 0.0"),
         (

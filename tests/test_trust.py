@@ -271,7 +271,7 @@ def test_every_field_of_a_layer_says_what_it_must_be(layer, tmp_path, monkeypatc
         (dict(groups="x"), "groups must be a sequence of pairs, got 'x'"),
         (dict(groups=[3]), r"groups\[0\] must be a pair of a pattern and its factors"),
         (dict(factors=dict(lr="x")), r"groups\[0\]\.lr must be a number, got 'x'"),
-        (dict(factors=dict(lr=-1.0)), "lr is a factor of 0 or more"),
+        (dict(factors=dict(lr=-1.0)), "lr must be a factor of 0 or more"),
     ],
     ids=str,
 )

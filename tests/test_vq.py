@@ -206,15 +206,15 @@ def test_loss_and_perplexity_of_a_known_assignment():
     done = Reconstruction(np.ones(frames.shape), np.zeros((2, 2)), usage)
     total, _, sums = loss_fn(done, batch)
     assert abs(total) < 1e-6 and sums["perplexity"] == 1  # one code only
-    with pytest.raises(ValueError, match=r"takes a Reconstruction.*vq gives, got \(2"):
+    with pytest.raises(ValueError, match=r"be a Reconstruction.*vq gives, got \(2"):
         loss_fn(np.zeros((2, 3)), batch)
 
 
 @pytest.mark.parametrize(
     ("fields", "frames", "message"),
     [
-        ({}, CLIPS[..., :1], r"channels: is 2, got frames \(2, 3, 4, 6, 1\)"),
-        ({"depths": (3, 4)}, CLIPS, "depths: 2 halvings .* 4 divides, got .* 4, 6, 2"),
+        ({}, CLIPS[..., :1], r"channels: must be 1, .* \(2, 3, 4, 6, 1\), got 2"),
+        ({"depths": (3, 4)}, CLIPS, "depths: .* must .* of 4 for 2 .* 4, 6, 2"),
         ({}, CLIPS.astype(np.float32), "inputs: must be uint8 .* got float32"),
         ({}, CLIPS[0, 0], "inputs: must be uint8"),
         ({"depths": ()}, CLIPS, "depths: must be channels"),

@@ -3,7 +3,7 @@
 python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
     [--examples 1000] [--data new.npz]
 
---examples scores only the first so many of the split, such as of one without end.
+--examples N scores only the first N of the split (needed for endless splits).
 --data scores on another file, laid out as that of the run and read as that was: its
 normalisation, its classes, its vocabulary. All of it counts as the split "test", unless
 it has a key "split" of its own. The data that the run was trained on need not be there.
@@ -56,7 +56,7 @@ from train.data import own, unseen
 LENGTHS = "lengths.json"
 # What a command says in one line.
 PROBLEMS = (ValueError, OSError, checkpoint.CheckpointError)
-MOST = 10_000_000  # examples that are scored without being asked for
+MOST = 10_000_000  # examples of the largest split scored without --examples
 
 
 def recurrent_outputs(model, variables, inputs, sequence=None):
@@ -154,7 +154,7 @@ def at_lengths(
         workdir: of the run.
         split: of the dataset.
         times: lengths in training lengths, such as (1, 2, 4, 8).
-        examples: only the first so many; None for all.
+        examples: N, to score only the first N; None for all.
 
     Returns:
         {"step", "split", "lengths": [{"times", "length", loss and metrics}, ...]}

@@ -107,7 +107,10 @@ def first_bad(probe: Probe) -> str:
         or bad([("the loss", float(host.loss))])
         or bad(leaves(host.gradients, "the gradient of"))
     )
-    return "" if offender is None else f"{offender[0]} is {offender[1]}"
+    if offender is None:
+        return ""
+    name, value = offender
+    return f"{name.replace(': ', ', ')} = {value}"
 
 
 def find(
@@ -119,6 +122,6 @@ def find(
         batch = sharding.place(next(batches), mesh)
         cause = first_bad(probe(state, batch))
         if cause:
-            return f"{cause} in step {number}"
+            return f"{cause}, step {number}"
         state, _ = train_step(state, batch)
     return ""

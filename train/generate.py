@@ -41,7 +41,7 @@ def generate(model, variables, prompt, length, key, temperature=1.0):
     """
     if model.head != "token" or model.encoder != "token":
         raise ValueError(
-            "model: generation needs encoder 'token' and head 'token', got "
+            "model: encoder and head must be 'token' to generate, got "
             f"{model.encoder!r} and {model.head!r}"
         )
     if prompt.ndim != 2 or prompt.shape[1] < 1:
@@ -143,7 +143,7 @@ def _check_numbers(options, length):
                 f"{name}: must be a file in a folder that exists, got {str(path)!r}"
             )
     if options.picture and math.isqrt(length) ** 2 != length:
-        raise ValueError(f"picture: needs a square length, got {length}")
+        raise ValueError(f"length: must be a square number with picture, got {length}")
 
 
 def _save(out, tokens):

@@ -54,7 +54,7 @@ def run(
         What results.json holds; {"step", "stopped"} if a signal ended the run early.
 
     Raises:
-        ValueError: a setting that cannot be, or a workdir that is of another config,
+        ValueError: an invalid setting, or a workdir that is of another config,
             in use by another run, or not to be written.
         CheckpointError: a checkpoint cannot be written or read, or the disk is full.
         FloatingPointError: loss, gradient or state are not finite.

@@ -88,9 +88,9 @@ def _rows(batch):
 def _check_shapes(outputs, targets, rank: int) -> None:
     if targets.ndim != rank or outputs.shape[:-1] != targets.shape:
         raise ValueError(
-            f"outputs {outputs.shape} do not fit targets {targets.shape}: class "
-            "targets are [B] with outputs [B, K] (model.head mean or last), token "
-            "targets are [B, L] with outputs [B, L, K] (model.head token)"
+            "outputs must be [B, K] for class targets [B] (model.head mean or last), "
+            "[B, L, K] for token targets [B, L] (model.head token), got outputs "
+            f"{outputs.shape} and targets {targets.shape}"
         )
 
 
@@ -115,10 +115,10 @@ def _regression(outputs, batch):
         targets = targets[..., None]
     if targets.shape != outputs.shape:
         raise ValueError(
-            f"outputs {outputs.shape} do not fit targets {batch['targets'].shape}: one "
-            "target per sequence is [B] or [B, K] with outputs [B, K] (model.head mean "
-            "or last), one per token is [B, L] or [B, L, K] with outputs [B, L, K] "
-            "(model.head token)"
+            "outputs must be [B, K] for one target per sequence, [B] or [B, K] "
+            "(model.head mean or last), [B, L, K] for one per token, [B, L] or "
+            f"[B, L, K] (model.head token), got outputs {outputs.shape} and targets "
+            f"{batch['targets'].shape}"
         )
     real = mask if outputs.ndim == 3 else _rows(batch)
     outputs = _where(real, outputs.astype(jnp.float32))
@@ -132,8 +132,8 @@ def _frames(outputs, batch):
     targets = batch["targets"]
     if outputs.shape != targets.shape:
         raise ValueError(
-            f"outputs {outputs.shape} do not fit targets {targets.shape}: frames are "
-            "[B, L, h, w, C]"
+            "outputs must be frames [B, L, h, w, C] like the targets, got outputs "
+            f"{outputs.shape} and targets {targets.shape}"
         )
     squared, absolute = _pixel_errors(outputs, targets, batch["mask"])
     return _sums((squared + absolute) / 2, batch["mask"], {"mse": squared})
@@ -151,8 +151,8 @@ def _codes(outputs, batch, label_smoothing):
     targets, real = batch["targets"], batch["mask"]
     if outputs.shape[:-1] != targets.shape or targets.ndim != 4:
         raise ValueError(
-            f"outputs {outputs.shape} do not fit targets {targets.shape}: codes are "
-            "[B, L, h, w] with outputs [B, L, h, w, K]"
+            "outputs must be [B, L, h, w, K] for codes [B, L, h, w], got outputs "
+            f"{outputs.shape} and targets {targets.shape}"
         )
     places = targets.shape[2] * targets.shape[3]
     real = jnp.broadcast_to(real[..., None, None], targets.shape)
@@ -168,8 +168,8 @@ def _autoencoder(outputs, batch):
     decoded = getattr(outputs, "frames", outputs)
     if not hasattr(outputs, "commitment") or decoded.shape != frames.shape:
         raise ValueError(
-            "the loss autoencoder takes a Reconstruction of frames "
-            f"{frames.shape}, which model.layer vq gives, got {jnp.shape(decoded)}"
+            f"outputs must be a Reconstruction of frames {frames.shape} for the loss "
+            f"autoencoder, which model.layer vq gives, got {jnp.shape(decoded)}"
         )
     real = batch["mask"] if outputs.commitment.ndim == 2 else _rows(batch)
     squared, absolute = _pixel_errors(decoded, frames, real)

@@ -103,9 +103,9 @@ def main(argv: list[str]) -> int:
 
 
 def check_arguments(argv: list[str]) -> None:
-    """Raises a `ValueError` for arguments that are no flags, or without --config."""
+    """Raises a `ValueError` for positional arguments, or without --config."""
     if len(argv) > 1:
-        raise ValueError(f"unknown arguments {argv[1:]}")
+        raise ValueError(f"arguments must be flags, got {argv[1:]}")
     if CONFIG.value is None:
         raise ValueError("--config is missing, such as --config pixels:digits")
     settings.check_types(CONFIG.value)
@@ -172,7 +172,7 @@ def _print_seeds(outcomes: dict[int, dict]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """The arguments that are no flags, with a clear error for a flag that cannot be."""
+    """Positional arguments; raises a clear error for an invalid flag."""
     argv = _with_paths(argv)
     line = "\n".join(argv)
     path = re.search(r"^--?config[=\n](.*)", line, re.M)

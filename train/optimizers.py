@@ -101,7 +101,9 @@ def make_schedule(optimizer: Mapping, steps: int) -> Schedule:
     if peak < 0:
         raise ValueError(f"optimizer.lr must be 0 or more, got {peak}")
     if not 0 <= floor <= 1:
-        raise ValueError(f"optimizer.floor is a share of lr in [0, 1], got {floor}")
+        raise ValueError(
+            f"optimizer.floor must be a share of lr in [0, 1], got {floor}"
+        )
     if name == "cosine":
         after = optax.cosine_decay_schedule(peak, steps - warmup, alpha=floor)
     elif name == "constant":
@@ -170,7 +172,7 @@ def _options(pattern: str, factors: Mapping) -> dict:
     for name in ("lr", "wd"):
         if options[name] < 0:
             raise ValueError(
-                f"group {pattern!r}: {name} is a factor of 0 or more, "
+                f"group {pattern!r}: {name} must be a factor of 0 or more, "
                 f"got {options[name]}"
             )
     return options

@@ -1,4 +1,4 @@
-"""A run that broke, from its last checkpoint once more: what was not finite first."""
+"""A run that broke, once more from its last checkpoint: its first non-finite value."""
 
 import contextlib
 from pathlib import Path
@@ -27,4 +27,4 @@ def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) ->
             parts.mesh,
             range(progress.step + 1, until + 1),
         )
-    return f"first of all, {cause}; " if cause else ""
+    return f"first non-finite value: {cause}; " if cause else ""

@@ -1,6 +1,7 @@
 """ConvS5, the diagonal model whose states are images
 (https://arxiv.org/abs/2310.19694)."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -139,10 +140,7 @@ class ConvS5(nn.Module):
         one_of(self, output=OUTPUTS)
         lam, dt, B, C = self._parameters()
         u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
-
-        def rule(elapsed):
-            return discretize.zoh(lam, dt, 1.0 if elapsed is None else elapsed)
-
+        rule = functools.partial(discretize.zoh, lam, dt)
         elapsed, reset = seq.elapsed(sequence), sequence.reset
         y, state = conv_ssm.convolved(
             rule,

@@ -18,14 +18,40 @@ from layers.attention import (
     joined,
     remember,
 )
-from layers.checks import also_empty, at_least_one, checked_frames, divides, refuse_dt
+from layers.checks import (
+    also_empty,
+    at_least_one,
+    checked_frames,
+    divides,
+    refuse_dt,
+    within_context,
+)
 from layers.facts import L, Placement, examples
 from layers.parameters import at_least_float32, linear, logical
 from ssm import rotary
 from ssm import sequence as seq
 
 
-class FrameAttention(nn.Module):
+class _OverFrames(nn.Module):
+    """The fields that both forms have, which they describe, and the learned places."""
+
+    REFUSES = ("dt",)
+
+    features: int
+    size: tuple[int, int]
+    heads: int = 4
+    context: int = 64
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.nowrap
+    def _placed(self, x):
+        """x [..., h w, U] + p, the learned place p [h w, U]."""
+        init = logical(nn.initializers.normal(0.02), None, "embed")
+        p = self.param("place", init, x.shape[-2:])
+        return x + p.astype(self.dtype)
+
+
+class FrameAttention(_OverFrames):
     """y = a + s(norm(x + a + p)), a = t(x): causal attention t over time at every
     pixel, then attention s over the pixels of every frame.
 
@@ -40,15 +66,8 @@ class FrameAttention(nn.Module):
         dtype: of activations; logits and the cache are float32 or better.
     """
 
-    REFUSES = ("dt",)
     PLACEMENT = Placement("none", 8 / 3)
     EXAMPLES = examples(dict(heads=3, context=2 * L))
-
-    features: int
-    size: tuple[int, int]
-    heads: int = 4
-    context: int = 64
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     @also_empty
@@ -69,9 +88,7 @@ class FrameAttention(nn.Module):
         time = self._time()(name="time")
         a, new = time(rows, flat, jax.tree.map(each, sequence))
         a = a.reshape(B, h * w, L, U).swapaxes(1, 2)
-        z = nn.LayerNorm(dtype=self.dtype, name="norm")(
-            pixels + a + place(self, h * w).astype(self.dtype)
-        )
+        z = nn.LayerNorm(dtype=self.dtype, name="norm")(self._placed(pixels + a))
         space = Attention(
             U,
             self.heads,
@@ -105,7 +122,7 @@ class FrameAttention(nn.Module):
         )
 
 
-class FullFrameAttention(nn.Module):
+class FullFrameAttention(_OverFrames):
     """y = W_out softmax(q k^T / sqrt(K)) v, where the pixels of a frame see all pixels
     of the last R frames, their own among them.
 
@@ -120,15 +137,8 @@ class FullFrameAttention(nn.Module):
         dtype: of activations; logits and the cache are float32 or better.
     """
 
-    REFUSES = ("dt",)
     PLACEMENT = Placement("none", 8 / 3)
     EXAMPLES = examples(dict(heads=3, context=2 * L))
-
-    features: int
-    size: tuple[int, int]
-    heads: int = 4
-    context: int = 64
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     @also_empty
@@ -147,7 +157,7 @@ class FullFrameAttention(nn.Module):
         shape = x.shape
         x, sequence, restore = seq.compact(x, sequence)
         x = x.reshape(*shape[:2], -1, self.features).astype(self.dtype)
-        x = x + place(self, x.shape[2]).astype(self.dtype)
+        x = self._placed(x)
         size = self.features // self.heads
         q, k, v = (
             heads.project(x, self.heads, size, name, self.dtype)
@@ -172,11 +182,7 @@ class FullFrameAttention(nn.Module):
         at_least_one(self, "heads", "context")
         divides(self, "heads", "features", self.features)
         refuse_dt(self, sequence)
-        if x.shape[1] > self.context:
-            raise ValueError(
-                f"context: a call of {x.shape[1]} frames needs at least as many, got "
-                f"{self.context}"
-            )
+        within_context(self, x, "frames")
 
     @nn.nowrap
     def _attend(self, q, k, v, cache, sequence, R):
@@ -205,9 +211,3 @@ class FullFrameAttention(nn.Module):
     def _turn(self, x, positions, below):
         size = x.shape[-1] // 2 * 2
         return rotary.rotate(x, positions, 10_000.0, size, below)
-
-
-def place(module: nn.Module, places: int) -> jax.Array:
-    """The learned positions p [places, U] of `module`."""
-    init = logical(nn.initializers.normal(0.02), None, "embed")
-    return module.param("place", init, (places, module.features))

@@ -126,7 +126,8 @@ def build(config: Mapping) -> Model | Video | VQ:
             raise ValueError(f"{key}: must be at least 1, got {config[key]}")
     if config["encoder"] == "token" and config["vocab_size"] < 1:
         raise ValueError(
-            f"vocab_size: a token encoder needs at least 1, got {config['vocab_size']}"
+            "vocab_size: must be at least 1 with the encoder 'token', got "
+            f"{config['vocab_size']}"
         )
     _check_grid(config)
     if not 0 <= config["dropout"] < 1:
@@ -173,8 +174,8 @@ def _pattern(config):
     unknown = sorted(set(args) - {*keys, *names})
     if unknown:
         raise ValueError(
-            f"layer_args: of a pattern they stand under the names of its layers, "
-            f"{sorted(set(keys))}; got {unknown}"
+            "layer_args: must stand under the names of the pattern's layers, "
+            f"{sorted(set(keys))}, got {unknown}"
         )
     fields = {name: args.get(name, args.get(args_key(name), {})) for name in names}
     return tuple(names), fields
@@ -211,7 +212,7 @@ def _video(stack, config, dtype):
     options = dict(config["video"])
     depths = tuple(options["depths"])
     if not depths or min(depths) < 1:
-        raise ValueError(f"video.depths: must be one or more widths, got {depths}")
+        raise ValueError(f"video.depths: must be widths of at least 1, got {depths}")
     return Video(
         stack=stack,
         features=config["features"],
@@ -232,8 +233,8 @@ def _latent_size(config):
     factor = 2 ** (len(depths) - 1)
     if len(size) != 2 or any(n < 1 or n % factor for n in size):
         raise ValueError(
-            f"video.size: {len(depths)} depths need frames whose height and width are "
-            f"multiples of {factor}, got {size}"
+            f"video.size: must be (h, w), multiples of {factor} with {len(depths)} "
+            f"depths, got {size}"
         )
     return tuple(n // factor for n in size)
 
@@ -265,11 +266,12 @@ def _fields(cls, name, arguments, reserved):
 def _mixer(name, args, config, dtype):
     cls, given = get(name), dict(args)
     fields = _fields(cls, name, given, {"features", "dtype", "size"})
-    if ("size" in fields) != (config["encoder"] == Video.encoder):
+    read = "frames" if config["encoder"] == Video.encoder else "tokens"
+    if ("size" in fields) != (read == "frames"):
         raise ValueError(
-            f"layer: {name!r} does not fit the encoder {config['encoder']!r}; layers "
-            f"over frames are {sorted(FRAME_LAYERS)}, for configs/video.py, all others "
-            "read tokens"
+            f"layer: must read {read} with the encoder {config['encoder']!r}, got "
+            f"{name!r}; layers over frames are {sorted(FRAME_LAYERS)}, for "
+            "configs/video.py, all others read tokens"
         )
     given.setdefault("features", config["features"])
     given.setdefault("dtype", dtype)
@@ -306,12 +308,13 @@ def _check_grid(config):
     _one_of("grid", scheme, ("", *grid.SCHEMES))
     if scheme and encoder != "grid":
         raise ValueError(
-            f"grid: {scheme!r} needs images and the encoder 'grid', got the encoder "
-            f"{encoder!r}; datasets of images give it with data.layout=image"
+            f"grid: must be '' without the encoder 'grid', got {scheme!r} and the "
+            f"encoder {encoder!r}; datasets of images give that with data.layout=image"
         )
     if encoder == "grid" and not scheme:
         raise ValueError(
-            f"grid: the encoder 'grid' needs one of {sorted(grid.SCHEMES)}, got ''"
+            f"grid: must be one of {sorted(grid.SCHEMES)} with the encoder 'grid', got "
+            "''"
         )
     patch = config["patch"]
     if patch < 1 or (patch > 1 and not scheme):

@@ -189,8 +189,8 @@ class Model(nn.Module):
                 "grid": "[B, h, w, C] or [B, d, h, w, C]",
             }
             raise ValueError(
-                f"inputs: the {self.encoder} encoder takes {shapes[self.encoder]}, got "
-                f"shape {inputs.shape}"
+                f"inputs: must be {shapes[self.encoder]} for the {self.encoder} "
+                f"encoder, got shape {inputs.shape}"
             )
         if self.encoder == "image":
             return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
@@ -201,7 +201,7 @@ class Model(nn.Module):
         grid.no_companions(sequence)
         if self.head != "mean":
             raise ValueError(
-                f"head: the grid encoder needs 'mean', over all places, got "
+                f"head: must be 'mean' for the grid encoder, over all places, got "
                 f"{self.head!r}"
             )
 
@@ -219,7 +219,7 @@ def _two_documents(inputs, sequence):
     """[B, 2, L, ...] -> [2B, L, ...], and so for every field of the sequence."""
     if inputs.ndim < 3 or inputs.shape[1] != 2:
         raise ValueError(
-            f"inputs: the retrieval head takes [B, 2, L, ...], got {inputs.shape}"
+            f"inputs: must be [B, 2, L, ...] for the retrieval head, got {inputs.shape}"
         )
 
     def merge(x):

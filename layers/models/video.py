@@ -152,14 +152,15 @@ class Video(nn.Module):
         is_mapping = isinstance(inputs, Mapping)
         if self.actions and not (is_mapping and {"frames", "actions"} <= set(inputs)):
             raise ValueError(
-                f"actions: a model of {self.actions} actions takes "
-                '{"frames": ..., "actions": int [B, L]}, got '
+                'actions: must be in the inputs, {"frames": ..., "actions": int '
+                f"[B, L]}}, for a model of {self.actions} actions, got "
                 f"{sorted(inputs) if is_mapping else 'frames alone'}"
             )
         if is_mapping and not self.actions:
             raise ValueError(
-                "actions: the model was built without; in a run they are those of the "
-                "dataset, see data.actions"
+                "inputs: must be frames alone for a model built without actions, got "
+                f"{sorted(inputs)}; in a run the actions are those of the dataset, see "
+                "data.actions"
             )
         frames, actions = (
             (inputs["frames"], inputs["actions"]) if is_mapping else (inputs, None)

@@ -166,12 +166,15 @@ class VQ(nn.Module):
             )
         *_, h, w, C = frames.shape
         if self.channels != C:
-            raise ValueError(f"channels: is {self.channels}, got frames {frames.shape}")
+            raise ValueError(
+                f"channels: must be {C}, as in frames {frames.shape}, got "
+                f"{self.channels}"
+            )
         side = 2 ** len(self.depths)
         if h < side or w < side or h % side or w % side:
             raise ValueError(
-                f"depths: {len(self.depths)} halvings need height and width that "
-                f"{side} divides, got frames {frames.shape}"
+                f"depths: height and width must be multiples of {side} for "
+                f"{len(self.depths)} halvings, got frames {frames.shape}"
             )
         return frames
 

@@ -6,7 +6,7 @@
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
 the test split selects nothing. `train.reproduce.contest` has the three tasks of recall,
-whose layers are made equal, `train.reproduce.video` that of video.
+whose layers have matched parameter counts, `train.reproduce.video` that of video.
 
 `--layers my_package.MyLayer,s5` compares a layer of your own: the table is printed, and
 a page is rewritten only where --page names one.

@@ -48,7 +48,9 @@ def logistic_regression(dataset: data.Dataset) -> float:
 
     loss = dataset.spec.loss
     if loss != "classification":
-        raise ValueError(f"a baseline needs the loss classification, got {loss!r}")
+        raise ValueError(
+            f"dataset: its loss must be 'classification' for a baseline, got {loss!r}"
+        )
 
     def arrays(split):
         parts = [

@@ -1,4 +1,4 @@
-"""Several layers on one synthetic task, as equal as they can be made.
+"""Several layers on one synthetic task: a comparison at matched parameter counts.
 
 All contenders have the same number of parameters, within a tenth, by the choice of
 their features, and the same learning rates to choose from: that of RATES whose last
@@ -34,7 +34,7 @@ class Contender(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """A table: `make(f"{argument},layer=NAME")` gives a run before it is made equal."""
+    """A table: `make(f"{argument},layer=NAME")` gives a run before its match."""
 
     make: Callable
     argument: str
@@ -110,7 +110,7 @@ def state_floats(config: ConfigDict) -> int:
     )
 
 
-def equalise(config: ConfigDict, budget: int) -> None:
+def match_parameters(config: ConfigDict, budget: int) -> None:
     """Sets model.features so that the parameters come closest to `budget`.
 
     Raises:
@@ -137,7 +137,7 @@ def config_of(contest: Contest, contender: Contender) -> ConfigDict:
     config = contest.make(f"{contest.argument},layer={contender.layer}")
     config.model.layer_args.update(contender.layer_args)
     config = resolve.complete(config, data.load(config.data).spec)
-    equalise(config, contest.parameters)
+    match_parameters(config, contest.parameters)
     return config
 
 
@@ -156,7 +156,7 @@ class Row(NamedTuple):
     accuracies: list[list[float]]  # a list over lengths for every seed
 
 
-def play(
+def run_contender(
     contest: Contest, contender: Contender, seeds: Sequence[int], workdir: Path
 ) -> Row:
     """Chooses the learning rate of a contender, trains it with all seeds and tests it.
@@ -219,8 +219,8 @@ def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         workdir: gets a folder for every run; those that are finished stay as they are.
 
     Raises:
-        ValueError: layers that are no contenders, or parameters that cannot be made
-            equal.
+        ValueError: layers that are no contenders, or parameter counts that cannot be
+            matched.
     """
     contest = CONTESTS[name]
     names = {contender.layer for contender in contest.contenders}
@@ -233,7 +233,7 @@ def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path)
         )
     chosen = [c for c in contest.contenders if not layers or c.layer in layers]
     chosen += [Contender(name, {}, "") for name in dict.fromkeys(own)]
-    rows = [play(contest, contender, seeds, workdir) for contender in chosen]
+    rows = [run_contender(contest, contender, seeds, workdir) for contender in chosen]
     titles = ["layer", "features", "parameters", "state", "lr"]
     titles += [f"test at {n}x" for n in contest.lengths] + ["published", "seconds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]

@@ -148,11 +148,12 @@ def fvd(truth, prediction, network: str | Callable) -> float:
     """
     _check_colours(truth, prediction)
     if len(truth) < 2:
-        raise ValueError(f"FVD needs 2 clips or more, got {len(truth)}")
+        raise ValueError(f"truth: must be 2 clips or more for FVD, got {len(truth)}")
     if not callable(network):
         if truth.shape[1] < FVD_FRAMES:
             raise ValueError(
-                f"I3D needs {FVD_FRAMES} frames or more, got {truth.shape[1]}"
+                f"truth: must be clips of {FVD_FRAMES} frames or more for I3D, got "
+                f"{truth.shape[1]}"
             )
         network = functools.partial(_i3d, _torchscript("FVD", network))
     clips = max(1, SHOWN // truth.shape[1])

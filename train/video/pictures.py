@@ -183,5 +183,5 @@ def _frames(context, truth, prediction, rank: int):
 def _bytes(frames: np.ndarray) -> np.ndarray:
     if frames.dtype == np.uint8:
         return frames
-    # Not a number is black.
+    # NaN is drawn black.
     return np.rint(255 * np.nan_to_num(frames.astype(np.float32))).astype(np.uint8)

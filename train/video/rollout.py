@@ -49,8 +49,8 @@ class Rollout(NamedTuple):
     """True and predicted frames of some clips, uint8 [n, T, h, w, C]; codes
     [n, T, h, w] where nothing is known that makes pixels of them.
 
-    finite [n, horizon]: whether the model gave numbers; what it gave instead is shown
-    as grey and has no score.
+    finite [n, horizon]: whether the predicted frames are finite; those that are not are
+    drawn as grey and have no score.
     """
 
     context: np.ndarray
@@ -229,7 +229,7 @@ def roll(
 
 
 def _shown(frames):
-    """Pixels as bytes and where they are numbers, [n, horizon]; codes as they are."""
+    """Pixels as bytes and where they are finite, [n, horizon]; codes as they are."""
     if not np.issubdtype(frames.dtype, np.floating):
         return frames, np.ones(frames.shape[:2], bool)
     return to_bytes(frames), np.isfinite(frames).all((2, 3, 4))
@@ -237,7 +237,7 @@ def _shown(frames):
 
 def scores(rollout: Rollout) -> dict:
     """{"model" and "copy last frame": {metric: [horizon]}}: "psnr" in dB, "ssim" and
-    "mse", means over clips, NaN where a clip's frame is no number; of codes the
+    "mse", means over clips, NaN where a clip's frame is not finite; of codes the
     "accuracy", the share that is right."""
     repeated = video_metrics.copy_last(rollout.context, rollout.truth.shape[1])
     by_name = {}
@@ -416,7 +416,7 @@ def _by_networks(rollout, arguments) -> dict:
         if reason:
             results[name] = reason
         elif not rollout.finite.all():
-            results[name] = "none: the model predicted frames that are no numbers"
+            results[name] = "none: the model predicted non-finite frames"
         else:
             results[name] = float(
                 np.mean(metric(rollout.truth, rollout.prediction, network))
