@@ -357,6 +357,16 @@ BAD_PARQUET = {
         {"inputs": [[[1, 2], [3]], [[4, 5]]], "targets": [0, 1]},
         "lists within lists of several lengths",
     ),
+    "too large": ({"a": [1e300, 1.0], "b": [0, 1]}, "those of float32, up to 3.4e"),
+    "too large a token": (
+        {"inputs": [[2**40], [1]], "targets": [0, 1]},
+        "inputs is 1099511627776 at .*must lie between 0 and 2147483646",
+    ),
+    "too large a class": ({"a": [1.0, 2.0], "b": [0, 2**40]}, "1099511627776"),
+    "too small a dt": (
+        {"inputs": [[1.5], [2.5]], "dt": [[1e-50], [1.0]], "targets": [0, 1]},
+        "dt is 1e-50 at .*must be 1.18e-38 or more",
+    ),
     "no rows": ({"a": np.zeros(0), "b": np.zeros(0)}, "has no sequence"),
 }
 
@@ -852,6 +862,56 @@ def needs(folder):
     example.write_text(example.read_text() + more)
     with pytest.raises(ValueError, match=message):
         data.load(dict(name=name))
+
+
+FITTING = """
+def made(case="", drawn=0):
+    last = {"token": 2**40, "number": 1e300}.get(case, 5)
+    inputs = np.array([[0, 1, 2], [3, 4, last]])
+    mask = np.array([[True, True, False]] * 2)
+    dt = np.array([[1.0, 1e-50 if case == "dt" else 1.0, 0.0]] * 2)
+    targets = np.array([1, 2**31 if case == "class" else 0])
+    rows = {"inputs": inputs, "targets": targets, "mask": mask, "dt": dt}
+    spec = Spec("scalar", 3, 2, "classification")
+    if drawn:
+        return Dataset(spec, {"train": Drawn(rows)}, finish=dict)
+    return Dataset(spec, {"train": Rows(rows)})
+
+
+class Drawn(Rows):
+    pass
+"""
+
+
+@pytest.mark.parametrize("drawn", [0, 1], ids=["rows", "drawn"])
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("token", "inputs is 1099511627776 at .*between -2147483648 and 2147483647"),
+        ("number", r"inputs is 1e\+300 at .*those of float32"),
+        ("class", "targets is 2147483648 at .*and 2147483647"),
+        ("dt", "dt is 1e-50 at .*must be 1.18e-38 or more"),
+    ],
+)
+def test_a_dataset_whose_numbers_do_not_fit_is_refused(example, case, message, drawn):
+    example.write_text(example.read_text() + FITTING)
+    with pytest.raises(ValueError, match=rf"data\.name: my_data\.made: .*{message}"):
+        dataset = data.load({"name": "my_data.made", "case": case, "drawn": drawn})
+        next(dataset.train(2, 0))
+
+
+@pytest.mark.parametrize("drawn", [0, 1], ids=["rows", "drawn"])
+def test_a_dataset_whose_numbers_fit_is_of_32_bits(example, drawn):
+    example.write_text(example.read_text() + FITTING)
+    dataset = data.load({"name": "my_data.made", "drawn": drawn})
+    batch = next(dataset.train(2, 0))
+    assert {key: str(array.dtype) for key, array in batch.items()} == {
+        "inputs": "int32",
+        "mask": "bool",
+        "dt": "float32",
+        "targets": "int32",
+    }
+    assert sorted(batch["inputs"].ravel()) == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_a_module_of_ones_own_lacks_is_its_own_error(tmp_path, monkeypatch):

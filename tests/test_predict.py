@@ -209,6 +209,28 @@ def test_a_stream_ends_at_the_answer_to_the_whole(loss, tmp_path):
     assert_close(numbers[1], numbers[0], dtype="float32")
 
 
+def test_a_dt_that_does_not_fit_is_refused():
+    run = untrained("lru", loss="classification")
+    stream = predict.Stream(run)
+    for dt, message in {
+        1e-50: "is 1e-50 at .*must be 1.18e-38 or more",
+        1e300: r"is 1e\+300 at .*those of float32",
+        0.0: "is 0.0 at .*must be 1.18e-38 or more",
+        float("nan"): "is nan at .*must be finite",
+        "x": "is of dtype <U1; it must be numbers",
+    }.items():
+        with pytest.raises(ValueError, match=f"^dt {message}"):
+            stream.feed(1.0, dt=dt)
+        sequence = Sequence(dt=np.full(NEW.shape, dt))
+        with pytest.raises(ValueError, match=rf"^sequence\.dt {message}"):
+            predict.predict(run, NEW, sequence)
+    # of a masked token it is not read
+    dt, mask = np.ones(NEW.shape), np.ones(NEW.shape, bool)
+    dt[:, 3], mask[:, 3] = 0, False
+    sequence = Sequence(mask=mask, dt=dt)
+    assert np.isfinite(predict.predict(run, NEW, sequence)).all()
+
+
 @pytest.mark.slow
 def test_long_sequences_go_through_in_chunks(monkeypatch):
     for loss in ("classification", "token"):
