@@ -8,6 +8,7 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 import tiny_run
 
@@ -161,16 +162,42 @@ def test_steps_in_flight(monkeypatch, seconds, most):
     monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
     mesh = jax.make_mesh((1,), ("data",))
     ahead, results = pace.Pace(mesh), []
+    clock[0] += 100  # what comes before the first step says nothing of the steps
     for number in range(6):
         ahead.wait()
         done = sum(result.known for result in results)
         assert done == number - len(ahead)
-        if number > 2:  # once it is known how long they take
-            assert len(ahead) == most - 1
+        # The second waits for the first, which says how long they take.
+        assert len(ahead) == (0 if number < 2 else most - 1)
         results.append(Result(clock, seconds))
         ahead.begun(results[-1], False)
     ahead.drain()
     assert len(ahead) == 0 and all(result.known for result in results)
+    # An evaluation makes quick steps no slow ones: none of them waits.
+    clock[0] += 100
+    for number in range(3):
+        ahead.wait()
+        assert len(ahead) == (0 if number < 1 else most - 1)
+        ahead.begun(Result(clock, seconds), False)
+
+
+def test_several_processes_stop_where_they_agree(monkeypatch, capfd):
+    """Until then a signal ends none of them, and no step is named."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    ahead = pace.Pace(jax.make_mesh((1,), ("data",)))
+    with signals.stop_signals() as stop:
+        stop.nothing_to_save("starting")
+        begun = 0
+        while loop.may_begin(begun + 1, ahead, None, stop):
+            if begun == 3:  # while the third is computed
+                send(stop, signal.SIGTERM)
+            begun += 1
+            ahead.begun(np.zeros(()), stop.signal is not None)
+            ahead.wait()
+        ahead.drain()
+    said = "after this step and those that all processes have begun\n"
+    assert capfd.readouterr().out == f"stopping (SIGTERM) {said}"
+    assert begun == 5  # the fourth tells of it, and the fifth has begun by then
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -184,6 +184,8 @@ def may_begin(step: int, pace: Pace, batches, stop) -> bool:
     if jax.process_count() > 1:
         if pace.agreed():
             stop.join()
+        else:
+            stop.ends_after("step and those that all processes have begun")
         return not pace.agreed()
     return batches.ready(lambda: stop.signal) and stop.may_begin(step)
 
