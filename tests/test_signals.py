@@ -1,19 +1,24 @@
 """What a signal does to a run: said at once, ended soon, and nothing lost."""
 
+import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
 
-from train import checkpoint, loop, pace, runs, signals, step
+from train import checkpoint, flight, loop, main, pace, replay, runs, signals, step
 from train.data import pipeline
+from train.draw import figures
+from train.report import answers, inside, pages
 
 SECONDS = 30.0  # how long a test waits for what takes none
 
@@ -270,3 +275,73 @@ def test_a_stop_while_a_batch_is_waited_for(tmp_path, monkeypatch, finished):
     loop.run(tiny_run.config(), tmp_path)
     assert tiny_run.lines(tmp_path) == tiny_run.lines(finished[0])
     assert tiny_run.weights(tmp_path) == tiny_run.weights(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("during", "after"),
+    [
+        ((pages, "_verdict"), (pages, "_curves")),
+        ((pages, "_curves"), (inside, "_stages")),
+        pytest.param(
+            (answers, "section"), (figures, "spectra"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (pages, "_reproduce"), (pages, "_environment"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["verdict", "curves", "answers", "reproduce"],
+)
+def test_a_report_ends_after_its_section(finished, monkeypatch, capfd, during, after):
+    workdir, _ = finished
+    before = {path.name for path in workdir.iterdir()}
+    results = (workdir / runs.RESULTS).read_text()
+    make, ended = getattr(*during), []
+
+    def stopped(*arguments):
+        send(signals._active, signal.SIGTERM)
+        section = make(*arguments)
+        ended.append(during)
+        return section
+
+    monkeypatch.setattr(*during, stopped)
+    monkeypatch.setattr(*after, lambda *_: ended.append(after))
+    assert main._unless_stopped(lambda _: main._write_report(workdir), []) == 0
+    assert ended == [during]
+    first, last = capfd.readouterr().out.splitlines()
+    assert first == "stopping (SIGTERM) after this section of the report"
+    assert last == "stopped by SIGTERM"
+    assert {path.name for path in workdir.iterdir()} == before
+    assert (workdir / runs.RESULTS).read_text() == results
+
+
+def test_the_search_for_what_broke_ends_after_its_step():
+    def probe(state, _):
+        asked.append(state)
+        if len(asked) == 2:
+            send(signals._active, signal.SIGTERM)
+        return flight.Probe({}, {}, np.float32(0), {})
+
+    def train_step(state, _):
+        return state + 1, {}
+
+    asked, mesh = [], jax.make_mesh((1,), ("data",))
+    with signals.stop_signals(), pytest.raises(signals.Stopped):
+        batches = itertools.repeat({})
+        flight.find(probe, train_step, 7, batches, mesh, range(8, 99))
+    assert asked == [7, 8]
+
+
+def test_a_run_that_broke_has_its_error_also_where_the_search_was_stopped(
+    tmp_path, monkeypatch
+):
+    def stopped(*_):
+        raise signals.Stopped("stopped by SIGTERM")
+
+    progress = SimpleNamespace(step=5, state=None)
+    monkeypatch.setattr(replay, "start", lambda *_: progress)
+    monkeypatch.setattr(replay, "Checkpoints", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(flight, "find", stopped)
+    stream = SimpleNamespace(close=lambda: None)
+    dataset = SimpleNamespace(train=lambda *_: stream)
+    parts = SimpleNamespace(dataset=dataset, probe=None, train_step=None, mesh=None)
+    assert replay.first_broken(tiny_run.config(), tmp_path, parts, 8) == ""

@@ -109,7 +109,7 @@ def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
             "command again"
         ) from error
     except FloatingPointError as error:
-        stop.ends_after("search for what broke")
+        stop.ends_after("step of the search for what broke")
         good = checkpoint.last_good(workdir)  # known only now: saves have ended
         broken = replay.first_broken(config, workdir, parts, progress.step)
         raise FloatingPointError(
@@ -182,11 +182,7 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
 def may_begin(step: int, pace: Pace, batches, stop) -> bool:
     """Whether `step` is to be computed: with its batch there, and no signal."""
     if jax.process_count() > 1:
-        if pace.agreed():
-            stop.join()
-        else:
-            stop.ends_after("step and those that all processes have begun")
-        return not pace.agreed()
+        return pace.goes_on(stop)
     return batches.ready(lambda: stop.signal) and stop.may_begin(step)
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from train.signals import Stop
+
 SLOW = 1.0  # seconds of a step from which on the next one waits for it
 
 
@@ -54,9 +56,14 @@ class Pace:
         """Returns when all steps are done."""
         self._wait(0)
 
-    def agreed(self) -> bool:
-        """Whether one of several processes was asked to stop in a step that is done."""
-        return self._agreed
+    def goes_on(self, stop: Stop) -> bool:
+        """Whether none of several processes was asked to stop in a step that is done;
+        else this one is too."""
+        if self._agreed:
+            stop.join()
+        else:
+            stop.ends_after("step and those that all processes have begun")
+        return not self._agreed
 
     def _wait(self, limit: int) -> None:
         while len(self._steps) > limit:

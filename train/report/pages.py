@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from train import checkpoint, files, runs, settings, signals
 from train.data import examined
 from train.draw import figures
 from train.draw.markup import (
+    Section,
     code,
     details,
     figure,
@@ -39,26 +41,30 @@ def write(
         ValueError: no run, one of its files cannot be read, or `out` is in no folder.
         CheckpointError: no such checkpoint, or it is damaged.
         OSError: the report cannot be written.
+        Stopped: a signal came; no page is written.
     """
     told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
     said = runs.read_said(told.path)
-    level = _level(said, run)
-    reached = {} if level is None else {level.metric: level.value}
-    sections = [
-        ("verdict", "Verdict", _verdict(told, run, said, level)),
-        ("curves", "Curves", _curves({told.name: told}, reached)),
-        *ENDINGS[run.spec.loss].sections(told, run, reached),
-        ("reproduce", "To reproduce", _reproduce(told)),
-        ("environment", "Environment", _environment(told)),
-    ]
+    sections = [*signals.stoppable(_sections(told, run, said))]
     model = told.config.model
     subtitle = f"{told.name}: {model.depth} blocks of {model.features} features, "
     subtitle += f"{_count(run.variables)} parameters; {told.ended()}"
     title = f"{told.layer} on {told.config.data.name}"
     files.write_atomically(out, page(title, subtitle, sections))
     return out
+
+
+def _sections(told: Workdir, run, said: dict) -> Iterator[Section]:
+    """The sections of a run's page, each made when it is asked for."""
+    level = _level(said, run)
+    reached = {} if level is None else {level.metric: level.value}
+    yield "verdict", "Verdict", _verdict(told, run, said, level)
+    yield "curves", "Curves", _curves({told.name: told}, reached)
+    yield from ENDINGS[run.spec.loss].sections(told, run, reached)
+    yield "reproduce", "To reproduce", _reproduce(told)
+    yield "environment", "Environment", _environment(told)
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
