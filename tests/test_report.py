@@ -18,7 +18,7 @@ from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
 from layers.inside import EXPOSED
-from train import data, loop, main, probe, resolve, runs, sharding, state
+from train import data, loop, main, metrics, probe, resolve, runs, sharding, state
 from train.checkpoint import CheckpointError
 from train.data import examined
 from train.data.spec import Spec
@@ -608,3 +608,26 @@ def test_figures_of_long_sequences_and_deep_stacks_stay_small():
     assert titles.count("size over all features") == figures.BLOCKS
     ids = [i for panel in many for i in re.findall(r'\bid="([^"]*)"', panel.content)]
     assert len({*ids}) == len(ids)
+
+
+def test_curves_of_many_steps_are_drawn_in_bounded_size(tmp_path):
+    """100,000 logs and 10,000 validations take no more than a screen can show."""
+    rng = np.random.default_rng(0)
+    for name, count in {"short": 50, "long": 100_000}.items():
+        runs.write_config(tmp_path / name, pixels.get_config("digits"))
+        losses = (2 / np.arange(1, count + 1) ** 0.3 + rng.random(count)).tolist()
+        with open(tmp_path / name / metrics.FILE, "w") as file:
+            for step, loss in enumerate(losses, 1):
+                row = {"step": step, "split": "train", "loss": loss}
+                print(json.dumps(row), file=file)
+                if step % 10 == 0:
+                    print(json.dumps(row | {"split": "validation"}), file=file)
+    text = pages.compare(
+        [tmp_path / "short", tmp_path / "long"], tmp_path / "compare.html"
+    ).read_text()
+    assert "100,000 of" in text
+    # what the marks and the lines of all curves are made of
+    assert 5 <= text.count("<use") < 200
+    lines = [len(re.findall("[ML]", d)) for d in re.findall(r'\bd="([^"]*)"', text)]
+    assert 2_000 < max(lines) < 10_000
+    assert len(text) < 500_000
