@@ -12,7 +12,7 @@ from scipy.io import wavfile
 
 from configs import own as own_config
 from kernels import tolerance
-from train import data, loop, runs
+from train import data, loop, records, runs
 from train.data import arrays, own, said
 from train.data.sources import Rows
 from train.data.spec import Spec
@@ -925,7 +925,7 @@ def test_a_run_whose_data_are_a_function_is_refused_before_it_is_imported(
     example, tmp_path
 ):
     config = own_config.get_config("name=my_data.tones")
-    runs.write_config(tmp_path / "run", config)
+    records.write_config(tmp_path / "run", config)
     with pytest.raises(
         ValueError, match=r"names the dataset 'my_data.tones', .*--trust"
     ):
@@ -935,7 +935,7 @@ def test_a_run_whose_data_are_a_function_is_refused_before_it_is_imported(
 
 
 def test_what_older_runs_lack_is_what_the_config_has():
-    for name, keys in runs.ABSENT_DATA.items():
+    for name, keys in records.ABSENT_DATA.items():
         config = own_config.get_config()
         assert config.data.name == name
         for key, (_, default) in keys.items():
@@ -944,19 +944,19 @@ def test_what_older_runs_lack_is_what_the_config_has():
 
 def test_an_older_run_of_a_file_reads_its_numbers_as_they_are(tmp_path):
     config = own_config.get_config("path=my.npz")
-    runs.write_config(tmp_path, config)
-    path = tmp_path / runs.CONFIG
+    records.write_config(tmp_path, config)
+    path = tmp_path / records.CONFIG
     old = json.loads(path.read_text())
     for key in ("normalise", "rate", "length", "label"):
         del old["data"][key]
     path.write_text(json.dumps(old))
-    assert runs.read_config(tmp_path).data.normalise is False
+    assert records.read_config(tmp_path).data.normalise is False
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    if not runs.checkpoint.steps(tmp_path):
+    if not records.checkpoint.steps(tmp_path):
         pytest.fail("this is no checkpoint any more")
-    again = runs.continued(tmp_path, config)
+    again = records.continued(tmp_path, config)
     assert again.data.normalise is False
-    runs.check_workdir(tmp_path, again)
+    records.check_workdir(tmp_path, again)
 
 
 def test_a_run_on_recordings_says_what_they_are_and_trains(tmp_path, capsys):

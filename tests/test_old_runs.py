@@ -21,7 +21,7 @@ import pytest
 
 from configs import common, pixels
 from layers.models.build import GELUS, NORMS
-from train import evaluate, loop, runs
+from train import evaluate, loop, records, runs
 from train.report import pages
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"
@@ -48,8 +48,8 @@ def workdir(tmp_path):
 
 
 def test_scores_are_those_of_its_commit(workdir):
-    expected = json.loads((RUN / runs.RESULTS).read_text())["test"]
-    assert runs.read_data(workdir) is None
+    expected = json.loads((RUN / records.RESULTS).read_text())["test"]
+    assert records.read_data(workdir) is None
     found = evaluate.scores(runs.load_run(workdir), "test")
     assert found == pytest.approx(expected, rel=1e-6)
 
@@ -62,8 +62,8 @@ def test_goes_on_as_its_commit_did(workdir, capsys):
     assert {s: losses[s] for s in LATER} == pytest.approx(LATER, rel=1e-6)
     assert results["test"] == pytest.approx(LATER_TEST, rel=1e-6)
     assert "it keeps 'tanh'" in capsys.readouterr().out
-    assert runs.read_config(workdir).model.gelu == "tanh"  # from now on it says so
-    assert runs.read_data(workdir) == runs.load_run(workdir).dataset.spec
+    assert records.read_config(workdir).model.gelu == "tanh"  # from now on it says so
+    assert records.read_data(workdir) == runs.load_run(workdir).dataset.spec
 
 
 @pytest.mark.slow
@@ -80,10 +80,10 @@ def test_another_value_is_another_run(workdir):
 
 
 def test_absent_keys_are_keys_with_their_default():
-    flat = runs._flat(common.base().to_dict())
-    for key, (meaning, default) in runs.ABSENT.items():
+    flat = records.flat(common.base().to_dict())
+    for key, (meaning, default) in records.ABSENT.items():
         assert flat[key] == default
         assert type(meaning) is type(default)
-    assert runs.ABSENT["model.gelu"][0] in GELUS
+    assert records.ABSENT["model.gelu"][0] in GELUS
     # 0 is each norm's own epsilon, what Flax gave them before there was a key.
     assert NORMS == {"layer": 1e-6, "batch": 1e-5, "rms": 1e-6}

@@ -18,7 +18,18 @@ from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
 from layers.inside import EXPOSED
-from train import data, loop, main, metrics, probe, resolve, runs, sharding, state
+from train import (
+    data,
+    loop,
+    main,
+    metrics,
+    probe,
+    records,
+    resolve,
+    runs,
+    sharding,
+    state,
+)
 from train.checkpoint import CheckpointError
 from train.data import examined
 from train.data.spec import Spec
@@ -266,9 +277,9 @@ def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_p
     "said", [{}, {"said": 3}, {"said": {"splits": 1, "chance": {"metric": 2}}}]
 )
 def test_facts_of_the_data_that_cannot_be_are_left_out(said, tmp_path):
-    assert runs.read_said(tmp_path) == {}
+    assert records.read_said(tmp_path) == {}
     (tmp_path / "data.json").write_text(json.dumps(said))
-    found = runs.read_said(tmp_path)
+    found = records.read_said(tmp_path)
     assert facts.rows(found) == facts.warned(found) == []
     assert facts.level(found) is None
 
@@ -614,7 +625,7 @@ def test_curves_of_many_steps_are_drawn_in_bounded_size(tmp_path):
     """100,000 logs and 10,000 validations take no more than a screen can show."""
     rng = np.random.default_rng(0)
     for name, count in {"short": 50, "long": 100_000}.items():
-        runs.write_config(tmp_path / name, pixels.get_config("digits"))
+        records.write_config(tmp_path / name, pixels.get_config("digits"))
         losses = (2 / np.arange(1, count + 1) ** 0.3 + rng.random(count)).tolist()
         with open(tmp_path / name / metrics.FILE, "w") as file:
             for step, loss in enumerate(losses, 1):

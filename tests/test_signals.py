@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import tiny_run
 
-from train import checkpoint, flight, loop, main, pace, replay, runs, signals, step
+from train import (
+    checkpoint,
+    flight,
+    loop,
+    main,
+    pace,
+    records,
+    replay,
+    signals,
+    step,
+)
 from train.data import pipeline
 from train.draw import figures
 from train.report import answers, inside, pages
@@ -252,7 +262,7 @@ def test_an_evaluation_ends_after_its_batch(tmp_path, monkeypatch, finished, bat
         stopped = loop.run(tiny_run.config(), tmp_path)
     assert stopped == {"step": at, "stopped": "SIGTERM"} and count == batch
     assert checkpoint.newest_good(tmp_path) == at
-    assert not (tmp_path / runs.RESULTS).exists()
+    assert not (tmp_path / records.RESULTS).exists()
     results = loop.run(tiny_run.config(), tmp_path)
     checked = {**results, "checkpoint": finished[1]["checkpoint"]}
     assert checked == finished[1]
@@ -294,7 +304,7 @@ def test_a_stop_while_a_batch_is_waited_for(tmp_path, monkeypatch, finished):
 def test_a_report_ends_after_its_section(finished, monkeypatch, capfd, during, after):
     workdir, _ = finished
     before = {path.name for path in workdir.iterdir()}
-    results = (workdir / runs.RESULTS).read_text()
+    results = (workdir / records.RESULTS).read_text()
     make, ended = getattr(*during), []
 
     def stopped(*arguments):
@@ -311,7 +321,7 @@ def test_a_report_ends_after_its_section(finished, monkeypatch, capfd, during, a
     assert first == "stopping (SIGTERM) after this section of the report"
     assert last == "stopped by SIGTERM"
     assert {path.name for path in workdir.iterdir()} == before
-    assert (workdir / runs.RESULTS).read_text() == results
+    assert (workdir / records.RESULTS).read_text() == results
 
 
 def test_the_search_for_what_broke_ends_after_its_step():

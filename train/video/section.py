@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from layers.models.video import Video
-from train import runs, signals
+from train import records, runs, signals
 from train.draw.markup import Section, figure, paragraph, picture, table
 from train.runs import DataError, Run, Workdir
 from train.video import pictures, rollout
@@ -33,7 +33,7 @@ def _rollouts(told, run) -> str:
     if found.truth.ndim == 5:
         parts += _pictures(found)
     if scored := (told.results or {}).get("rollout"):
-        check(told.path / runs.RESULTS, scored)
+        check(told.path / records.RESULTS, scored)
         parts.append(_by_horizon(scored))
     return "".join(parts)
 
