@@ -56,6 +56,7 @@ package:
 	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	.venv-wheel/bin/python -m pip install --quiet \
 	    "$$(ls dist/ssmax-*.whl)[train,data]"
+	cd dist && ../.venv-wheel/bin/python -m ssmax.kernels.check --quick --op linear_scan
 	cd dist && ../.venv-wheel/bin/python -m ssmax.layers.laws --layer s5
 	cd dist && ../.venv-wheel/bin/python -m ssmax.train.main --config pixels:digits \
 	    --config.train.steps=20 --workdir run

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from train import data, runs
+from train import data, records
 from train.data import described
 from train.data.spec import Spec
 
@@ -44,27 +44,27 @@ def dataset(spec=SPEC):
     ids=["own", "numpy", "digits", "passkey", "video", "grid"],
 )
 def test_a_spec_comes_back(tmp_path, spec):
-    runs.write_data(tmp_path, dataset(spec), said={"scale": [1, 2.5]})
-    assert runs.read_data(tmp_path) == spec
-    assert runs.read_said(tmp_path) == {"scale": [1, 2.5]}
-    found = json.loads((tmp_path / runs.DATA).read_text())
+    records.write_data(tmp_path, dataset(spec), said={"scale": [1, 2.5]})
+    assert records.read_data(tmp_path) == spec
+    assert records.read_said(tmp_path) == {"scale": [1, 2.5]}
+    found = json.loads((tmp_path / records.DATA).read_text())
     assert {*found["spec"]} == {field.name for field in dataclasses.fields(Spec)}
     assert found["examples"] == {"train": 30, "test": 4}
 
 
 def test_there_may_be_none(tmp_path):
-    assert runs.read_data(tmp_path) is None and runs.read_said(tmp_path) == {}
-    runs.write_data(tmp_path, dataset())
-    assert runs.read_said(tmp_path) == {}
+    assert records.read_data(tmp_path) is None and records.read_said(tmp_path) == {}
+    records.write_data(tmp_path, dataset())
+    assert records.read_said(tmp_path) == {}
 
 
 def test_a_key_that_an_older_file_lacks_has_its_default(tmp_path):
-    runs.write_data(tmp_path, dataset())
-    found = json.loads((tmp_path / runs.DATA).read_text())
+    records.write_data(tmp_path, dataset())
+    found = json.loads((tmp_path / records.DATA).read_text())
     for key in ("classes", "mean", "std", "symbols"):
         del found["spec"][key]
-    (tmp_path / runs.DATA).write_text(json.dumps(found))
-    assert runs.read_data(tmp_path) == SPEC.but(classes=(), mean=(), std=())
+    (tmp_path / records.DATA).write_text(json.dumps(found))
+    assert records.read_data(tmp_path) == SPEC.but(classes=(), mean=(), std=())
 
 
 HARM = {
@@ -118,22 +118,22 @@ def test_a_file_of_another_kind(tmp_path, change, message):
         text = json.dumps(change)
     elif isinstance(change, dict):
         text = json.dumps(described.described(dataset()) | change)
-    (tmp_path / runs.DATA).write_text(text)
+    (tmp_path / records.DATA).write_text(text)
     with pytest.raises(ValueError, match=message) as raised:
-        runs.read_data(tmp_path)
+        records.read_data(tmp_path)
     said = str(raised.value)
-    assert said.startswith(str(tmp_path / runs.DATA)) and "\n" not in said
+    assert said.startswith(str(tmp_path / records.DATA)) and "\n" not in said
 
 
 @pytest.mark.parametrize(("change", "message"), SPECS.values(), ids=SPECS)
 def test_a_spec_that_cannot_be(tmp_path, change, message):
     found = described.described(dataset())
     found["spec"] |= change
-    (tmp_path / runs.DATA).write_text(json.dumps(found))
+    (tmp_path / records.DATA).write_text(json.dumps(found))
     with pytest.raises(ValueError, match=message) as raised:
-        runs.read_data(tmp_path)
+        records.read_data(tmp_path)
     said = str(raised.value)
-    assert said.startswith(str(tmp_path / runs.DATA)) and "\n" not in said
+    assert said.startswith(str(tmp_path / records.DATA)) and "\n" not in said
 
 
 def test_what_of_data_is_another():

@@ -14,7 +14,7 @@ from scipy.io import wavfile
 
 from configs import own as own_config
 from kernels import tolerance
-from train import data, loop, predict, runs
+from train import data, loop, predict, records, runs
 from train.data import arrays, described, own, recordings, said, tables, unseen
 from train.data.sources import Rows
 from train.data.spec import Spec
@@ -390,6 +390,16 @@ BAD_PARQUET = {
         {"inputs": [[[1, 2], [3]], [[4, 5]]], "targets": [0, 1]},
         "lists within lists of several lengths",
     ),
+    "too large": ({"a": [1e300, 1.0], "b": [0, 1]}, "those of float32, up to 3.4e"),
+    "too large a token": (
+        {"inputs": [[2**40], [1]], "targets": [0, 1]},
+        "inputs is 1099511627776 at .*must lie between 0 and 2147483646",
+    ),
+    "too large a class": ({"a": [1.0, 2.0], "b": [0, 2**40]}, "1099511627776"),
+    "too small a dt": (
+        {"inputs": [[1.5], [2.5]], "dt": [[1e-50], [1.0]], "targets": [0, 1]},
+        "dt is 1e-50 at .*must be 1.18e-38 or more",
+    ),
     "no rows": ({"a": np.zeros(0), "b": np.zeros(0)}, "has no sequence"),
 }
 
@@ -498,8 +508,8 @@ def test_the_rate_of_recordings_is_kept_and_new_ones_are_resampled_to_it(tmp_pat
     spec = load(tmp_path / "wav", **WHOLE).spec
     resampled = load(tmp_path / "wav", rate=4000, **WHOLE).spec
     assert (spec.rate, resampled.rate) == (8000, 4000)
-    runs.write_data(tmp_path, load(tmp_path / "wav", **WHOLE))
-    assert runs.read_data(tmp_path) == spec
+    records.write_data(tmp_path, load(tmp_path / "wav", **WHOLE))
+    assert records.read_data(tmp_path) == spec
     write_wav(tmp_path / "new" / "one_1.wav", tone(160), rate=16000)
     (sample,) = unseen.inputs(tmp_path / "new", spec).companions["mask"].sum(axis=1)
     assert sample == 80
@@ -1051,6 +1061,56 @@ def needs(folder):
         data.load(dict(name=name))
 
 
+FITTING = """
+def made(case="", drawn=0):
+    last = {"token": 2**40, "number": 1e300}.get(case, 5)
+    inputs = np.array([[0, 1, 2], [3, 4, last]])
+    mask = np.array([[True, True, False]] * 2)
+    dt = np.array([[1.0, 1e-50 if case == "dt" else 1.0, 0.0]] * 2)
+    targets = np.array([1, 2**31 if case == "class" else 0])
+    rows = {"inputs": inputs, "targets": targets, "mask": mask, "dt": dt}
+    spec = Spec("scalar", 3, 2, "classification")
+    if drawn:
+        return Dataset(spec, {"train": Drawn(rows)}, finish=dict)
+    return Dataset(spec, {"train": Rows(rows)})
+
+
+class Drawn(Rows):
+    pass
+"""
+
+
+@pytest.mark.parametrize("drawn", [0, 1], ids=["rows", "drawn"])
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("token", "inputs is 1099511627776 at .*between -2147483648 and 2147483647"),
+        ("number", r"inputs is 1e\+300 at .*those of float32"),
+        ("class", "targets is 2147483648 at .*and 2147483647"),
+        ("dt", "dt is 1e-50 at .*must be 1.18e-38 or more"),
+    ],
+)
+def test_a_dataset_whose_numbers_do_not_fit_is_refused(example, case, message, drawn):
+    example.write_text(example.read_text() + FITTING)
+    with pytest.raises(ValueError, match=rf"data\.name: my_data\.made: .*{message}"):
+        dataset = data.load({"name": "my_data.made", "case": case, "drawn": drawn})
+        next(dataset.train(2, 0))
+
+
+@pytest.mark.parametrize("drawn", [0, 1], ids=["rows", "drawn"])
+def test_a_dataset_whose_numbers_fit_is_of_32_bits(example, drawn):
+    example.write_text(example.read_text() + FITTING)
+    dataset = data.load({"name": "my_data.made", "drawn": drawn})
+    batch = next(dataset.train(2, 0))
+    assert {key: str(array.dtype) for key, array in batch.items()} == {
+        "inputs": "int32",
+        "mask": "bool",
+        "dt": "float32",
+        "targets": "int32",
+    }
+    assert sorted(batch["inputs"].ravel()) == [0, 1, 2, 3, 4, 5]
+
+
 def test_what_a_module_of_ones_own_lacks_is_its_own_error(tmp_path, monkeypatch):
     (tmp_path / "my_data.py").write_text("import nothing_that_is_there\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -1062,7 +1122,7 @@ def test_a_run_whose_data_are_a_function_is_refused_before_it_is_imported(
     example, tmp_path
 ):
     config = own_config.get_config("name=my_data.tones")
-    runs.write_config(tmp_path / "run", config)
+    records.write_config(tmp_path / "run", config)
     with pytest.raises(
         ValueError, match=r"names the dataset 'my_data.tones', .*--trust"
     ):
@@ -1072,7 +1132,7 @@ def test_a_run_whose_data_are_a_function_is_refused_before_it_is_imported(
 
 
 def test_what_older_runs_lack_is_what_the_config_has():
-    for name, keys in runs.ABSENT_DATA.items():
+    for name, keys in records.ABSENT_DATA.items():
         config = own_config.get_config()
         assert config.data.name == name
         for key, (_, default) in keys.items():
@@ -1081,19 +1141,19 @@ def test_what_older_runs_lack_is_what_the_config_has():
 
 def test_an_older_run_of_a_file_reads_its_numbers_as_they_are(tmp_path):
     config = own_config.get_config("path=my.npz")
-    runs.write_config(tmp_path, config)
-    path = tmp_path / runs.CONFIG
+    records.write_config(tmp_path, config)
+    path = tmp_path / records.CONFIG
     old = json.loads(path.read_text())
     for key in ("normalise", "rate", "length", "label"):
         del old["data"][key]
     path.write_text(json.dumps(old))
-    assert runs.read_config(tmp_path).data.normalise is False
+    assert records.read_config(tmp_path).data.normalise is False
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    if not runs.checkpoint.steps(tmp_path):
+    if not records.checkpoint.steps(tmp_path):
         pytest.fail("this is no checkpoint any more")
-    again = runs.continued(tmp_path, config)
+    again = records.continued(tmp_path, config)
     assert again.data.normalise is False
-    runs.check_workdir(tmp_path, again)
+    records.check_workdir(tmp_path, again)
 
 
 def test_a_run_on_recordings_says_what_they_are_and_trains(tmp_path, capsys):

@@ -23,7 +23,7 @@ from train import (
     metrics,
     optimizers,
     parts,
-    runs,
+    records,
     sharding,
     state,
     step,
@@ -183,19 +183,19 @@ def finished(tmp_path_factory):
 
 def test_what_a_run_leaves(finished):
     workdir, results = finished
-    assert results == json.loads((workdir / runs.RESULTS).read_text())
+    assert results == json.loads((workdir / records.RESULTS).read_text())
     assert checkpoint.steps(workdir)[-1] == results["step"] == 12
     assert results["checkpoint"] == str(workdir / "checkpoints" / "12")
     assert 0 <= results["test"]["accuracy"] <= 1
     assert results["best"]["step"] in (5, 10, 12)
     assert results["parallel_vs_recurrent"] < 1e-4
-    versions = json.loads((workdir / runs.VERSIONS).read_text())
+    versions = json.loads((workdir / records.VERSIONS).read_text())
     assert versions["packages"]["jax"] == jax.__version__ and versions["devices"]
     assert list((workdir / "tensorboard").glob("events*"))
-    config = runs.read_config(workdir)
+    config = records.read_config(workdir)
     assert (config.model.encoder, config.model.outputs) == ("scalar", 10)
     with pytest.raises(ValueError, match=r"no config.json"):
-        runs.read_config(workdir / "tensorboard")
+        records.read_config(workdir / "tensorboard")
 
 
 def test_metrics_file(finished):
@@ -239,15 +239,15 @@ def test_a_workdir_without_checkpoint_is_free(tmp_path):
     with pytest.raises(ValueError, match=r"optimizer.schedule must be one of"):
         loop.run(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    runs.write_config(tmp_path, wrong)
-    runs.check_workdir(tmp_path, tiny_run.config())
+    records.write_config(tmp_path, wrong)
+    records.check_workdir(tmp_path, tiny_run.config())
 
 
 def test_a_lost_best_step_does_not_hide_the_last(finished, monkeypatch, capsys):
     perfect = {"accuracy": 1.0, "loss": 0.0}
     monkeypatch.setattr(endings, "measure", lambda *_: perfect)
     monkeypatch.setattr(endings, "compare", lambda *_: "it is bidirectional")
-    monkeypatch.setattr(runs, "write_results", lambda *_: None)
+    monkeypatch.setattr(records, "write_results", lambda *_: None)
     dataset = SimpleNamespace(spec=Spec("scalar", 1, 2, "classification"))
     parts = SimpleNamespace(dataset=dataset, mesh=MESH, model=None)
     best = {"step": 7, "scores": perfect}
@@ -435,10 +435,10 @@ def test_a_recipe_s_warmup_fits_a_short_trial(tmp_path, capsys):
     loop.run(config, tmp_path)
     said = "warmup: 1 steps, a tenth of train.steps = 10; the recipe has 500\n"
     assert said in capsys.readouterr().out
-    assert runs.read_config(tmp_path).optimizer.warmup == 1
+    assert records.read_config(tmp_path).optimizer.warmup == 1
     config.train.steps = 12  # goes on with the one it has, whoever asks
     assert loop.run(config, tmp_path)["step"] == 12
-    assert runs.read_config(tmp_path).optimizer.warmup == 1
+    assert records.read_config(tmp_path).optimizer.warmup == 1
     assert "warmup:" not in capsys.readouterr().out
     config.optimizer.warmup = 500  # the user's
     with pytest.raises(ValueError, match=r"optimizer.warmup must be .* got 500"):

@@ -23,7 +23,7 @@ import pytest
 
 from configs import common, pixels
 from layers.models.build import GELUS, NORMS, VQ, get
-from train import evaluate, loop, runs
+from train import evaluate, loop, records, runs
 from train.data import DATASETS
 from train.report import pages
 
@@ -54,8 +54,8 @@ def workdir(tmp_path):
 
 
 def test_scores_are_those_of_its_commit(workdir):
-    expected = json.loads((RUN / runs.RESULTS).read_text())["test"]
-    assert runs.read_data(workdir) is None
+    expected = json.loads((RUN / records.RESULTS).read_text())["test"]
+    assert records.read_data(workdir) is None
     found = evaluate.scores(runs.load_run(workdir), "test")
     assert found == pytest.approx(expected, rel=1e-6)
 
@@ -68,8 +68,8 @@ def test_goes_on_as_its_commit_did(workdir, capsys):
     assert {s: losses[s] for s in LATER} == pytest.approx(LATER, rel=1e-6)
     assert results["test"] == pytest.approx(LATER_TEST, rel=1e-6)
     assert "it keeps 'tanh'" in capsys.readouterr().out
-    assert runs.read_config(workdir).model.gelu == "tanh"  # from now on it says so
-    assert runs.read_data(workdir) == runs.load_run(workdir).dataset.spec
+    assert records.read_config(workdir).model.gelu == "tanh"  # from now on it says so
+    assert records.read_data(workdir) == runs.load_run(workdir).dataset.spec
 
 
 @pytest.mark.slow
@@ -86,11 +86,11 @@ def test_another_value_is_another_run(workdir):
 
 
 def test_absent_keys_are_keys_with_their_default():
-    flat = runs._flat(common.base().to_dict())
-    for key, (meaning, default) in runs.ABSENT.items():
+    flat = records.flat(common.base().to_dict())
+    for key, (meaning, default) in records.ABSENT.items():
         assert flat[key] == default
         assert type(meaning) is type(default)
-    assert runs.ABSENT["model.gelu"][0] in GELUS
+    assert records.ABSENT["model.gelu"][0] in GELUS
     # 0 is each norm's own epsilon, what Flax gave them before there was a key.
     assert NORMS == {"layer": 1e-6, "batch": 1e-5, "rms": 1e-6}
 
@@ -99,14 +99,20 @@ def meaningless():
     """The keys of today's configs that a config of KEYS lacks, and of which no table
     says what that means. Layers and data sets that it did not have are left out."""
     old = json.loads(KEYS.read_text())
-    new = set(runs._flat(common.base().to_dict())) - set(old["config"]) - {*runs.ABSENT}
+    new = (
+        set(records.flat(common.base().to_dict()))
+        - set(old["config"])
+        - {*records.ABSENT}
+    )
     fields = common.LAYER_ARGS | {"vq": own_fields(VQ)}
     for name in old["layer_args"]:
         # There is no table of fields: the first one that is new needs it.
         new |= {f"{name}.{key}" for key in {*fields[name]} - {*old["layer_args"][name]}}
     for name, arguments in old["data"].items():
         now = inspect.signature(DATASETS[name]).parameters.keys() - {*arguments}
-        tabled = {key.removeprefix("data.") for key in runs.ABSENT_DATA.get(name, {})}
+        tabled = {
+            key.removeprefix("data.") for key in records.ABSENT_DATA.get(name, {})
+        }
         new |= {f"{name}.{key}" for key in now - tabled}
     return new
 
@@ -117,15 +123,15 @@ def own_fields(cls):
 
 def test_a_key_that_old_runs_lack_has_a_meaning(monkeypatch):
     assert meaningless() == set()
-    monkeypatch.delitem(runs.ABSENT, "model.gelu")
-    monkeypatch.delitem(runs.ABSENT_DATA["arrays"], "data.rate")
+    monkeypatch.delitem(records.ABSENT, "model.gelu")
+    monkeypatch.delitem(records.ABSENT_DATA["arrays"], "data.rate")
     monkeypatch.setitem(common.LAYER_ARGS, "s5", common.LAYER_ARGS["s5"] | {"new": 1})
     assert meaningless() == {"model.gelu", "arrays.rate", "s5.new"}
 
 
 def test_every_key_of_old_runs_is_one_today():
     old = json.loads(KEYS.read_text())
-    assert set(old["config"]) <= set(runs._flat(common.base().to_dict()))
+    assert set(old["config"]) <= set(records.flat(common.base().to_dict()))
     for name, fields in old["layer_args"].items():
         assert set(fields) <= own_fields(get(name) if name != "vq" else VQ), name
     for name, arguments in old["data"].items():

@@ -17,7 +17,7 @@ from layers import GRU, laws
 from layers.facts import has_state, why_no_state
 from layers.laws import __main__ as laws_command
 from layers.models.build import build, get
-from train import endings, evaluate, main, probe, resolve, runs, sharding
+from train import endings, evaluate, main, probe, records, resolve, runs, sharding
 from train.reproduce import __main__ as reproduce
 from train.reproduce import contest
 
@@ -397,7 +397,7 @@ def test_the_example_is_proved_trained_and_read_again(leaky, parsed, tmp_path, c
     assert kept["layer"] == leaky and kept["layer_args"] == {"span": 16.0}
     run = runs.load_run(workdir, trust=True)
     assert mixer(run.model).span == 16.0 and run.step == 2
-    assert runs.read_results(workdir)["parallel_vs_recurrent"] < 1e-4
+    assert records.read_results(workdir)["parallel_vs_recurrent"] < 1e-4
 
 
 @pytest.mark.slow

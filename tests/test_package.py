@@ -415,7 +415,15 @@ def test_a_run_of_the_wheel_is_killed_and_goes_on(user):
     said = _said(user, *command)
     assert re.search(r"resumed from step \d+", said)
     assert (place / "run" / "report.html").exists() and metrics.exists()
-    # A mistake stays one line: the error is known by its module's name.
-    err = _said(user, *command, "--config.model.features=5", code=2)
-    assert err.startswith("error: ") and err.count("\n") == 1
+    # A mistake stays one line, also where its error is known by its module's name.
+    mistakes = {
+        "holds a run of another config": ["--config.model.features=5"],
+        "there is no checkpoint in nowhere": [
+            "--workdir=other",
+            "--config.train.init_from=nowhere",
+        ],
+    }
+    for says, flags in mistakes.items():
+        err = _said(user, *command, *flags, code=2)
+        assert err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert "python -m ssmax.train.main" in _said(user, "-m", "ssmax.train.main", "-?")

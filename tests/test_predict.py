@@ -20,7 +20,7 @@ from configs import common, own
 from kernels.tolerance import assert_close
 from layers import build
 from ssm.sequence import Sequence
-from train import evaluate, generate, loop, predict, runs
+from train import evaluate, generate, loop, predict, records, runs
 from train.data import arrays, unseen
 from train.data.spec import Spec
 from train.report import __main__ as report
@@ -62,9 +62,9 @@ def tokens(tmp_path_factory):
 def named(classes, tmp_path):
     """The same run, whose data have names of classes and are normalised."""
     workdir = shutil.copytree(classes, tmp_path / "run")
-    found = json.loads((workdir / runs.DATA).read_text())
+    found = json.loads((workdir / records.DATA).read_text())
     found["spec"].update(classes=NAMES, mean=[3.0], std=[0.5])
-    (workdir / runs.DATA).write_text(json.dumps(found))
+    (workdir / records.DATA).write_text(json.dumps(found))
     return workdir
 
 
@@ -106,12 +106,12 @@ def probabilities(run, inputs):
 
 
 def test_a_run_says_what_its_data_were(classes):
-    found = json.loads((classes / runs.DATA).read_text())
+    found = json.loads((classes / records.DATA).read_text())
     assert found["spec"]["outputs"] == K and found["spec"]["length"] == L
     assert sum(found["examples"].values()) == N
-    assert runs.read_said(classes)["loss"] == "classification"
+    assert records.read_said(classes)["loss"] == "classification"
     run = runs.load_run(classes)
-    assert run.spec == runs.read_data(classes)
+    assert run.spec == records.read_data(classes)
     with pytest.raises(runs.DataError, match=r"my\.npz'; .*train\.predict") as raised:
         _ = run.dataset
     assert str(classes) in str(raised.value)
@@ -208,6 +208,28 @@ def test_a_stream_ends_at_the_answer_to_the_whole(loss, tmp_path):
     assert len(names) == (K if loss == "regression" else 1)
     numbers = [np.array([[r[k] for k in names] for r in x], float) for x in rows]
     assert_close(numbers[1], numbers[0], dtype="float32")
+
+
+def test_a_dt_that_does_not_fit_is_refused():
+    run = untrained("lru", loss="classification")
+    stream = predict.Stream(run)
+    for dt, message in {
+        1e-50: "is 1e-50 at .*must be 1.18e-38 or more",
+        1e300: r"is 1e\+300 at .*those of float32",
+        0.0: "is 0.0 at .*must be 1.18e-38 or more",
+        float("nan"): "is nan at .*must be finite",
+        "x": "is of dtype <U1; it must be numbers",
+    }.items():
+        with pytest.raises(ValueError, match=f"^dt {message}"):
+            stream.feed(1.0, dt=dt)
+        sequence = Sequence(dt=np.full(NEW.shape, dt))
+        with pytest.raises(ValueError, match=rf"^sequence\.dt {message}"):
+            predict.predict(run, NEW, sequence)
+    # of a masked token it is not read
+    dt, mask = np.ones(NEW.shape), np.ones(NEW.shape, bool)
+    dt[:, 3], mask[:, 3] = 0, False
+    sequence = Sequence(mask=mask, dt=dt)
+    assert np.isfinite(predict.predict(run, NEW, sequence)).all()
 
 
 @pytest.mark.slow
@@ -308,7 +330,7 @@ def test_recordings(classes, tmp_path, capsys):
 
 def test_a_recording_is_streamed_at_the_rate_of_the_run(classes, tmp_path, capsys):
     workdir = shutil.copytree(classes, tmp_path / "run")
-    config = runs.read_config(workdir)
+    config = records.read_config(workdir)
     config.data.update(rate=1000, length=7)
     (workdir / runs.CONFIG).write_text(config.to_json())
     path = tmp_path / "new.wav"
@@ -390,7 +412,7 @@ def test_numbers_that_are_predicted_have_a_column_each(tmp_path):
 def test_rows_of_a_table_may_differ_in_length(classes, tmp_path, capsys):
     path = tmp_path / "new.csv"
     path.write_text("0.5,1.5,2.5\n1,2\n")
-    spec = runs.read_data(classes)
+    spec = records.read_data(classes)
     given = unseen.inputs(path, spec)
     np.testing.assert_array_equal(given.companions["mask"], [[1, 1, 1], [1, 1, 0]])
     expected = arrays.encoded("x", np.array([[0.5, 1.5, 2.5]]), spec)
@@ -509,7 +531,7 @@ def test_a_report_without_data_says_what_it_lacks(classes, tmp_path):
 
 def test_a_run_goes_on_with_the_data_it_began_with(classes, tmp_path):
     workdir = shutil.copytree(classes, tmp_path / "run")
-    config = runs.read_config(workdir)
+    config = records.read_config(workdir)
     config.train.steps = 4
     other = RNG.normal(size=(N, L, 2))
     np.savez(config.data.path, inputs=other, targets=np.arange(N) % K)
@@ -526,22 +548,22 @@ def test_a_run_goes_on_with_the_data_it_began_with(classes, tmp_path):
 
 def test_a_run_from_before_needs_its_data(classes, tmp_path):
     workdir = shutil.copytree(classes, tmp_path / "run")
-    (workdir / runs.DATA).unlink()
+    (workdir / records.DATA).unlink()
     with pytest.raises(runs.DataError, match=r"no file .*my\.npz'; the run began befo"):
         runs.load_run(workdir)
 
 
 def test_data_that_are_not_those_of_the_model(classes, tmp_path, capsys):
     workdir = shutil.copytree(classes, tmp_path / "run")
-    found = json.loads((workdir / runs.DATA).read_text())
+    found = json.loads((workdir / records.DATA).read_text())
     for change, message in (
         (dict(outputs=9, classes=[]), "spec.outputs must be at most 3"),
         (dict(channels=2, mean=[], std=[]), "spec.channels must be 1, what the model"),
     ):
         other = found | {"spec": found["spec"] | change}
-        (workdir / runs.DATA).write_text(json.dumps(other))
+        (workdir / records.DATA).write_text(json.dumps(other))
         said = refused(evaluate.main, ["--workdir", workdir], capsys)
-        assert f"{workdir / runs.DATA}: {message}" in said
+        assert f"{workdir / records.DATA}: {message}" in said
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,18 @@ from configs import common, own, pixels
 from kernels.tolerance import assert_close
 from layers import LRU, S4D, S5, build
 from layers.inside import EXPOSED
-from train import data, loop, main, probe, resolve, runs, sharding, state
+from train import (
+    data,
+    loop,
+    main,
+    metrics,
+    probe,
+    records,
+    resolve,
+    runs,
+    sharding,
+    state,
+)
 from train.checkpoint import CheckpointError
 from train.data import examined, said
 from train.data.spec import Spec
@@ -367,7 +378,7 @@ def test_the_facts_of_the_data_are_shown_where_a_run_has_kept_them(digits, tmp_p
 
 
 def test_the_facts_that_a_run_keeps_are_in_its_first_section(digits, tmp_path):
-    kept = runs.read_said(digits)
+    kept = records.read_said(digits)
     rows = dict(facts.rows(kept))
     expected = ["inputs", "as the model reads them", "classes", "loss"]
     assert [*rows] == ["train", "validation", "test", *expected]
@@ -385,9 +396,9 @@ def test_the_facts_that_a_run_keeps_are_in_its_first_section(digits, tmp_path):
     "said", [{}, {"said": 3}, {"said": {"splits": 1, "chance": {"metric": 2}}}]
 )
 def test_facts_of_the_data_that_cannot_be_are_left_out(said, tmp_path):
-    assert runs.read_said(tmp_path) == {}
+    assert records.read_said(tmp_path) == {}
     (tmp_path / "data.json").write_text(json.dumps(said))
-    found = runs.read_said(tmp_path)
+    found = records.read_said(tmp_path)
     assert facts.rows(found) == facts.warned(found) == []
     assert facts.level(found) is None
 
@@ -784,3 +795,26 @@ def test_figures_of_long_sequences_and_deep_stacks_stay_small():
     assert titles.count("size over all features") == figures.BLOCKS
     ids = [i for panel in many for i in re.findall(r'\bid="([^"]*)"', panel.content)]
     assert len({*ids}) == len(ids)
+
+
+def test_curves_of_many_steps_are_drawn_in_bounded_size(tmp_path):
+    """100,000 logs and 10,000 validations take no more than a screen can show."""
+    rng = np.random.default_rng(0)
+    for name, count in {"short": 50, "long": 100_000}.items():
+        records.write_config(tmp_path / name, pixels.get_config("digits"))
+        losses = (2 / np.arange(1, count + 1) ** 0.3 + rng.random(count)).tolist()
+        with open(tmp_path / name / metrics.FILE, "w") as file:
+            for step, loss in enumerate(losses, 1):
+                row = {"step": step, "split": "train", "loss": loss}
+                print(json.dumps(row), file=file)
+                if step % 10 == 0:
+                    print(json.dumps(row | {"split": "validation"}), file=file)
+    text = pages.compare(
+        [tmp_path / "short", tmp_path / "long"], tmp_path / "compare.html"
+    ).read_text()
+    assert "100,000 of" in text
+    # what the marks and the lines of all curves are made of
+    assert 5 <= text.count("<use") < 200
+    lines = [len(re.findall("[ML]", d)) for d in re.findall(r'\bd="([^"]*)"', text)]
+    assert 2_000 < max(lines) < 10_000
+    assert len(text) < 500_000

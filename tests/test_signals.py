@@ -1,18 +1,34 @@
 """What a signal does to a run: said at once, ended soon, and nothing lost."""
 
+import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import tiny_run
 
-from train import checkpoint, loop, pace, runs, signals, step
+from train import (
+    checkpoint,
+    flight,
+    loop,
+    main,
+    pace,
+    records,
+    replay,
+    signals,
+    step,
+)
 from train.data import pipeline
+from train.draw import figures
+from train.report import answers, inside, pages
 
 SECONDS = 30.0  # how long a test waits for what takes none
 
@@ -161,16 +177,42 @@ def test_steps_in_flight(monkeypatch, seconds, most):
     monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
     mesh = jax.make_mesh((1,), ("data",))
     ahead, results = pace.Pace(mesh), []
+    clock[0] += 100  # what comes before the first step says nothing of the steps
     for number in range(6):
         ahead.wait()
         done = sum(result.known for result in results)
         assert done == number - len(ahead)
-        if number > 2:  # once it is known how long they take
-            assert len(ahead) == most - 1
+        # The second waits for the first, which says how long they take.
+        assert len(ahead) == (0 if number < 2 else most - 1)
         results.append(Result(clock, seconds))
         ahead.begun(results[-1], False)
     ahead.drain()
     assert len(ahead) == 0 and all(result.known for result in results)
+    # An evaluation makes quick steps no slow ones: none of them waits.
+    clock[0] += 100
+    for number in range(3):
+        ahead.wait()
+        assert len(ahead) == (0 if number < 1 else most - 1)
+        ahead.begun(Result(clock, seconds), False)
+
+
+def test_several_processes_stop_where_they_agree(monkeypatch, capfd):
+    """Until then a signal ends none of them, and no step is named."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    ahead = pace.Pace(jax.make_mesh((1,), ("data",)))
+    with signals.stop_signals() as stop:
+        stop.nothing_to_save("starting")
+        begun = 0
+        while loop.may_begin(begun + 1, ahead, None, stop):
+            if begun == 3:  # while the third is computed
+                send(stop, signal.SIGTERM)
+            begun += 1
+            ahead.begun(np.zeros(()), stop.signal is not None)
+            ahead.wait()
+        ahead.drain()
+    said = "after this step and those that all processes have begun\n"
+    assert capfd.readouterr().out == f"stopping (SIGTERM) {said}"
+    assert begun == 5  # the fourth tells of it, and the fifth has begun by then
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -220,7 +262,7 @@ def test_an_evaluation_ends_after_its_batch(tmp_path, monkeypatch, finished, bat
         stopped = loop.run(tiny_run.config(), tmp_path)
     assert stopped == {"step": at, "stopped": "SIGTERM"} and count == batch
     assert checkpoint.newest_good(tmp_path) == at
-    assert not (tmp_path / runs.RESULTS).exists()
+    assert not (tmp_path / records.RESULTS).exists()
     results = loop.run(tiny_run.config(), tmp_path)
     checked = {**results, "checkpoint": finished[1]["checkpoint"]}
     assert checked == finished[1]
@@ -243,3 +285,73 @@ def test_a_stop_while_a_batch_is_waited_for(tmp_path, monkeypatch, finished):
     loop.run(tiny_run.config(), tmp_path)
     assert tiny_run.lines(tmp_path) == tiny_run.lines(finished[0])
     assert tiny_run.weights(tmp_path) == tiny_run.weights(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("during", "after"),
+    [
+        ((pages, "_verdict"), (pages, "_curves")),
+        ((pages, "_curves"), (inside, "_stages")),
+        pytest.param(
+            (answers, "section"), (figures, "spectra"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (pages, "_reproduce"), (pages, "_environment"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["verdict", "curves", "answers", "reproduce"],
+)
+def test_a_report_ends_after_its_section(finished, monkeypatch, capfd, during, after):
+    workdir, _ = finished
+    before = {path.name for path in workdir.iterdir()}
+    results = (workdir / records.RESULTS).read_text()
+    make, ended = getattr(*during), []
+
+    def stopped(*arguments):
+        send(signals._active, signal.SIGTERM)
+        section = make(*arguments)
+        ended.append(during)
+        return section
+
+    monkeypatch.setattr(*during, stopped)
+    monkeypatch.setattr(*after, lambda *_: ended.append(after))
+    assert main._unless_stopped(lambda _: main._write_report(workdir), []) == 0
+    assert ended == [during]
+    first, last = capfd.readouterr().out.splitlines()
+    assert first == "stopping (SIGTERM) after this section of the report"
+    assert last == "stopped by SIGTERM"
+    assert {path.name for path in workdir.iterdir()} == before
+    assert (workdir / records.RESULTS).read_text() == results
+
+
+def test_the_search_for_what_broke_ends_after_its_step():
+    def probe(state, _):
+        asked.append(state)
+        if len(asked) == 2:
+            send(signals._active, signal.SIGTERM)
+        return flight.Probe({}, {}, np.float32(0), {})
+
+    def train_step(state, _):
+        return state + 1, {}
+
+    asked, mesh = [], jax.make_mesh((1,), ("data",))
+    with signals.stop_signals(), pytest.raises(signals.Stopped):
+        batches = itertools.repeat({})
+        flight.find(probe, train_step, 7, batches, mesh, range(8, 99))
+    assert asked == [7, 8]
+
+
+def test_a_run_that_broke_has_its_error_also_where_the_search_was_stopped(
+    tmp_path, monkeypatch
+):
+    def stopped(*_):
+        raise signals.Stopped("stopped by SIGTERM")
+
+    progress = SimpleNamespace(step=5, state=None)
+    monkeypatch.setattr(replay, "start", lambda *_: progress)
+    monkeypatch.setattr(replay, "Checkpoints", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(flight, "find", stopped)
+    stream = SimpleNamespace(close=lambda: None)
+    dataset = SimpleNamespace(train=lambda *_: stream)
+    parts = SimpleNamespace(dataset=dataset, probe=None, train_step=None, mesh=None)
+    assert replay.first_broken(tiny_run.config(), tmp_path, parts, 8) == ""

@@ -19,6 +19,7 @@ from train import (
     main,
     optimizers,
     predict,
+    records,
     runs,
     state,
     step,
@@ -104,7 +105,7 @@ def test_no_command_calls_the_dataset_that_a_run_names(tmp_path, capsys, command
     (tmp_path / "stranger.py").write_text(PAYLOAD)
     config = small()
     config.data = {"name": "stranger.load", "workers": 0}
-    runs.write_config(tmp_path / "run", config)
+    records.write_config(tmp_path / "run", config)
     (tmp_path / "run" / "metrics.jsonl").touch()
     start, arguments = COMMANDS[command]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="2"):

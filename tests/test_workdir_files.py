@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from train import evaluate, generate, loop, main, metrics, predict, runs
+from train import evaluate, generate, loop, main, metrics, predict, records, runs
 from train.report import __main__ as report
 from train.video import codec, rollout, section
 
@@ -91,7 +91,7 @@ def test_a_broken_config(tmp_path, capsys, command, content, reason):
     assert str(run / "config.json") in said and reason in said
 
 
-@pytest.mark.parametrize("section", runs.SECTIONS)
+@pytest.mark.parametrize("section", records.SECTIONS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_config_without_a_section(tmp_path, capsys, command, section):
     config = json.loads((RUN / "config.json").read_text())
@@ -251,7 +251,7 @@ def test_a_broken_config_is_said_on_resuming(tmp_path, train):
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": "x"}', NESTED])
 def test_broken_results_do_not_keep_a_run_from_going_on(tmp_path, content, capsys):
     run = harmed(tmp_path, "results.json", content)
-    assert runs.finished(run, runs.read_config(run)) is None
+    assert records.finished(run, records.read_config(run)) is None
     said = capsys.readouterr().out
     assert str(run / "results.json") in said and said.count("\n") == 1
     assert "the run goes on from its last checkpoint" in said

@@ -9,7 +9,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from layers.facts import has_state, why_no_state
-from train import checkpoint, evaluate, runs, sharding, signals
+from train import checkpoint, evaluate, records, runs, sharding, signals
 from train.checkpoint import CheckpointError
 from train.data.spec import Spec
 from train.draw.markup import Section
@@ -107,7 +107,7 @@ def finish(config: ConfigDict, workdir: Path, parts: Parts, progress: Progress) 
         config, dataset.spec, parts.model, variables, progress.step, lambda: dataset
     )
     results |= ENDINGS[kind].make(run, workdir)
-    runs.write_results(workdir, results)
+    records.write_results(workdir, results)
     print_results(results)
     return results
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from layers.inside import RECORD
-from train import sharding
+from train import sharding, signals
 from train.losses import LossFn
 from train.state import named_leaves
 from train.step import sequence_of
@@ -117,8 +117,12 @@ def find(
     probe: Callable, train_step: Callable, state, batches: Iterator, mesh, steps: range
 ) -> str:
     """Runs `steps` again and says what broke first, and in which of them; "" if nothing
-    does."""
-    for number in steps:
+    does.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    for number in signals.stoppable(steps):
         batch = sharding.place(next(batches), mesh)
         cause = first_bad(probe(state, batch))
         if cause:

@@ -18,9 +18,9 @@ from train import (
     flight,
     losses,
     processes,
+    records,
     replay,
     resolve,
-    runs,
     settings,
     sharding,
     step,
@@ -67,9 +67,9 @@ def run(
 
 def _run(config, workdir, profile, model, stop) -> dict:
     dataset = data.load(config.data)
-    begun_with = runs.saved(workdir, "optimizer.warmup")
+    begun_with = records.saved(workdir, "optimizer.warmup")
     config = resolve.complete(config, dataset.spec, begun_with)
-    config = runs.continued(workdir, config)
+    config = records.continued(workdir, config)
     mesh = sharding.make_mesh(config)
     resolve.check(config, mesh)
     model = build(config.model) if model is None else model
@@ -77,25 +77,27 @@ def _run(config, workdir, profile, model, stop) -> dict:
         resolve.check_causal(model)
     ENDINGS[dataset.spec.loss].check(config, dataset.spec, model)
     # A finished run is told of also where nothing can be written.
-    if not os.access(workdir, os.W_OK) and (finished := runs.finished(workdir, config)):
+    if not os.access(workdir, os.W_OK) and (
+        finished := records.finished(workdir, config)
+    ):
         return finished
     with processes.held(workdir) as lock:
-        return runs.finished(workdir, config) or go_on(
+        return records.finished(workdir, config) or go_on(
             config, workdir, dataset, mesh, model, profile, stop, lock
         )
 
 
 def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
     """What `run` does in a workdir that is its own and not finished."""
-    runs.check_writable(workdir)
-    runs.check_data(workdir, dataset)
+    records.check_writable(workdir)
+    records.check_data(workdir, dataset)
     try:
         with Checkpoints(workdir, config.train.keep, lock.check) as checkpoints:
             parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
-            runs.write_config(workdir, config)
-            runs.write_data(workdir, dataset, parts.facts)
-            runs.write_versions(workdir)
+            records.write_config(workdir, config)
+            records.write_data(workdir, dataset, parts.facts)
+            records.write_versions(workdir)
             progress = start(config, workdir, parts, checkpoints)
             train(config, workdir, parts, progress, checkpoints, stop, profile)
     except OSError as error:
@@ -109,7 +111,7 @@ def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
             "command again"
         ) from error
     except FloatingPointError as error:
-        stop.ends_after("search for what broke")
+        stop.ends_after("step of the search for what broke")
         good = checkpoint.last_good(workdir)  # known only now: saves have ended
         broken = replay.first_broken(config, workdir, parts, progress.step)
         raise FloatingPointError(
@@ -182,9 +184,7 @@ def train(config, workdir, parts, progress, checkpoints, stop, profile) -> None:
 def may_begin(step: int, pace: Pace, batches, stop) -> bool:
     """Whether `step` is to be computed: with its batch there, and no signal."""
     if jax.process_count() > 1:
-        if pace.agreed():
-            stop.join()
-        return not pace.agreed()
+        return pace.goes_on(stop)
     return batches.ready(lambda: stop.signal) and stop.may_begin(step)
 
 

@@ -118,7 +118,7 @@ def _write_report(workdir: Path) -> None:
         from train.report import pages
 
         with stop_signals() as stop:
-            stop.ends_after("part of the report")
+            stop.ends_after("section of the report")
             # Its layer is that of the command line, which has been trained here.
             print(f"report: {pages.write(workdir, trust=True)}", flush=True)
     except Stopped:

@@ -8,25 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from train.signals import Stop
+
 SLOW = 1.0  # seconds of a step from which on the next one waits for it
 
 
 class Pace:
     """The steps that are computed or wait to be: two at most.
 
-    What a signal has to wait for is then never more, and what is shown as done is
-    done. Steps of a second and more wait for one another, which they do not notice.
+    What is shown as done is done, and a signal waits for no more: for one step where
+    steps take a second or more, which wait for one another and do not notice; else for
+    two. How long they take is unknown of the first alone, so the second waits for it.
 
     Several processes must compute the same steps. With every step each of them tells
     the others whether it was asked to stop, and looks at the sum once that step is
-    done: all see the same one before the same step.
+    done: all see the same one before the same step. A signal that comes while one step
+    is computed is told with the next but one, and two more may have begun by then.
     """
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
         self._several = jax.process_count() > 1
         self._steps = collections.deque()
-        self._slow = False
+        self._slow = True  # until a step was quick
         self._ended = time.monotonic()
         self._agreed = False
 
@@ -41,7 +45,8 @@ class Pace:
             result: one of its results.
             stopping: whether this process is to stop.
         """
-        self._steps.append((result, self._sum(stopping) if self._several else None))
+        flags = self._sum(stopping) if self._several else None
+        self._steps.append((result, flags, time.monotonic()))
 
     def wait(self) -> None:
         """Returns when another step may be begun."""
@@ -51,16 +56,24 @@ class Pace:
         """Returns when all steps are done."""
         self._wait(0)
 
-    def agreed(self) -> bool:
-        """Whether one of several processes was asked to stop in a step that is done."""
-        return self._agreed
+    def goes_on(self, stop: Stop) -> bool:
+        """Whether none of several processes was asked to stop in a step that is done;
+        else this one is too."""
+        if self._agreed:
+            stop.join()
+        else:
+            stop.ends_after("step and those that all processes have begun")
+        return not self._agreed
 
     def _wait(self, limit: int) -> None:
         while len(self._steps) > limit:
-            result, stopping = self._steps.popleft()
+            result, stopping, begun = self._steps.popleft()
             jax.block_until_ready(result)
             now = time.monotonic()
-            self._slow, self._ended = now - self._ended > SLOW, now
+            # Nothing was computed between the end of one and the begin of the next,
+            # such as during an evaluation.
+            self._slow = now - max(self._ended, begun) > SLOW
+            self._ended = now
             if stopping is not None:
                 self._agreed |= bool(stopping)
 

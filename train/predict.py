@@ -82,7 +82,8 @@ def predict(
         every token; the predicted numbers of a regression in the same shapes.
 
     Raises:
-        ValueError: inputs that the run cannot read, or a run of frames.
+        ValueError: inputs that the run cannot read, a dt that float32 cannot hold above
+            0, or a run of frames.
     """
     check_run(run)
     inputs = unseen.encoded("inputs", inputs, run.spec, run.config.data.name)
@@ -91,6 +92,10 @@ def predict(
         for name in ("mask", "reset", "dt")
         if sequence is not None and (value := getattr(sequence, name)) is not None
     }
+    if "dt" in companions:
+        dt = companions["dt"]
+        real = cast.where_real(companions.get("mask"), dt)
+        companions["dt"] = cast.real("sequence.dt", dt, cast.LEAST, real)
     return np.concatenate([*_in_batches(run, inputs, companions, batch)])
 
 
@@ -144,7 +149,8 @@ class Stream:
             dt: time since the token before in nominal steps; None: 1.
 
         Raises:
-            ValueError: what is no token of the run's.
+            ValueError: what is no token of the run's, or a dt that float32 cannot hold
+                above 0.
         """
         return self.feed_encoded(self._encoded(token), reset, dt)
 
@@ -152,10 +158,10 @@ class Stream:
         self, token: np.ndarray, reset: bool | None = None, dt: float | None = None
     ) -> np.ndarray:
         """`feed` of a token as the model takes it, [1, 1] or [1, 1, C]."""
-        sequence = Sequence(
-            reset=None if reset is None else np.full((1, 1), reset, bool),
-            dt=None if dt is None else np.full((1, 1), dt, np.float32),
-        )
+        if dt is not None:
+            dt = cast.real("dt", np.full((1, 1), dt), cast.LEAST)
+        reset = None if reset is None else np.full((1, 1), reset, bool)
+        sequence = Sequence(reset=reset, dt=dt)
         y, self.state = self._step(self._variables, token, self.state, sequence)
         return np.asarray(y).reshape(-1)
 

@@ -8,17 +8,20 @@ from ml_collections import ConfigDict
 from train import flight
 from train.checkpoint import Checkpoints
 from train.parts import Parts, start
+from train.signals import Stopped
 
 
 def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) -> str:
     """What broke first between the last checkpoint and the step `until`, as the
-    beginning of a sentence; "" if it does not happen again."""
+    beginning of a sentence; "" if it does not happen again, or a signal ended the
+    search: what broke is an error all the same."""
     options = config.train
     batches = parts.dataset.train(options.batch_size, config.seed, config.data.workers)
     parts.batches = batches
     with Checkpoints(workdir, options.keep) as checkpoints:
         progress = start(config, workdir, parts, checkpoints)
-    with contextlib.closing(parts.batches) as batches:
+    cause = ""
+    with contextlib.closing(parts.batches) as batches, contextlib.suppress(Stopped):
         cause = flight.find(
             parts.probe,
             parts.train_step,

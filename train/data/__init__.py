@@ -1,5 +1,7 @@
 """Datasets by name: `load(config.data)` returns a `pipeline.Dataset`."""
 
+import dataclasses
+import functools
 import importlib
 import inspect
 import sys
@@ -10,6 +12,7 @@ import numpy as np
 from train import settings
 from train.data import (
     arrays,
+    cast,
     checks,
     digits,
     frames,
@@ -21,6 +24,7 @@ from train.data import (
     video,
 )
 from train.data.pipeline import Dataset
+from train.data.sources import Example, Rows
 from train.data.spec import Spec
 
 DATASETS = {
@@ -58,7 +62,8 @@ def load(config: Mapping) -> Dataset:
     Raises:
         ValueError: an unknown name, an argument that the dataset does not have or one
             that it lacks, one of another type than its default, or a function that
-            returns something else.
+            returns something else; numbers that int32 or float32 cannot hold, now or
+            when the example is made that has them.
     """
     name = config["name"]
     settings.check("data.name", name, "")
@@ -74,6 +79,7 @@ def load(config: Mapping) -> Dataset:
     dataset = make(**arguments)
     if name not in DATASETS:
         _check_dataset(name, dataset)
+        dataset = _narrow(name, dataset)
     if config.get("reconstruct"):
         dataset = objectives.reconstruction(dataset, name)
     return dataset
@@ -176,6 +182,30 @@ def _check_dataset(name: str, dataset) -> None:
             f"{said} whose masks are bool [{length}], as its spec's length says, got "
             f"{mask.dtype} {mask.shape}"
         )
+
+
+def _narrow(name: str, dataset: Dataset) -> Dataset:
+    """A dataset of the user's own whose numbers are those that JAX computes with: no
+    cast changes them in silence. Rows are examined now, other examples as they come."""
+    where = f"data.name: {name}"
+    if dataset.finish is None and all(map(_in_memory, dataset.sources.values())):
+        sources = {
+            split: Rows(cast.example(f"{where}: {split}", source.arrays))
+            for split, source in dataset.sources.items()
+        }
+        return dataclasses.replace(dataset, sources=sources)
+    finish = functools.partial(_finished, finish=dataset.finish, where=where)
+    return dataclasses.replace(dataset, finish=finish)
+
+
+def _in_memory(source) -> bool:
+    return type(source) is Rows and not any(
+        isinstance(array, np.memmap) for array in source.arrays.values()
+    )
+
+
+def _finished(example: Example, finish: Callable | None, where: str) -> Example:
+    return cast.example(where, example if finish is None else finish(example))
 
 
 def stretched(config: Mapping, times: int) -> Dataset:

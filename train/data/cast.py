@@ -6,6 +6,8 @@ an infinity, and a time above 0 stays above it. The messages name where the numb
 stands and what it must be.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 MOST = 2**31 - 1  # of int32
@@ -82,8 +84,53 @@ def whole(where: str, array: np.ndarray, lowest: int, highest: int = MOST, mask=
     return np.where(mask, np.where(mask, array, 0).astype(np.int32), np.int32(-1))
 
 
+def example(where: str, arrays: Mapping) -> dict:
+    """An example, or rows of such, with float32 for float64 and int32 for wider whole
+    numbers, which JAX would cast in silence; other arrays stay as they are.
+
+    Args:
+        where: what the messages begin with.
+        arrays: "inputs", "targets", "mask" (bool), and what else there is, such as
+            "dt"; dicts within dicts.
+
+    Raises:
+        ValueError: what is no number or beyond float32 or int32, and a "dt" that is not
+            above 0 where the mask is True.
+    """
+    narrow = {}
+    for key, value in arrays.items():
+        if isinstance(value, Mapping):
+            narrow[key] = example(f"{where}: {key}", value)
+            continue
+        array = np.asarray(value)
+        narrow[key] = _narrow(f"{where}: {key}", array)
+        if key == "dt":
+            mask = np.asarray(arrays.get("mask", True))
+            narrow[key] = real(f"{where}: dt", array, LEAST, where_real(mask, array))
+    return narrow
+
+
+def where_real(mask: np.ndarray | None, array: np.ndarray) -> np.ndarray | None:
+    """The mask for an array of its shape; None, everywhere, for one of another shape,
+    which is refused where the two meet."""
+    return mask if mask is not None and mask.shape == array.shape else None
+
+
+def _narrow(where: str, array: np.ndarray) -> np.ndarray:
+    _check_kind(where, array)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if (kind == "i" and size > 4) or (kind == "u" and size >= 4):
+        return whole(where, array, -MOST - 1)
+    if kind == "f" and size > 4:
+        # A NaN that stands for no target stays what it is.
+        real(where, np.where(np.isfinite(array), array, 0))
+        return array.astype(np.float32)
+    return array
+
+
 def _check_kind(where: str, array: np.ndarray) -> None:
-    if array.dtype.kind not in "biuf":
+    # bfloat16 is of no kind that NumPy knows
+    if array.dtype.kind not in "biuf" and not np.can_cast(array.dtype, np.float32):
         raise ValueError(f"{where} is of dtype {array.dtype}; it must be numbers")
 
 

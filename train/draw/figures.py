@@ -26,6 +26,7 @@ INK = "#010203"  # becomes the text colour of the page
 BLOCKS = 6  # drawn of a deep stack
 LINES = 6  # filters in one panel
 POINTS = 2048  # eigenvalues in one panel
+MARKED = 200  # validations of a curve that have a mark each, beside the line
 VECTORS = 512  # longer lines are drawn as pixels
 EDGE = 1e-6  # what a logarithmic axis shows of nothing
 
@@ -112,7 +113,7 @@ def curves(
         ]
         return np.array(found, float).reshape(-1, 2).T
 
-    several = len(runs) > 1
+    several, most = len(runs) > 1, {"train": 1, "validation": MARKED}
     for title, name, splits in panels:
         if not any(points(r, name, s).size for r in runs.values() for s in splits):
             continue
@@ -125,7 +126,7 @@ def curves(
                     values,
                     color=COLOURS[(index if several else place) % len(COLOURS)],
                     linestyle=_style(index),
-                    marker="." if split == "validation" or len(steps) < 2 else "",
+                    marker="." if len(steps) <= most[split] else "",
                     label=split,
                 )
         if name in chance:

@@ -1,6 +1,6 @@
 """What a run has kept of its data, as a page shows it.
 
-It is what `runs.read_said` reads, and may come from anyone: a key that is not there,
+It is what `records.read_said` reads, and may come from anyone: a key that is not there,
 or whose value is not what it was to be, is left out.
 """
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from layers.models.model import Model
-from train import checkpoint, probe
+from train import checkpoint, probe, signals
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
 from train.report import answers, mixing
@@ -52,7 +52,7 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
 def _mixing(run, found: list[mixing.Mixing]) -> str:
     """A figure for each kind of layer."""
     parts = []
-    for mixed in found:
+    for mixed in signals.stoppable(found):
         place = "one channel"
         if mixed.channels:
             place = f"channel {_place(mixed.channel, 1)} of {_place(mixed.channels)}"
@@ -108,6 +108,7 @@ def _filters(told, run, blocks, bent) -> str:
     """`bent`: those of the blocks that are not linear."""
     block, L = blocks[0], told.config.model.length
     lines = min(len(block.features), figures.LINES)
+    signals.check()
     caption = (
         f"Checkpoint of step {run.step:,}. What a block's mixer alone answers to a "
     )
@@ -127,6 +128,7 @@ def _filters(told, run, blocks, bent) -> str:
 
 
 def _spectra(told, blocks) -> str:
+    signals.check()
     blocks = [block for block in blocks if block.has_spectrum()]
     if not blocks:
         return ""

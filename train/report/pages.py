@@ -2,15 +2,16 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from flax.traverse_util import flatten_dict
 
-from train import checkpoint, files, runs, settings, signals
+from train import checkpoint, files, records, runs, settings, signals
 from train.data import examined
 from train.draw import figures
 from train.draw.markup import (
+    Section,
     code,
     details,
     figure,
@@ -39,26 +40,30 @@ def write(
         ValueError: no run, one of its files cannot be read, or `out` is in no folder.
         CheckpointError: no such checkpoint, or it is damaged.
         OSError: the report cannot be written.
+        Stopped: a signal came; no page is written.
     """
     told = runs.read(path)
     out = _writable(told.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
-    said = runs.read_said(told.path)
-    level = _level(said, run)
-    reached = {} if level is None else {level.metric: level.value}
-    sections = [
-        ("verdict", "Verdict", _verdict(told, run, said, level)),
-        ("curves", "Curves", _curves({told.name: told}, reached)),
-        *ENDINGS[run.spec.loss].sections(told, run, reached),
-        ("reproduce", "To reproduce", _reproduce(told)),
-        ("environment", "Environment", _environment(told)),
-    ]
+    said = records.read_said(told.path)
+    sections = [*signals.stoppable(_sections(told, run, said))]
     model = told.config.model
     subtitle = f"{told.name}: {model.depth} blocks of {model.features} features, "
     subtitle += f"{_count(run.variables)} parameters; {told.ended()}"
     title = f"{told.layer} on {told.config.data.name}"
     files.write_atomically(out, page(title, subtitle, sections))
     return out
+
+
+def _sections(told: Workdir, run, said: dict) -> Iterator[Section]:
+    """The sections of a run's page, each made when it is asked for."""
+    level = _level(said, run)
+    reached = {} if level is None else {level.metric: level.value}
+    yield "verdict", "Verdict", _verdict(told, run, said, level)
+    yield "curves", "Curves", _curves({told.name: told}, reached)
+    yield from ENDINGS[run.spec.loss].sections(told, run, reached)
+    yield "reproduce", "To reproduce", _reproduce(told)
+    yield "environment", "Environment", _environment(told)
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
@@ -107,7 +112,7 @@ def _level(said: dict, run) -> facts.Level | None:
 def _together(compared: dict[str, Workdir]) -> dict[str, float]:
     """What all the runs reach without reading the inputs, where they have kept it and
     it is the same."""
-    levels = [facts.level(runs.read_said(told.path)) for told in compared.values()]
+    levels = [facts.level(records.read_said(told.path)) for told in compared.values()]
     known = {(x.metric, round(x.value, 4)) for x in levels if x is not None}
     return dict(known) if len(known) == 1 and None not in levels else {}
 
@@ -212,22 +217,22 @@ def _reproduce(told) -> str:
     git, parts = told.versions.get("git", {}), []
     if command := told.versions.get("command"):
         parts += [paragraph("The run was started by"), code(shlex.join(command))]
-    again = "from train import loop, runs\n"
-    again += f"loop.run(runs.read_config({str(told.path)!r}), 'runs/again')"
+    again = "from train import loop, records\n"
+    again += f"loop.run(records.read_config({str(told.path)!r}), 'runs/again')"
     parts.append(paragraph("The same run from its own config, in another folder:"))
     parts.append(code(again))
     if git.get("revision"):
         changed = ", with changes that were not committed" if git.get("dirty") else ""
         parts.append(paragraph(f"Revision {git['revision']}{changed}."))
     config = json.dumps(told.config.to_dict(), indent=2)
-    return "".join(parts) + details(f"The config, {runs.CONFIG}", code(config))
+    return "".join(parts) + details(f"The config, {records.CONFIG}", code(config))
 
 
 def _environment(told) -> str:
     found = {k: v for k, v in told.versions.items() if k not in ("command", "devices")}
     if not found:
-        return paragraph(f"There is no {runs.VERSIONS}.")
-    return table((), [*_flat(found).items(), ("devices", told.devices())])
+        return paragraph(f"There is no {records.VERSIONS}.")
+    return table((), [*records.flat(found).items(), ("devices", told.devices())])
 
 
 def _cells(told) -> tuple:
@@ -253,17 +258,13 @@ def _cells(told) -> tuple:
 
 def _differences(trees: dict[str, dict]) -> str:
     """The keys whose values differ, a column per run."""
-    flat = {label: _flat(tree) for label, tree in trees.items()}
+    flat = {label: records.flat(tree) for label, tree in trees.items()}
     rows = []
     for key in sorted({key for values in flat.values() for key in values}):
         cells = [str(values.get(key, UNKNOWN)) for values in flat.values()]
         if len({*cells}) > 1:
             rows.append((key, *cells))
     return table(("", *flat), rows) if rows else paragraph("Nothing.")
-
-
-def _flat(tree: dict) -> dict:
-    return flatten_dict(tree, sep=".")
 
 
 def _count(variables) -> str:

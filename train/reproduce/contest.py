@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import synthetic
 from layers.models.build import build, foreign
-from train import data, evaluate, files, resolve, runs, state
+from train import data, evaluate, files, records, resolve, runs, state
 from train.reproduce import ledger
 
 RATES = (1e-3, 3e-3, 1e-2)
@@ -192,7 +192,7 @@ def run_contender(
 
 def _last_validation(folder: Path) -> tuple[float, float]:
     """Accuracy and, for those that are equal, the loss, more being better."""
-    rows = [r for r in runs.read_metrics(folder) if r["split"] == "validation"]
+    rows = [r for r in records.read_metrics(folder) if r["split"] == "validation"]
     return rows[-1]["accuracy"], -rows[-1]["loss"]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs import video
-from train import files, runs
+from train import files, records, runs
 from train.reproduce import ledger
 from train.video import rollout
 
@@ -34,7 +34,7 @@ def config_of(layer: str, seed: int, steps: int = 0):
 
 def steps_per_second(folder: Path) -> float:
     """The median over the logs of a run, the first of them left out."""
-    rows = runs.read_metrics(folder)
+    rows = records.read_metrics(folder)
     rates = [row["steps_per_second"] for row in rows if row["split"] == "train"]
     return statistics.median(rates[1:] or rates)
 

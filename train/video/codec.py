@@ -21,7 +21,8 @@ from train import data, files, settings
 from train.data import sources
 from train.data.video import whole_clips
 from train.evaluate import PROBLEMS, add_trust
-from train.runs import Run, load_run, read_config
+from train.records import read_config
+from train.runs import Run, load_run
 
 FRAMES = 512  # encoded or decoded at once
 

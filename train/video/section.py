@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from layers.models.video import Video
-from train import runs
+from train import records, runs, signals
 from train.draw.markup import Section, figure, paragraph, picture, table
 from train.runs import DataError, Run, Workdir
 from train.video import pictures, rollout
@@ -33,14 +33,15 @@ def _rollouts(told, run) -> str:
     if found.truth.ndim == 5:
         parts += _pictures(found)
     if scored := (told.results or {}).get("rollout"):
-        check(told.path / runs.RESULTS, scored)
+        check(told.path / records.RESULTS, scored)
         parts.append(_by_horizon(scored))
     return "".join(parts)
 
 
 def _pictures(found) -> list[str]:
     parts, rest = [], "truth above, prediction below"
-    for number, panels in enumerate(pictures.strips(*found.frames()), 1):
+    strips = signals.stoppable(pictures.strips(*found.frames()))
+    for number, panels in enumerate(strips, 1):
         caption = f"Clip {number}: frames that were seen, then the next ones, {rest}."
         look = dict(columns=len(panels), least=4, above=True)
         parts.append(figure(panels, caption, **look))
