@@ -800,9 +800,10 @@ def test_targets_that_may_be_of_another_kind_are_told(tmp_path, targets, text):
         INPUTS[:, 0],
         np.arange(N) / 1.0,
         np.stack([CLASSES / 1.0, CLASSES % 2], axis=1),
+        CLASSES[:, None] / 1.0,
         np.tile(CLASSES[:, None] % 2, L),
     ],
-    ids=["classes", "numbers", "whole numbers", "vectors", "tokens"],
+    ids=["classes", "numbers", "whole numbers", "vectors", "column", "tokens"],
 )
 def test_targets_of_one_kind_alone_are_not_asked_about(tmp_path, targets):
     dataset = load_npz(tmp_path, WHOLE, inputs=INPUTS, targets=targets)

@@ -462,7 +462,7 @@ def _answer(run: Run, options) -> int:
     if options.length is not None:
         length = options.length
     given = unseen.inputs(options.inputs, spec, trained.name, rate, length)
-    if given.names and not rate:
+    if given.names and not (rate or spec.rate):
         print(
             f"{options.inputs}: is read as sampled; the run has resampled nothing "
             "(data.rate is 0), so that these must have the rate of its own recordings",

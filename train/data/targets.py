@@ -96,7 +96,11 @@ def doubts(
 
 
 def _levels(targets: np.ndarray) -> list[str]:
-    """Of numbers that are few whole values."""
+    """Of numbers that are few whole values, where classes have that shape."""
+    if targets.ndim > 2 or targets.shape[1:] == (1,):
+        return []
+    if len(np.unique(targets.ravel()[:1000])) > LEVELS:  # all are sorted for long
+        return []
     levels = np.unique(targets)
     few = 1 < len(levels) <= min(LEVELS, targets.size // 4)
     if not few or (levels != np.rint(levels)).any():
