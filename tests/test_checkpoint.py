@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from flax import linen as nn
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from train import checkpoint, sharding, state, stored
+from train import checkpoint, digest, sharding, state, stored
 from train.checkpoint import CheckpointError, Checkpoints
 
 MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
@@ -94,10 +94,10 @@ def test_restores_what_was_saved(tmp_path):
         (lambda path: os.truncate(largest(path / "state"), 10), "has 10 bytes instead"),
         (lambda path: largest(path / "state").unlink(), "No such file"),
         (lambda path: (path / "data" / "metadata").unlink(), "data/metadata: No such"),
-        (lambda path: (path / checkpoint.DIGEST).unlink(), "digest.json is missing"),
-        (lambda path: (path / checkpoint.DIGEST).write_text("["), "cannot be read"),
-        (lambda path: (path / checkpoint.DIGEST).write_text("[]"), "cannot be read"),
-        (lambda path: (path / checkpoint.DIGEST).write_text("{}"), "names no file"),
+        (lambda path: (path / digest.FILE).unlink(), "digest.json is missing"),
+        (lambda path: (path / digest.FILE).write_text("["), "cannot be read"),
+        (lambda path: (path / digest.FILE).write_text("[]"), "cannot be read"),
+        (lambda path: (path / digest.FILE).write_text("{}"), "names no file"),
         (lambda path: (shutil.rmtree(path), path.mkdir()), "the folder is empty"),
     ],
     ids=lambda value: value.split()[-1] if isinstance(value, str) else "",
@@ -173,7 +173,7 @@ def test_a_first_save_without_digest_is_none(tmp_path, caplog):
     """As a kill between commit and digest leaves it."""
     like = save(tmp_path, 10, 20)
     for step in (10, 20):
-        (folder(tmp_path, step) / checkpoint.DIGEST).unlink()
+        (folder(tmp_path, step) / digest.FILE).unlink()
     assert restore(tmp_path, like) is None
     assert "checkpoint 20 is removed: its save was cut off" in caplog.text
     assert list((tmp_path / checkpoint.FOLDER).iterdir()) == []
@@ -183,11 +183,11 @@ def test_a_first_save_without_digest_is_none(tmp_path, caplog):
 
 def test_a_save_without_digest_is_not_kept_and_hides_no_damage(tmp_path):
     like = save(tmp_path, 10, 20, 30)
-    (folder(tmp_path, 30) / checkpoint.DIGEST).unlink()
+    (folder(tmp_path, 30) / digest.FILE).unlink()
     assert int(restore(tmp_path, like)[0].step) == 20
     names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
     assert names == {"10", "20"}
-    (folder(tmp_path, 20) / checkpoint.DIGEST).unlink()
+    (folder(tmp_path, 20) / digest.FILE).unlink()
     flip(largest(folder(tmp_path, 10)))
     with pytest.raises(CheckpointError, match=r"20: digest.json .* 10: .* altered"):
         restore(tmp_path, like)
@@ -212,7 +212,7 @@ def test_full_disk(tmp_path, monkeypatch, where):
         Checkpoints(tmp_path, 5) as checkpoints,
     ):
         if where == "at the digest":
-            monkeypatch.setattr(checkpoint, "_write_digest", fail)
+            monkeypatch.setattr(checkpoint.digest, "write", fail)
         else:
             name = "save" if where == "at once" else "wait_until_finished"
             monkeypatch.setattr(checkpoints._writer, name, fail)
@@ -248,7 +248,7 @@ def test_another_error_of_a_save_is_not_hidden(tmp_path, monkeypatch):
         pytest.raises(PermissionError, match="not yours"),
         Checkpoints(tmp_path, 5) as checkpoints,
     ):
-        monkeypatch.setattr(checkpoint, "_write_digest", broken)
+        monkeypatch.setattr(checkpoint.digest, "write", broken)
         checkpoints.save(at(20, make()), {}, {})
         checkpoints._thread.join()
         checkpoints.poll()
@@ -299,9 +299,9 @@ def test_init_from(tmp_path, capsys):
 def test_digest_lists_every_file(tmp_path):
     save(tmp_path, 10)
     path = folder(tmp_path, 10)
-    digest = json.loads((path / checkpoint.DIGEST).read_text())
+    entries = json.loads((path / digest.FILE).read_text())
     files = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
-    assert set(digest) == files - {checkpoint.DIGEST}
+    assert set(entries) == files - {digest.FILE}
 
 
 @pytest.mark.parametrize(
@@ -458,8 +458,8 @@ def test_a_memory_of_another_step_is_not_believed(tmp_path, caplog):
 
 def signed(path):
     """Writes the digest anew, as somebody does who wants to be believed."""
-    (path / checkpoint.DIGEST).unlink()
-    checkpoint._write_digest(path)
+    (path / digest.FILE).unlink()
+    digest.write(path)
 
 
 def nested(depth=200_000):
@@ -493,29 +493,27 @@ def point_outside(path):
 
 UNREADABLE = {
     "nested digest": (
-        lambda path: (path / checkpoint.DIGEST).write_text(nested()),
+        lambda path: (path / digest.FILE).write_text(nested()),
         r"digest.json cannot be read \(RecursionError\)",
     ),
     "digest of no numbers": (
-        lambda path: (path / checkpoint.DIGEST).write_text('{"a": {"bytes": [], "sha'),
+        lambda path: (path / digest.FILE).write_text('{"a": {"bytes": [], "sha'),
         "cannot be read",
     ),
     "digest of another place": (
-        lambda path: edit(
-            path / checkpoint.DIGEST, lambda t: t.replace('"data/', '"/etc/')
-        ),
+        lambda path: edit(path / digest.FILE, lambda t: t.replace('"data/', '"/etc/')),
         "names /etc/.*, outside of its folder",
     ),
     "digest of a place above": (
         lambda path: edit(
-            path / checkpoint.DIGEST, lambda t: t.replace('"data/', '"../10/data/')
+            path / digest.FILE, lambda t: t.replace('"data/', '"../10/data/')
         ),
         "names ../10/data/.*, outside of its folder",
     ),
     "digest that is a folder": (
         lambda path: (
-            (path / checkpoint.DIGEST).unlink(),
-            (path / checkpoint.DIGEST).mkdir(),
+            (path / digest.FILE).unlink(),
+            (path / digest.FILE).mkdir(),
         ),
         "cannot be read",
     ),

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import tiny_run
 
-from train import checkpoint, lock
+from train import checkpoint, digest, lock
 
 STEPS = 60
 
@@ -43,7 +43,7 @@ def folders(workdir, pattern):
 
 def between_commit_and_digest(workdir):
     return any(
-        not (folder / checkpoint.DIGEST).exists()
+        not (folder / digest.FILE).exists()
         for folder in folders(workdir, "[0-9]*")
         if folder.name.isdigit()
     )

@@ -3,7 +3,7 @@
 `<workdir>/checkpoints/<step>/` is written by orbax, in the background, under another
 name and renamed when complete. It is then read back: all arrays must be there, and one
 of every file is read. Orbax does not notice bytes that change later, so then
-`digest.json` (the sha256 of every file) is added, itself written aside and renamed. A
+`digest.json` (see `train.digest`) is added, itself written aside and renamed. A
 step without a digest is a save that was cut off; that, and one whose files do not match
 their digest or whose state is of another step, is never used.
 """
@@ -30,12 +30,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from train import stored
-from train.files import disk_full, sha256, write_atomically
+from train import digest, stored
+from train.files import disk_full
 from train.state import TrainState, named_leaves
 
 FOLDER = "checkpoints"
-DIGEST = "digest.json"
 UNFINISHED = ".orbax-checkpoint-tmp*"
 STATE = "state"
 
@@ -77,48 +76,9 @@ def damage(folder: Path) -> str | None:
     arrays, is of the step that the folder's name says.
     """
     try:
-        return _altered(folder) or _misplaced(folder)
+        return digest.altered(folder) or _misplaced(folder)
     except OSError as error:
         return f"{error.filename or 'a file'}: {error.strerror}"
-
-
-def _altered(folder: Path) -> str | None:
-    try:
-        digest = json.loads((folder / DIGEST).read_text())
-        files = {
-            name: (entry["bytes"], entry["sha256"]) for name, entry in digest.items()
-        }
-    except FileNotFoundError:
-        empty = folder.is_dir() and not any(folder.iterdir())
-        return "the folder is empty" if empty else f"{DIGEST} is missing"
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-        OSError,
-    ) as error:
-        return f"{DIGEST} cannot be read ({type(error).__name__})"
-    if not files:
-        return f"{DIGEST} names no file"
-    # Before any is opened: a link would lead out of the folder, a pipe would never end.
-    for path in folder.rglob("*"):
-        mode = path.lstat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            return f"{path.relative_to(folder)} is a link or no file"
-    for name, (size, digest) in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            return f"{DIGEST} names {name}, outside of its folder"
-        try:
-            actual = (folder / name).lstat().st_size
-            if actual != size:
-                return f"{name} has {actual} bytes instead of {size}"
-            if sha256(folder / name) != digest:
-                return f"{name} has altered bytes"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    return None
 
 
 def _misplaced(folder: Path) -> str | None:
@@ -157,7 +117,7 @@ def _newest(workdir: str | Path, use: Callable[[int], T]) -> T | None:
         except _Unusable as error:
             reason = str(error)
         problems.append(f"{step}: {reason}")
-        damaged |= not _unfinished(folder)
+        damaged |= not digest.missing(folder)
         logging.warning("checkpoint %d is not used: %s", step, reason)
     if damaged:
         raise CheckpointError(
@@ -416,7 +376,7 @@ class Checkpoints:
             _remove(leftover)
         for step in steps(self._workdir):
             folder = _folder(self._workdir, step)
-            if _unfinished(folder):
+            if digest.missing(folder):
                 logging.warning("checkpoint %d is removed: its save was cut off", step)
                 _remove(folder)
             elif step > newest:
@@ -429,7 +389,7 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
                 _read_back(_folder(self._workdir, step), shapes)
-                _write_digest(_folder(self._workdir, step))
+                digest.write(_folder(self._workdir, step))
                 remaining = {*steps(self._workdir)[-self._keep :], best}
                 for old in set(steps(self._workdir)) - remaining:
                     _remove(_folder(self._workdir, old))
@@ -443,7 +403,7 @@ class Checkpoints:
         step, size = self._saving
         folder = _folder(self._workdir, step)
         for half in (*folder.parent.glob(f"{step}{UNFINISHED}"), folder):
-            if _unfinished(half):
+            if digest.missing(half):
                 _remove(half)
         if isinstance(error, _Unusable):
             raise CheckpointError(
@@ -543,17 +503,6 @@ def _is_dir(path: Path) -> bool:
         return False
 
 
-def _unfinished(folder: Path) -> bool:
-    """Whether the digest, which is written last, is not there."""
-    try:
-        (folder / DIGEST).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # not to be seen is not the same
-        return False
-    return False
-
-
 def _copy(tree: dict) -> dict:
     """orbax writes JSON in the background, when the caller may have changed it."""
     return json.loads(json.dumps(tree))
@@ -561,18 +510,6 @@ def _copy(tree: dict) -> dict:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_digest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    digest = {
-        str(path.relative_to(folder)): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256(path),
-        }
-        for path in files
-    }
-    write_atomically(folder / DIGEST, json.dumps(digest, indent=1))
 
 
 @contextlib.contextmanager
