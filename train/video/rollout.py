@@ -235,7 +235,7 @@ def _shown(frames):
     return to_bytes(frames), np.isfinite(frames).all((2, 3, 4))
 
 
-def scores(rollout: Rollout) -> dict:
+def horizon_scores(rollout: Rollout) -> dict:
     """{"model" and "copy last frame": {metric: [horizon]}}: "psnr" in dB, "ssim" and
     "mse", means over clips, NaN where a clip's frame is not finite; of codes the
     "accuracy", the share that is right."""
@@ -386,7 +386,7 @@ def _check_sample(run: runs.Run, sample: int | None) -> None:
 
 def summary(run: runs.Run, rollout: Rollout, split: str) -> dict:
     """What rollout.json holds."""
-    by_name = scores(rollout)
+    by_name = horizon_scores(rollout)
     if rollout.truth.ndim != 5:
         against = "the true codes"
     elif run.model.vocab_size:
