@@ -88,7 +88,7 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
         raise ValueError(f"horizon: must be at least 1, got {horizon}")
     _check_actions(actions, (len(context), context.shape[1] + horizon - 1))
 
-    def given(frames, start):
+    def model_inputs(frames, start):
         if actions is None:
             return frames
         return {
@@ -98,7 +98,7 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
             ),
         }
 
-    def chosen(y, t):
+    def next_frame(y, t):
         if not model.vocab_size:
             return jnp.clip(y, -1.0, 1.0)
         if key is None:
@@ -107,14 +107,14 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
 
     def step(carry, t):
         frame, state = carry
-        y, state = model.apply(variables, given(frame, t), state)
-        new = chosen(y, t)
+        y, state = model.apply(variables, model_inputs(frame, t), state)
+        new = next_frame(y, t)
         return (new, state), frame[:, 0]
 
     T = context.shape[1]
     frames = context if model.vocab_size else from_bytes(context)
-    y, state = model.apply(variables, given(frames, 0))
-    first = chosen(y[:, -1:], T - 1)
+    y, state = model.apply(variables, model_inputs(frames, 0))
+    first = next_frame(y[:, -1:], T - 1)
     (last, _), predicted = jax.lax.scan(
         step, (first, state), jnp.arange(T, T + horizon - 1)
     )
