@@ -12,41 +12,41 @@ from train.report import answers, mixing
 from train.runs import DataError, Run, Workdir
 
 
-def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
+def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
     """Of a `Model`; none of another kind of model. `reached`: the scores without
     reading the inputs."""
     if not isinstance(run.model, Model):
         return []
     stages, remark = _stages(run)
-    blocks = probe.blocks(run.model, stages, told.config.model.length)
+    blocks = probe.blocks(run.model, stages, workdir.config.model.length)
     selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
     linear = [block for i, block in enumerate(blocks) if i % pattern not in selective]
     try:
-        found = answers.section(
+        answered = answers.section(
             answers.answer(run), run.spec, run.step, reached.get("accuracy")
         )
     except DataError as error:
-        found = paragraph(f"The answers cannot be shown: {error}.", "soft")
-    shown = remark + _filters(told, run, linear) if linear else ""
+        answered = paragraph(f"The answers cannot be shown: {error}.", "soft")
+    filters = remark + _filters(workdir, run, linear) if linear else ""
     mixed = ""
     if selective:
         try:
             mixed = _mixing(run, mixing.of(run, stages, selective))
         except DataError as error:
             mixed = paragraph(f"Mixing cannot be shown: {error}.", "soft")
-        mixed = mixed if shown else remark + mixed
+        mixed = mixed if filters else remark + mixed
     return [
-        ("filters", "Learned filters", shown),
+        ("filters", "Learned filters", filters),
         ("mixing", "What a token reads", mixed),
-        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
-        ("answers", "Answers", found),
+        ("spectra", "Spectra and timescales", _spectra(workdir, blocks)),
+        ("answers", "Answers", answered),
     ]
 
 
-def _mixing(run, found: list[mixing.Mixing]) -> str:
+def _mixing(run, matrices: list[mixing.Mixing]) -> str:
     """A figure for each kind of layer."""
     parts = []
-    for mixed in found:
+    for mixed in matrices:
         place = "one channel"
         if mixed.channels:
             place = f"channel {_place(mixed.channel, 1)} of {_place(mixed.channels)}"
@@ -82,8 +82,8 @@ def _stages(run) -> tuple[dict, str]:
         return trained, paragraph(remark, "soft")
 
 
-def _filters(told, run, blocks) -> str:
-    block, L = blocks[0], told.config.model.length
+def _filters(workdir, run, blocks) -> str:
+    block, L = blocks[0], workdir.config.model.length
     lines = min(len(block.features), figures.LINES)
     caption = (
         f"Checkpoint of step {run.step:,}. What a block's mixer alone answers to a "
@@ -100,11 +100,11 @@ def _filters(told, run, blocks) -> str:
     return figure(figures.filters(blocks), caption + _not_all(blocks), columns)
 
 
-def _spectra(told, blocks) -> str:
+def _spectra(workdir, blocks) -> str:
     blocks = [block for block in blocks if block.has_spectrum()]
     if not blocks:
         return ""
-    L = told.config.model.length
+    L = workdir.config.model.length
     caption = "a: the eigenvalues of one token's step, those that a layer stores, and "
     caption += "the unit circle. log a: where a continuous system is sampled, its "
     caption += (
