@@ -51,10 +51,10 @@ def imported(name: str) -> type[nn.Module]:
             module itself raises while it is imported passes.
     """
     module, _, attribute = name.rpartition(".")
-    found = getattr(_module(name, module), attribute, None)
-    if found is None:
+    cls = getattr(_module(name, module), attribute, None)
+    if cls is None:
         file = getattr(sys.modules[module], "__file__", None) or "no file"
-        there = [
+        classes = [
             key
             for key, value in vars(sys.modules[module]).items()
             if isinstance(value, type)
@@ -63,16 +63,16 @@ def imported(name: str) -> type[nn.Module]:
         ]
         raise ValueError(
             f"layer: must be a Flax module of {module} ({file}), which has "
-            f"{', '.join(there) or 'none'}, got {name!r}"
+            f"{', '.join(classes) or 'none'}, got {name!r}"
         )
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        kind = "a class" if isinstance(found, type) else f"a {type(found).__name__}"
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        kind = "a class" if isinstance(cls, type) else f"a {type(cls).__name__}"
         raise ValueError(
             f"layer: {name} must be a class of flax.linen.Module, got {kind} that is "
             "none"
         )
-    check_class(found, name)
-    return found
+    check_class(cls, name)
+    return cls
 
 
 def _module(name, module):
@@ -118,12 +118,12 @@ def _places():
     """The folders of Python's path that hold neither its own nor installed modules."""
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
     theirs = {Path(sysconfig.get_path(kind)).resolve() for kind in kinds}
-    found = []
+    folders = []
     for place in (Path(entry or os.getcwd()).resolve() for entry in sys.path):
         known = not theirs.isdisjoint({place, *place.parents})
-        if place.is_dir() and not known and str(place) not in found:
-            found.append(str(place))
-    return found
+        if place.is_dir() and not known and str(place) not in folders:
+            folders.append(str(place))
+    return folders
 
 
 def check_class(cls: type[nn.Module], name: str = "") -> None:
@@ -145,9 +145,9 @@ def check_class(cls: type[nn.Module], name: str = "") -> None:
             f"layer: {name} must have features, dtype, __call__ and init_state; it "
             f"lacks {' and '.join(lacks)}"
         )
-    given = dict(state=None, sequence=None, train=False)
-    fits = _takes(call, None, None) and _takes(call, None, None, *given.values())
-    if not (fits and _takes(call, None, None, **given)):
+    options = dict(state=None, sequence=None, train=False)
+    fits = _takes(call, None, None) and _takes(call, None, None, *options.values())
+    if not (fits and _takes(call, None, None, **options)):
         raise ValueError(
             f"layer: {name} must take `{CALL}`, got `__call__{inspect.signature(call)}`"
         )
@@ -162,30 +162,30 @@ def check_fields(
     argument: str,
     name: str,
     cls: type[nn.Module],
-    given: Mapping[str, Any],
+    values: Mapping[str, Any],
     own: Collection[str] = (),
 ) -> None:
-    """Raises a `ValueError` naming `argument` unless `given` are fields of the layer
+    """Raises a `ValueError` naming `argument` unless `values` are fields of the layer
     `name`, each with a value like its default, and all that have none are there.
     Those of `own` are not the user's to give."""
     fields = _fields(cls)
     valid = sorted({*fields} - {*own})
-    unknown = sorted({*given} - {*fields})
+    unknown = sorted({*values} - {*fields})
     if unknown:
         raise ValueError(f"{argument}: must be among {valid} for {name}, got {unknown}")
     without = [
         key
         for key, field in fields.items()
-        if key not in given and not has_default(field)
+        if key not in values and not has_default(field)
     ]
     if without:
         raise ValueError(
             f"{argument}: must have {without}, of which {name} has no default, got "
-            f"{sorted(given)}"
+            f"{sorted(values)}"
         )
     plain = settable(cls)
-    for key in (key for key in plain if key in given):
-        (kind, default), value = plain[key], given[key]
+    for key in (key for key in plain if key in values):
+        (kind, default), value = plain[key], values[key]
         if not (_alike(value, kind) or value is default):
             raise ValueError(
                 f"{argument}.{key}: must be {KINDS[kind][1]} for {name}, got {value!r}"
@@ -206,10 +206,10 @@ def check_call(layer: nn.Module, name: str = "") -> None:
         streams = dict.fromkeys(("params", "dropout"), jax.random.key(0))
         return layer.init_with_output(streams, x)[0]
 
-    found = jax.eval_shape(call, x)
-    pair = isinstance(found, tuple) and len(found) == 2
-    if not pair or getattr(found[0], "shape", None) != x.shape:
-        what = jax.tree.map(lambda leaf: leaf.shape, found)
+    answer = jax.eval_shape(call, x)
+    pair = isinstance(answer, tuple) and len(answer) == 2
+    if not pair or getattr(answer[0], "shape", None) != x.shape:
+        what = jax.tree.map(lambda leaf: leaf.shape, answer)
         raise ValueError(
             f"layer: a call of {name} must return y, of the shape of x, {x.shape}, and "
             f"a state, got {what}"
@@ -234,13 +234,13 @@ def check_init_state(layer: nn.Module, name: str = "") -> None:
 def settable(cls: type[nn.Module]) -> dict[str, tuple[type, Any]]:
     """The fields that a command line can set: name -> (type, default), of those whose
     type is plain; None where there is no default."""
-    found = {}
+    plain = {}
     for key, field in _fields(cls).items():
         default = field.default if has_default(field) else None
         kind = type(default) if default is not None else _hinted(cls, key)
         if key not in FROM_MODEL and kind in KINDS:
-            found[key] = kind, default
-    return found
+            plain[key] = kind, default
+    return plain
 
 
 def _hinted(cls, key):
@@ -262,15 +262,15 @@ def has_default(field: dataclasses.Field) -> bool:
 
 
 def _fields(cls):
-    found = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    return {key: f for key, f in found.items() if key not in ("parent", "name")}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    return {key: f for key, f in fields.items() if key not in ("parent", "name")}
 
 
 def _method(cls, name):
     """As it is called on an instance, `self` first; the class of a class has a
     `__call__` of its own."""
-    found = (vars(base)[name] for base in cls.__mro__ if name in vars(base))
-    return next((f for f in found if callable(f)), None)
+    definitions = (vars(base)[name] for base in cls.__mro__ if name in vars(base))
+    return next((f for f in definitions if callable(f)), None)
 
 
 def _takes(function, *args, **kwargs):

@@ -14,7 +14,7 @@ from ssm import implicit_filters
 from ssm import sequence as seq
 
 
-def checked(
+def checked_filters(
     layer: nn.Module,
     x: jax.Array,
     state: jax.Array | None,
@@ -75,7 +75,7 @@ def filtered(
     return restore(expose(layer, "mixed", y)), state
 
 
-def zero_state(layer: nn.Module, batch_size: int) -> jax.Array:
+def zero_past(layer: nn.Module, batch_size: int) -> jax.Array:
     """The state of `filtered` before the first token, zeros [B, length-1, H].
     `ValueError` for a bidirectional layer, which has none."""
     checks.recurrent(layer)

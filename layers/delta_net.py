@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, checked, refuse_dt
-from layers.delta_rule import DeltaState, short_convolutions, write_strength, zero_state
+from layers.delta_rule import (
+    DeltaState,
+    short_convolutions,
+    write_strength,
+    zero_delta_state,
+)
 from layers.facts import Placement, examples
 from layers.inside import expose
 from ssm import sequence as seq
@@ -63,4 +68,4 @@ class DeltaNet(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size: int) -> DeltaState:
         """Zeros."""
-        return zero_state(self, batch_size)
+        return zero_delta_state(self, batch_size)

@@ -60,7 +60,7 @@ def short_convolutions(
     return q * K**-0.5, k, v, tails
 
 
-def zero_state(layer: nn.Module, batch_size: int) -> DeltaState:
+def zero_delta_state(layer: nn.Module, batch_size: int) -> DeltaState:
     """The `DeltaState` before the first token."""
     K, V = heads.sizes(layer)
     at_least_one(layer, "conv_width")

@@ -42,7 +42,7 @@ def prepare(module: nn.Module, variables: Mapping, token: Any) -> dict:
     return {**variables, **constants}
 
 
-def zero_state(layer: nn.Module, batch_size: int) -> jax.Array:
+def zero_modes(layer: nn.Module, batch_size: int) -> jax.Array:
     """The state of H systems of n = state_size / 2 modes before the first token, zeros
     [B, H, n] complex. `ValueError` for a bidirectional layer, which has none."""
     recurrent(layer)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels import block_sizes, butterfly_conv, dft_factors
 from layers.checks import also_empty
-from layers.convolutions import checked
+from layers.convolutions import checked_filters
 from layers.facts import L, Placement, examples
 from layers.inside import expose
 from layers.long_conv import LongConv
@@ -54,7 +54,7 @@ class FlashButterfly(LongConv):
                 "state: FlashButterfly has none, its learned transform mixes past and "
                 "future; pass None"
             )
-        sequence = checked(self, x, None, sequence)
+        sequence = checked_filters(self, x, None, sequence)
         if sequence.reset is not None:
             raise ValueError(
                 "reset: FlashButterfly mixes all tokens of a row, as a learned "

@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from kernels import chunked_scan
 from layers import heads
 from layers.checks import also_empty, checked
-from layers.delta_rule import DeltaState, short_convolutions, write_strength, zero_state
+from layers.delta_rule import (
+    DeltaState,
+    short_convolutions,
+    write_strength,
+    zero_delta_state,
+)
 from layers.facts import Placement, examples
 from layers.inside import expose, record
 from layers.parameters import at_least_float32, linear, logical, rates, softplus_dt
@@ -67,7 +72,7 @@ class GatedDeltaNet(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size: int) -> DeltaState:
         """Zeros."""
-        return zero_state(self, batch_size)
+        return zero_delta_state(self, batch_size)
 
     def _log_decay(self, x, sequence):
         """g [B, L, heads], 0 on masked tokens."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.checks import also_empty, at_least_one
-from layers.convolutions import checked, implicit_filter, long_conv
+from layers.convolutions import checked_filters, implicit_filter, long_conv
 from layers.diagonal import computed_once
 from layers.facts import L, Placement, examples
 from layers.inside import expose
@@ -76,7 +76,7 @@ class Hyena(nn.Module):
         call longer than `length`, or a dt."""
         del train
         self._check()
-        sequence = checked(self, x, state, sequence)
+        sequence = checked_filters(self, x, state, sequence)
         H, order = self.features, self.order
         tail, past = (None, None) if state is None else state
         x, sequence, restore = seq.compact(x, sequence)

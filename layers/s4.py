@@ -90,7 +90,7 @@ class S4(nn.Module):
     @nn.nowrap
     def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, H, n] complex."""
-        return diagonal.zero_state(self, batch_size)
+        return diagonal.zero_modes(self, batch_size)
 
     def eigenvalues(self) -> jax.Array:
         """log a [H, n] complex per token, a the eigenvalues of the recurrence without

@@ -61,14 +61,14 @@ class SGConv(nn.Module):
         bidirectional). `ValueError` for a wrong shape, a call longer than `length`, a
         dt, or a state given to a bidirectional layer."""
         del train
-        sequence = convolutions.checked(self, x, state, sequence)
+        sequence = convolutions.checked_filters(self, x, state, sequence)
         k, D = self._filters(), parameters.skip(self)
         return convolutions.filtered(self, x, k, D, state, sequence)
 
     @nn.nowrap
     def init_state(self, batch_size: int) -> jax.Array:
         """Zeros [B, length-1, H]."""
-        return convolutions.zero_state(self, batch_size)
+        return convolutions.zero_past(self, batch_size)
 
     def _filters(self):
         """Taps [1 or 2, H, length], of the past and the future."""

@@ -211,7 +211,7 @@ def test_what_is_no_number_has_no_score():
     answers = np.zeros(clips.shape, np.float32)
     answers[1, 1:, 0, 0] = np.nan
     found = rollout.Rollout(clips, clips, *rollout._shown(answers))
-    scores = rollout.scores(found)
+    scores = rollout.horizon_scores(found)
     psnr = scores["model"]["psnr"]
     assert np.isfinite(psnr[0]) and np.isnan(psnr[1:]).all()
     assert np.isfinite(scores[rollout.COPY]["psnr"]).all()

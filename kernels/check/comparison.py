@@ -49,7 +49,7 @@ def widened(inputs):
 def results(op, inputs, **static):
     """All outputs of `op(**inputs, **static)`, and the gradient of a fixed random
     functional of them by every floating input."""
-    return evaluate(op, inputs, static)
+    return compiled_results(op, inputs, static)
 
 
 def expected(op, inputs, **static):
@@ -57,10 +57,10 @@ def expected(op, inputs, **static):
     float64."""
     static = {**static, "backend": "reference"}
     with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
-        return evaluate(op, widened(inputs), static, QUICK_TO_COMPILE)
+        return compiled_results(op, widened(inputs), static, QUICK_TO_COMPILE)
 
 
-def evaluate(op, inputs, static, compiler_options=None):
+def compiled_results(op, inputs, static, compiler_options=None):
     """`results`, compiled with these options of XLA."""
     moving, fixed = parted(inputs)
     items = (

@@ -261,7 +261,9 @@ def computed(operation, backends, dtypes, coverage) -> list[Row]:
             options = _compiler_options(name, dtype)
 
             def both(static=static | {"backend": name}, inputs=inputs, options=options):
-                actual = comparison.evaluate(operation.call, inputs, static, options)
+                actual = comparison.compiled_results(
+                    operation.call, inputs, static, options
+                )
                 return actual, definition()  # noqa: B023 - called in this round
 
             how = "interpreted" if _is_interpreted(name) else "run"

@@ -51,16 +51,16 @@ def answer(run: Run) -> Answers:
     size = min(options.eval_batch_size or options.batch_size, total)
     dataset = some.of(run.dataset, split, LIMIT, size)
     compiled = _compiled(run.model, spec)
-    kept = []
+    parts = []
     for batch in signals.stoppable(dataset.evaluation(split, size)):
         outputs, confidence = jax.device_get(compiled(run.variables, dict(batch)))
-        found = {k: batch[k] for k in ("inputs", "targets", "mask")}
-        found |= {"outputs": outputs, "confidence": confidence}
+        fields = {k: batch[k] for k in ("inputs", "targets", "mask")}
+        fields |= {"outputs": outputs, "confidence": confidence}
         real = batch["mask"].reshape(size, -1).any(axis=1)
-        kept.append({k: None if v is None else v[real] for k, v in found.items()})
+        parts.append({k: None if v is None else v[real] for k, v in fields.items()})
     columns = {
-        k: None if first is None else np.concatenate([row[k] for row in kept])
-        for k, first in kept[0].items()
+        k: None if first is None else np.concatenate([row[k] for row in parts])
+        for k, first in parts[0].items()
     }
     return Answers(split, total, **columns)
 
@@ -80,22 +80,24 @@ def _compiled(model, spec):
     return answered
 
 
-def section(found: Answers, spec, step: int, chance: float | None = None) -> str:
+def section(examples: Answers, spec, step: int, chance: float | None = None) -> str:
     """HTML: how right the answers are, and examples, right and wrong ones of every
     kind. `chance` is the accuracy without reading the inputs, where it is known."""
-    shown = {"classification": _classes, "token": _tokens, "regression": _values}
-    said = f"The {found.split} split, checkpoint of step {step:,}"
-    if len(found.outputs) < found.total:
-        said += f"; {len(found.outputs):,} of {found.total:,} examples, evenly spaced"
-    return paragraph(said + ".", "soft") + shown[spec.loss](found, spec, chance)
+    sections = {"classification": _classes, "token": _tokens, "regression": _values}
+    note = f"The {examples.split} split, checkpoint of step {step:,}"
+    if len(examples.outputs) < examples.total:
+        note += (
+            f"; {len(examples.outputs):,} of {examples.total:,} examples, evenly spaced"
+        )
+    return paragraph(note + ".", "soft") + sections[spec.loss](examples, spec, chance)
 
 
-def _classes(found, spec, chance):
-    targets, answers = found.targets, found.outputs
+def _classes(examples, spec, chance):
+    targets, answers = examples.targets, examples.outputs
     table_of = np.zeros((spec.outputs, int(max(spec.outputs, answers.max() + 1))))
     np.add.at(table_of, (targets, answers), 1)
     right, wrong = (np.flatnonzero(x) for x in (answers == targets, answers != targets))
-    wrong = wrong[np.argsort(-found.confidence[wrong], kind="stable")]
+    wrong = wrong[np.argsort(-examples.confidence[wrong], kind="stable")]
     caption = (
         f"{len(right):,} of {len(targets):,} are right. Rows: the class; columns: "
     )
@@ -111,17 +113,19 @@ def _classes(found, spec, chance):
     chosen = mixed(targets, right)
     labels = _names(targets[chosen], spec)
     title = f"Right, {len(right):,} in all: the first of the split, {rule}"
-    parts.append(_examples(found, spec, chosen, labels, title))
+    parts.append(_examples(examples, spec, chosen, labels, title))
     chosen = mixed(targets, wrong)
     named = zip(
         _names(targets[chosen], spec),
         _names(answers[chosen], spec),
-        found.confidence[chosen],
+        examples.confidence[chosen],
         strict=True,
     )
-    labels = [f"{target} {ARROW} {said} ({sure:.0%})" for target, said, sure in named]
+    labels = [
+        f"{target} {ARROW} {answer} ({sure:.0%})" for target, answer, sure in named
+    ]
     title = f"Wrong, {len(wrong):,} in all: those of which the model was surest, {rule}"
-    parts.append(_examples(found, spec, chosen, labels, title))
+    parts.append(_examples(examples, spec, chosen, labels, title))
     return "".join(parts)
 
 
@@ -169,24 +173,24 @@ def mixed(classes: np.ndarray, rows: Iterable[int], most: int = SHOWN) -> np.nda
     return np.array([row for _, _, row in by_class], int)
 
 
-def _tokens(found, spec, chance):
-    counted = found.mask & (found.targets != IGNORED)
-    correct = counted & (found.outputs == found.targets)
+def _tokens(examples, spec, chance):
+    counted = examples.mask & (examples.targets != IGNORED)
+    correct = counted & (examples.outputs == examples.targets)
     caption = (
         f"Accuracy by position; {correct.sum():,} of {counted.sum():,} tokens are "
     )
     parts = [figure(figures.positions(correct, counted, chance), caption + "right.")]
-    said = (
+    note = (
         "The example with the most right answers, one in the middle and the one with "
     )
-    parts.append(paragraph(said + "the fewest; wrong answers are underlined:", "soft"))
+    parts.append(paragraph(note + "the fewest; wrong answers are underlined:", "soft"))
     answered = np.flatnonzero(counted.any(axis=1))
     share = correct[answered].sum(axis=1) / counted[answered].sum(axis=1)
     order = answered[np.argsort(-share, kind="stable")]
     for row in figures.spread(order, 3):
         places = np.flatnonzero(counted[row])[:TOKENS]
-        targets, answers = found.targets[row, places], found.outputs[row, places]
-        said, marked = [], []
+        targets, answers = examples.targets[row, places], examples.outputs[row, places]
+        padded, marked = [], []
         # In columns: a box that scrolls shows each answer below its target.
         for word, target, same in zip(
             _names(answers, spec),
@@ -196,20 +200,20 @@ def _tokens(found, spec, chance):
         ):
             width = max(len(word), len(target))
             space = " " * (width - len(word))
-            said.append(target.ljust(width))
+            padded.append(target.ljust(width))
             word = text(word) if same else f"<mark>{text(word)}</mark>"
             marked.append(word + space)
-        said = text(" ".join(said))
-        parts.append(f"<pre>target  {said}\nanswer  {' '.join(marked)}</pre>\n")
+        padded = text(" ".join(padded))
+        parts.append(f"<pre>target  {padded}\nanswer  {' '.join(marked)}</pre>\n")
     return "".join(parts)
 
 
-def _values(found, spec, chance):
-    outputs, targets = found.outputs, found.targets
+def _values(examples, spec, chance):
+    outputs, targets = examples.outputs, examples.targets
     if targets.ndim == outputs.ndim - 1:
         targets = targets[..., None]
     per_token = outputs.ndim == 3
-    real = found.mask if per_token else np.ones(len(outputs), bool)
+    real = examples.mask if per_token else np.ones(len(outputs), bool)
     caption = "Predictions over targets, with the diagonal"
     caption += "; a colour per output." if targets.shape[-1] > 1 else "."
     parts = [figure(figures.truth(outputs[real], targets[real]), caption)]
@@ -222,29 +226,29 @@ def _values(found, spec, chance):
     if per_token:
         labels = [f"error {error[i]:.3g}" for i in chosen]
         drawn = figures.followed(
-            outputs[chosen], targets[chosen], found.mask[chosen], labels
+            outputs[chosen], targets[chosen], examples.mask[chosen], labels
         )
         caption = f"Output 0 by token, {title}."
         parts.append(figure(drawn, caption, columns=2, above=True))
     else:
         labels = [f"{targets[i, 0]:.3g} {ARROW} {outputs[i, 0]:.3g}" for i in chosen]
         title = f"Target {ARROW} prediction of output 0, {title}"
-        parts.append(_examples(found, spec, chosen, labels, title))
+        parts.append(_examples(examples, spec, chosen, labels, title))
     return "".join(parts)
 
 
-def _examples(found, spec, rows, labels, title):
+def _examples(examples, spec, rows, labels, title):
     """Some inputs with what is to be said of each: pictures, text or lines."""
     if not len(rows):
         return ""
-    inputs, mask = found.inputs[rows], found.mask[rows]
+    inputs, mask = examples.inputs[rows], examples.mask[rows]
     if spec.encoder == "token":
-        shown = []
+        labelled = []
         for x, real, label in zip(inputs, mask, labels, strict=True):
             words = _words(x[real][:TOKENS], spec)
-            rest = " ..." if real.sum() > TOKENS else ""
-            shown.append((label, " ".join(words) + rest))
-        return paragraph(f"{title}.", "soft") + table((), shown)
+            ellipsis = " ..." if real.sum() > TOKENS else ""
+            labelled.append((label, " ".join(words) + ellipsis))
+        return paragraph(f"{title}.", "soft") + table((), labelled)
     images = _images(inputs, mask, spec)
     if images is not None:
         drawn = figures.pictures(images, labels)

@@ -18,16 +18,16 @@ class Level(NamedTuple):
 
     metric: str
     value: float
-    said: str
+    sentence: str
 
 
-def level(said: Mapping) -> Level | None:
+def level(facts: Mapping) -> Level | None:
     """What is reached without reading the inputs, where the facts have it."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-        metric, split = said["chance"]["metric"], str(said["chance"]["split"])
-        value = float(said["chance"]["value"])
+        metric, split = facts["chance"]["metric"], str(facts["chance"]["split"])
+        value = float(facts["chance"]["value"])
         if metric == "accuracy":
-            which = said["largest"]["class"]
+            which = facts["largest"]["class"]
             text = f"Chance is {value:.4f} on {split}: always answering {which}, the "
             return Level(metric, value, text + "most frequent in training.")
         if metric == "loss":
@@ -36,24 +36,24 @@ def level(said: Mapping) -> Level | None:
     return None
 
 
-def rows(said: Mapping) -> list[tuple[str, str]]:
+def rows(facts: Mapping) -> list[tuple[str, str]]:
     """The rows of a table, a fact each."""
-    found = []
+    entries = []
     for name, words in ROWS.items():
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-            found += [(name, text)] if (text := words(said)) else []
+            entries += [(name, text)] if (text := words(facts)) else []
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-        sizes = [(split, _split(part)) for split, part in said["splits"].items()]
-        found = sizes + found
-    return found
+        sizes = [(split, _split(part)) for split, part in facts["splits"].items()]
+        entries = sizes + entries
+    return entries
 
 
-def warned(said: Mapping) -> list[str]:
+def warned(facts: Mapping) -> list[str]:
     """What the run was warned of."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-        return warnings(said)
-    found = said.get("warnings")
-    return [str(text) for text in found] if isinstance(found, list) else []
+        return warnings(facts)
+    texts = facts.get("warnings")
+    return [str(text) for text in texts] if isinstance(texts, list) else []
 
 
 def _split(part: Mapping) -> str:
@@ -66,43 +66,42 @@ def _split(part: Mapping) -> str:
     return text
 
 
-def _inputs(said) -> str:
-    if said["encoder"] == "token":
-        text = f"tokens of a vocabulary of {int(said['vocab_size']):,}"
+def _inputs(facts) -> str:
+    if facts["encoder"] == "token":
+        text = f"tokens of a vocabulary of {int(facts['vocab_size']):,}"
     else:
-        channels = int(said["channels"])
-        text = (
-            f"{said['dtype']} in [{float(said['low']):.6g}, {float(said['high']):.6g}]"
-        )
+        channels = int(facts["channels"])
+        low, high = float(facts["low"]), float(facts["high"])
+        text = f"{facts['dtype']} in [{low:.6g}, {high:.6g}]"
         text += f", {channels:,} channel{'s' * (channels != 1)}"
-    return text + (f": {said['why']}" if said["why"] else "")
+    return text + (f": {facts['why']}" if facts["why"] else "")
 
 
 def _scale(key: str) -> Callable[[Mapping], str]:
-    def words(said) -> str:
-        if not said[key]:
+    def words(facts) -> str:
+        if not facts[key]:
             return ""
-        mean, std = (_numbers(said[key][k]) for k in ("mean", "std"))
+        mean, std = (_numbers(facts[key][k]) for k in ("mean", "std"))
         return f"mean {mean}, std {std}"
 
     return words
 
 
-def _classes(said) -> str:
-    names = said.get("classes") or []
-    text = f"{int(said['outputs']):,}"
+def _classes(facts) -> str:
+    names = facts.get("classes") or []
+    text = f"{int(facts['outputs']):,}"
     if names:
-        shown = ", ".join(str(name) for name in names[:MOST])
-        text += f": {shown}" + " ..." * (len(names) > MOST)
-    if largest := said.get("largest"):
+        listed = ", ".join(str(name) for name in names[:MOST])
+        text += f": {listed}" + " ..." * (len(names) > MOST)
+    if largest := facts.get("largest"):
         share = float(largest["share"])
         text += f"; the largest is {largest['class']}, {share:.1%} of training"
     return text if largest or names else ""
 
 
 def _numbers(values) -> str:
-    shown = " ".join(f"{float(x):.3g}" for x in values[:MOST])
-    return shown + " ..." * (len(values) > MOST)
+    listed = " ".join(f"{float(x):.3g}" for x in values[:MOST])
+    return listed + " ..." * (len(values) > MOST)
 
 
 ROWS = {
@@ -111,5 +110,5 @@ ROWS = {
     "as the model reads them": _scale("scale"),
     "classes": _classes,
     "targets": _scale("targets"),
-    "loss": lambda said: str(said["loss"]),
+    "loss": lambda facts: str(facts["loss"]),
 }

@@ -12,13 +12,13 @@ from train.report import answers, mixing
 from train.runs import DataError, Run, Workdir
 
 
-def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
+def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
     """Of a `Model`; none of another kind of model. `reached`: the scores without
     reading the inputs."""
     if not isinstance(run.model, Model):
         return []
     stages, remark = _stages(run)
-    blocks = probe.blocks(run.model, stages, told.config.model.length)
+    blocks = probe.blocks(run.model, stages, workdir.config.model.length)
     selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
     matrix = [selective.get(i % pattern) for i in range(len(blocks))]
     pairs = [*zip(blocks, matrix, strict=True)]
@@ -26,12 +26,12 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
     answering = [block for block, most in pairs if not most and not block.silent()]
     bent = [block for block, most in pairs if most == 0 and not block.silent()]
     try:
-        found = answers.section(
+        answered = answers.section(
             answers.answer(run), run.spec, run.step, reached.get("accuracy")
         )
     except DataError as error:
-        found = paragraph(f"The answers cannot be shown: {error}.", "soft")
-    shown = remark + _filters(told, run, answering, bent) if answering else ""
+        answered = paragraph(f"The answers cannot be shown: {error}.", "soft")
+    filters = remark + _filters(workdir, run, answering, bent) if answering else ""
     mixed = ""
     if any(matrix):
         try:
@@ -39,20 +39,20 @@ def sections(told: Workdir, run: Run, reached: Mapping[str, float]) -> list[Sect
         except DataError as error:
             mixed = paragraph(f"Mixing cannot be shown: {error}.", "soft")
     mixed += _neither(silent)
-    if mixed and not shown:
+    if mixed and not filters:
         mixed = remark + mixed
     return [
-        ("filters", "Learned filters", shown),
+        ("filters", "Learned filters", filters),
         ("mixing", "What a token reads", mixed),
-        ("spectra", "Spectra and timescales", _spectra(told, blocks)),
-        ("answers", "Answers", found),
+        ("spectra", "Spectra and timescales", _spectra(workdir, blocks)),
+        ("answers", "Answers", answered),
     ]
 
 
-def _mixing(run, found: list[mixing.Mixing]) -> str:
+def _mixing(run, matrices: list[mixing.Mixing]) -> str:
     """A figure for each kind of layer."""
     parts = []
-    for mixed in signals.stoppable(found):
+    for mixed in signals.stoppable(matrices):
         place = "one channel"
         if mixed.channels:
             place = f"channel {_place(mixed.channel, 1)} of {_place(mixed.channels)}"
@@ -104,9 +104,9 @@ def _stages(run) -> tuple[dict, str]:
         return trained, paragraph(remark, "soft")
 
 
-def _filters(told, run, blocks, bent) -> str:
+def _filters(workdir, run, blocks, bent) -> str:
     """`bent`: those of the blocks that are not linear."""
-    block, L = blocks[0], told.config.model.length
+    block, L = blocks[0], workdir.config.model.length
     lines = min(len(block.features), figures.LINES)
     signals.check()
     caption = (
@@ -127,12 +127,12 @@ def _filters(told, run, blocks, bent) -> str:
     return figure(figures.filters(blocks), caption + _not_all(blocks), columns)
 
 
-def _spectra(told, blocks) -> str:
+def _spectra(workdir, blocks) -> str:
     signals.check()
     blocks = [block for block in blocks if block.has_spectrum()]
     if not blocks:
         return ""
-    L = told.config.model.length
+    L = workdir.config.model.length
     caption = "a: the eigenvalues of one token's step, those that a layer stores, and "
     caption += "the unit circle. log a: where a continuous system is sampled, its "
     caption += (

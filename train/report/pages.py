@@ -42,28 +42,28 @@ def write(
         OSError: the report cannot be written.
         Stopped: a signal came; no page is written.
     """
-    told = runs.read(path)
-    out = _writable(told.path / "report.html" if out is None else Path(out))
+    workdir = runs.read(path)
+    out = _writable(workdir.path / "report.html" if out is None else Path(out))
     run = runs.load_run(path, step, trust)
-    said = records.read_said(told.path)
-    sections = [*signals.stoppable(_sections(told, run, said))]
-    model = told.config.model
-    subtitle = f"{told.name}: {model.depth} blocks of {model.features} features, "
-    subtitle += f"{_count(run.variables)} parameters; {told.ended()}"
-    title = f"{told.layer} on {told.config.data.name}"
+    data_facts = records.read_said(workdir.path)
+    sections = [*signals.stoppable(_sections(workdir, run, data_facts))]
+    model = workdir.config.model
+    subtitle = f"{workdir.name}: {model.depth} blocks of {model.features} features, "
+    subtitle += f"{_count(run.variables)} parameters; {workdir.ended()}"
+    title = f"{workdir.layer} on {workdir.config.data.name}"
     files.write_atomically(out, page(title, subtitle, sections))
     return out
 
 
-def _sections(told: Workdir, run, said: dict) -> Iterator[Section]:
+def _sections(workdir: Workdir, run, data_facts: dict) -> Iterator[Section]:
     """The sections of a run's page, each made when it is asked for."""
-    level = _level(said, run)
+    level = _level(data_facts, run)
     reached = {} if level is None else {level.metric: level.value}
-    yield "verdict", "Verdict", _verdict(told, run, said, level)
-    yield "curves", "Curves", _curves({told.name: told}, reached)
-    yield from ENDINGS[run.spec.loss].sections(told, run, reached)
-    yield "reproduce", "To reproduce", _reproduce(told)
-    yield "environment", "Environment", _environment(told)
+    yield "verdict", "Verdict", _verdict(workdir, run, data_facts, level)
+    yield "curves", "Curves", _curves({workdir.name: workdir}, reached)
+    yield from ENDINGS[run.spec.loss].sections(workdir, run, reached)
+    yield "reproduce", "To reproduce", _reproduce(workdir)
+    yield "environment", "Environment", _environment(workdir)
 
 
 def compare(paths, out: str | Path = "compare.html") -> Path:
@@ -81,17 +81,17 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     compared = _labelled([runs.read(path) for path in paths])
     header = ("run", "layer", "steps", "validation, last", "test, last", "best step")
     header += ("test, best", "parallel vs recurrent", "parameters", "training steps")
-    shown = signals.stoppable(compared.items())
-    rows = [(label, *_cells(told)) for label, told in shown]
-    names = " or ".join(sorted({told.score[1] for told in compared.values()}))
-    said = (
+    labelled = signals.stoppable(compared.items())
+    rows = [(label, *_cells(workdir)) for label, workdir in labelled]
+    names = " or ".join(sorted({workdir.score[1] for workdir in compared.values()}))
+    note = (
         f"Scores: {names}. The best step is that on validation; an unfinished run has "
     )
-    said += "no score on the test split."
-    configs = {label: told.config.to_dict() for label, told in compared.items()}
-    versions = {label: told.versions for label, told in compared.items()}
+    note += "no score on the test split."
+    configs = {label: workdir.config.to_dict() for label, workdir in compared.items()}
+    versions = {label: workdir.versions for label, workdir in compared.items()}
     sections = [
-        ("scores", "Scores", table(header, rows) + paragraph(said, "soft")),
+        ("scores", "Scores", table(header, rows) + paragraph(note, "soft")),
         ("curves", "Curves", _curves(compared, _together(compared))),
         ("configs", "What the configs differ in", _differences(configs)),
         ("environment", "What the environments differ in", _differences(versions)),
@@ -101,10 +101,10 @@ def compare(paths, out: str | Path = "compare.html") -> Path:
     return out
 
 
-def _level(said: dict, run) -> facts.Level | None:
+def _level(data_facts: dict, run) -> facts.Level | None:
     """What is reached without reading the inputs: kept, or else found in the data."""
     try:
-        return facts.level(said) or facts.level(examined.facts(run.dataset))
+        return facts.level(data_facts) or facts.level(examined.facts(run.dataset))
     except runs.DataError:
         return None
 
@@ -112,7 +112,9 @@ def _level(said: dict, run) -> facts.Level | None:
 def _together(compared: dict[str, Workdir]) -> dict[str, float]:
     """What all the runs reach without reading the inputs, where they have kept it and
     it is the same."""
-    levels = [facts.level(records.read_said(told.path)) for told in compared.values()]
+    levels = [
+        facts.level(records.read_said(workdir.path)) for workdir in compared.values()
+    ]
     known = {(x.metric, round(x.value, 4)) for x in levels if x is not None}
     return dict(known) if len(known) == 1 and None not in levels else {}
 
@@ -127,66 +129,69 @@ def _writable(out: Path) -> Path:
 
 def _labelled(runs: list[Workdir]) -> dict[str, Workdir]:
     """The runs by the name of their folder, or by its path where runs share one."""
-    names = [told.name for told in runs]
+    names = [workdir.name for workdir in runs]
     labels = [
-        told.name if names.count(told.name) == 1 else str(told.path) for told in runs
+        workdir.name if names.count(workdir.name) == 1 else str(workdir.path)
+        for workdir in runs
     ]
     if len({*labels}) < len(labels):
         raise ValueError(f"--compare must name a run once, got {', '.join(labels)}")
     return dict(zip(labels, runs, strict=True))
 
 
-def _verdict(told, run, said, level) -> str:
-    name, label = told.score
+def _verdict(workdir, run, data_facts, level) -> str:
+    name, label = workdir.score
     names = (name,) if name == "loss" else (name, "loss")
     header = ["", "step"]
-    for shown in (label, "loss")[: len(names)]:
-        header += [f"validation {shown}", f"test {shown}"]
+    for metric in (label, "loss")[: len(names)]:
+        header += [f"validation {metric}", f"test {metric}"]
     rows = [
         (which, f"{step:,}", *(_number(s.get(n)) for n in names for s in scores))
-        for which, step, *scores in _scored(told)
+        for which, step, *scores in _scored(workdir)
     ]
     measured = [
-        ("parallel vs recurrent mode", told.gap()),
+        ("parallel vs recurrent mode", workdir.gap()),
         ("parameters", _count(run.variables)),
-        ("training steps took", told.took()),
-        ("devices", told.devices()),
+        ("training steps took", workdir.took()),
+        ("devices", workdir.devices()),
     ]
-    parts = [paragraph(_sentence(told)), paragraph(level.said) if level else ""]
+    parts = [paragraph(_sentence(workdir)), paragraph(level.sentence) if level else ""]
     parts += [table(header, rows), table((), measured)]
-    if rows := facts.rows(said):
+    if rows := facts.rows(data_facts):
         parts += [paragraph("What the run took its data for:"), table((), rows)]
-    parts += [paragraph(f"Warning: {text}") for text in facts.warned(said)]
+    parts += [paragraph(f"Warning: {text}") for text in facts.warned(data_facts)]
     return "".join(parts)
 
 
-def _scored(told):
+def _scored(workdir):
     """(which, step, validation scores, test scores) of the last step and the best."""
-    last, results = told.last_step, told.results
+    last, results = workdir.last_step, workdir.results
     if results is None:
-        return [("last", last, told.validation(last), {})]
+        return [("last", last, workdir.validation(last), {})]
     step, best = results["step"], results["best"]
-    rows = [("last", step, told.validation(step), results["test"] or {})]
+    rows = [("last", step, workdir.validation(step), results["test"] or {})]
     if best:
         scores = best["validation"], best["test"] or {}
         rows.append(("best on validation", best["step"], *scores))
     return rows
 
 
-def _sentence(told) -> str:
-    (name, label), results = told.score, told.results
+def _sentence(workdir) -> str:
+    (name, label), results = workdir.score, workdir.results
     if results is None:
-        steps = told.config.train.steps
-        return f"This run is not finished: {told.last_step:,} of {steps:,} steps."
-    said, test = f"After {results['step']:,} steps", results["test"]
-    said += f" the test {label} is {test[name]:.4f}" if test else " there is no test"
+        steps = workdir.config.train.steps
+        return f"This run is not finished: {workdir.last_step:,} of {steps:,} steps."
+    sentence, test = f"After {results['step']:,} steps", results["test"]
+    sentence += (
+        f" the test {label} is {test[name]:.4f}" if test else " there is no test"
+    )
     if best := results["best"]:
-        said += f"; step {best['step']:,} was the best on validation"
-        said += f" and has {best['test'][name]:.4f}" if best["test"] else ""
+        sentence += f"; step {best['step']:,} was the best on validation"
+        sentence += f" and has {best['test'][name]:.4f}" if best["test"] else ""
     if isinstance(results["parallel_vs_recurrent"], float):
-        said += ". Fed token by token, the model gives the same outputs up to "
-        said += told.gap()
-    return said + ". The test split has selected nothing." * bool(test)
+        sentence += ". Fed token by token, the model gives the same outputs up to "
+        sentence += workdir.gap()
+    return sentence + ". The test split has selected nothing." * bool(test)
 
 
 def _curves(runs: dict[str, Workdir], reached: dict[str, float]) -> str:
@@ -202,7 +207,7 @@ def _curves(runs: dict[str, Workdir], reached: dict[str, float]) -> str:
     if not several:
         panels.append(("learning rate", "lr", ("train",)))
         panels.append(("gradient norm, before clipping", "grad_norm", ("train",)))
-    rows = {label: told.rows for label, told in runs.items()}
+    rows = {label: workdir.rows for label, workdir in runs.items()}
     if not any(rows.values()):
         return paragraph("Nothing was logged yet.")
     caption = "Training values are means over the steps between two logs, with the "
@@ -213,46 +218,48 @@ def _curves(runs: dict[str, Workdir], reached: dict[str, float]) -> str:
     return figure(figures.curves(rows, panels, reached), caption, columns=2, key=lines)
 
 
-def _reproduce(told) -> str:
-    git, parts = told.versions.get("git", {}), []
-    if command := told.versions.get("command"):
+def _reproduce(workdir) -> str:
+    git, parts = workdir.versions.get("git", {}), []
+    if command := workdir.versions.get("command"):
         parts += [paragraph("The run was started by"), code(shlex.join(command))]
     again = "from train import loop, records\n"
-    again += f"loop.run(records.read_config({str(told.path)!r}), 'runs/again')"
+    again += f"loop.run(records.read_config({str(workdir.path)!r}), 'runs/again')"
     parts.append(paragraph("The same run from its own config, in another folder:"))
     parts.append(code(again))
     if git.get("revision"):
         changed = ", with changes that were not committed" if git.get("dirty") else ""
         parts.append(paragraph(f"Revision {git['revision']}{changed}."))
-    config = json.dumps(told.config.to_dict(), indent=2)
+    config = json.dumps(workdir.config.to_dict(), indent=2)
     return "".join(parts) + details(f"The config, {records.CONFIG}", code(config))
 
 
-def _environment(told) -> str:
-    found = {k: v for k, v in told.versions.items() if k not in ("command", "devices")}
-    if not found:
+def _environment(workdir) -> str:
+    versions = {
+        k: v for k, v in workdir.versions.items() if k not in ("command", "devices")
+    }
+    if not versions:
         return paragraph(f"There is no {records.VERSIONS}.")
-    return table((), [*records.flat(found).items(), ("devices", told.devices())])
+    return table((), [*records.flat(versions).items(), ("devices", workdir.devices())])
 
 
-def _cells(told) -> tuple:
+def _cells(workdir) -> tuple:
     """A run's row in the table of several."""
-    name, _ = told.score
-    (_, _, validation, test), *best = _scored(told)
+    name, _ = workdir.score
+    (_, _, validation, test), *best = _scored(workdir)
     try:
-        parameters = _count(checkpoint.restore_params(told.path)[0])
+        parameters = _count(checkpoint.restore_params(workdir.path)[0])
     except checkpoint.CheckpointError:
         parameters = UNKNOWN
     return (
-        told.layer,
-        f"{told.last_step:,} of {told.config.train.steps:,}",
+        workdir.layer,
+        f"{workdir.last_step:,} of {workdir.config.train.steps:,}",
         _number(validation.get(name)),
         _number(test.get(name)),
         f"{best[0][1]:,}" if best else UNKNOWN,
         _number(best[0][3].get(name)) if best else UNKNOWN,
-        told.gap(),
+        workdir.gap(),
         parameters,
-        told.took(),
+        workdir.took(),
     )
 
 

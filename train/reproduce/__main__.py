@@ -93,8 +93,8 @@ def rewrite(page: Path, task: str, text: str) -> None:
     old = page.read_text()
     if begin not in old or end not in old:
         raise ValueError(f"{page}: must contain the lines {begin} and {end}")
-    before, _, rest = old.partition(begin)
-    after = rest.partition(end)[2]
+    before, _, tail = old.partition(begin)
+    after = tail.partition(end)[2]
     files.write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 

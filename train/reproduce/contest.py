@@ -198,15 +198,15 @@ def _last_validation(folder: Path) -> tuple[float, float]:
 
 def _tested(contest: Contest, folder: Path, step: int) -> list[float]:
     """Test accuracy at every length of the contest."""
-    kept = folder / evaluate.LENGTHS
-    found = files.read_json(kept) or {}
-    rows = found.get("lengths")
+    path = folder / evaluate.LENGTHS
+    record = files.read_json(path) or {}
+    rows = record.get("lengths")
     rows = rows if isinstance(rows, list) else []
     times = [r.get("times") for r in rows if isinstance(r, dict) and "accuracy" in r]
-    if (found.get("step"), tuple(times)) != (step, contest.lengths):
+    if (record.get("step"), tuple(times)) != (step, contest.lengths):
         run = runs.load_run(folder, trust=True)  # of the layer that was asked for
-        found = evaluate.at_lengths(run, folder, "test", contest.lengths)
-    return [row["accuracy"] for row in found["lengths"]]
+        record = evaluate.at_lengths(run, folder, "test", contest.lengths)
+    return [row["accuracy"] for row in record["lengths"]]
 
 
 def table(name: str, layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> str:

@@ -42,14 +42,14 @@ def steps_per_second(folder: Path) -> float:
 def rolled(folder: Path, step: int) -> dict:
     """What `rollout.summary` says of all clips of the test split."""
     # Its layer is that of the command line.
-    kept, run = folder / rollout.JSON, runs.load_run(folder, trust=True)
+    path, run = folder / rollout.JSON, runs.load_run(folder, trust=True)
     clips = run.dataset.num_examples("test")
-    found = files.read_json(kept) or {}
-    if (found.get("step"), found.get("clips")) != (step, clips):
-        given = rollout.of_run(run, {**run.config.rollout, "clips": clips})
-        found = rollout.summary(run, given, "test")
-        rollout.write(folder, given, found)
-    return found
+    record = files.read_json(path) or {}
+    if (record.get("step"), record.get("clips")) != (step, clips):
+        predictions = rollout.of_run(run, {**run.config.rollout, "clips": clips})
+        record = rollout.summary(run, predictions, "test")
+        rollout.write(folder, predictions, record)
+    return record
 
 
 def play(layers: Sequence[str], seeds: Sequence[int], workdir: Path) -> dict:

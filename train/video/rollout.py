@@ -88,7 +88,7 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
         raise ValueError(f"horizon: must be at least 1, got {horizon}")
     _check_actions(actions, (len(context), context.shape[1] + horizon - 1))
 
-    def given(frames, start):
+    def model_inputs(frames, start):
         if actions is None:
             return frames
         return {
@@ -98,7 +98,7 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
             ),
         }
 
-    def chosen(y, t):
+    def next_frame(y, t):
         if not model.vocab_size:
             return jnp.clip(y, -1.0, 1.0)
         if key is None:
@@ -107,14 +107,14 @@ def open_loop(model, variables, context, horizon, actions=None, key=None):
 
     def step(carry, t):
         frame, state = carry
-        y, state = model.apply(variables, given(frame, t), state)
-        new = chosen(y, t)
+        y, state = model.apply(variables, model_inputs(frame, t), state)
+        new = next_frame(y, t)
         return (new, state), frame[:, 0]
 
     T = context.shape[1]
     frames = context if model.vocab_size else from_bytes(context)
-    y, state = model.apply(variables, given(frames, 0))
-    first = chosen(y[:, -1:], T - 1)
+    y, state = model.apply(variables, model_inputs(frames, 0))
+    first = next_frame(y[:, -1:], T - 1)
     (last, _), predicted = jax.lax.scan(
         step, (first, state), jnp.arange(T, T + horizon - 1)
     )
@@ -235,7 +235,7 @@ def _shown(frames):
     return to_bytes(frames), np.isfinite(frames).all((2, 3, 4))
 
 
-def scores(rollout: Rollout) -> dict:
+def horizon_scores(rollout: Rollout) -> dict:
     """{"model" and "copy last frame": {metric: [horizon]}}: "psnr" in dB, "ssim" and
     "mse", means over clips, NaN where a clip's frame is not finite; of codes the
     "accuracy", the share that is right."""
@@ -386,7 +386,7 @@ def _check_sample(run: runs.Run, sample: int | None) -> None:
 
 def summary(run: runs.Run, rollout: Rollout, split: str) -> dict:
     """What rollout.json holds."""
-    by_name = scores(rollout)
+    by_name = horizon_scores(rollout)
     if rollout.truth.ndim != 5:
         against = "the true codes"
     elif run.model.vocab_size:
