@@ -42,6 +42,8 @@ def normal(shape, dtype=jnp.float32):
 class Sums(nn.Module):
     """A causal mixer that is quick to compile: y[t] = tanh(w sum_{s <= t} x[s])."""
 
+    REFUSES = ("state",)
+
     features: int
     dtype: jnp.dtype = jnp.float32
 

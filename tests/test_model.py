@@ -1,5 +1,7 @@
 """Blocks, stacks, heads and `build`: the contract holds for whole models."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -388,3 +390,53 @@ def test_epsilon_is_what_is_added_to_the_variance(kind):
         mean = 0 if kind == "rms" else jnp.mean(x, axes, keepdims=True)
         variance = jnp.mean((x - mean) ** 2, axes, keepdims=True)
         assert_close(found, (x - mean) / jnp.sqrt(variance + value))
+
+
+def decoded(layer, tokens, chunk, mark=()):
+    """Feeds a model `tokens` random ones, `chunk` of them in a program that takes them
+    one by one: the bytes of the program's temporaries, and of all live arrays after
+    the numbers of chunks in `mark`."""
+    model, variables, x = made(layer=layer, head="token", encoder="token", vocab_size=7)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def steps(variables, state, tokens):
+        def step(state, token):
+            y, state = model.apply(variables, token[:, None], state)
+            return state, jnp.argmax(y[:, 0], -1)
+
+        state, answers = jax.lax.scan(step, state, tokens)
+        return answers[-1], state
+
+    state = model.init_state(len(x))
+    draw = np.random.default_rng(0)
+    program, live, answer = None, [], None
+    for number in range(1, tokens // chunk + 1):
+        part = draw.integers(0, 7, (chunk, len(x)), np.int32)
+        program = program or steps.lower(variables, state, part).compile()
+        answer, state = program(variables, state, part)
+        del part
+        if number in mark:
+            jax.block_until_ready((answer, state))
+            live.append(sum(array.nbytes for array in jax.live_arrays()))
+    return program.memory_analysis().temp_size_in_bytes, live
+
+
+DECODERS = [
+    name if name == "s5" else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("s5", "attention", "mamba")
+]
+
+
+@pytest.mark.parametrize("layer", DECODERS)
+def test_a_program_of_more_steps_needs_no_more_memory(layer):
+    """Beside the tokens that it is fed, 8 bytes in each step, and its answers."""
+    short, _ = decoded(layer, 100, 100)
+    long, _ = decoded(layer, 2_000, 2_000)
+    assert long - short <= 2 * 8 * 2_000 + 1_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["s5", "attention", "mamba"])
+def test_decoding_100_000_tokens_needs_constant_memory(layer):
+    _, (early, late) = decoded(layer, 100_000, 5_000, mark=(2, 20))
+    assert early == late

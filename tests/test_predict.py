@@ -332,7 +332,7 @@ def test_a_recording_is_streamed_at_the_rate_of_the_run(classes, tmp_path, capsy
     workdir = shutil.copytree(classes, tmp_path / "run")
     config = records.read_config(workdir)
     config.data.update(rate=1000, length=7)
-    (workdir / runs.CONFIG).write_text(config.to_json())
+    (workdir / records.CONFIG).write_text(config.to_json())
     path = tmp_path / "new.wav"
     wavfile.write(path, 2000, RNG.normal(size=30).astype(np.float32))
     command = ["--workdir", str(workdir), "--inputs", str(path)]

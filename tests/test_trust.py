@@ -1,25 +1,30 @@
 """What a workdir from elsewhere may do: nothing but be read."""
 
+import importlib.machinery
 import json
+import subprocess
 import sys
 import traceback
+import types
 from pathlib import Path
 
 import jax
 import pytest
 
 from configs import common, pixels, video
-from layers.models.build import LAYERS
+from layers.models.build import LAYERS, build
 from train import (
     checkpoint,
     data,
     evaluate,
     generate,
+    lock,
     loop,
     main,
     optimizers,
     predict,
     records,
+    resolve,
     runs,
     state,
     step,
@@ -159,14 +164,112 @@ def test_a_run_that_was_trained_here_needs_no_trust(run, stranger):
     assert (run / "report.html").exists()
 
 
-def test_a_run_cannot_choose_a_network(run, stranger):
-    stranger()
-    kept = json.loads((run / "config.json").read_text())
-    kept["rollout"] |= {"fvd": "evil.pt", "lpips": "evil.pt", "other": 1}
-    (run / "config.json").write_text(json.dumps(kept))
-    with pytest.raises(SystemExit, match="2"):  # no video model; nothing was loaded
-        rollout.main(["--workdir", str(run)])
-    assert "torch" not in sys.modules
+HOLDER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from train import lock
+with lock.held(sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+READERS = {
+    "evaluate": (evaluate.main, "--examples=4"),
+    "generate": (generate.main, "--count=1", "--length=4"),
+    "report": (report_command.main,),
+}
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "evaluate",
+        pytest.param("generate", marks=pytest.mark.slow),
+        pytest.param("report", marks=pytest.mark.slow),
+    ],
+)
+def test_who_only_reads_needs_no_lock(run, reader):
+    """Another process trains in the workdir meanwhile, and its lock stays as it is."""
+    command = [sys.executable, "-c", HOLDER, str(Path(__file__).parents[1]), str(run)]
+    with subprocess.Popen(
+        command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            record = (run / lock.NAME).read_text()
+            with pytest.raises(ValueError, match="in use by another run"):
+                lock.held(run).__enter__()
+            start, *few = READERS[reader]
+            assert start(["--workdir", str(run), *few]) == 0
+            assert holder.poll() is None
+            assert (run / lock.NAME).read_text() == record
+        finally:
+            holder.kill()
+    (run / lock.NAME).unlink()
+
+
+@pytest.fixture
+def film(tmp_path, monkeypatch):
+    """What reads a run on videos whose config names a network wherever it has room, and
+    the files that PyTorch, a stub here, is asked to load."""
+    network = tmp_path / "network.pt"
+    network.touch()
+    config = video.get_config("moving_digits,layer=conv_lstm")
+    config.data.update(length=4, side=8, digit_side=4, validation=2, test=2)
+    config.model.update(features=4, depth=1)
+    config.model.video.depths = (4,)
+    config.rollout.update(context=2, horizon=2, clips=2)
+    dataset = data.load(config.data)
+    config = resolve.complete(config, dataset.spec)
+    workdir = tmp_path / "run"
+    runs.write_config(workdir, config)
+    written = json.loads((workdir / "config.json").read_text())
+    named = {"fvd": str(network), "lpips": str(network)}
+    for section in ("rollout", "train", "model"):
+        written[section] |= named
+    (workdir / "config.json").write_text(json.dumps(written | named))
+
+    def load_run(workdir, step=None, trust=False):
+        """The untrained run: training takes a while and changes nothing here."""
+        config = records.read_config(workdir)
+        model = build(config.model)
+        variables = jax.jit(model.init)(
+            jax.random.key(0), next(iter(dataset.evaluation("test", 2)))["inputs"]
+        )
+        return runs.Run(config, dataset.spec, model, variables, 0, lambda: dataset)
+
+    loaded = []
+
+    def load(path, map_location):
+        loaded.append(path)
+        raise RuntimeError("a stub")
+
+    torch = types.ModuleType("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    torch.jit = types.SimpleNamespace(load=load)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(runs, "load_run", load_run)
+    return ["--workdir", str(workdir)], network, loaded
+
+
+def test_a_run_cannot_choose_a_network(film, monkeypatch, capsys):
+    """Only the command line can."""
+    command, network, loaded = film
+    of_run, rollouts = rollout.of_run, []
+
+    def once(*arguments):
+        """It takes some seconds to compile."""
+        rollouts.append(rollouts[0] if rollouts else of_run(*arguments))
+        return rollouts[0]
+
+    monkeypatch.setattr(rollout, "of_run", once)
+    assert rollout.main(command) == 0
+    assert loaded == []
+    with pytest.raises(SystemExit, match="2"):
+        rollout.main([*command, "--lpips", str(network)])
+    assert loaded == [str(network)]
+    assert "not a TorchScript file (a stub)" in capsys.readouterr().err
 
 
 class Reached(Exception):

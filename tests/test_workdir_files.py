@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from train import evaluate, generate, loop, main, metrics, predict, records, runs
+from train import data, evaluate, generate, loop, main, metrics, predict, records, runs
 from train.report import __main__ as report
 from train.video import codec, rollout, section
 
@@ -246,6 +246,34 @@ def test_a_broken_config_is_said_on_resuming(tmp_path, train):
     run = harmed(tmp_path, "config.json", "{")
     assert f"{run / 'config.json'} cannot be read: line 1 must be JSON" in train(run)
     assert not (run / "run.lock").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"spec": 3}', NESTED, None])
+def test_broken_facts_of_the_data_are_said_on_resuming(tmp_path, content):
+    """And nothing is touched: only the user knows whether the data are still those."""
+    run = harmed(tmp_path, "data.json", content)
+    dataset = data.load(records.read_config(run).data)
+    with pytest.raises(ValueError, match=r"if the data .* remove the file") as refusal:
+        records.check_data(run, dataset)
+    line, path = str(refusal.value), run / "data.json"
+    assert str(path) in line and "\n" not in line
+    if content is None:
+        path.rmdir()
+    else:
+        path.unlink()
+    records.check_data(run, dataset)  # the cure
+    records.write_data(run, dataset)
+    assert records.read_data(run) == dataset.spec
+
+
+def test_broken_facts_of_the_data_end_a_resume_before_compiling(tmp_path, monkeypatch):
+    run = harmed(tmp_path, "data.json", "{")
+    monkeypatch.setattr(loop, "set_up", None)
+    config = records.read_config(run)
+    config.train.steps = 12
+    with pytest.raises(ValueError, match=r"data\.json .* remove the file"):
+        loop.run(config, run)
+    assert (run / "data.json").read_text() == "{"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"step": "x"}', NESTED])

@@ -98,8 +98,16 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 
 def check_data(workdir: Path, dataset: data.Dataset) -> None:
-    """Raises a `ValueError` where checkpoints of other data are in `workdir`."""
-    kept = read_data(workdir) if checkpoint.steps(workdir) else None
+    """Raises a `ValueError` where checkpoints of other data are in `workdir`, or where
+    a damaged file says what theirs were."""
+    try:
+        kept = read_data(workdir) if checkpoint.steps(workdir) else None
+    except ValueError as problem:
+        # Nothing else tells whether the data are still those: that is for the user.
+        raise ValueError(
+            f"{problem}; if the data are those that the run began with, remove the "
+            "file, and it is written anew"
+        ) from problem
     changed = "" if kept is None else described.differing(kept, dataset.spec)
     if changed:
         raise ValueError(
