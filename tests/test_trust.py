@@ -223,7 +223,7 @@ def film(tmp_path, monkeypatch):
     dataset = data.load(config.data)
     config = resolve.complete(config, dataset.spec)
     workdir = tmp_path / "run"
-    runs.write_config(workdir, config)
+    records.write_config(workdir, config)
     written = json.loads((workdir / "config.json").read_text())
     named = {"fvd": str(network), "lpips": str(network)}
     for section in ("rollout", "train", "model"):
