@@ -369,7 +369,7 @@ def test_one_example_may_be_a_split_and_a_class_may_be_held_out_alone(tmp_path):
 
 def test_what_is_masked_may_be_anything(tmp_path):
     mask = np.arange(L) < np.full((N, 1), 4)
-    targets = np.where(mask, 2, 2**63).astype(np.uint64)
+    targets = np.where(mask, np.uint64(2), np.uint64(2**63))
     config = dict(test=0.0, validation=0.0)
     rows = everything(
         load_npz(tmp_path, config, inputs=INPUTS, targets=targets, mask=mask)
