@@ -72,7 +72,7 @@ def read_folder(source: File, rate: int, length: int, label: str) -> dict:
             f"{'the name of the file' if other == 'name' else 'its folder'}"
         )
     recorded = read_all(paths, rate, length)
-    raw = {key: np.array(value) for key, value in recorded._asdict().items()}
+    raw = {key: np.asarray(value) for key, value in recorded._asdict().items()}
     raw["targets"] = np.array(labels)
     if split:
         raw["split"] = np.array(split)
