@@ -292,7 +292,7 @@ def test_a_layer_without_elapsed_times_says_so(name):
 
 @pytest.mark.parametrize("name", ["frame_attention", "full_frame_attention"])
 def test_a_call_beyond_the_context_is_named(name):
-    with pytest.raises(ValueError, match=r"^context: a call of 5"):
+    with pytest.raises(ValueError, match=r"^context: must be at least the 5"):
         LAYERS[name].init(jax.random.key(0), jnp.zeros((B, 5, h, w, U)))
 
 

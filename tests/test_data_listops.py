@@ -423,5 +423,7 @@ def test_baseline_beats_chance_and_is_far_from_the_value(tmp_path):
     config = SMALL | dict(folder=str(tmp_path), train=1500, test=500)
     accuracy = baseline.logistic_regression(data.load(config))
     assert 0.2 < accuracy < 0.5
-    with pytest.raises(ValueError, match="needs the loss classification, got 'token'"):
+    with pytest.raises(
+        ValueError, match="must be 'classification' for a baseline, got"
+    ):
         baseline.logistic_regression(data.load(dict(name="digits", target="next")))

@@ -395,7 +395,7 @@ def test_pixels_in_a_row_are_no_grid():
     config = pixels.get_config("digits")
     config.model.grid = "cross"
     config = resolve.complete(config, data.load(config.data).spec)
-    with pytest.raises(ValueError, match=r"got the encoder 'scalar'; .*layout=image"):
+    with pytest.raises(ValueError, match=r"encoder 'scalar'; .*layout=image"):
         build(config.model)
 
 

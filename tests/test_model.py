@@ -293,7 +293,7 @@ FAMILIES = {
     "h3": ("none", "tanh", 1e-5, 4),
     "hyena": ("none", "tanh", 1e-5, 4),
     "rg_lru": ("none", "tanh", 0.0, 3),
-    "min_gru": ("none", "tanh", 0.0, 4),
+    "min_gru": ("none", "tanh", 0.0, 2),
     "retention": ("none", "tanh", 0.0, 2),
     "lightning": ("none", "tanh", 0.0, 2),
     "gla": ("none", "tanh", 0.0, 8 / 3),

@@ -119,7 +119,7 @@ def test_group_without_a_parameter_is_an_error_unless_optional():
 def test_unknown_and_negative_options_are_named():
     with pytest.raises(ValueError, match=r"decay must be one of lr, wd, optional"):
         optimizers.make(settings([(".*", dict(decay=0.0))]), parameters())
-    with pytest.raises(ValueError, match=r"wd is a factor"):
+    with pytest.raises(ValueError, match=r"wd must be a factor"):
         optimizers.make(settings([(".*", dict(wd=-1.0))]), parameters())
 
 

@@ -431,17 +431,17 @@ def test_a_table_compares_the_example(leaky, monkeypatch, tmp_path, capsys):
 
 
 def test_a_contest_takes_a_layer_of_ones_own(leaky, monkeypatch, tmp_path):
-    played = []
+    contenders = []
 
-    def play(found, contender, seeds, workdir):
-        played.append(contender)
+    def run_contender(task, contender, seeds, workdir):
+        contenders.append(contender)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(contest, "play", play)
+    monkeypatch.setattr(contest, "run_contender", run_contender)
     with pytest.raises(KeyboardInterrupt):
         contest.table("mqar", [leaky], [0], tmp_path)
-    assert [c.layer for c in played] == [leaky]
-    config = contest.config_of(contest.CONTESTS["mqar"], played[0])
+    assert [c.layer for c in contenders] == [leaky]
+    config = contest.config_of(contest.CONTESTS["mqar"], contenders[0])
     assert config.model.features >= 4
     with pytest.raises(
         ValueError, match=r"must be among .* got 'nope'; a layer of your"

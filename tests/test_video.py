@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_named(given, inputs, message):
 def test_a_layer_over_frames_reads_no_tokens():
     config = tiny().model
     config.update(encoder="scalar", outputs=1, length=8)
-    with pytest.raises(ValueError, match=r"^layer: 'conv_s5' does not fit"):
+    with pytest.raises(ValueError, match=r"^layer: must read tokens .*, got 'conv_s5'"):
         build(config)
 
 
