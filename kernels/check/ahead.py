@@ -131,20 +131,21 @@ def _cases(operation, size, dtypes, quick):
     """Of small ones every variant with every option; at benchmark size every variant
     without, and one with; of large ones one without."""
     for dtype in dtypes[:1] if quick else dtypes:
-        if size == "large":
-            first = Case(operation.variants[0], operation.length)
-            yield first._replace(length=_beyond(operation, first, dtype)), dtype
-            continue
         length = SHORT if size == "small" else operation.length
-        whole = {}
+        optioned = {}
         for variant, *options, _ in operation.product((length,), [dtype], wide=True):
-            whole.setdefault(variant, Case(variant, *options))
-        if size == "small":
-            yield from ((case, dtype) for case in whole.values())
+            optioned.setdefault(variant, Case(variant, *options))
+        if not optioned:  # what is complex alone has no bfloat16
             continue
-        plain = [Case(variant, length) for variant in whole]
-        for case in [next(iter(whole.values())), *(plain[:1] if quick else plain)]:
-            yield case, dtype
+        if size == "large":
+            first = Case(next(iter(optioned)), length)
+            yield first._replace(length=_beyond(operation, first, dtype)), dtype
+        elif size == "small":
+            yield from ((case, dtype) for case in optioned.values())
+        else:
+            plain = [Case(variant, length) for variant in optioned]
+            yield next(iter(optioned.values())), dtype
+            yield from ((case, dtype) for case in (plain[:1] if quick else plain))
 
 
 def _beyond(operation, case, dtype) -> int:
