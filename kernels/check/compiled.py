@@ -33,7 +33,9 @@ PACKAGES = {
     "tpu": ("libtpu",),
     "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-nvcc"),
 }
-AT_ONCE = 2  # compilers work outside Python's lock
+# Compilers work outside Python's lock, but where Triton keeps what it has compiled is a
+# setting of the process.
+AT_ONCE = {"tpu": 2, "gpu": 1}
 DEATHS = 2  # of the process while it compiled a program, before that counts as failed
 
 
@@ -157,7 +159,7 @@ def run(
         file.begin(program.row)
         return ahead.compile_row(file.target, program)
 
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as executor:
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE[file.target.platform]) as executor:
         try:
             for job in concurrent.futures.as_completed(
                 [executor.submit(compiled, program) for program in waiting]
