@@ -159,7 +159,9 @@ def run(
         file.begin(program.row)
         return ahead.compile_row(file.target, program)
 
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE[file.target.platform]) as executor:
+    with concurrent.futures.ThreadPoolExecutor(
+        AT_ONCE[file.target.platform]
+    ) as executor:
         try:
             for job in concurrent.futures.as_completed(
                 [executor.submit(compiled, program) for program in waiting]
