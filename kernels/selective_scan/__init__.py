@@ -74,17 +74,13 @@ def selective_scan(
         u, dt, A, B, C, initial_state, reset, skip
     )
     state = segments.initial(initial_state, (u.shape[0], *A.shape), dtype, u)
-    wide, dt, A, B, C = (x.astype(dtype) for x in (u, dt, A, B, C))
     into, out = segments.links(reset, reverse)
-    x, steps, B, C, into = segments.flipped(reverse, wide, dt, B, C, into)
-    y, final = module.selective_scan(x, steps, A, B, C, state, into)
+    x, steps, B, C, into = segments.flipped(reverse, u, dt, B, C, into)
+    y, final = module.selective_scan(x, steps, A, B, C, skip, state, into)
     y, final = segments.flipped(reverse, y), segments.cut(final, out)
-    if skip is not None:
-        y = y + skip.astype(dtype) * wide
-    y = y.astype(u.dtype)
     if not return_transition:
         return y, final
-    transition = jnp.exp(dt.sum(1)[..., None] * A)
+    transition = jnp.exp(dt.astype(dtype).sum(1)[..., None] * A.astype(dtype))
     return y, final, segments.through(transition, reset)
 
 

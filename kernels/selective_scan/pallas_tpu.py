@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import blocks
 from kernels.blocks import TILE
+from kernels.selective_scan import wide
 
 STEPS = 128  # of a block: the lanes of one tile of B and C
 STATE = 8192  # modes x channels of a block, where that is 128 channels or more
@@ -30,20 +31,21 @@ def unsupported(u, A) -> str | None:
     return blocks.unsupported(u, A)
 
 
+@wide.in_state_dtype
 def selective_scan(u, dt, A, B, C, state, into):
     """y [B, L, D] and the final state; see reference.selective_scan."""
     (_, length, channels), modes = u.shape, A.shape[1]
     deep = -modes % TILE
     widest = max(128, STATE // (modes + deep) // 128 * 128)
     # a sum over channels would take in what hangs over the last block
-    wide = -channels % 128 if channels > widest else 0
+    beside = -channels % 128 if channels > widest else 0
     long = -length % STEPS
-    u, dt = (_padded(x, wide) for x in (u, dt))
-    A, state = (_padded(x.swapaxes(-1, -2), wide, deep) for x in (A, state))
+    u, dt = (_padded(x, beside) for x in (u, dt))
+    A, state = (_padded(x.swapaxes(-1, -2), beside, deep) for x in (A, state))
     B, C = (_padded(x.swapaxes(1, 2), long, deep) for x in (B, C))
     keep = () if into is None else (blocks.rows((~into).astype(u.dtype), STEPS, 1),)
     y, final = _solve(
-        blocks.lanes(channels + wide, widest), u, dt, A, B, C, state, keep
+        blocks.lanes(channels + beside, widest), u, dt, A, B, C, state, keep
     )
     return y[..., :channels], final[:, :modes, :channels].swapaxes(1, 2)
 

@@ -3,16 +3,19 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.selective_scan import wide
+
 
 def unsupported(*arguments) -> str | None:
     return None
 
 
+@wide.in_state_dtype
 def selective_scan(u, dt, A, B, C, state, into):
-    """h[t] = exp(dt[t] A) h[t-1] + dt[t] u[t] B[t], y[t] = sum_n C[t] h[t].
+    """h[t] = exp(dt[t] A) h[t-1] + dt[t] u[t] B[t], y[t] = sum_n C[t] h[t] + skip u[t].
 
-    u, dt [B, L, D], A [D, N], B, C [B, L, N], state [B, D, N]; into [B, L] bool cuts
-    the carry into a step, or None.
+    u, dt [B, L, D], A [D, N], B, C [B, L, N], skip [D] or None, state [B, D, N]; into
+    [B, L] bool cuts the carry into a step, or None.
     """
 
     def step(h, token):

@@ -34,19 +34,20 @@ def unsupported(*arguments) -> str | None:
 
 
 @jax.custom_vjp
-def selective_scan(u, dt, A, B, C, state, into):
-    """y [B, L, D] in u's dtype and the final state; see reference.selective_scan."""
-    y, final, _ = _run(u, dt, A, B, C, state, into, save=False)
+def selective_scan(u, dt, A, B, C, skip, state, into):
+    """y [B, L, D] in u's dtype and the final state; see reference.selective_scan. Each
+    array is read in its own dtype and used in that of the state."""
+    y, final, _ = _run(u, dt, A, B, C, skip, state, into, save=False)
     return y, final
 
 
-def _selective_scan_forward(u, dt, A, B, C, state, into):
-    outputs = _run(u, dt, A, B, C, state, into, save=True)
+def _selective_scan_forward(u, dt, A, B, C, skip, state, into):
+    outputs = _run(u, dt, A, B, C, skip, state, into, save=True)
     y, final, starts = checkpoint_name(outputs, "selective_scan")
-    return (y, final), (u, dt, A, B, C, into, starts)
+    return (y, final), (u, dt, A, B, C, skip, into, starts)
 
 
-def _run(u, dt, A, B, C, state, into, save):
+def _run(u, dt, A, B, C, skip, state, into, save):
     batch, length, channels = u.shape
     rate, keep, state = _prepared(A, into, state)
     constants = _constants(A, keep)
@@ -69,16 +70,20 @@ def _run(u, dt, A, B, C, state, into, save):
     y, final, starts = triton_call(
         _forward,
         (batch * blocks, segments),
-        (u, dt, rate, B, C, state, before, _or(keep, u), length, channels, segment),
+        (
+            *(u, dt, rate, B, C, _or(skip, u), state, before, _or(keep, u)),
+            *(length, channels, segment),
+        ),
         shapes,
         SAVE=save,
+        SKIP=skip is not None,
         **constants,
     )
     return y, final.swapaxes(1, 2), starts
 
 
 def _selective_scan_backward(saved, gradients):
-    u, dt, A, B, C, into, starts = saved
+    u, dt, A, B, C, skip, into, starts = saved
     dy, d_final = gradients
     batch, length, channels = u.shape
     rate, keep, d_final = _prepared(A, into, d_final)
@@ -101,7 +106,8 @@ def _selective_scan_backward(saved, gradients):
         _backward,
         (batch * groups, segments),
         (
-            *(u, dt, rate, B, C, dy, d_final, after, starts, _or(keep, u)),
+            *(u, dt, rate, B, C, _or(skip, u), dy, d_final, after, starts),
+            _or(keep, u),
             *(length, channels, segment),
         ),
         (
@@ -111,13 +117,19 @@ def _selective_scan_backward(saved, gradients):
         ),
         STORED=stored,
         GROUP=group,
+        SKIP=skip is not None,
         **constants | {"TILE": max(stored // 2, 1)},
     )
     return (
         *(du, ddt, dA.sum((0, 1)).T.astype(A.dtype)),
         *(dB.sum(1).astype(B.dtype), dC.sum(1).astype(C.dtype)),
+        None if skip is None else _dskip(u, dy, wide).astype(skip.dtype),
         *(carry[:, 0].swapaxes(1, 2), None),
     )
+
+
+def _dskip(u, dy, dtype):
+    return jnp.sum(u.astype(dtype) * dy.astype(dtype), (0, 1))
 
 
 selective_scan.defvjp(_selective_scan_forward, _selective_scan_backward)
@@ -225,6 +237,12 @@ def _rows(x, row, count, steps, t_mask, columns, real, dtype: tl.constexpr):
 
 
 @triton.jit
+def _skipped(skip, columns, real, rows):
+    """skip x of rows x."""
+    return tl.load(skip + columns, mask=real, other=0.0).to(rows.dtype)[None] * rows
+
+
+@triton.jit
 def _decay(dt, rate, keep, row, steps, t_mask, KEEP: tl.constexpr):
     decay = tl.exp2(dt[:, None, :] * rate[None])
     if KEEP:
@@ -321,11 +339,11 @@ def _summary(
 
 @triton.jit
 def _forward(
-    u, dt, rate, B, C, state, before, keep,
+    u, dt, rate, B, C, skip, state, before, keep,
     length, channels, segment,
     y, final, starts,
-    SAVE: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, MODES: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr,
+    SAVE: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr,
+    MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, WIDTH)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -361,6 +379,8 @@ def _forward(
         increment = (dts * us)[:, None, :] * Bs[:, :, None]
         states = _states(decay, increment, h, steps, KEEP)
         ys = tl.sum(states * Cs[:, :, None], 1)
+        if SKIP:
+            ys += _skipped(skip, d, real, us)
         at = row * channels + steps[:, None] * channels + d[None, :]
         mask = t_mask[:, None] & real[None, :]
         tl.store(y + at, ys.to(y.dtype.element_ty), mask=mask)
@@ -371,11 +391,11 @@ def _forward(
 
 @triton.jit
 def _backward(
-    u, dt, rate, B, C, dy, d_final, after, starts, keep,
+    u, dt, rate, B, C, skip, dy, d_final, after, starts, keep,
     length, channels, segment,
     du, ddt, dB, dC, carry, dA,
-    STORED: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr,
-    MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    STORED: tl.constexpr, GROUP: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
+    N: tl.constexpr, MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """With c = C dy and q[t] = a[t] g[t], the gradient of the state before a step:
     g = c + q[t+1], du = dt B g, da a = g (h - increment).
@@ -466,7 +486,10 @@ def _backward(
             through_a = tl.sum(carried * rates[None], 1) * 0.6931471805599453
             at = row * channels + steps[:, None] * channels + d[None, :]
             mask = t_mask[:, None] & real[None, :]
-            tl.store(du + at, (dts * through_B).to(du.dtype.element_ty), mask=mask)
+            through_u = dts * through_B
+            if SKIP:
+                through_u += _skipped(skip, d, real, dys)
+            tl.store(du + at, through_u.to(du.dtype.element_ty), mask=mask)
             slope = us * through_B + through_a
             tl.store(ddt + at, slope.to(ddt.dtype.element_ty), mask=mask)
             sum_B += g * xs[:, None, :]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels import varying
+from kernels.selective_scan import wide
 
 # States in memory at once: L / CHUNK between chunks and CHUNK inside one. 16 to 64 are
 # equally fast, and 32 is the least memory at L = 1024.
@@ -28,6 +29,7 @@ def unsupported(*arguments) -> str | None:
     return None
 
 
+@wide.in_state_dtype
 def selective_scan(u, dt, A, B, C, state, into):
     """y [B, L, D] and the final state; see reference.selective_scan."""
     length = u.shape[1]
