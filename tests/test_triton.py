@@ -273,12 +273,14 @@ def selective_sizes():
             "A": ((channels, modes), jnp.float32),
             "B": ((batch, length, modes), dtype),
             "C": ((batch, length, modes), dtype),
+            "skip": ((channels,), jnp.float32),
             **more,
         }
 
     return {
         "float32, reset": size(jnp.float32, reset=((8, 4096), bool)),
         "float32": size(jnp.float32),
+        "float32, no skip": size(jnp.float32, skip=None),
         "bfloat16": size(jnp.bfloat16),
         "wide": size(jnp.float32, channels=1536, length=2000),
         "64 modes": size(jnp.float32, modes=64),
@@ -472,6 +474,16 @@ def test_compiles_without_spilling(call, shapes):
         assert made["spilled_bytes"] == 0, (kernel_call.kernel.__name__, made)
 
 
+def test_selective_scan_reads_each_array_in_its_own_dtype():
+    """Nothing is widened in memory before a kernel, nor its sequences after it."""
+    shapes = KERNELS["selective_scan"].sizes["bfloat16"]
+    sequences = {shapes[name][0] for name in ("u", "B")}
+    for call in calls(selective_scan, shapes):
+        arrays = [x for x in (*call.arguments, *call.outputs) if not isinstance(x, int)]
+        widths = {x.dtype.itemsize for x in arrays if x.shape in sequences}
+        assert widths <= {2}, call.kernel.__name__
+
+
 @pytest.mark.slow
 def test_chunked_scan_compiles_with_resets_in_float32():
     """Rows of a tile are chosen, which flags in registers cannot do there; a few
@@ -489,7 +501,7 @@ def calls(call, shapes):
     arrays = {
         name: jax.ShapeDtypeStruct(*shape)
         for name, shape in shapes.items()
-        if name not in static
+        if name not in static and shape is not None
     }
     fixed = {name: x for name, x in arrays.items() if x.dtype == bool}
     moving = {name: x for name, x in arrays.items() if name not in fixed}
