@@ -26,17 +26,20 @@ def forward(a, x, initial_state, keep, reverse):
     """h and the final state; pairs a [B|1, L|1, *S|1], x [B, L, *S]; keep [B, L]."""
     a, view = _view(a, x)
     sizes, grid, constants = _plan(a, x, initial_state, keep, reverse, view)
-    dtypes = _h_dtypes(a, x, initial_state)
-    outputs = [jax.ShapeDtypeStruct(x[0].shape, dtype) for dtype in dtypes]
-    outputs += [jax.ShapeDtypeStruct(s.shape, s.dtype) for s in initial_state]
+    parts, state = len(initial_state), initial_state[0]
+    # Real results are in x's dtype; complex ones are float32 or wider.
+    dtype = x[0].dtype if parts == 1 else state.dtype
     results = triton_call(
         _forward,
         grid,
         (*_both(a), *_both(x), *_both(initial_state), _flags(keep, x[0]), *sizes),
-        outputs if len(dtypes) == 2 else _doubled(outputs),
+        [
+            *_outputs(x[0].shape, dtype, parts),
+            *_outputs(state.shape, state.dtype, parts),
+        ],
         **constants,
     )
-    return results[: len(dtypes)], results[2 : 2 + len(dtypes)]
+    return results[:parts], results[2 : 2 + parts]
 
 
 def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reverse):
@@ -48,9 +51,8 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
     constant = decay[0].shape[1] == 1
     da_shape = (h[0].shape[0], *h[0].shape[2:]) if constant else h[0].shape
     state = initial_state[0]
-    outputs = [jax.ShapeDtypeStruct(da_shape, state.dtype)] * 2
-    outputs += [jax.ShapeDtypeStruct(h[0].shape, like_x[0].dtype)] * 2
-    outputs += [jax.ShapeDtypeStruct(state.shape, state.dtype)] * 2
+    # what is added up afterwards is not rounded before
+    da_dtype = a[0].dtype if a[0].shape == da_shape else state.dtype
     results = triton_call(
         _backward,
         grid,
@@ -63,7 +65,11 @@ def backward(a, h, initial_state, keep, like_x, h_gradient, final_gradient, reve
             _flags(keep, h[0]),
             *sizes,
         ),
-        outputs,
+        [
+            *_outputs(da_shape, da_dtype, len(a)),
+            *_outputs(h[0].shape, like_x[0].dtype, len(like_x)),
+            *_outputs(state.shape, state.dtype, len(initial_state)),
+        ],
         **constants,
     )
     da = tuple(
@@ -111,15 +117,13 @@ def _plan(a, x, initial_state, keep, reverse, view):
     return sizes, (batch, triton.cdiv(channels, width)), constants
 
 
-def _h_dtypes(a, x, initial_state):
-    """Real results in x's dtype; complex ones are float32 or wider."""
-    if len(initial_state) == 1:
-        return [x[0].dtype]
-    return [initial_state[0].dtype] * 2
-
-
-def _doubled(outputs):
-    return [out for out in outputs for _ in range(2)]
+def _outputs(shape, dtype, parts):
+    """Of a real part and an imaginary one, which is never written where there is none
+    and has no memory."""
+    return [
+        jax.ShapeDtypeStruct(shape if part < parts else (1,), dtype)
+        for part in range(2)
+    ]
 
 
 def _both(pair):
@@ -329,7 +333,7 @@ def _backward(
             if A_COMPLEX:
                 turned = tl.where(links != 0, gi * hr - gr * hi, 0.0)
                 if A_TIME:
-                    tl.store(da_im + at, turned, mask=mask)
+                    tl.store(da_im + at, turned.to(da_im.dtype.element_ty), mask=mask)
                 else:
                     sum_im += tl.sum(tl.where(mask, turned, 0.0), 0)
             if X_COMPLEX:
@@ -340,7 +344,7 @@ def _backward(
             gr += _where(unbroken, pr * carry_re[None, :], KEEP)
             through = tl.where(links != 0, gr * hr, 0.0)
         if A_TIME:
-            tl.store(da_re + at, through, mask=mask)
+            tl.store(da_re + at, through.to(da_re.dtype.element_ty), mask=mask)
         else:
             sum_re += tl.sum(tl.where(mask, through, 0.0), 0)
         tl.store(dx_re + at, gr.to(dx_re.dtype.element_ty), mask=mask)
