@@ -50,25 +50,32 @@ scan.defvjp(_forward_rule, _backward_rule)
 
 
 def walk(k, v, g, state, segment, reverse):
-    """The state before (in reverse: behind) every chunk [B, H, C, K, V], and the last
-    one."""
+    """The state before (in reverse: behind) every chunk [B, H, C, K, V], in the dtype
+    of its products, and the last one."""
     batch, length, heads, width = v.shape
     chunks = triton.cdiv(length, chunk(k))
     tile = min(32, fitting(width))
-    dtype = state.dtype
     return triton_call(
         _states_kernel,
         (batch * heads, triton.cdiv(width, tile)),
         (k, v, g, state, either(segment, g), length, heads, k.shape[2], chunks),
         (
-            jax.ShapeDtypeStruct((batch, heads, chunks, *state.shape[2:]), dtype),
-            jax.ShapeDtypeStruct(state.shape, dtype),
+            per_chunk(k, state, chunks),
+            jax.ShapeDtypeStruct(state.shape, state.dtype),
         ),
         num_warps=4,
         **constants(k, v, segment),
         TILE=tile,
         REVERSE=reverse,
     )
+
+
+def per_chunk(k, state, chunks):
+    """Of the states between chunks. What becomes of them are products with k or q, so
+    that bfloat16 ones keep no more of them; the walk itself does."""
+    batch, heads, modes, width = state.shape
+    dtype = k.dtype if k.dtype == jnp.bfloat16 else state.dtype
+    return jax.ShapeDtypeStruct((batch, heads, chunks, modes, width), dtype)
 
 
 def outputs(q, k, v, g, states, segment):
@@ -92,17 +99,22 @@ def gradients(q, k, v, d_out, g, states, d_states, segment):
     """Those of q, k, v and g, from the states before every chunk and the gradients
     of those behind."""
     batch, length, heads, width = v.shape
-    chunks, dtype = states.shape[2], states.dtype
+    chunks = states.shape[2]
     groups, modes = k.shape[2:]
     sizes = (length, heads, groups, chunks)
-    per_head = jax.ShapeDtypeStruct((batch, length, heads, modes), dtype)
+
+    def per_head(like):
+        # what is added up afterwards is not rounded before
+        dtype = like.dtype if heads == groups else g.dtype
+        return jax.ShapeDtypeStruct((batch, length, heads, modes), dtype)
+
     dq, dk, dv, dg = triton_call(
         _gradients_kernel,
         (chunks, batch * heads),
         (q, k, v, d_out, g, states, d_states, either(segment, g), *sizes),
         (
-            per_head,
-            per_head,
+            per_head(q),
+            per_head(k),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
             jax.ShapeDtypeStruct(g.shape, g.dtype),
         ),
@@ -219,7 +231,8 @@ def _states_kernel(
     for step in range(0, chunks):
         c = chunks - 1 - step if REVERSE else step
         start = c * CHUNK
-        tl.store(states + (row * chunks + c) * K * V + offset, S, mask=real)
+        at = (row * chunks + c) * K * V + offset
+        tl.store(states + at, S.to(states.dtype.element_ty), mask=real)
         _, _, _, enter, leave, through = decays(
             g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
         )
@@ -343,7 +356,7 @@ def _gradients_kernel(
         real = (n < K)[:, None] & (d < V)[None, :]
         S = tl.load(states + at, mask=real, other=0.0)
         dS = tl.load(d_states + at, mask=real, other=0.0)
-        products += S * dS
+        products += S.to(products.dtype) * dS.to(products.dtype)
         S, dS = S.to(dtype), dS.to(dtype)
         d_scores += tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         dq += tl.dot(do, tl.trans(S), input_precision=PRECISION)

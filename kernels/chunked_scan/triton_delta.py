@@ -43,7 +43,13 @@ def _backward_rule(saved, cotangents):
     size = plain.chunk(k)
     by_chunk = jnp.pad(du, ((0, 0), (0, -length % size), (0, 0), (0, 0)))
     by_chunk = by_chunk.reshape(batch, -1, size, heads, values).astype(states.dtype)
-    dW = -jnp.einsum("bcthv,bhckv->bcthk", by_chunk, states, precision="highest")
+    dW = -jnp.einsum(
+        "bcthv,bhckv->bcthk",
+        by_chunk,
+        states,
+        precision="highest",
+        preferred_element_type=g.dtype,
+    )
     dW = dW.reshape(batch, -1, *W.shape[2:])[:, :length].astype(W.dtype)
     if segment is not None:
         first = wy.entered(segment, size).reshape(batch, -1)[:, :length]
@@ -65,7 +71,7 @@ def _walk(k, U, W, g, state, segment):
         (batch * heads, triton.cdiv(width, tile)),
         (k, U, W, g, state, plain.either(segment, g), *sizes),
         (
-            jax.ShapeDtypeStruct((batch, heads, chunks, *state.shape[2:]), state.dtype),
+            plain.per_chunk(k, state, chunks),
             jax.ShapeDtypeStruct(U.shape, U.dtype),
             jax.ShapeDtypeStruct(state.shape, state.dtype),
         ),
@@ -86,9 +92,7 @@ def _walk_back(q, k, W, d_out, g, d_final, segment):
         (batch * heads, triton.cdiv(width, tile)),
         (q, k, W, d_out, g, d_final, plain.either(segment, g), *sizes),
         (
-            jax.ShapeDtypeStruct(
-                (batch, heads, chunks, *d_final.shape[2:]), d_final.dtype
-            ),
+            plain.per_chunk(k, d_final, chunks),
             jax.ShapeDtypeStruct(d_out.shape, W.dtype),
             jax.ShapeDtypeStruct(d_final.shape, d_final.dtype),
         ),
@@ -114,7 +118,8 @@ def _walk_kernel(
     S = tl.load(state + row * K * V + offset, mask=real, other=0.0)
     for c in range(0, chunks):
         start = c * CHUNK
-        tl.store(states + (row * chunks + c) * K * V + offset, S, mask=real)
+        at = (row * chunks + c) * K * V + offset
+        tl.store(states + at, S.to(states.dtype.element_ty), mask=real)
         _, _, _, enter, leave, through = plain.decays(
             g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
         )
@@ -154,7 +159,8 @@ def _walk_back_kernel(
     for step in range(0, chunks):
         c = chunks - 1 - step
         start = c * CHUNK
-        tl.store(d_states + (row * chunks + c) * K * V + offset, dS, mask=real)
+        at = (row * chunks + c) * K * V + offset
+        tl.store(d_states + at, dS.to(d_states.dtype.element_ty), mask=real)
         G, F, number, enter, leave, through = plain.decays(
             g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
         )
