@@ -44,13 +44,15 @@ def blocks(x, K, block, source, target, low):
     """x stands at points source[0], ... of a block of zeros; the points target[0], ...
     of the convolution come back."""
     batch, channels, _ = x[0].shape
-    shape = jax.ShapeDtypeStruct((batch, channels, target[1]), x[0].dtype)
+    real = jax.ShapeDtypeStruct((batch, channels, target[1]), x[0].dtype)
+    # the imaginary part of what has none is not written
+    imaginary = real if len(x) == 2 else jax.ShapeDtypeStruct((1,), real.dtype)
     tables = blockwise.tables(block, K[0].dtype, low)
     outputs = triton_call(
         _block_kernel,
         (batch, channels),
         (*_both(x), *K, *tables, channels, *source, *target),
-        (shape, shape),
+        (real, imaginary),
         **_constants(x, block, low),
     )
     return outputs[: len(x)]
