@@ -3,16 +3,19 @@
 import itertools
 
 import jax
+import numpy as np
 import pytest
 
 from kernels.check.cases import DTYPES, OPERATIONS, Case
-from kernels.check.comparison import check, results, rounded, widened
+from kernels.check.comparison import check, expected, results, rounded, widened
+from kernels.tolerance import assert_close
 
 __all__ = [
     "DTYPES",
     "LENGTHS",
     "OPTIONS",
     "check",
+    "check_one_narrow",
     "inputs_of",
     "product",
     "results",
@@ -36,6 +39,19 @@ def inputs_of(name, variant, length, options=(), **sizes):
     say so; `sizes` instead of its own."""
     case = Case(variant, length, "state" in options, "reset" in options)
     return OPERATIONS[name].inputs(case, **sizes)
+
+
+def check_one_narrow(op, inputs, backend, **static):
+    """As `check`, with the first real array in bfloat16 and all others in float32."""
+    real = [name for name, x in inputs.items() if np.asarray(x).dtype.kind == "f"]
+    inputs = {
+        name: rounded(x, "bfloat16" if name == real[0] else "float32")
+        for name, x in inputs.items()
+    }
+    values, gradients = expected(op, inputs, **static)
+    actual, actual_gradients = results(op, inputs, backend=backend, **static)
+    assert_close(actual, values, "value", "bfloat16")
+    assert_close(actual_gradients, gradients, "gradient", "bfloat16")
 
 
 def option_id(options):

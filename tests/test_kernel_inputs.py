@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from kernel_cases import check_one_narrow
 
 import kernels
 from kernels.bench import __main__ as bench
@@ -30,6 +31,23 @@ def made(name, variant=None):
     case = Case(variant or operation.variants[0], 4, state=True)
     inputs = rounded(operation.inputs(case), "float32")
     return {k: x for k, x in inputs.items() if k != "reset"}, operation.static(case)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "chunked_scan" else pytest.mark.slow)
+        for name in OPERATIONS
+        if name != "butterfly_conv"  # whose factors are lists
+    ],
+)
+def test_one_array_may_be_narrower_than_the_others(name):
+    operation = OPERATIONS[name]
+    variant = "real" if "real" in operation.variants else operation.variants[0]
+    inputs = operation.inputs(Case(variant, 37, state=True, reset=True))
+    if any(x.dtype.kind == "f" for x in inputs.values()):
+        static = operation.static(Case(variant, 37))
+        check_one_narrow(operation.call, inputs, "xla", **static)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

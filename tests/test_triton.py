@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check
+from kernel_cases import check, check_one_narrow
 
 from kernels import (
     cauchy,
@@ -414,6 +414,8 @@ def interpret(name, full):
     for case in kernel.cases(full):
         try:
             check(kernel.call, case.inputs, case.dtype, "triton", **case.static)
+            if case.dtype == "bfloat16":
+                check_one_narrow(kernel.call, case.inputs, "triton", **case.static)
         except Exception:
             failed.append(f"{case}\n{traceback.format_exc(limit=-3)}")
     return failed

@@ -87,6 +87,8 @@ def chunked_scan(
             backend=backend,
         )
         return rows.none(call, q, k, v, log_decay, beta, initial_state, reset)
+    # which are multiplied with each other: kernels do that in one dtype
+    q, k = (x.astype(jnp.promote_types(q.dtype, k.dtype)) for x in (q, k))
     module = dispatch.pick(op, BACKENDS, backend, q, v, log_decay, beta)
     dtype = checks.state_dtype(q, k, v, log_decay, beta, initial_state)
     batch, _, heads, values = v.shape
