@@ -224,10 +224,11 @@ def check_init_state(layer: nn.Module, name: str = "") -> None:
     name = name or type(layer).__name__
     try:
         jax.eval_shape(lambda: layer.init_state(1))
-    except ValueError as problem:
+    except Exception as problem:  # of whatever kind: it is the user's code
         raise ValueError(
             f"layer: init_state of {name} must make a state, or its class declare that "
-            f'there is none, REFUSES = ("state",), got {problem}'
+            f'there is none, REFUSES = ("state",), got {type(problem).__name__}: '
+            f"{problem}"
         ) from problem
 
 

@@ -90,9 +90,10 @@ def has_state(layer: nn.Module) -> bool:
 
 def why_no_state(layer: nn.Module) -> str:
     """Why a layer, or a model, that declares to have no state has none, as its
-    `init_state` says."""
+    `init_state` says, whatever it raises."""
     try:
         layer.init_state(1)
-    except ValueError as reason:
-        return str(reason)
+    except Exception as reason:
+        if str(reason):
+            return str(reason)
     return f"REFUSES: {type(layer).__name__} declares that it has no recurrent mode"

@@ -18,6 +18,7 @@ __all__ = [
     "check_one_narrow",
     "inputs_of",
     "product",
+    "real_arrays",
     "results",
     "rounded",
     "temporary_bytes",
@@ -41,11 +42,15 @@ def inputs_of(name, variant, length, options=(), **sizes):
     return OPERATIONS[name].inputs(case, **sizes)
 
 
-def check_one_narrow(op, inputs, backend, **static):
-    """As `check`, with the first real array in bfloat16 and all others in float32."""
-    real = [name for name, x in inputs.items() if np.asarray(x).dtype.kind == "f"]
+def real_arrays(inputs):
+    """The names of those among the inputs of an operation."""
+    return [name for name, x in inputs.items() if np.asarray(x).dtype.kind == "f"]
+
+
+def check_one_narrow(op, inputs, narrow, backend, **static):
+    """As `check`, with the array `narrow` in bfloat16 and all others in float32."""
     inputs = {
-        name: rounded(x, "bfloat16" if name == real[0] else "float32")
+        name: rounded(x, "bfloat16" if name == narrow else "float32")
         for name, x in inputs.items()
     }
     values, gradients = expected(op, inputs, **static)

@@ -1,5 +1,6 @@
 """What people bring: words as classes, recordings, tables, numbers of any scale."""
 
+import dataclasses
 import json
 import re
 import struct
@@ -15,7 +16,7 @@ from scipy.io import wavfile
 from configs import own as own_config
 from kernels import tolerance
 from train import data, loop, predict, records, runs
-from train.data import arrays, described, own, recordings, said, tables, unseen
+from train.data import arrays, described, own, recordings, said, sources, tables, unseen
 from train.data.sources import Rows
 from train.data.spec import Spec
 from train.report import answers
@@ -745,6 +746,20 @@ def test_warnings_of_what_makes_a_score_worthless(tmp_path):
     assert "validation has no sequence of 0, 1, which training has" in words
 
 
+def test_a_vocabulary_may_have_gaps(tmp_path):
+    """The next byte of a text, of which not every one occurs."""
+    tokens = np.random.default_rng(0).choice([65, 66, 90], (N, L)).astype(np.int64)
+    np.savez(tmp_path / "my.npz", inputs=tokens, targets=np.roll(tokens, -1, 1))
+    reading = arrays.load(str(tmp_path / "my.npz")).reading
+    assert not [text for text in reading.warnings if "classes" in text]
+
+
+def test_labels_may_look_like_times(tmp_path):
+    rows = [f"{i},{i % 3},{('16:9', '4:3')[i % 2]}" for i in range(40)]
+    (tmp_path / "my.csv").write_text("\n".join(rows))
+    assert arrays.load(str(tmp_path / "my.csv")).spec.classes == ("16:9", "4:3")
+
+
 @pytest.mark.parametrize(
     ("targets", "text"),
     [
@@ -1098,6 +1113,10 @@ def test_a_dataset_whose_numbers_do_not_fit_is_refused(example, case, message, d
         next(dataset.train(2, 0))
 
 
+WIDE = {"inputs": np.zeros((2, 3), np.int64), "mask": np.ones((2, 3), bool)}
+WIDE["targets"] = np.zeros(2, np.int64)
+
+
 @pytest.mark.parametrize("drawn", [0, 1], ids=["rows", "drawn"])
 def test_a_dataset_whose_numbers_fit_is_of_32_bits(example, drawn):
     example.write_text(example.read_text() + FITTING)
@@ -1110,6 +1129,18 @@ def test_a_dataset_whose_numbers_fit_is_of_32_bits(example, drawn):
         "targets": "int32",
     }
     assert sorted(batch["inputs"].ravel()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_rows_in_memory_stay_rows_beside_others(example):
+    """Of which all facts are counted."""
+    example.write_text(example.read_text() + FITTING)
+    whole = data.load({"name": "my_data.made"})
+    mixed = dataclasses.replace(
+        whole, sources=whole.sources | {"test": sources.First(Rows(WIDE), 2)}
+    )
+    narrow = data._narrow("my_data.made", mixed)
+    assert type(narrow.sources["train"]) is Rows and narrow.finish is None
+    assert narrow.sources["test"][0]["inputs"].dtype == np.int32
 
 
 def test_what_a_module_of_ones_own_lacks_is_its_own_error(tmp_path, monkeypatch):

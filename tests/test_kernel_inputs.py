@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from kernel_cases import check_one_narrow
+from kernel_cases import check_one_narrow, real_arrays
 
 import kernels
 from kernels.bench import __main__ as bench
@@ -33,21 +33,25 @@ def made(name, variant=None):
     return {k: x for k, x in inputs.items() if k != "reset"}, operation.static(case)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name == "chunked_scan" else pytest.mark.slow)
-        for name in OPERATIONS
-        if name != "butterfly_conv"  # whose factors are lists
-    ],
-)
-def test_one_array_may_be_narrower_than_the_others(name):
+def narrowed():
+    """(operation, case, array), of all operations that have real arrays, but that whose
+    factors are lists."""
+    for name, operation in OPERATIONS.items():
+        if name == "butterfly_conv":
+            continue
+        variant = "real" if "real" in operation.variants else operation.variants[0]
+        case = Case(variant, 37, state=True, reset=True)
+        for array in real_arrays(operation.inputs(case)):
+            quick = (name, array) == ("chunked_scan", "q")
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(name, case, array, id=f"{name}-{array}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "case", "array"), list(narrowed()))
+def test_one_array_may_be_narrower_than_the_others(name, case, array):
     operation = OPERATIONS[name]
-    variant = "real" if "real" in operation.variants else operation.variants[0]
-    inputs = operation.inputs(Case(variant, 37, state=True, reset=True))
-    if any(x.dtype.kind == "f" for x in inputs.values()):
-        static = operation.static(Case(variant, 37))
-        check_one_narrow(operation.call, inputs, "xla", **static)
+    inputs, static = operation.inputs(case), operation.static(case)
+    check_one_narrow(operation.call, inputs, array, "xla", **static)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -19,9 +19,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from configs import common, pixels
+from configs import common, own, pixels
 from layers.models.build import GELUS, NORMS, VQ, get
 from train import evaluate, loop, records, runs
 from train.data import DATASETS
@@ -83,6 +84,28 @@ def test_another_value_is_another_run(workdir):
     config.model.gelu = "erf"
     with pytest.raises(ValueError, match=r"model.gelu was 'tanh', is 'erf'"):
         loop.run(config, workdir)
+
+
+def test_a_recipe_that_changed_leaves_what_began_before(tmp_path, capsys):
+    """`own:` had another learning rate, and the same command must go on."""
+    rng = np.random.default_rng(0)
+    place = tmp_path / "my.npz"
+    np.savez(place, inputs=rng.normal(size=(20, 6)), targets=np.arange(20) % 2)
+    config = own.get_config(f"path={place},layer=lru")
+    config.model.update(features=4, depth=1)
+    config.train.update(batch_size=4, steps=2, log_every=1, checkpoint_every=1)
+    today = config.optimizer.lr
+    ((key, (then, now)),) = records.OWN_RECIPE.items()
+    assert (key, now) == ("optimizer.lr", today)
+    config.optimizer.lr = then
+    loop.run(config, tmp_path / "run")
+    config.optimizer.lr, config.train.steps = today, 3
+    assert loop.run(config, tmp_path / "run")["step"] == 3
+    assert f"began with {key} = {then}: it keeps that" in capsys.readouterr().out
+    assert records.read_config(tmp_path / "run").optimizer.lr == then
+    config.optimizer.lr = 2e-3
+    with pytest.raises(ValueError, match=r"optimizer.lr was 0.001, is 0.002"):
+        loop.run(config, tmp_path / "run")
 
 
 def test_absent_keys_are_keys_with_their_default():

@@ -13,7 +13,7 @@ import tiny_run
 from absl import flags
 
 from configs import common, pixels
-from layers import GRU, laws
+from layers import GRU, contract, laws
 from layers.facts import has_state, why_no_state
 from layers.laws import __main__ as laws_command
 from layers.models.build import build, get
@@ -236,6 +236,24 @@ def test_a_state_that_cannot_be_made_is_no_missing_one(monkeypatch):
     with pytest.raises(ValueError, match="init_state: out of order"):
         probe.blocks(model, {"now": variables}, 8)
     resolve.check_causal(model)
+
+
+def test_why_there_is_no_state_may_be_of_any_kind():
+    """What a declared `init_state` raises ends no run."""
+
+    class Raising(GRU):
+        REFUSES = ("dt", "state")
+
+        def init_state(self, batch_size):
+            raise NotImplementedError
+
+    class Unsaid(GRU):
+        def init_state(self, batch_size):
+            raise NotImplementedError("later")
+
+    assert "no recurrent mode" in why_no_state(Raising(4))
+    with pytest.raises(ValueError, match=r"init_state of Unsaid must .*Error: later"):
+        contract.check_init_state(Unsaid(4))
 
 
 @pytest.mark.parametrize("name", ["mine.OnlyOutput", "mine.Narrow"])

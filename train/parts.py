@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from layers import contract
 from train import (
     checkpoint,
     data,
@@ -94,7 +95,9 @@ def set_up(
     stop: Stop,
 ) -> Parts:
     """Says what the data are taken for and compiles the step; nothing of the state is
-    allocated yet."""
+    allocated yet. `ValueError` for a model whose state cannot be made, or declared to
+    be none."""
+    contract.check_init_state(model)
     options, spec, seed = config.train, dataset.spec, config.seed
     facts = said.facts(dataset) if jax.process_index() == 0 else {}
     if facts:

@@ -77,6 +77,10 @@ ABSENT_DATA = {
     }
 }
 
+# What `configs/own.py` set otherwise when an older run began: (then, today). Such a run
+# goes on with its own where the config has today's.
+OWN_RECIPE = {"optimizer.lr": (1e-3, 4e-3)}
+
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """Raises a `ValueError` where checkpoints of another config are in `workdir`.
@@ -143,7 +147,8 @@ def saved(workdir: Path, key: str):
 
 def continued(workdir: Path, config: ConfigDict) -> ConfigDict:
     """`config` as an older run in `workdir` understands it: keys that its config.json
-    lacks take their meaning in ABSENT, unless they are not at today's default."""
+    lacks take their meaning in ABSENT, unless they are not at today's default, and
+    those of OWN_RECIPE what they were."""
     if not (checkpoint.steps(workdir) and (workdir / CONFIG).exists()):
         return config
     old, now = (flat(c.to_dict()) for c in (_read(workdir), _plain(config)))
@@ -152,6 +157,12 @@ def continued(workdir: Path, config: ConfigDict) -> ConfigDict:
         if key not in old and now.get(key) == default != meaning:
             _set(config, key, meaning)
             print(f"{workdir} began before there was {key}: it keeps {meaning!r}")
+    name = config.data.get("name")
+    if name == "arrays" or name not in data.DATASETS:
+        for key, (then, today) in OWN_RECIPE.items():
+            if (old.get(key), now.get(key)) == (then, today):
+                _set(config, key, then)
+                print(f"{workdir} began with {key} = {then}: it keeps that")
     return config
 
 

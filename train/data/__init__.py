@@ -186,16 +186,20 @@ def _check_dataset(name: str, dataset) -> None:
 
 def _narrow(name: str, dataset: Dataset) -> Dataset:
     """A dataset of the user's own whose numbers are those that JAX computes with: no
-    cast changes them in silence. Rows are examined now, other examples as they come."""
+    cast changes them in silence. Rows in memory are examined now, other examples as
+    they come."""
     where = f"data.name: {name}"
-    if dataset.finish is None and all(map(_in_memory, dataset.sources.values())):
-        sources = {
-            split: Rows(cast.example(f"{where}: {split}", source.arrays))
-            for split, source in dataset.sources.items()
-        }
-        return dataclasses.replace(dataset, sources=sources)
-    finish = functools.partial(_finished, finish=dataset.finish, where=where)
-    return dataclasses.replace(dataset, finish=finish)
+    if dataset.finish is not None:
+        finish = functools.partial(_finished, finish=dataset.finish, where=where)
+        return dataclasses.replace(dataset, finish=finish)
+    sources = {}
+    for split, source in dataset.sources.items():
+        if _in_memory(source):
+            narrow = Rows(cast.example(f"{where}: {split}", source.arrays))
+        else:
+            narrow = Narrow(source, f"{where}: {split}")
+        sources[split] = narrow
+    return dataclasses.replace(dataset, sources=sources)
 
 
 def _in_memory(source) -> bool:
@@ -204,8 +208,21 @@ def _in_memory(source) -> bool:
     )
 
 
-def _finished(example: Example, finish: Callable | None, where: str) -> Example:
-    return cast.example(where, example if finish is None else finish(example))
+class Narrow:
+    """Random access to the examples of a source, each as `cast.example` makes it."""
+
+    def __init__(self, source, where: str):
+        self._source, self._where = source, where
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index) -> Example:
+        return cast.example(self._where, self._source[index])
+
+
+def _finished(example: Example, finish: Callable, where: str) -> Example:
+    return cast.example(where, finish(example))
 
 
 def stretched(config: Mapping, times: int) -> Dataset:

@@ -39,7 +39,7 @@ from train.data.reading import Reading
 from train.data.source_file import RECORDINGS, File
 from train.data.sources import split_rows
 from train.data.spec import Spec
-from train.data.targets import LOSSES, doubts, read_targets
+from train.data.targets import LOSSES, REGRESS, doubts, read_targets
 
 ENCODERS = ("scalar", "token")
 
@@ -112,7 +112,9 @@ def load(
         indices = given_split(source, raw["split"])
     else:
         labels = targets if loss == "classification" else None
-        indices = drawn_split(source, len(inputs), validation, test, seed, labels)
+        amounts = labels is not None and not names and source.kind != RECORDINGS
+        cure = f"; amounts are regressed with {REGRESS}" if amounts else ""
+        indices = drawn_split(source, len(inputs), validation, test, seed, labels, cure)
     spec = Spec(
         encoder=kind,
         length=inputs.shape[1],
@@ -133,7 +135,7 @@ def load(
     arrays = {"inputs": inputs, "targets": targets, **beside}
     reading = _reading(source, raw, spec, encoder, real)
     if by_dtype:
-        doubtful = doubts(targets, names, outputs, loss, indices["train"])
+        doubtful = doubts(kind, targets, names, outputs, loss, indices["train"])
         warnings = (*reading.warnings, *doubtful)
         reading = dataclasses.replace(reading, warnings=warnings)
     return pipeline.Dataset(spec, split_rows(arrays, indices), reading=reading)

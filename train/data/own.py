@@ -218,20 +218,23 @@ def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def drawn_split(
-    source: File, count: int, validation: float, test: float, seed: int, labels=None
+    source: File,
+    count: int,
+    validation: float,
+    test: float,
+    seed: int,
+    labels=None,
+    cure: str = "",
 ) -> dict[str, np.ndarray]:
-    """`sources.split_indices`, whose errors name the file."""
+    """`sources.split_indices`, whose errors name the file; `cure` ends them."""
     try:
         return sources.split_indices(count, validation, test, seed, labels)
     except ValueError as error:
-        amounts = ""
-        if labels is not None and source.kind != RECORDINGS:
-            amounts = "; amounts are regressed with --config.data.loss=regression"
         raise ValueError(
             f"{source.path}: its {count} sequences cannot be divided: {error}; change "
             "data.validation or data.test (0: no such part), or say the split: an NPZ "
             "in its key split, recordings in folders train, validation and test"
-            f"{amounts}"
+            f"{cure}"
         ) from error
 
 

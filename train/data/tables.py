@@ -52,6 +52,7 @@ DATE = re.compile(
     .replace("DD", r"(3[01]|[12]\d|0?[1-9])(st|nd|rd|th)?"),
     re.VERBOSE | re.IGNORECASE,
 )
+LONGEST_DATE = 50  # characters: "Wednesday, 30 September 2026 12:00:00.000000 +00:00"
 BAD_DATES = 0.1  # share of cells in a column of dates that may be none
 SAMPLE = 32  # rows that tell which columns to look at
 
@@ -68,7 +69,8 @@ def read_csv(source: File) -> dict[str, np.ndarray]:
         ValueError: names the row and the column, what stands there and what may.
     """
     lines = _lines(source)
-    _refuse_dates(source, lines)
+    # What stands last is a target, whose words may look like times: 16:9, 2016Q1.
+    _refuse_dates(source, [(line, cells[:-1]) for line, cells in lines])
     if lines and _is_header(lines):
         del lines[0]
     if not lines:
@@ -149,7 +151,8 @@ def _column(rows: Sequence[Cells], column: int) -> list[str]:
 def _is_date(cell: str | None) -> bool:
     if cell is None or _is_number(cell):  # which is fast
         return False
-    return DATE.fullmatch(cell) is not None
+    cell = cell.strip()
+    return len(cell) <= LONGEST_DATE and DATE.fullmatch(cell) is not None
 
 
 def are_dates(cells: Sequence[str | None]) -> bool:

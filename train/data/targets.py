@@ -80,18 +80,26 @@ def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
 
 
 def doubts(
-    targets: np.ndarray, names: tuple[str, ...], outputs: int, loss: str, rows
+    encoder: str,
+    targets: np.ndarray,
+    names: tuple[str, ...],
+    outputs: int,
+    loss: str,
+    rows: np.ndarray,
 ) -> list[str]:
     """What makes one ask whether targets are classes or amounts, each with its cure,
     where their dtype alone decided it.
 
     Args:
+        encoder: of the inputs, "token" or "scalar".
         targets, names, outputs, loss: of `read_targets`.
         rows: of the sequences that are trained on.
     """
     if loss == "regression":
         return _levels(targets) if outputs == 1 else []
-    unused = [] if names else _unused(targets, outputs, loss)
+    # A text leaves out what it will of its vocabulary.
+    vocabulary = encoder == loss == "token"
+    unused = [] if names or vocabulary else _unused(targets, outputs, loss)
     return unused + (_thin(targets[rows], names) if loss == "classification" else [])
 
 

@@ -23,8 +23,12 @@ def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[S
     matrix = [selective.get(i % pattern) for i in range(len(blocks))]
     pairs = [*zip(blocks, matrix, strict=True)]
     silent = [block for block, most in pairs if most == 0 and block.silent()]
-    answering = [block for block, most in pairs if not most and not block.silent()]
     bent = [block for block, most in pairs if most == 0 and not block.silent()]
+    answering = [
+        block
+        for block, most in pairs
+        if most is None or (most == 0 and not block.silent())
+    ]
     try:
         answered = answers.section(
             answers.answer(run), run.spec, run.step, reached.get("accuracy")
