@@ -355,3 +355,20 @@ def test_a_run_that_broke_has_its_error_also_where_the_search_was_stopped(
     dataset = SimpleNamespace(train=lambda *_: stream)
     parts = SimpleNamespace(dataset=dataset, probe=None, train_step=None, mesh=None)
     assert replay.first_broken(tiny_run.config(), tmp_path, parts, 8) == ""
+
+
+def test_a_process_that_is_being_started_is_ended_too(monkeypatch, capfd):
+    children, acts = [], []
+    monkeypatch.setattr(signals.multiprocessing, "active_children", lambda: children)
+    monkeypatch.setattr(signals.os, "_exit", acts.append)
+    stop = signals.Stop(program=True)
+    with signals.STARTS:
+        thread = threading.Thread(target=stop.receive, args=(signal.SIGTERM,))
+        thread.start()
+        thread.join(0.2)
+        assert acts == []
+        children.append(SimpleNamespace(kill=lambda: acts.append("killed")))
+    thread.join()
+    signals.STARTS.release()  # which the end of the process does elsewhere
+    assert acts == ["killed", 0]
+    assert "stopped by SIGTERM while setting up" in capfd.readouterr().out

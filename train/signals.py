@@ -16,6 +16,11 @@ from collections.abc import Iterable, Iterator
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+# Held while a process is started, of which nobody knows yet: whoever ends this one
+# meanwhile would leave it half made, reading from a pipe that has no other end.
+STARTS = threading.Lock()
+PATIENCE = 5  # seconds that a start may take, before the end does not wait for it
+
 _active: "Stop | None" = None
 
 
@@ -104,6 +109,7 @@ class Stop:
 
     def _end(self, text: str, code: int) -> None:
         self._say(text)
+        STARTS.acquire(timeout=PATIENCE)
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(code)

@@ -19,6 +19,8 @@ from multiprocessing import resource_tracker, util
 import cloudpickle
 import numpy as np
 
+from train import signals
+
 POLL_SECONDS = 0.1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -52,7 +54,8 @@ class Workers(Iterator):
             process = context.Process(
                 target=_work, args=(theirs,), daemon=True, name=f"data-{number}"
             )
-            with _blocked(SIGNALS):  # which it inherits, until it ignores them
+            # blocked signals are inherited, until it ignores them
+            with signals.STARTS, _blocked(SIGNALS):
                 process.start()
             theirs.close()  # so that reading from a dead one ends
             job = pickled, first + number, count
