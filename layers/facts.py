@@ -39,7 +39,7 @@ class Placement(NamedTuple):
     norm_epsilon: float = 0.0
 
 
-FIELDS = ("mask", "reset", "dt", "state")  # what may be refused
+REFUSABLE = ("mask", "reset", "dt", "state")
 DEFAULT_PLACEMENT = Placement("glu", 0.0)
 S4_BLOCK = Placement("glu", 0.0, "erf", 1e-5)
 
@@ -71,10 +71,10 @@ def refusals(layer: nn.Module) -> frozenset[str]:
     `ValueError` for a `REFUSES` that is no tuple of names among mask, reset, dt, state.
     """
     declared = getattr(layer, "REFUSES", ())
-    unknown = [name for name in declared if name not in FIELDS]
+    unknown = [name for name in declared if name not in REFUSABLE]
     if isinstance(declared, str) or unknown:
         raise ValueError(
-            f"REFUSES: must be a tuple of names among {', '.join(FIELDS)}, got "
+            f"REFUSES: must be a tuple of names among {', '.join(REFUSABLE)}, got "
             f"{declared!r}"
         )
     state = ("state",) if getattr(layer, "bidirectional", False) else ()

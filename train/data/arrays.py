@@ -39,7 +39,7 @@ from train.data.reading import Reading
 from train.data.source_file import RECORDINGS, File
 from train.data.sources import split_rows
 from train.data.spec import Spec
-from train.data.targets import LOSSES, REGRESS, doubts, read_targets
+from train.data.targets import AMOUNTS, LOSSES, doubts, read_targets
 
 ENCODERS = ("scalar", "token")
 
@@ -113,7 +113,7 @@ def load(
     else:
         labels = targets if loss == "classification" else None
         amounts = labels is not None and not names and source.kind != RECORDINGS
-        cure = f"; amounts are regressed with {REGRESS}" if amounts else ""
+        cure = AMOUNTS if amounts else ""
         indices = drawn_split(source, len(inputs), validation, test, seed, labels, cure)
     spec = Spec(
         encoder=kind,

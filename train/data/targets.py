@@ -11,6 +11,7 @@ MANY = 16  # classes from which on numbers may have been amounts
 FEW = 10  # training sequences of a class that teach little
 LEVELS = 10  # values of numbers that may have been classes
 REGRESS = "--config.data.loss=regression"
+AMOUNTS = f"; amounts are regressed with {REGRESS}"
 
 
 def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
@@ -71,9 +72,7 @@ def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
             "targets",
             f"is {targets[row]} at [{row}]; it must lie between 0 and "
             f"{(size or cast.MOST) - 1}: number the classes from 0, or write them as "
-            "words (in an NPZ targets.astype(str))"
-            + f"; amounts are regressed with {REGRESS}"
-            * by_dtype,
+            f"words (in an NPZ targets.astype(str)){AMOUNTS if by_dtype else ''}",
         )
     targets, outputs = source.whole("targets", targets, lowest, size, real)
     return targets, names, outputs, loss
@@ -136,7 +135,7 @@ def _unused(targets: np.ndarray, outputs: int, loss: str) -> list[str]:
             "target occur, and the model has an output for each"
         )
     ignored = " (-1 is no class of tokens)" if (targets < 0).any() else ""
-    amounts = f"; amounts are regressed with {REGRESS}" if len(classes) > MANY else ""
+    amounts = AMOUNTS if len(classes) > MANY else ""
     return [
         f"{which}: number the classes from 0 without gaps{ignored}, or write them as "
         f"words (in an NPZ targets.astype(str)){amounts}"

@@ -20,15 +20,18 @@ def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[S
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, workdir.config.model.length)
     selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
-    matrix = [selective.get(i % pattern) for i in range(len(blocks))]
-    pairs = [*zip(blocks, matrix, strict=True)]
-    silent = [block for block, most in pairs if most == 0 and block.silent()]
-    bent = [block for block, most in pairs if most == 0 and not block.silent()]
-    answering = [
-        block
-        for block, most in pairs
-        if most is None or (most == 0 and not block.silent())
-    ]
+    answering, bent, silent, selects = [], [], [], False
+    for number, block in enumerate(blocks):
+        most = selective.get(number % pattern)  # tokens of its matrix
+        if most:
+            selects = True
+        elif most is None:
+            answering.append(block)
+        elif block.silent():
+            silent.append(block)
+        else:
+            answering.append(block)
+            bent.append(block)
     try:
         answered = answers.section(
             answers.answer(run), run.spec, run.step, reached.get("accuracy")
@@ -37,7 +40,7 @@ def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[S
         answered = paragraph(f"The answers cannot be shown: {error}.", "soft")
     filters = remark + _filters(workdir, run, answering, bent) if answering else ""
     mixed = ""
-    if any(matrix):
+    if selects:
         try:
             mixed = _mixing(run, mixing.of(run, stages, selective))
         except DataError as error:
