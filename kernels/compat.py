@@ -136,7 +136,9 @@ def recorded() -> Iterator[list[TritonCall]]:
         _record.reset(token)
 
 
-def triton_call(kernel, grid, arguments, outputs, *, num_warps=4, **constants):
+def triton_call(
+    kernel, grid, arguments, outputs, *, num_warps=4, in_place=0, **constants
+):
     """Runs a kernel whose parameters are `arguments`, `outputs`, then `constants`.
 
     Args:
@@ -145,6 +147,9 @@ def triton_call(kernel, grid, arguments, outputs, *, num_warps=4, **constants):
         arguments: arrays, contiguous, and Python ints, which are not compiled in.
         outputs: ShapeDtypeStructs; their memory is not initialised.
         num_warps: warps that each program of the grid has.
+        in_place: so many of the first arguments, arrays like the first outputs, are
+            where these go, if nothing else needs them. A program may read of them what
+            no other one writes.
         **constants: the `tl.constexpr` parameters.
 
     Returns:
@@ -174,6 +179,7 @@ def triton_call(kernel, grid, arguments, outputs, *, num_warps=4, **constants):
             kernel=kernel,
             grid=grid,
             num_warps=num_warps,
+            input_output_aliases={i: i for i in range(in_place)},
             **options,
             **constants,
         )

@@ -181,10 +181,13 @@ def interpreted(name):
         import_module("kernels.selective_scan.triton").SEGMENT = 4
         everything(Trial(name, "skip", "triton", length=12, reset=6))
     else:
-        # half of it in float32
-        import_module("kernels.chunked_scan.triton_decay").CHUNK = 32
-        chunkwise("scalar decay", "triton")
+        module = import_module("kernels.chunked_scan.triton_decay")
+        module.CHUNK = 32  # half of it in float32
+        module.FEW = 0  # two walks
         chunkwise("delta rule, scalar decay", "triton")
+        chunkwise("scalar decay", "triton")
+        module.FEW = 100  # one
+        chunkwise("scalar decay", "triton")
 
 
 if __name__ == "__main__":

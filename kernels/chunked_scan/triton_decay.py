@@ -6,10 +6,12 @@ pairs of one segment,
     o[i] = e^G[i] q[i] S + sum_{j <= i} e^(G[i] - G[j]) (q[i] . k[j]) v[j]
     S' = e^G[T] S + sum_j e^(G[T] - G[j]) k[j] v[j]^T.
 
-Only the second line is sequential: one kernel walks through the chunks and writes
-every S, another makes the outputs of all chunks. The backward pass walks from the end
-with the gradients of the states, then makes the gradients of all chunks. Differences of
-G are taken before exp and are never positive.
+Where heads and values fill the device, one kernel walks through the chunks and makes
+both lines, and no S is in memory. Else, and in the backward pass, one walks through the
+second line alone and writes every S, and another makes what is left of all chunks at
+once. The backward pass walks from the end with the gradients of the states,
+then makes the gradients of all chunks. Differences of G are taken before exp and are
+never positive.
 
 The delta rule (triton_delta.py) is made of the same parts.
 """
@@ -22,12 +24,18 @@ import triton.language as tl
 from kernels.compat import triton_call
 
 CHUNK = 64  # steps; half as many where products of float32 take their registers
+# One walk makes the outputs too where it has a program for each multiprocessor of an
+# H100 or H200, or few chunks to go through.
+PROGRAMS = 132
+FEW = 4
 
 
 @jax.custom_vjp
 def scan(q, k, v, g, state, segment):
     """o [B, L, H, V] and the final state of q, k [B, L, G, K], v [B, L, H, V], and in
     the state's dtype g [B, L, H]; state [B, H, K, V], segment [B, L] or None."""
+    if is_one_walk(k, v):
+        return _through(q, k, v, g, state, segment)
     states, final = walk(k, v, g, state, segment, reverse=False)
     return outputs(q, k, v, g, states, segment), final
 
@@ -43,10 +51,42 @@ def _backward_rule(saved, cotangents):
     # the gradient of the states is the same walk from the end with (q, do) for (k, v)
     d_states, d_state = walk(q, d_out, g, d_final, segment, reverse=True)
     dq, dk, dv, dg = gradients(q, k, v, d_out, g, states, d_states, segment)
-    return dq, dk, dv, dg, d_state, None
+    return of_group(dq, q), of_group(dk, k), dv, dg, d_state, None
 
 
 scan.defvjp(_forward_rule, _backward_rule)
+
+
+def is_one_walk(k, v):
+    """Whether the forward pass makes the outputs while it walks through the chunks."""
+    batch, length, heads, width = v.shape
+    programs = batch * heads * triton.cdiv(width, walk_tile(k, width))
+    return programs >= PROGRAMS or triton.cdiv(length, chunk(k)) <= FEW
+
+
+def walk_tile(k, width):
+    """Values of a program that walks; more would spill registers."""
+    return min(32 if k.dtype == jnp.bfloat16 else 16, fitting(width))
+
+
+def _through(q, k, v, g, state, segment):
+    """o and the final state in one walk."""
+    batch, length, heads, width = v.shape
+    tile = walk_tile(k, width)
+    final, out = triton_call(
+        _through_kernel,
+        (batch * heads, triton.cdiv(width, tile)),
+        (state, q, k, v, g, either(segment, g), length, heads, k.shape[2]),
+        (
+            jax.ShapeDtypeStruct(state.shape, state.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+        ),
+        num_warps=4,
+        in_place=1,
+        **constants(k, v, segment),
+        TILE=tile,
+    )
+    return out, final
 
 
 def walk(k, v, g, state, segment, reverse):
@@ -54,7 +94,7 @@ def walk(k, v, g, state, segment, reverse):
     of its products, and the last one."""
     batch, length, heads, width = v.shape
     chunks = triton.cdiv(length, chunk(k))
-    tile = min(32, fitting(width))
+    tile = walk_tile(k, width)
     return triton_call(
         _states_kernel,
         (batch * heads, triton.cdiv(width, tile)),
@@ -82,7 +122,7 @@ def outputs(q, k, v, g, states, segment):
     """o [B, L, H, V] of all chunks, from the state before each."""
     batch, length, heads, width = v.shape
     chunks = states.shape[2]
-    tile = min(64, fitting(width))
+    tile = min(64 if k.dtype == jnp.bfloat16 else 16, fitting(width))
     (out,) = triton_call(
         _outputs_kernel,
         (chunks, triton.cdiv(width, tile), batch * heads),
@@ -95,40 +135,55 @@ def outputs(q, k, v, g, states, segment):
     return out
 
 
-def gradients(q, k, v, d_out, g, states, d_states, segment):
-    """Those of q, k, v and g, from the states before every chunk and the gradients
-    of those behind."""
-    batch, length, heads, width = v.shape
+def gradients(q, k, v, d_out, g, states, d_states, segment, of_values=True):
+    """Those of q and k by head, of v where it is wanted, and of g, from the states
+    before every chunk and the gradients of those behind."""
+    batch, length, heads, _ = v.shape
     chunks = states.shape[2]
-    groups, modes = k.shape[2:]
-    sizes = (length, heads, groups, chunks)
+    sizes = (length, heads, k.shape[2], chunks)
 
-    def per_head(like):
-        # what is added up afterwards is not rounded before
-        dtype = like.dtype if heads == groups else g.dtype
-        return jax.ShapeDtypeStruct((batch, length, heads, modes), dtype)
-
-    dq, dk, dv, dg = triton_call(
+    return triton_call(
         _gradients_kernel,
         (chunks, batch * heads),
         (q, k, v, d_out, g, states, d_states, either(segment, g), *sizes),
         (
-            per_head(q),
-            per_head(k),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            per_head(q, heads, g),
+            per_head(k, heads, g),
+            jax.ShapeDtypeStruct(v.shape if of_values else (1,), v.dtype),
             jax.ShapeDtypeStruct(g.shape, g.dtype),
         ),
         num_warps=8,
-        **constants(k, v, segment),
-        # More values at a time would spill registers.
-        TILE=min(32 if k.dtype == jnp.bfloat16 and modes <= 64 else 16, fitting(width)),
+        **gradients_constants(k, v, segment, "ieee" if of_values else "tf32x3"),
+        OF_VALUES=of_values,
     )
 
-    def of_group(x, like):
-        x = x.reshape(batch, length, groups, heads // groups, modes).sum(3)
-        return x.astype(like.dtype)
 
-    return of_group(dq, q), of_group(dk, k), dv, dg
+def gradients_constants(k, v, segment, precision):
+    """What kernels are compiled for that hold a gradient by k while they go through the
+    values, with the precision of products of float32.
+
+    Values at a time and precision are those that spill no registers: more values would,
+    and where a kernel has many products, so would tensor cores (tf32x3), which take
+    each factor in parts.
+    """
+    roomy = k.dtype == jnp.bfloat16 and k.shape[-1] <= 64
+    tile = min(32 if roomy else 16, fitting(v.shape[-1]))
+    precision = precision if k.dtype == jnp.float32 else "ieee"
+    return constants(k, v, segment) | {"PRECISION": precision, "TILE": tile}
+
+
+def per_head(like, heads, g):
+    """Of a gradient of q or k by each head; what is added up afterwards is not rounded
+    before."""
+    batch, length, groups, modes = like.shape
+    dtype = like.dtype if heads == groups else g.dtype
+    return jax.ShapeDtypeStruct((batch, length, heads, modes), dtype)
+
+
+def of_group(x, like):
+    """Gradients by head, added up over the heads of each group."""
+    batch, length, groups, modes = like.shape
+    return x.reshape(batch, length, groups, -1, modes).sum(3).astype(like.dtype)
 
 
 def fitting(size):
@@ -180,8 +235,8 @@ def decays(
     if SEGMENTS:
         number = tl.load(segment + b * length + tl.minimum(t, length - 1))
         # of each segment alone: NaN must not reach the next
-        G, _ = tl.associative_scan((coarse, number), 0, _add_in_segment)
-        F, _ = tl.associative_scan((fine, number), 0, _add_in_segment)
+        G, _ = tl.associative_scan((coarse, number), 0, add_in_segment)
+        F, _ = tl.associative_scan((fine, number), 0, add_in_segment)
         end = t == start + CHUNK - 1
         G_last = tl.sum(tl.where(end, G, 0.0), 0)
         F_last = tl.sum(tl.where(end, F, 0.0), 0)
@@ -201,7 +256,7 @@ def decays(
 
 
 @triton.jit
-def _add_in_segment(a, m, b, n):
+def add_in_segment(a, m, b, n):
     return tl.where(m == n, a, 0.0) + b, n
 
 
@@ -240,15 +295,66 @@ def _states_kernel(
         k_at, k_mask = rows(k, b, length, groups, group, start, n, K, CHUNK)
         v_at, v_mask = rows(v, b, length, heads, h, start, d, V, CHUNK)
         k_tile = tl.load(k_at, mask=k_mask, other=0.0)
-        v_tile = reached(
-            weight[:, None], tl.load(v_at, mask=v_mask, other=0.0), SEGMENTS
-        )
-        weighted = linked(weight[:, None], k_tile, SEGMENTS).to(k_tile.dtype)
-        increment = tl.dot(
-            tl.trans(weighted), v_tile.to(k_tile.dtype), input_precision=PRECISION
-        )
-        S = linked(through, S, SEGMENTS) + increment.to(S.dtype)
+        v_tile = tl.load(v_at, mask=v_mask, other=0.0)
+        S = advanced(S, k_tile, v_tile, weight, through, SEGMENTS, PRECISION)
     tl.store(final + row * K * V + offset, S, mask=real)
+
+
+@triton.jit
+def _through_kernel(
+    state, q, k, v, g, segment, length, heads, groups,
+    final, out,
+    K: tl.constexpr, V: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, h = row // heads, row % heads
+    group = h // (heads // groups)
+    n, d = tl.arange(0, MODES), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    offset = n[:, None] * V + d[None, :]
+    real = (n < K)[:, None] & (d < V)[None, :]
+    S = tl.load(state + row * K * V + offset, mask=real, other=0.0)
+    tl.debug_barrier()  # all of it is read before it is written in place
+    for start in range(0, length, CHUNK):
+        G, F, number, enter, leave, through = decays(
+            g, segment, b, h, heads, length, start, CHUNK, SEGMENTS
+        )
+        q_at, q_mask = rows(q, b, length, groups, group, start, n, K, CHUNK)
+        k_at, k_mask = rows(k, b, length, groups, group, start, n, K, CHUNK)
+        v_at, v_mask = rows(v, b, length, heads, h, start, d, V, CHUNK)
+        q_tile = tl.load(q_at, mask=q_mask, other=0.0)
+        k_tile = tl.load(k_at, mask=k_mask, other=0.0)
+        v_tile = tl.load(v_at, mask=v_mask, other=0.0).to(k_tile.dtype)
+        between = mask(G, F, number, CHUNK)
+        o = read(q_tile, k_tile, v_tile, S, between, enter, SEGMENTS, PRECISION)
+        o_at, o_mask = rows(out, b, length, heads, h, start, d, V, CHUNK)
+        tl.store(o_at, o.to(out.dtype.element_ty), mask=o_mask)
+        S = advanced(S, k_tile, v_tile, leave, through, SEGMENTS, PRECISION)
+    tl.store(final + row * K * V + offset, S, mask=real)
+
+
+@triton.jit
+def read(
+    q_tile, k_tile, v_tile, S, between, enter,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o of a chunk that S enters."""
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * between
+    o = tl.dot(scores.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+    from_state = tl.dot(q_tile, S.to(q_tile.dtype), input_precision=PRECISION)
+    return o + linked(enter[:, None], from_state, SEGMENTS)
+
+
+@triton.jit
+def advanced(
+    S, k_tile, v_tile, weight, through,
+    SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state on the other side of a chunk, which its tokens reach with a weight."""
+    weighted = linked(weight[:, None], k_tile, SEGMENTS).to(k_tile.dtype)
+    v_tile = reached(weight[:, None], v_tile, SEGMENTS).to(k_tile.dtype)
+    increment = tl.dot(tl.trans(weighted), v_tile, input_precision=PRECISION)
+    return linked(through, S, SEGMENTS) + increment.to(S.dtype)
 
 
 @triton.jit
@@ -278,13 +384,10 @@ def _outputs_kernel(
         mask=(n < K)[:, None] & (d < V)[None, :],
         other=0.0,
     )
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    scores = scores * mask(G, F, number, CHUNK)
-    y = tl.dot(scores.to(v_tile.dtype), v_tile, input_precision=PRECISION)
-    from_state = tl.dot(q_tile, S.to(q_tile.dtype), input_precision=PRECISION)
+    between = mask(G, F, number, CHUNK)
+    o = read(q_tile, k_tile, v_tile, S, between, enter, SEGMENTS, PRECISION)
     o_at, o_mask = rows(out, b, length, heads, h, start, d, V, CHUNK)
-    y += linked(enter[:, None], from_state, SEGMENTS)
-    tl.store(o_at, y.to(out.dtype.element_ty), mask=o_mask)
+    tl.store(o_at, o.to(out.dtype.element_ty), mask=o_mask)
 
 
 @triton.jit
@@ -325,6 +428,7 @@ def _gradients_kernel(
     dq_out, dk_out, dv_out, dg_out,
     K: tl.constexpr, V: tl.constexpr, MODES: tl.constexpr, CHUNK: tl.constexpr,
     SEGMENTS: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+    OF_VALUES: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -361,21 +465,18 @@ def _gradients_kernel(
         d_scores += tl.dot(do, tl.trans(v_tile), input_precision=PRECISION)
         dq += tl.dot(do, tl.trans(S), input_precision=PRECISION)
         dk += tl.dot(v_tile, tl.trans(dS), input_precision=PRECISION)
-        dv = tl.dot(k_tile, dS, input_precision=PRECISION)
-        dv = linked(leave[:, None], dv, SEGMENTS)
-        dv += tl.dot(tl.trans(scores).to(dtype), do, input_precision=PRECISION)
-        dv_at, dv_mask = rows(dv_out, b, length, heads, h, start, d, V, CHUNK)
-        tl.store(dv_at, dv.to(dv_out.dtype.element_ty), mask=dv_mask)
+        if OF_VALUES:
+            dv = tl.dot(k_tile, dS, input_precision=PRECISION)
+            dv = linked(leave[:, None], dv, SEGMENTS)
+            dv += tl.dot(tl.trans(scores).to(dtype), do, input_precision=PRECISION)
+            dv_at, dv_mask = rows(dv_out, b, length, heads, h, start, d, V, CHUNK)
+            tl.store(dv_at, dv.to(dv_out.dtype.element_ty), mask=dv_mask)
     dq = linked(enter[:, None], dq, SEGMENTS)
     dk = linked(leave[:, None], dk, SEGMENTS)
-    # each decay times its gradient; g of step t is in the decay from j to i where
-    # j < t <= i. Summed as that: differences of sums would lose what is small
-    i = tl.arange(0, CHUNK)
-    before = i[:, None] > i[None, :]
-    since = tl.cumsum(scores * d_scores, 0, reverse=True)
+    if MODES > 64:  # read again, for want of registers
+        q_tile = tl.load(q_at, mask=q_mask & (n < K)[None, :], other=0.0)
     entered, left = tl.sum(q_tile * dq, 1), tl.sum(k_tile * dk, 1)
-    d_g = tl.sum(tl.where(before, since + left[None, :], 0.0), 1)
-    d_g += tl.sum(tl.where(before, 0.0, entered[None, :]), 1)
+    d_g = by_decay(scores * d_scores, entered, left, CHUNK)
     # and the last step's in what is left of the state behind the chunk
     d_g += linked(through, tl.sum(tl.sum(products, 1), 0), SEGMENTS)
     d_scores = (d_scores * between).to(dtype)
@@ -388,3 +489,15 @@ def _gradients_kernel(
     t = start + tl.arange(0, CHUNK)
     g_at = dg_out + (b * length + t) * heads + h
     tl.store(g_at, d_g.to(dg_out.dtype.element_ty), mask=t < length)
+
+
+@triton.jit
+def by_decay(between, entered, left, CHUNK: tl.constexpr):
+    """The gradient of g from those of the decays between two tokens, up to a token and
+    behind it, each times its decay. g of step t is in the decay from j to i where
+    j < t <= i. Summed as that: differences of sums would lose what is small."""
+    i = tl.arange(0, CHUNK)
+    before = i[:, None] > i[None, :]
+    since = tl.cumsum(between, 0, reverse=True)
+    d_g = tl.sum(tl.where(before, since + left[None, :], 0.0), 1)
+    return d_g + tl.sum(tl.where(before, 0.0, entered[None, :]), 1)
