@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from kernels.check import __main__ as check
-from kernels.check import ahead, comparison, compiled
+from kernels.check import ahead, comparison, compiled, peers
 from kernels.check.cases import OPERATIONS, Case
 from kernels.check.targets import TARGETS
 
@@ -194,6 +194,30 @@ def test_the_page_has_a_table_for_every_file(tmp_path, instant, monkeypatch):
     assert "| 100 / 100 |" in text and ", state" not in text
     compiled.write_page(TARGETS.values(), page)
     assert page.read_text() == text
+
+
+def test_a_peer_stands_beside_the_first_backend_that_takes_the_work():
+    def shown(refused=()):
+        rows = []
+        for program in programs(H200, "chunked_scan", dtypes=[peers.DTYPE]):
+            row = program.row
+            verdict = "not taken" if row.backend in refused else "compiled"
+            size = {"triton": 2, "xla": 3}[row.backend] * 2**20
+            rows.append(
+                replace(
+                    row, verdict=verdict, arguments=size, outputs=size, temporaries=size
+                )
+            )
+        return compiled.beside_peers(rows)
+
+    works = [work for work in peers.WORK if work.op == "chunked_scan"]
+    lines = shown()
+    assert [line[:2] for line in lines] == [(w.op, w.variant) for w in works]
+    work, line = works[0], lines[0]
+    assert line[3:5] == ("2 + 2", "2 / 2 (triton)")
+    assert line[5:] == (f"{work.forward} / {work.gradient}", work.package)
+    assert {line[4] for line in shown(["triton"])} == {"3 / 3 (xla)"}
+    assert not shown(["triton", "xla"])
 
 
 def test_what_is_not_compiled_is_a_line_with_its_reason():

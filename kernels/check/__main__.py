@@ -208,6 +208,11 @@ def _compile_for(target, console, options) -> int:
     for line in compiled.table(rows):
         sheet.add_row(*line)
     console.print(sheet)
+    if beside := compiled.beside_peers(rows):
+        sheet = Table(*compiled.PEER_HEADER, title="temporaries in MiB, beside peers")
+        for line in beside:
+            sheet.add_row(*line)
+        console.print(sheet)
     for line in compiled.lines(rows):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     failed, seconds = sum(row.bad for row in rows), time.perf_counter() - start

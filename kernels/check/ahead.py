@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels import compat
-from kernels.check import certificate, conformance, machine_code
+from kernels.check import certificate, conformance, machine_code, peers
 from kernels.check.cases import OPERATIONS, Case, Operation
 from kernels.check.targets import Target
 from kernels.dispatch import OnPlatform
@@ -27,7 +27,7 @@ SIZES = {
     "tpu:v5e": ("small", "benchmark", "large"),
     "tpu:v6e": ("benchmark",),
     "gpu:h100": ("benchmark",),
-    "gpu:h200": ("small", "benchmark", "large"),
+    "gpu:h200": ("small", "benchmark", "large", "peer"),
 }
 SHORT = 100  # tokens of a small case
 LARGE = 2**31  # bytes, which one array of a large case has more than
@@ -129,7 +129,12 @@ def programs(
 
 def _cases(operation, size, dtypes, quick):
     """Of small ones every variant with every option; at benchmark size every variant
-    without, and one with; of large ones one without."""
+    without, and one with; of large ones one without; a peer's work in its dtype."""
+    if size == "peer":
+        for work in peers.WORK:
+            if work.op == operation.name and peers.DTYPE in dtypes:
+                yield Case(work.variant, peers.LENGTH), peers.DTYPE
+        return
     for dtype in dtypes[:1] if quick else dtypes:
         length = SHORT if size == "small" else operation.length
         optioned = {}
@@ -162,11 +167,16 @@ def compile_row(target: Target, program: Program) -> Row:
     """The row of a program, with a verdict."""
     operation, case, row = program.operation, program.case, program.row
     wide = row.size != "small"
+    sizes = peers.sizes(row.op, case.variant) if row.size == "peer" else {}
     try:
         forward, both, arrays = conformance.passes(
-            operation, case, row.dtype, row.backend, wide
+            operation, case, row.dtype, row.backend, wide, **sizes
         )
-        function = both if row.part == "gradient" else forward
+        function = forward
+        if row.part == "gradient":
+            # given as a model's next layer gives them
+            function = both
+            arrays = *arrays, jax.eval_shape(forward, *arrays)
         compiled, seconds = _compiled(target, function, arrays)
     except Exception as problem:
         return _refused(row, problem)
@@ -248,7 +258,7 @@ def order(row: Row) -> tuple:
     return (
         list(OPERATIONS).index(row.op),
         list(OPERATIONS[row.op].backends).index(row.backend),
-        SIZES["tpu:v5e"].index(row.size),  # which has them all
+        SIZES["gpu:h200"].index(row.size),  # which has them all
         DTYPES.index(row.dtype),
         row.case,
         PASSES.index(row.part),

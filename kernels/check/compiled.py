@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from kernels.check import ahead, certificate
+from kernels.check import ahead, certificate, peers
 from kernels.check.ahead import Program, Row
 from kernels.check.cases import OPERATIONS
 from kernels.check.targets import Target
@@ -226,6 +226,44 @@ def table(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     return [_line(key, pair) for key, pair in found.items() if len(pair) == 2]
 
 
+PEER_HEADER = (
+    "operation", "variant", "sizes", "arguments + outputs", "temporaries, ours",
+    "temporaries, theirs", "package",
+)  # fmt: skip
+
+
+def beside_peers(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """PEER_HEADER's columns of the work in `peers`, forward / with all gradients, in
+    MiB; ours by the first backend that takes it."""
+    found = {}
+    for row in rows:
+        if row.size == "peer" and row.verdict == "compiled":
+            variant = row.case.partition(", L=")[0]
+            found.setdefault((row.op, variant), {}).setdefault(row.part, row)
+    return [
+        _beside(work, *(found[work.op, work.variant][part] for part in ahead.PASSES))
+        for work in peers.WORK
+        if {*found.get((work.op, work.variant), ())} == {*ahead.PASSES}
+    ]
+
+
+def _beside(work, forward, both):
+    def mebibytes(count):
+        return f"{count / 2**20:.0f}"
+
+    sizes = " ".join(f"{name}{size}" for name, size in work.sizes.items())
+    ours = f"{mebibytes(forward.temporaries)} / {mebibytes(both.temporaries)}"
+    return (
+        work.op,
+        work.variant,
+        f"L{peers.LENGTH} {sizes}, {peers.DTYPE}",
+        f"{mebibytes(forward.arguments)} + {mebibytes(forward.outputs)}",
+        f"{ours} ({forward.backend})",
+        f"{work.forward} / {work.gradient}",
+        work.package,
+    )
+
+
 def _line(key, pair):
     forward, both = (pair[part] for part in ahead.PASSES)
     if forward.verdict == both.verdict == "not taken":
@@ -285,7 +323,17 @@ def write_page(targets: Iterable[Target], place: Path = PAGE) -> None:
 
 def _section(target, made_by, rows):
     versions = ", ".join(f"{name} {x}" for name, x in made_by.items() if x)
-    shown = table(sorted(rows, key=ahead.order))
-    body = [HEADER, ["---"] * len(HEADER), *shown]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in body)
-    return f"### {target.name}\n\n{versions}\n\n{text}\n\n"
+    rows = sorted(rows, key=ahead.order)
+    text = f"### {target.name}\n\n{versions}\n\n{_markdown(HEADER, table(rows))}\n\n"
+    if beside := beside_peers(rows):
+        text += f"{BESIDE}\n\n{_markdown(PEER_HEADER, beside)}\n\n"
+    return text
+
+
+BESIDE = """The same work by other packages, compiled ahead of time for the same device
+(`kernels/check/peers.py`): temporaries in MiB, forward / with all gradients."""
+
+
+def _markdown(header, lines):
+    body = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in body)

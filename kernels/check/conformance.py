@@ -352,9 +352,10 @@ def _wide_cases(operation, dtypes, coverage):
     return _selected(candidates, coverage, strength=1)
 
 
-def passes(operation, case, dtype, backend, wide=True):
-    """The forward pass, both passes, and the shapes of their two arguments."""
-    made = operation.shapes(case) if wide else operation.inputs(case)
+def passes(operation, case, dtype, backend, wide=True, **sizes):
+    """The forward pass, both passes, and the shapes of their two arguments. Both take
+    the gradient by the results as a third, or have ones for it."""
+    made = (operation.shapes if wide else operation.inputs)(case, **sizes)
     inputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, comparison.precision(x.dtype, dtype)),
         made,
@@ -365,9 +366,11 @@ def passes(operation, case, dtype, backend, wide=True):
     def forward(moving, fixed):
         return operation.call(**moving, **fixed, **static, backend=backend)
 
-    def both(moving, fixed):
+    def both(moving, fixed, gradients=None):
         values, pull = jax.vjp(lambda moving: forward(moving, fixed), moving)
-        return values, pull(jax.tree.map(jnp.ones_like, values))
+        if gradients is None:
+            gradients = jax.tree.map(jnp.ones_like, values)
+        return values, pull(gradients)
 
     return forward, both, (moving, fixed)
 
