@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import pairs
+from kernels import compat, pairs
 from kernels.fft_conv import windows
 
 BLOCK = 2**16  # points up to which there are no passes over rows
@@ -284,11 +284,18 @@ def _complex_matmul(matrix, X, low):
 def matmul(matrix, x, low):
     """[n, m] of every [.., n, m], in float32 or wider; per channel if [H, n, n]."""
     equation = "hkn,bhpnm->bhpkm" if matrix.ndim == 3 else "kn,...nm->...km"
+    columns = x.shape[-1]
+    if columns > 1 and compat.platform() == "gpu":
+        # XLA there joins all axes but n to one, in which it finds no tiles unless m is
+        # round
+        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -columns % 16),))
     if low:
-        return jnp.einsum(
+        y = jnp.einsum(
             equation,
             matrix.astype(jnp.bfloat16),
             x.astype(jnp.bfloat16),
             preferred_element_type=jnp.float32,
         )
-    return jnp.einsum(equation, matrix, x, precision=jax.lax.Precision.HIGHEST)
+    else:
+        y = jnp.einsum(equation, matrix, x, precision=jax.lax.Precision.HIGHEST)
+    return y[..., :columns]
