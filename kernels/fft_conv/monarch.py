@@ -285,17 +285,19 @@ def matmul(matrix, x, low):
     """[n, m] of every [.., n, m], in float32 or wider; per channel if [H, n, n]."""
     equation = "hkn,bhpnm->bhpkm" if matrix.ndim == 3 else "kn,...nm->...km"
     columns = x.shape[-1]
+    if low:
+        matrix, x = matrix.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
     if columns > 1 and compat.platform() == "gpu":
         # XLA there joins all axes but n to one, in which it finds no tiles unless m is
-        # round
+        # round. The barrier keeps it from making one product of both parts', which it
+        # would have to copy apart.
         x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -columns % 16),))
-    if low:
-        y = jnp.einsum(
-            equation,
-            matrix.astype(jnp.bfloat16),
-            x.astype(jnp.bfloat16),
-            preferred_element_type=jnp.float32,
-        )
-    else:
-        y = jnp.einsum(equation, matrix, x, precision=jax.lax.Precision.HIGHEST)
+        matrix, x = jax.lax.optimization_barrier((matrix, x))
+    y = jnp.einsum(
+        equation,
+        matrix,
+        x,
+        precision=None if low else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32 if low else None,
+    )
     return y[..., :columns]
