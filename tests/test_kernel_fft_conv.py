@@ -307,6 +307,21 @@ def test_block_convolution_of_every_order(sizes, window):
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("columns", [1, 15, 32])
+@pytest.mark.parametrize("heads", [(), (3,)], ids=str)
+def test_matrices_are_filled_up_for_a_gpu(columns, heads):
+    """To a round number of columns, of which nothing is seen."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((*heads, 5, 7)).astype(np.float32)
+    x = rng.standard_normal((2, 3, 4, 7, columns)).astype(np.float32)
+    with compat.lowering_for("gpu"):
+        y = monarch.matmul(matrix, x, low=False)
+        text = str(jax.make_jaxpr(partial(monarch.matmul, low=False))(matrix, x))
+    assert ("16]" in text) == (columns == 15)
+    heads = "h" if heads else ""
+    assert_close(y, np.einsum(f"{heads}kn,bhpnm->bhpkm", matrix, x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [2**16, 2**20], ids=str)
 def test_three_passes_over_a_long_sequence(length):

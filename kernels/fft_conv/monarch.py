@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import pairs
+from kernels import compat, pairs
 from kernels.fft_conv import windows
 
 BLOCK = 2**16  # points up to which there are no passes over rows
@@ -53,7 +53,10 @@ class Monarch:
     low: bool
 
     def plan(self, least):
-        return block_sizes(least)
+        """Of 16 points in the last step. XLA for GPUs joins what lies before a step to
+        one axis, which it finds no tiles for unless what it ends in is round."""
+        order = 2 if least <= 1024 else 3 if least <= BLOCK else 4
+        return *block_sizes(-(-least // 16), order - 1), 16
 
     def forward(self, x, plan):
         X = inner(outer(x, plan, 0, self.low), plan[1:], self.low)
@@ -281,11 +284,20 @@ def _complex_matmul(matrix, X, low):
 def matmul(matrix, x, low):
     """[n, m] of every [.., n, m], in float32 or wider; per channel if [H, n, n]."""
     equation = "hkn,bhpnm->bhpkm" if matrix.ndim == 3 else "kn,...nm->...km"
+    columns = x.shape[-1]
     if low:
-        return jnp.einsum(
-            equation,
-            matrix.astype(jnp.bfloat16),
-            x.astype(jnp.bfloat16),
-            preferred_element_type=jnp.float32,
-        )
-    return jnp.einsum(equation, matrix, x, precision=jax.lax.Precision.HIGHEST)
+        matrix, x = matrix.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
+    if columns > 1 and compat.platform() == "gpu":
+        # XLA there joins all axes but n to one, in which it finds no tiles unless m is
+        # round. The barrier keeps it from making one product of both parts', which it
+        # would have to copy apart.
+        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -columns % 16),))
+        matrix, x = jax.lax.optimization_barrier((matrix, x))
+    y = jnp.einsum(
+        equation,
+        matrix,
+        x,
+        precision=None if low else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32 if low else None,
+    )
+    return y[..., :columns]

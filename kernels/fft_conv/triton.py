@@ -20,8 +20,10 @@ def unsupported(*arguments) -> str | None:
 
 
 def largest(low):
-    """Both parts of a complex block, or float32, need as much again."""
-    return (BLOCK, BLOCK // 2) if low else (BLOCK // 4, BLOCK // 4)
+    """Both parts of a complex block need as much again. So does float32, and its
+    products are three of tf32, of both halves of every number: at twice the points they
+    spill a kilobyte per thread."""
+    return (BLOCK, BLOCK // 2) if low else (BLOCK // 8, BLOCK // 8)
 
 
 def convolve(*arguments):
@@ -29,13 +31,13 @@ def convolve(*arguments):
     return blockwise.convolve(sys.modules[__name__], *arguments)
 
 
-def _constants(x, block, low):
+def _constants(x, block):
     return {
         "COMPLEX": len(x) == 2,
         "N1": block[0],
         "N2": block[1],
         "SCALE": 1 / math.prod(block),
-        "PRECISION": "tf32x3" if x[0].dtype == jnp.float32 and not low else "ieee",
+        "PRECISION": "tf32x3" if x[0].dtype == jnp.float32 else "ieee",
         "num_warps": 8 if math.prod(block) > 1024 else 4,
     }
 
@@ -43,8 +45,9 @@ def _constants(x, block, low):
 def blocks(x, K, block, source, target, low):
     """x stands at points source[0], ... of a block of zeros; the points target[0], ...
     of the convolution come back."""
+    x = _rounded(x, low)
     batch, channels, _ = x[0].shape
-    real = jax.ShapeDtypeStruct((batch, channels, target[1]), x[0].dtype)
+    real = jax.ShapeDtypeStruct((batch, channels, target[1]), K[0].dtype)
     # the imaginary part of what has none is not written
     imaginary = real if len(x) == 2 else jax.ShapeDtypeStruct((1,), real.dtype)
     tables = blockwise.tables(block, K[0].dtype, low)
@@ -53,13 +56,14 @@ def blocks(x, K, block, source, target, low):
         (batch, channels),
         (*_both(x), *K, *tables, channels, *source, *target),
         (real, imaginary),
-        **_constants(x, block, low),
+        **_constants(x, block),
     )
     return outputs[: len(x)]
 
 
 def spectrum_gradient(x, dy, K, block, target, low):
     """sum_b conj(X) D / points of the spectra X of x and D of dy."""
+    x, dy = _rounded(x, low), _rounded(dy, low)
     batch, channels, count = x[0].shape
     shape = jax.ShapeDtypeStruct(K[0].shape, K[0].dtype)
     tables = blockwise.tables(block, K[0].dtype, low)
@@ -68,8 +72,13 @@ def spectrum_gradient(x, dy, K, block, target, low):
         (channels,),
         (*_both(x), *_both(dy), *tables, batch, channels, count, *target),
         (shape, shape),
-        **_constants(x, block, low),
+        **_constants(x, block),
     )
+
+
+def _rounded(x, low):
+    """As the kernels would first round it: half as much of it lies in memory."""
+    return tuple(part.astype(jnp.bfloat16) for part in x) if low else x
 
 
 def _both(pair):

@@ -6,10 +6,10 @@ the lanes. Where batch and channels alone cannot fill the device, time is split 
 a first pass makes what each segment adds to the state and how much of it decays, the
 linear scan joins the segments, and the second pass starts in each of them.
 
-The backward pass keeps the state at every tile of the forward pass. It walks the tiles
-backwards, makes their states again and takes several blocks of channels in each tile,
-so that the gradients of B and C are added up over channels in registers first. What is
-left of them, one partial sum per program, is added by XLA.
+The backward pass keeps the state at every second tile of the forward pass. It walks
+tiles of half the length backwards, makes their states again and takes several blocks of
+channels in each tile, so that the gradients of B and C are added up over channels in
+registers first. What is left of them, one partial sum per program, is added by XLA.
 """
 
 import math
@@ -27,6 +27,7 @@ SLOTS = 132 * 12  # warps of the forward pass that an H100 or H200 holds at once
 BACKWARD_SLOTS = 132 * 8
 BLOCKS = 8  # blocks of channels of a program of the backward pass
 SEGMENT = 64  # steps, at least: shorter ones cost more to join than they gain
+STORED = 2  # tiles of the forward pass, of which the state before the first is kept
 
 
 def unsupported(*arguments) -> str | None:
@@ -59,13 +60,11 @@ def _run(u, dt, A, B, C, skip, state, into, save):
     before = state
     if segments > 1:
         before = _joined(u, dt, rate, B, state, keep, segment, segments, constants)
-    tiles = triton.cdiv(length, tile)
+    kept = triton.cdiv(length, STORED * tile)
     shapes = [
         jax.ShapeDtypeStruct(u.shape, u.dtype),
         jax.ShapeDtypeStruct(state.shape, state.dtype),
-        jax.ShapeDtypeStruct(
-            (batch, tiles, *rate.shape) if save else (1,), state.dtype
-        ),
+        jax.ShapeDtypeStruct((batch, kept, *rate.shape) if save else (1,), state.dtype),
     ]
     y, final, starts = triton_call(
         _forward,
@@ -76,6 +75,7 @@ def _run(u, dt, A, B, C, skip, state, into, save):
         ),
         shapes,
         SAVE=save,
+        STORED=STORED * tile,
         SKIP=skip is not None,
         **constants,
     )
@@ -88,7 +88,9 @@ def _selective_scan_backward(saved, gradients):
     batch, length, channels = u.shape
     rate, keep, d_final = _prepared(A, into, d_final)
     constants = _constants(A, keep)
-    stored, width = constants["TILE"], constants["WIDTH"]
+    stored, width = STORED * constants["TILE"], constants["WIDTH"]
+    tile = max(constants["TILE"] // 2, 1)
+    between = max(stored // tile - 2, 1)
     group = min(BLOCKS, triton.cdiv(channels, width))
     groups = triton.cdiv(channels, width * group)
     segment, segments = _segments(
@@ -102,7 +104,8 @@ def _selective_scan_backward(saved, gradients):
     wide = d_final.dtype
     per_segment = jax.ShapeDtypeStruct((batch, segments, *rate.shape), wide)
     per_group = jax.ShapeDtypeStruct((batch, groups, length, A.shape[1]), wide)
-    du, ddt, dB, dC, carry, dA = triton_call(
+    inside = jax.ShapeDtypeStruct((batch, segments, between, *rate.shape), wide)
+    du, ddt, dB, dC, carry, dA, _ = triton_call(
         _backward,
         (batch * groups, segments),
         (
@@ -113,12 +116,13 @@ def _selective_scan_backward(saved, gradients):
         (
             jax.ShapeDtypeStruct(u.shape, u.dtype),
             jax.ShapeDtypeStruct(dt.shape, dt.dtype),
-            *(per_group, per_group, per_segment, per_segment),
+            *(per_group, per_group, per_segment, per_segment, inside),
         ),
         STORED=stored,
+        BETWEEN=between,
         GROUP=group,
         SKIP=skip is not None,
-        **constants | {"TILE": max(stored // 2, 1)},
+        **constants | {"TILE": tile},
     )
     return (
         *(du, ddt, dA.sum((0, 1)).T.astype(A.dtype)),
@@ -342,8 +346,8 @@ def _forward(
     u, dt, rate, B, C, skip, state, before, keep,
     length, channels, segment,
     y, final, starts,
-    SAVE: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr,
-    MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    SAVE: tl.constexpr, STORED: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
+    N: tl.constexpr, MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, WIDTH)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -366,8 +370,8 @@ def _forward(
     first = s * segment
     last = tl.minimum(first + segment, length)
     for start in range(first, last, TILE):
-        if SAVE:
-            at = (b * tl.cdiv(length, TILE) + start // TILE) * size + place
+        if SAVE and start % STORED == 0:
+            at = (b * tl.cdiv(length, STORED) + start // STORED) * size + place
             tl.store(starts + at, h, mask=state_mask)
         t_mask = start + steps < last
         row = b * length + start
@@ -393,15 +397,17 @@ def _forward(
 def _backward(
     u, dt, rate, B, C, skip, dy, d_final, after, starts, keep,
     length, channels, segment,
-    du, ddt, dB, dC, carry, dA,
-    STORED: tl.constexpr, GROUP: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
-    N: tl.constexpr, MODES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    du, ddt, dB, dC, carry, dA, inside,
+    STORED: tl.constexpr, BETWEEN: tl.constexpr, GROUP: tl.constexpr,
+    SKIP: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, MODES: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """With c = C dy and q[t] = a[t] g[t], the gradient of the state before a step:
     g = c + q[t+1], du = dt B g, da a = g (h - increment).
 
     q and dA lie in memory between the tiles, in `carry`, which ends as the gradient of
-    the state before the segment, and in `dA`.
+    the state before the segment, and in `dA`. The last of the tiles that share a stored
+    state leaves those before the tiles in between in `inside`.
     """
     groups = tl.cdiv(channels, WIDTH * GROUP)
     b = (tl.program_id(0) // groups).to(tl.int64)
@@ -413,6 +419,7 @@ def _backward(
     size = N * channels
     dtype = rate.dtype.element_ty
     base = (b * tl.num_programs(1) + s) * size
+    between = base * BETWEEN
     for block in range(0, GROUP):
         d = (group * GROUP + block) * WIDTH + tl.arange(0, WIDTH)
         state_mask = n_mask[:, None] & (d < channels)[None, :]
@@ -432,6 +439,13 @@ def _backward(
         start = first + (tiles - 1 - i) * TILE
         t_mask = start + steps < last
         row = b * length + start
+        stored = start // STORED * STORED
+        # The tiles to walk through from the stored state to this one; the others find
+        # what the last one left.
+        newest = (i == 0) | (start + TILE == stored + STORED)
+        from_stored = newest | (start == stored)
+        passed = stored if newest else start
+        left = between + ((start - stored) // TILE - 1) * size
         sum_B = tl.zeros((TILE, MODES, WIDTH), dtype)
         sum_C = tl.zeros((TILE, MODES, WIDTH), dtype)
         for block in range(0, GROUP):
@@ -441,8 +455,11 @@ def _backward(
             place = n[:, None] * channels + d[None, :]
             rates = tl.load(rate + place, mask=state_mask, other=0.0)
             at = (b * tl.cdiv(length, STORED) + start // STORED) * size + place
-            h = tl.load(starts + at, mask=state_mask, other=0.0)
-            for earlier in range(start // STORED * STORED, start, TILE):
+            if from_stored:
+                h = tl.load(starts + at, mask=state_mask, other=0.0)
+            else:
+                h = tl.load(inside + left + place, mask=state_mask, other=0.0)
+            for earlier in range(passed, start, TILE):
                 on = steps < TILE  # an earlier tile is whole
                 line = b * length + earlier
                 dts = _rows(dt, line, channels, steps, on, d, real, dtype)
@@ -451,6 +468,9 @@ def _backward(
                 decay = _decay(dts, rates, keep, line, steps, on, KEEP)
                 increment = (dts * us)[:, None, :] * Bs[:, :, None]
                 h = _step(_states(decay, increment, h, steps, KEEP), TILE - 1, steps)
+                if earlier + TILE < start:
+                    at = between + (earlier - stored) // TILE * size + place
+                    tl.store(inside + at, h, mask=state_mask)
             dts = _rows(dt, row, channels, steps, t_mask, d, real, dtype)
             us = _rows(u, row, channels, steps, t_mask, d, real, dtype)
             dys = _rows(dy, row, channels, steps, t_mask, d, real, dtype)

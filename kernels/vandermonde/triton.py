@@ -198,10 +198,12 @@ def _moments(
         index = tile * HIGH + tl.arange(0, HIGH)
         l = index[None, :] * LOW + j[:, None]
         us = tl.load(u + row + l, mask=l < length, other=0.0)
-        high_re, high_im = _power(f_re, f_im, index, at, n_mask, size, COMPLEX, DIGITS)
         sum_re = tl.sum(us[:, None, :] * w_re[:, :, None], 0)
         if COMPLEX:
             sum_im = tl.sum(us[:, None, :] * w_im[:, :, None], 0)
+        # not before the sums, whose terms fill the registers
+        high_re, high_im = _power(f_re, f_im, index, at, n_mask, size, COMPLEX, DIGITS)
+        if COMPLEX:
             if PLAIN:
                 plain_re += high_re * sum_re - high_im * sum_im
                 plain_im += high_re * sum_im + high_im * sum_re
