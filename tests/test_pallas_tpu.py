@@ -170,11 +170,12 @@ def test_small_arrays_are_several_blocks(name, small_blocks, monkeypatch):
 @pytest.mark.parametrize("name", KERNELS)
 def test_lowers_for_tpu(name, dtype, x64):
     op = operation(name)
-    case = Case(op.variants[0], 1000, True, True, True)
-    with jax.enable_x64(x64), compat.lowering_for("tpu"):
-        forward, both, shapes = passes(op, case, dtype, wide=True)
-        assert tpu_kernels(forward, shapes) == 1
-        assert tpu_kernels(both, shapes) == 2
+    for variant in {op.variants[0], KERNELS[name].variants[-1]}:
+        case = Case(variant, 1000, True, True, True)
+        with jax.enable_x64(x64), compat.lowering_for("tpu"):
+            forward, both, shapes = passes(op, case, dtype, wide=True)
+            assert tpu_kernels(forward, shapes) == 1
+            assert tpu_kernels(both, shapes) == 2
 
 
 @pytest.mark.parametrize(

@@ -371,7 +371,7 @@ class _System(NamedTuple):
         if plan.resets:
             usable = _usable(k) & _usable(v) & _usable(beta) & decays.known
             usable &= (decays.enter < 0) | _usable(_row_of(S))
-            earlier = jnp.where(decays.between < 0, 0, 1)
+            earlier = ~(decays.between < 0)
             poisoned = _any(earlier.astype(S.dtype), ~usable)
             k, v, beta, S = (isolation.finite(x) for x in (k, v, beta, S))
         among = _linked(decays.between, _dot(k, k, COLUMNS))
@@ -399,14 +399,14 @@ class _System(NamedTuple):
         def doubled(level, inverse):
             return inverse - _dot(inverse, _dot(below(level), inverse))
 
-        first = jnp.where(i == j, 1, 0).astype(A.dtype) - below(jnp.int32(0))
+        first = (i == j).astype(A.dtype) - below(jnp.int32(0))
         last = jnp.int32(CHUNK.bit_length() - 1)
         return jax.lax.fori_loop(jnp.int32(1), last, doubled, first)
 
     def pulled(self, plan, decays, inverse, u, du):
         """The gradients of beta lacking, and of A."""
         if plan.resets:
-            bad = _any(jnp.where(decays.together, 1, 0).astype(u.dtype), ~_usable(du))
+            bad = _any(decays.together.astype(u.dtype), ~_usable(du))
             du = isolation.finite(du)
         right = _dot(inverse, du, TURNED)
         if plan.resets:
@@ -418,7 +418,7 @@ class _System(NamedTuple):
 def _usable(x):
     """A column: whether every value of a row, and its square, is finite."""
     ok = jnp.abs(x) < jnp.sqrt(jnp.finfo(x.dtype).max)
-    return jnp.min(jnp.where(ok, 1.0, 0.0), 1, keepdims=True) > 0
+    return jnp.min(ok.astype(x.dtype), 1, keepdims=True) > 0
 
 
 def _row_of(x):
@@ -428,7 +428,7 @@ def _row_of(x):
 
 def _any(links, column):
     """A column: whether one of the linked tokens is True."""
-    column = jnp.broadcast_to(jnp.where(column, 1, 0), links.shape).astype(links.dtype)
+    column = jnp.broadcast_to(column.astype(links.dtype), links.shape)
     return _dot(links, column)[:, :1] > 0
 
 
