@@ -322,6 +322,18 @@ def test_matrices_are_filled_up_for_a_gpu(columns, heads):
     assert_close(y, np.einsum(f"{heads}kn,bhpnm->bhpkm", matrix, x))
 
 
+@pytest.mark.parametrize(
+    ("length", "row"), [(37, 2**15), (299, 2**15), (301, 256)], ids=str
+)
+def test_whole_tiles_on_a_tpu(length, row, monkeypatch):
+    """Other factors, and one matmul for several; computed here all the same."""
+    monkeypatch.setattr(monarch, "ROW", row)
+    inputs = inputs_for(length, {"state", *GATES})
+    with compat.lowering_for("tpu"):
+        assert monarch._sizes(2 * length)[-1] == monarch.LANES
+        check(fft_conv, inputs, "float64", "monarch")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [2**16, 2**20], ids=str)
 def test_three_passes_over_a_long_sequence(length):
@@ -355,6 +367,7 @@ CHOICES = {
     "one FFT": ((2, 4096, 3), 4096, False, "cpu", "xla", "overlap_save: K=4096 taps"),
     "short": ((1, 2**18, 3), 64, False, "cpu", "overlap_save", "K=64 taps against L=2"),
     "tpu": ((2, 4096, 3), 4096, False, "tpu", "monarch", "XLA's FFT is slow"),
+    "short, tpu": ((1, 2**18, 3), 64, False, "tpu", "monarch", "XLA's FFT is slow"),
 }
 
 

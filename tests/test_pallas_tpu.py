@@ -49,7 +49,7 @@ KERNELS = {
     "chunked_scan": Kernel(
         {"B": 2, "H": 4, "G": 2, "K": 5, "V": 3},
         ("scalar decay", "delta rule, scalar decay"),
-        {"kernels.chunked_scan.pallas_tpu": {"CHUNK": 16}},
+        {"kernels.chunked_scan.pallas_tpu": {"CHUNK": 16, "LANES": 1}},
         not_taken=("vector decay", "delta rule, vector decay"),
     ),
     "short_conv": Kernel(
@@ -170,11 +170,45 @@ def test_small_arrays_are_several_blocks(name, small_blocks, monkeypatch):
 @pytest.mark.parametrize("name", KERNELS)
 def test_lowers_for_tpu(name, dtype, x64):
     op = operation(name)
-    case = Case(op.variants[0], 1000, True, True, True)
-    with jax.enable_x64(x64), compat.lowering_for("tpu"):
-        forward, both, shapes = passes(op, case, dtype, wide=True)
-        assert tpu_kernels(forward, shapes) == 1
-        assert tpu_kernels(both, shapes) == 2
+    for variant in {op.variants[0], KERNELS[name].variants[-1]}:
+        case = Case(variant, 1000, True, True, True)
+        with jax.enable_x64(x64), compat.lowering_for("tpu"):
+            forward, both, shapes = passes(op, case, dtype, wide=True)
+            assert tpu_kernels(forward, shapes) == 1
+            assert tpu_kernels(both, shapes) == 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "lanes", "programs"),
+    [(4, 6, 2), (2, 6, 2), (1, 6, 2), (1, 3, 4), (4, 12, 1), (4, 7, 4)],
+)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param("scalar decay", marks=pytest.mark.slow),
+        "delta rule, scalar decay",
+    ],
+)
+def test_heads_of_one_program(variant, groups, lanes, programs, monkeypatch):
+    """Of one group and of several, whole groups and parts of them; in tiles of their
+    own where too many would have to be together."""
+    module = import_module("kernels.chunked_scan.pallas_tpu")
+    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "LANES", lanes)
+    monkeypatch.setattr(module, "MOST", 4 if lanes != 7 else 3)
+    sizes = {"B": 1, "H": 4, "G": groups, "K": 6 if groups == 2 else 3, "V": 3}
+    op = replace(OPERATIONS["chunked_scan"], small=sizes)
+    grids, call = [], compat.pallas_tpu_call
+
+    def recorded(kernel, *, grid, **options):
+        grids.append(grid)
+        return call(kernel, grid=grid, **options)
+
+    monkeypatch.setattr(compat, "pallas_tpu_call", recorded)
+    length = 20 + groups + lanes  # each its own: jit knows nothing of the constants
+    inputs = op.inputs(Case(variant, length, True, True))
+    check(op.call, inputs, "float64", "pallas_tpu")  # without the transition's columns
+    assert {grid[1] for grid in grids} == {programs}
 
 
 def tpu_kernels(function, shapes):
@@ -223,7 +257,7 @@ def test_long_convolution_lowers_for_tpu(dtype):
     with compat.lowering_for("tpu"):
         forward, both, shapes = passes(op, Case("gated", 1000), dtype, wide=True)
         assert tpu_kernels(forward, shapes) == 1
-        assert tpu_kernels(both, shapes) == 3
+        assert tpu_kernels(both, shapes) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
-"""On TPUs: a program walks through the chunks of a head with the state in fast memory.
+"""On TPUs: a program walks through the chunks of a few heads, their states in VMEM.
 
-For every chunk it makes u = U - W S (u = v without the delta rule), the outputs and the
-next state, and writes the state before it. The backward pass walks from the end with
-the gradient of the state, and makes all gradients of a chunk at once. Decays, cumulated
-inside chunks, and U and W of the delta rule come from XLA, see decay.py and wy.py.
+q, k, v and their gradients stay as they lie in memory, [B, L, heads x width] in their
+own dtypes: a block has whole tiles of lanes, so as many heads as fill these, and all
+that a chunk needs is widened, masked and, by the delta rule, solved in VMEM. Nothing of
+the size of v is written around the kernels.
+
+The forward pass writes, where there will be a backward one, the state before every
+chunk and the inverse of its system (I + A). The backward pass walks from the end with
+the gradient of the state, and makes all gradients of a chunk at once. Decays, one
+number per token and head, are cumulated inside chunks by XLA, see decay.py.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import blocks, compat, segments
-from kernels.chunked_scan import wy
+from kernels.chunked_scan import isolation
 
-CHUNK = 128  # steps: the width of the matrix unit
+CHUNK = 128  # steps: the width of the matrix unit, a power of two
+LANES = 128  # of a tile
+MOST = 8  # heads of a program, whose code is made for each of them
+ROWS = 8  # one value per token of a head each, see `_weights`
 
 
 def unsupported(q, v, log_decay, beta) -> str | None:
@@ -27,62 +36,106 @@ def unsupported(q, v, log_decay, beta) -> str | None:
 
 def chunked_scan(q, k, v, log_decay, beta, state, into):
     """o [B, L, H, V] and the final state; see reference.chunked_scan."""
-    batch, length, _, _ = v.shape
-    segment = None if into is None else segments.ids(into)
-    g = log_decay.astype(state.dtype)
-    W = None
-    if beta is not None:
-        v, W = wy.system(k, v, g, beta.astype(state.dtype), segment, CHUNK)
-    if segment is None:
-        segment = jnp.zeros((batch, length), jnp.int32)
+    batch, length, heads, values = v.shape
+    keys = q.shape[3]
+    if _together(q, v) > MOST:  # tiles of their own for every head
+        q, k, v = (_padded(x, 0, -x.shape[3] % LANES) for x in (q, k, v))
+        state = _padded(state, -keys % LANES, -values % LANES)
+    plan = _Plan.of(q, v, beta is not None, into is not None)
+    segment = jnp.zeros((batch, length), jnp.int32)
+    if into is not None:
+        segment = segments.ids(into)
     extra = -length % CHUNK
 
-    def padded(x, mode="constant"):
-        return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    def by_chunk(x, mode="constant"):
+        """[B, L, H] -> [B, H, C, T]"""
+        x = jnp.pad(x.astype(state.dtype), ((0, 0), (0, extra), (0, 0)), mode)
+        return x.swapaxes(1, 2).reshape(batch, x.shape[2], -1, CHUNK)
 
-    q, k, v, W = (None if x is None else padded(x).swapaxes(1, 2) for x in (q, k, v, W))
-    number = padded(segment, "edge").reshape(batch, 1, -1, CHUNK).astype(g.dtype)
-    g = padded(g).swapaxes(1, 2).reshape(batch, state.shape[1], -1, CHUNK)
-    o, final = _scan(q, k, v, W, g, number, state)
-    return o.swapaxes(1, 2)[:, :length], final
+    g, beta = (None if x is None else by_chunk(x) for x in (log_decay, beta))
+    number = by_chunk(segment[..., None], "edge")
+    q, k, v = (x.reshape(batch, length, -1) for x in (q, k, v))
+    o, final = _scan(plan, q, k, v, g, beta, number, state)
+    o = o.reshape(batch, length, heads, -1)[..., :values]
+    return o, final[..., :keys, :values]
 
 
-@jax.custom_vjp
-def _scan(q, k, U, W, g, number, state):
-    """q, k [B, G, L, K], U [B, H, L, V], W [B, H, L, K] or None, g [B, H, C, T],
-    number [B, 1, C, T] of the segments, state [B, H, K, V]; L = C T."""
-    o, final, _ = _walk(q, k, U, W, _weights(g, number), state)
+def _padded(x, rows, columns):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, columns)))
+
+
+def _together(q, v) -> int:
+    """The fewest heads that have whole tiles, of their groups too, or all."""
+    (heads, values), (groups, keys) = v.shape[2:], q.shape[2:]
+    per_group = heads // groups
+
+    def fits(count):
+        shared = max(1, count // per_group)
+        if heads % count or max(count, per_group) % min(count, per_group):
+            return False
+        whole = keys * shared % LANES == 0 or shared == groups
+        return whole and values * count % LANES == 0
+
+    return next(filter(fits, range(1, heads)), heads)
+
+
+class _Plan(NamedTuple):
+    """How heads are dealt to programs."""
+
+    length: int
+    keys: int  # of a head
+    values: int
+    heads: int  # of a program
+    groups: int  # of a program
+    parts: int  # programs with the heads of one group, where those are too many for one
+    delta_rule: bool
+    resets: bool
+
+    @classmethod
+    def of(cls, q, v, *rules) -> "_Plan":
+        (_, length, heads, values), (groups, keys) = v.shape, q.shape[2:]
+        count, per_group = _together(q, v), heads // groups
+        shared, parts = max(1, count // per_group), max(1, per_group // count)
+        return cls(length, keys, values, count, shared, parts, *rules)
+
+    @property
+    def chunks(self) -> int:
+        return pl.cdiv(self.length, CHUNK)
+
+    def group(self, head: int) -> int:
+        """Of a program's head, among its groups."""
+        return head * self.groups // self.heads
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(plan, q, k, v, g, beta, number, state):
+    """q, k [B, L, G K], v [B, L, H V], g and beta (or None) [B, H, C, T], number
+    [B, 1, C, T] of the segments, state [B, H, K, V]."""
+    o, final, *_ = _walk(plan, q, k, v, _weights(g, beta, number), state)
     return o, final
 
 
-def _forward_rule(q, k, U, W, g, number, state):
-    weights = _weights(g, number)
-    o, final, states = _walk(q, k, U, W, weights, state)
-    return (o, final), (q, k, U, W, weights, states)
+def _forward_rule(plan, q, k, v, g, beta, number, state):
+    weights = _weights(g, beta, number)
+    o, final, *saved = _walk(plan, q, k, v, weights, state, save=True)
+    return (o, final), (q, k, v, weights, saved)
 
 
-def _backward_rule(saved, cotangents):
-    q, k, U, W, weights, states = saved
-    d_out, d_final = cotangents
-    dq, dk, dU, dW, dg, d_state = _walk_back(
-        q, k, U, W, weights, states, d_out, d_final
-    )
-    batch, groups, length, modes = k.shape
-
-    def of_group(x, like):
-        x = x.reshape(batch, groups, -1, length, modes).sum(2)
-        return x.astype(like.dtype)
-
-    return of_group(dq, q), of_group(dk, k), dU, dW, dg, None, d_state
+def _backward_rule(plan, residuals, cotangents):
+    q, k, v, weights, saved = residuals
+    dq, dk, dv, d_rows, d_state = _walk_back(plan, q, k, v, weights, saved, *cotangents)
+    dq, dk = (x.sum(1).astype(q.dtype) for x in (dq, dk))
+    d_beta = d_rows[..., 1, :] if plan.delta_rule else None
+    return dq, dk, dv, d_rows[..., 0, :], d_beta, None, d_state
 
 
 _scan.defvjp(_forward_rule, _backward_rule)
 
 
-def _weights(g, number):
-    """[B, H, C, 8, T]: rows of G in two parts (see decay.scalar), segment numbers, how
+def _weights(g, beta, number):
+    """[B, H, C, ROWS, T]: G in two parts (see decay.scalar), segment numbers, how
     much of the state before a chunk reaches a token, of a token the state behind, and
-    of the state before the state behind: -1 where a reset lies between."""
+    of the state before the state behind: -1 where a reset lies between; beta."""
     unknown = jnp.isnan(g)
     # NaN reaches the rest of its segment, and no other
     latest = jax.lax.cummax(jnp.where(unknown, number, -1), 3)
@@ -98,92 +151,145 @@ def _weights(g, number):
     through = jnp.where(before == after, jnp.exp(G + F)[..., -1:], -1)
     rows = (G, F, jnp.broadcast_to(number, g.shape), enter, leave)
     rows = (*rows, jnp.broadcast_to(through, g.shape))
-    rows = jnp.stack(rows, -2)
-    return jnp.pad(rows, [(0, 0)] * 3 + [(0, 2), (0, 0)])
+    rows = jnp.stack(rows if beta is None else (*rows, beta), -2)
+    return jnp.pad(rows, [(0, 0)] * 3 + [(0, ROWS - rows.shape[-2]), (0, 0)])
 
 
-def _specs(q, U, reverse):
-    """The grid and the blocks of what has the groups' shape, the heads', one matrix
-    per chunk, one per head, and the weights."""
-    batch, heads, length, values = U.shape
-    groups, modes = q.shape[1], q.shape[-1]
-    chunks = length // CHUNK
+class _Specs(NamedTuple):
+    """The grid, and the blocks of arrays by what they have: tokens of groups, of their
+    parts, of heads; a matrix per head; a matrix per head and chunk."""
 
-    def chunk(c):
-        return chunks - 1 - c if reverse else c
+    grid: tuple[int, int, int]
+    keys: pl.BlockSpec
+    key_parts: pl.BlockSpec
+    values: pl.BlockSpec
+    state: pl.BlockSpec
+    per_chunk: object
 
-    def tokens(width, per):
+    @classmethod
+    def of(cls, plan, weights, reverse: bool) -> "_Specs":
+        batch, heads, chunks = weights.shape[:3]
+
+        def chunk(c):
+            return chunks - 1 - c if reverse else c
+
         # `//` asks for the sign, whose lowering asks a TPU that may not be there
-        return pl.BlockSpec(
-            (None, None, CHUNK, width),
-            lambda b, h, c: (b, jax.lax.div(h, jnp.int32(per)), chunk(c), 0),
+        def shared(j):
+            return jax.lax.div(j, jnp.int32(plan.parts))
+
+        def part(j):
+            return jax.lax.rem(j, jnp.int32(plan.parts))
+
+        def per_chunk(*shape):
+            return pl.BlockSpec(
+                (None, plan.heads, None, *shape), lambda b, j, c: (b, j, chunk(c), 0, 0)
+            )
+
+        width = plan.groups * plan.keys
+        return cls(
+            (batch, heads // plan.heads, chunks),
+            pl.BlockSpec(
+                (None, CHUNK, width), lambda b, j, c: (b, chunk(c), shared(j))
+            ),
+            pl.BlockSpec(
+                (None, None, CHUNK, width),
+                lambda b, j, c: (b, part(j), chunk(c), shared(j)),
+            ),
+            pl.BlockSpec(
+                (None, CHUNK, plan.heads * plan.values),
+                lambda b, j, c: (b, chunk(c), j),
+            ),
+            pl.BlockSpec(
+                (None, plan.heads, plan.keys, plan.values),
+                lambda b, j, c: (b, j, 0, 0),
+            ),
+            per_chunk,
         )
 
-    return (
-        (batch, heads, chunks),
-        tokens(modes, heads // groups),
-        tokens(modes, 1),
-        tokens(values, 1),
-        pl.BlockSpec(
-            (None, None, None, modes, values), lambda b, h, c: (b, h, chunk(c), 0, 0)
-        ),
-        pl.BlockSpec((None, None, modes, values), lambda b, h, c: (b, h, 0, 0)),
-        pl.BlockSpec(
-            (None, None, None, 8, CHUNK), lambda b, h, c: (b, h, chunk(c), 0, 0)
-        ),
-    )
+    def call(self, kernel, plan, dtype, **options):
+        return compat.pallas_tpu_call(
+            partial(kernel, plan),
+            grid=self.grid,
+            semantics=("parallel", "parallel", "arbitrary"),
+            scratch_shapes=[pltpu.VMEM((plan.heads, plan.keys, plan.values), dtype)],
+            **options,
+        )
 
 
-SEMANTICS = ("parallel", "parallel", "arbitrary")
+def _saved(plan, specs):
+    """The blocks of what the backward pass needs: states, and inverses."""
+    blocks = [specs.per_chunk(plan.keys, plan.values), specs.per_chunk(CHUNK, CHUNK)]
+    return blocks[: 1 + plan.delta_rule]
 
 
-def _walk(q, k, U, W, weights, state):
-    """o, the final state, and the state before every chunk [B, H, C, K, V]."""
-    grid, keys, per_head, values, states, matrix, rows = _specs(q, U, False)
-    shape = jax.ShapeDtypeStruct
-    delta_rule = W is not None
-    return compat.pallas_tpu_call(
-        partial(_walk_kernel, delta_rule=delta_rule),
-        grid=grid,
-        semantics=SEMANTICS,
-        in_specs=[keys, keys, values, rows, matrix] + [per_head] * delta_rule,
-        out_specs=[values, matrix, states],
-        out_shape=[
-            shape(U.shape, U.dtype),
-            shape(state.shape, state.dtype),
-            shape((*state.shape[:2], grid[2], *state.shape[2:]), state.dtype),
+def _walk(plan, q, k, v, weights, state, save=False):
+    """o and the final state, and where `save` what `_saved` says."""
+    specs, shape = _Specs.of(plan, weights, False), jax.ShapeDtypeStruct
+    per_chunk = (plan.keys, plan.values), (CHUNK, CHUNK)
+    saved = [shape((*weights.shape[:3], *size), state.dtype) for size in per_chunk]
+    count = (1 + plan.delta_rule) * save
+    return specs.call(
+        _walk_kernel,
+        plan,
+        state.dtype,
+        in_specs=[
+            specs.keys,
+            specs.keys,
+            specs.values,
+            specs.per_chunk(ROWS, CHUNK),
+            specs.state,
         ],
-        scratch_shapes=[pltpu.VMEM(state.shape[2:], state.dtype)],
-    )(q, k, U, weights, state, *[W] * delta_rule)
-
-
-def _walk_back(q, k, U, W, weights, states, d_out, d_final):
-    grid, keys, per_head, values, matrices, matrix, rows = _specs(q, U, True)
-    shape = jax.ShapeDtypeStruct
-    delta_rule = W is not None
-    dtype = states.dtype
-    batch, heads, length, _ = U.shape
-    per_token = shape((batch, heads, length, q.shape[-1]), dtype)
-    outputs = compat.pallas_tpu_call(
-        partial(_walk_back_kernel, delta_rule=delta_rule),
-        grid=grid,
-        semantics=SEMANTICS,
-        in_specs=[keys, keys, values, rows, matrices, values, matrix]
-        + [per_head] * delta_rule,
-        out_specs=[per_head, per_head, values, rows, matrix] + [per_head] * delta_rule,
+        out_specs=[specs.values, specs.state, *_saved(plan, specs)[:count]],
         out_shape=[
-            per_token,
-            per_token,
-            shape(U.shape, U.dtype),
-            shape((*grid, 8, CHUNK), dtype),
+            shape(v.shape, v.dtype),
+            shape(state.shape, state.dtype),
+            *saved[:count],
+        ],
+    )(q, k, v, weights, state)
+
+
+def _walk_back(plan, q, k, v, weights, saved, d_out, d_final):
+    """The gradients of q and k [B, parts, L, G K], of v, of g and beta [.., 2, T], and
+    of the initial state."""
+    specs, shape = _Specs.of(plan, weights, True), jax.ShapeDtypeStruct
+    dtype = weights.dtype
+    by_part = shape(
+        (q.shape[0], plan.parts, *q.shape[1:]), q.dtype if plan.parts == 1 else dtype
+    )
+    return specs.call(
+        _walk_back_kernel,
+        plan,
+        dtype,
+        in_specs=[
+            specs.keys,
+            specs.keys,
+            specs.values,
+            specs.per_chunk(ROWS, CHUNK),
+            specs.values,
+            specs.state,
+            *_saved(plan, specs),
+        ],
+        out_specs=[
+            specs.key_parts,
+            specs.key_parts,
+            specs.values,
+            specs.per_chunk(2, CHUNK),
+            specs.state,
+        ],
+        out_shape=[
+            by_part,
+            by_part,
+            shape(v.shape, v.dtype),
+            shape((*weights.shape[:3], 2, CHUNK), dtype),
             shape(d_final.shape, dtype),
-        ]
-        + [shape(W.shape, W.dtype) for _ in range(delta_rule)],
-        scratch_shapes=[pltpu.VMEM(d_final.shape[2:], dtype)],
-    )(q, k, U, weights, states, d_out, d_final, *[W] * delta_rule)
-    dq, dk, dU, d_rows, d_state, *dW = outputs
-    dW = dW[0] if dW else None
-    return dq, dk, dU, dW, d_rows[..., 0, :], d_state
+        ],
+    )(q, k, v, weights, d_out, d_final, *saved)
+
+
+# Inside a kernel, for one head.
+
+COLUMNS = ((1,), (1,))  # a @ b.T
+TURNED = ((0,), (0,))  # a.T @ b
 
 
 def _dot(a, b, contract=((1,), (0,))):
@@ -198,21 +304,44 @@ def _dot(a, b, contract=((1,), (0,))):
     )
 
 
-COLUMNS = ((1,), (1,))  # a @ b.T
-ROWS = ((0,), (0,))  # a.T @ b
+def _head(plan, chunk, ref, width, index):
+    """[T, width] of a block of tokens; 0 for those that do not exist."""
+    x = ref[:, index * width : (index + 1) * width]
+    if plan.length % CHUNK == 0:
+        return x
+    step = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(step + chunk * CHUNK < plan.length, wide, 0).astype(x.dtype)
 
 
-def _decays(rows):
-    """Between tokens [T, T], then enter, leave as columns and through as [1, 1]; -1
-    where nothing passes."""
-    G, F, number, enter, leave, through = (rows[i : i + 1] for i in range(6))
-    columns = [blocks.column(x) for x in (G, F, number, enter, leave)]
-    i = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0)
-    j = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 1)
-    linked = (i >= j) & (columns[2] == number)
-    span = (columns[0] - G) + (columns[1] - F)
-    between = jnp.where(linked, jnp.exp(jnp.where(linked, span, 0)), -1)
-    return between, columns[3], columns[4], through[:, :1]
+class _Decays(NamedTuple):
+    """Of a chunk: between tokens [T, T], of the state that enters and the one that
+    leaves as columns, from one to the other [1, 1]; -1 where nothing passes."""
+
+    between: jax.Array
+    enter: jax.Array
+    leave: jax.Array
+    through: jax.Array
+    beta: jax.Array
+    together: jax.Array  # [T, T], whether two tokens are of one segment
+    known: jax.Array  # a column, whether no decay so far was NaN
+
+    @classmethod
+    def of(cls, rows) -> "_Decays":
+        G, F, number, enter, leave, through, beta, _ = (
+            rows[i : i + 1] for i in range(ROWS)
+        )
+        columns = [blocks.column(x) for x in (G, F, number, enter, leave, beta)]
+        together = columns[2] == number
+        linked = together & (_steps(0) >= _steps(1))
+        span = (columns[0] - G) + (columns[1] - F)
+        between = jnp.where(linked, jnp.exp(jnp.where(linked, span, 0)), -1)
+        known = columns[0] == columns[0]
+        return cls(between, *columns[3:5], through[:, :1], columns[5], together, known)
+
+
+def _steps(axis):
+    return jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
 
 
 def _linked(weight, x):
@@ -225,78 +354,194 @@ def _reached(weight, x):
     return jnp.where(weight < 0, 0, x)
 
 
-def _walk_kernel(q_ref, k_ref, u_ref, rows_ref, state_ref, *refs, delta_rule):
-    w_ref, (o_ref, final_ref, states_ref, carry) = None, refs[-4:]
-    if delta_rule:
-        w_ref = refs[0]
+class _System(NamedTuple):
+    """By the delta rule u solves (I + A) u = beta lacking, where A is beta among below
+    the diagonal."""
 
-    @pl.when(pl.program_id(2) == 0)
+    among: jax.Array  # [T, T], how much of each key the tokens before hold
+    beta: jax.Array
+    lacking: jax.Array  # [T, V], v but for what the entering state recalls
+    poisoned: jax.Array | None  # a column, of resets: what u is not finite
+
+    @classmethod
+    def of(cls, plan, k, v, S, decays) -> "_System":
+        """What is not finite is taken out, to be put back into its own segment alone:
+        see isolation.py."""
+        k, v, beta, poisoned = k.astype(S.dtype), v.astype(S.dtype), decays.beta, None
+        if plan.resets:
+            usable = _usable(k) & _usable(v) & _usable(beta) & decays.known
+            usable &= (decays.enter < 0) | _usable(_row_of(S))
+            earlier = ~(decays.between < 0)
+            poisoned = _any(earlier.astype(S.dtype), ~usable)
+            k, v, beta, S = (isolation.finite(x) for x in (k, v, beta, S))
+        among = _linked(decays.between, _dot(k, k, COLUMNS))
+        lacking = v - _linked(decays.enter, _dot(k, S))
+        if plan.resets:
+            among, lacking = isolation.finite(among), isolation.finite(lacking)
+        among = jnp.where(_steps(0) > _steps(1), among, 0)
+        return cls(among, beta, lacking, poisoned)
+
+    def solved(self, inverse):
+        u = _dot(inverse, self.beta * self.lacking)
+        return u if self.poisoned is None else jnp.where(self.poisoned, jnp.nan, u)
+
+    def inverse(self):
+        """(I + A)^-1: of diagonal blocks of doubling size, where the lower left of each
+        two is -right (A's lower left) left."""
+        A = self.beta * self.among
+        i, j = _steps(0), _steps(1)
+
+        def below(level):
+            """A between two blocks of 2^level tokens that make one."""
+            same = (i >> (level + 1)) == (j >> (level + 1))
+            return jnp.where(same & ((i >> level) != (j >> level)), A, 0)
+
+        def doubled(level, inverse):
+            return inverse - _dot(inverse, _dot(below(level), inverse))
+
+        first = (i == j).astype(A.dtype) - below(jnp.int32(0))
+        last = jnp.int32(CHUNK.bit_length() - 1)
+        return jax.lax.fori_loop(jnp.int32(1), last, doubled, first)
+
+    def pulled(self, plan, decays, inverse, u, du):
+        """The gradients of beta lacking, and of A."""
+        if plan.resets:
+            bad = _any(decays.together.astype(u.dtype), ~_usable(du))
+            du = isolation.finite(du)
+        right = _dot(inverse, du, TURNED)
+        if plan.resets:
+            right = jnp.where(bad, jnp.nan, right)
+        A = -_dot(right, u, COLUMNS)
+        return right, jnp.where(_steps(0) > _steps(1), A, 0)
+
+
+def _usable(x):
+    """A column: whether every value of a row, and its square, is finite."""
+    ok = jnp.abs(x) < jnp.sqrt(jnp.finfo(x.dtype).max)
+    return jnp.min(ok.astype(x.dtype), 1, keepdims=True) > 0
+
+
+def _row_of(x):
+    """[1, columns]: of every column the largest size, NaN where there is one."""
+    return jnp.max(jnp.abs(x), 0, keepdims=True)
+
+
+def _any(links, column):
+    """A column: whether one of the linked tokens is True."""
+    column = jnp.broadcast_to(column.astype(links.dtype), links.shape)
+    return _dot(links, column)[:, :1] > 0
+
+
+def _walk_kernel(plan, q_ref, k_ref, v_ref, rows_ref, state_ref, *refs):
+    o_ref, final_ref, *saved, carry = refs
+    chunk, outputs = pl.program_id(2), []
+
+    @pl.when(chunk == 0)
     def _():
         carry[...] = state_ref[...]
 
-    S = carry[...]
-    states_ref[...] = S
-    q, k, u = q_ref[...], k_ref[...], u_ref[...]
-    between, enter, leave, through = _decays(rows_ref[...])
-    if delta_rule:
-        u = (u - _reached(enter, _dot(w_ref[...], S))).astype(k.dtype)
-    scores = _linked(between, _dot(q, k, COLUMNS)).astype(q.dtype)
-    o_ref[...] = (_dot(scores, u) + _linked(enter, _dot(q, S))).astype(o_ref.dtype)
-    increment = _dot(_linked(leave, k).astype(k.dtype), _reached(leave, u), ROWS)
-    S = _linked(through, S) + increment
-    carry[...] = S
-    final_ref[...] = S
+    for head in range(plan.heads):
+        S, kept = carry[head], []
+        group = plan.group(head)
+        q = _head(plan, chunk, q_ref, plan.keys, group)
+        k = _head(plan, chunk, k_ref, plan.keys, group)
+        u = _head(plan, chunk, v_ref, plan.values, head)
+        decays = _Decays.of(rows_ref[head])
+        if plan.delta_rule:
+            system = _System.of(plan, k, u, S, decays)
+            kept = [system.inverse()]
+            u = system.solved(*kept).astype(k.dtype)
+        for ref, x in zip(saved, [S, *kept], strict=False):
+            ref[head] = x
+        scores = _linked(decays.between, _dot(q, k, COLUMNS)).astype(q.dtype)
+        outputs.append(_dot(scores, u) + _linked(decays.enter, _dot(q, S)))
+        leaving = _linked(decays.leave, k).astype(k.dtype)
+        increment = _dot(leaving, _reached(decays.leave, u), TURNED)
+        carry[head] = _linked(decays.through, S) + increment
+    o_ref[...] = _side_by_side(outputs).astype(o_ref.dtype)
+    final_ref[...] = carry[...]
+
+
+def _side_by_side(parts):
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
 
 
 def _walk_back_kernel(
-    q_ref, k_ref, u_ref, rows_ref, states_ref, do_ref, d_final_ref, *refs, delta_rule
+    plan, q_ref, k_ref, v_ref, rows_ref, do_ref, d_final_ref, states_ref, *refs
 ):
-    w_ref = refs[0] if delta_rule else None
-    refs = refs[1:] if delta_rule else refs
-    dq_ref, dk_ref, du_ref, d_rows_ref, d_state_ref, *dw_ref, carry = refs
+    inverses, refs = refs[: plan.delta_rule], refs[plan.delta_rule :]
+    dq_ref, dk_ref, dv_ref, d_rows_ref, d_state_ref, carry = refs
+    step = pl.program_id(2)
+    chunk = plan.chunks - 1 - step
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(step == 0)
     def _():
         carry[...] = d_final_ref[...]
 
-    S, dS = states_ref[...], carry[...]
-    q, k, u = q_ref[...], k_ref[...], u_ref[...]
-    do = do_ref[...].astype(q.dtype)
-    dtype = k.dtype
-    between, enter, leave, through = _decays(rows_ref[...])
-    if delta_rule:
-        u = u - _reached(enter, _dot(w_ref[...], S))
-    u = u.astype(dtype)
-    scores = _linked(between, _dot(q, k, COLUMNS))
-    d_scores = _dot(do, u, COLUMNS)
-    du = _dot(scores.astype(dtype), do, ROWS) + _linked(leave, _dot(k, dS))
-    dq = _linked(enter, _dot(do, S, COLUMNS))
-    dk = _linked(leave, _dot(u, dS, COLUMNS))
-    # each decay times its gradient; g of step t is in the decay from j to i where
-    # j < t <= i. Summed as that: differences of sums would lose what is small
-    t = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    other = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    until = (t <= other).astype(scores.dtype)  # [t, i]
-    before = (other < t).astype(scores.dtype)  # [t, j]
-    inner = _sums(before * _dot(until, scores * d_scores))
-    entered, left = _sums(q * dq), _sums(k * dk)
-    dg = inner + _dot(entered, until, COLUMNS) + _dot(left, before, COLUMNS)
-    products = jnp.sum(S * dS, keepdims=True).reshape(1, 1)
-    dg = dg + _linked(through, products)
-    d_rows_ref[0:1, :] = dg
-    d_scores = _linked(between, d_scores).astype(dtype)
-    dq_ref[...] = dq + _dot(d_scores, k)
-    dk_ref[...] = dk + _dot(d_scores, q, ROWS)
-    du_ref[...] = du.astype(du_ref.dtype)
-    increment = _dot(_linked(enter, q).astype(dtype), _reached(enter, do), ROWS)
-    dS = _linked(through, dS) + increment
-    if delta_rule:
-        du = _reached(enter, du.astype(dtype))
-        dW = _reached(enter, -_dot(du, S, COLUMNS))
-        dw_ref[0][...] = dW.astype(dw_ref[0].dtype)
-        dS = dS - _dot(w_ref[...], du, ROWS)
-    carry[...] = dS
-    d_state_ref[...] = dS
+    d_queries, d_keys, d_values = [0] * plan.groups, [0] * plan.groups, []
+    for head in range(plan.heads):
+        S, dS, group = states_ref[head], carry[head], plan.group(head)
+        q = _head(plan, chunk, q_ref, plan.keys, group)
+        k = _head(plan, chunk, k_ref, plan.keys, group)
+        u = _head(plan, chunk, v_ref, plan.values, head)
+        do = _head(plan, chunk, do_ref, plan.values, head).astype(q.dtype)
+        dtype = k.dtype
+        decays = _Decays.of(rows_ref[head])
+        between, enter, leave = decays.between, decays.enter, decays.leave
+        if plan.delta_rule:
+            inverse = inverses[0][head]
+            system = _System.of(plan, k, u, S, decays)
+            u = system.solved(inverse)
+        wide_u, u = u, u.astype(dtype)
+        scores = _linked(between, _dot(q, k, COLUMNS))
+        d_scores = _dot(do, u, COLUMNS)
+        du = _dot(scores.astype(dtype), do, TURNED) + _linked(leave, _dot(k, dS))
+        dq = _linked(enter, _dot(do, S, COLUMNS))
+        dk = _linked(leave, _dot(u, dS, COLUMNS))
+        # each decay times its gradient
+        pairs, entered, left = scores * d_scores, _sums(q * dq), _sums(k * dk)
+        d_scores = _linked(between, d_scores).astype(dtype)
+        dk += _dot(d_scores, q, TURNED)
+        increment = _dot(_linked(enter, q).astype(dtype), _reached(enter, do), TURNED)
+        if plan.delta_rule:
+            wide_k = k.astype(S.dtype)
+            right, dA = system.pulled(plan, decays, inverse, wide_u, du)
+            d_rows_ref[head, 1:2, :] = _sums(dA * system.among) + _sums(
+                right * system.lacking
+            )
+            du = system.beta * right
+            recalled = -_linked(enter, du)
+            d_recalling = _dot(recalled, S, COLUMNS)
+            entered += _sums(wide_k * d_recalling)
+            pairs += system.beta * system.among * dA
+            d_products = _linked(between, system.beta * dA)
+            dk += d_recalling + _dot(d_products, wide_k)
+            dk += _dot(d_products, wide_k, TURNED)
+            increment += _dot(_reached(enter, wide_k), recalled, TURNED)
+        through = jnp.sum(S * dS, keepdims=True).reshape(1, 1)
+        through = _linked(decays.through, through)
+        d_rows_ref[head, 0:1, :] = _of_decays(pairs, entered, left) + through
+        d_queries[group] += dq + _dot(d_scores, k)
+        d_keys[group] += dk
+        d_values.append(du)
+        carry[head] = _linked(decays.through, dS) + increment
+    dq_ref[...] = _side_by_side(d_queries).astype(dq_ref.dtype)
+    dk_ref[...] = _side_by_side(d_keys).astype(dk_ref.dtype)
+    dv_ref[...] = _side_by_side(d_values).astype(dv_ref.dtype)
+    d_state_ref[...] = carry[...]
+
+
+def _of_decays(pairs, entered, left):
+    """The gradient of g, a row, from the decays' times these: between pairs of tokens,
+    of the state that enters, and of the one that leaves.
+
+    g of step t is in the decay from j to i where j < t <= i. Summed as that:
+    differences of sums would lose what is small.
+    """
+    until = (_steps(0) <= _steps(1)).astype(pairs.dtype)  # [t, i]
+    before = (_steps(1) < _steps(0)).astype(pairs.dtype)  # [t, j]
+    inner = _sums(before * _dot(until, pairs))
+    return inner + _dot(entered, until, COLUMNS) + _dot(left, before, COLUMNS)
 
 
 def _sums(x):

@@ -1,8 +1,9 @@
 """The delta rule on GPUs, on the kernels of triton_decay.py.
 
-With S the state before a chunk, and A and G as in wy.py, what the chunk writes is
+With S the state before a chunk and G as there, what the chunk writes is
 
     u = T beta (v - e^G k S),   T = (I + A)^-1
+    A[i, j] = beta[i] e^(G[i] - G[j]) k[i] . k[j],   j < i
 
 One kernel makes T of all chunks at once; it is all that is kept of them. The walk
 through the chunks finds u on its way, and with it for v the outputs are those of plain

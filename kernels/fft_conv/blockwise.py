@@ -1,5 +1,6 @@
 """Convolutions whose blocks are made by a kernel: transform, product and inverse
-without a way through memory.
+without a way through memory. (The one for TPUs transforms the filter too, and has its
+own way from here, see pallas_tpu.py.)
 
 Up to a backend's largest block a sequence is a matrix [n_1, n_2], and its FFT two
 matmuls with a product by twiddles between them (Monarch of order 2, see monarch.py for

@@ -1,9 +1,9 @@
 """Which form suits a call by default, in the open: `backend_report()` shows the words.
 
 Thresholds are measured on a CPU (`python -m kernels.bench --op fft_conv`). On GPUs and
-TPUs they are not: there direct and overlap-save follow the same count of operations and
-bytes, and Monarch is taken on TPUs, where XLA's FFT is slow and a matmul is not, and in
-bfloat16 on GPUs.
+TPUs they are not: there direct, and on GPUs overlap-save, follow the same count of
+operations and bytes. On TPUs whatever uses XLA's FFT is left out, which is slow to run
+and takes half a minute to compile where matmuls do not.
 """
 
 import jax.numpy as jnp
@@ -28,9 +28,12 @@ def advice(u, k, initial_state, k_reverse) -> dict[str, tuple[bool, str]]:
     low = u.dtype == jnp.bfloat16
     sizes = f"K={taps} taps against L={length}"
     pays = f"pays from L={max(LONG, SHORT * taps)}"
+    blocks = short, sizes if short else f"{sizes}, {pays}"
+    if tpu:
+        blocks = False, "XLA's FFT is slow on tpu"
     return {
         "direct": (few, sizes if few else f"{sizes}, pays up to {FEW} of either"),
-        "overlap_save": (short, sizes if short else f"{sizes}, {pays}"),
+        "overlap_save": blocks,
         "triton": (
             low,
             f"{u.dtype.name}, whose matmuls are {'fast' if low else 'not'}",

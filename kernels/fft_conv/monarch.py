@@ -30,6 +30,7 @@ from kernels.fft_conv import windows
 BLOCK = 2**16  # points up to which there are no passes over rows
 ROW = 2**15  # points of a row beyond that, unless there would be more than WIDEST rows
 WIDEST = 128
+LANES = 128  # of a TPU's tile and of its matrix unit
 
 
 def unsupported(*arguments) -> str | None:
@@ -41,7 +42,7 @@ def convolve(v, k, k_reverse, state, segment, low):
 
     def window(v, taps, start, count):
         points = windows.least(v.shape[-1], taps.shape[-1], start, count)
-        return circular(v, taps, block_sizes(points), start, count, low)
+        return circular(v, taps, _sizes(points), start, count, low)
 
     return windows.convolve(window, Monarch(low), v, k, k_reverse, state, segment)
 
@@ -53,8 +54,10 @@ class Monarch:
     low: bool
 
     def plan(self, least):
-        """Of 16 points in the last step. XLA for GPUs joins what lies before a step to
-        one axis, which it finds no tiles for unless what it ends in is round."""
+        if compat.platform() != "gpu":
+            return _sizes(least)
+        # XLA for GPUs joins what lies before a step to one axis, which it finds no
+        # tiles for unless what it ends in is round.
         order = 2 if least <= 1024 else 3 if least <= BLOCK else 4
         return *block_sizes(-(-least // 16), order - 1), 16
 
@@ -84,6 +87,19 @@ def block_sizes(points, order=None):
         sizes.append(size)
         points = -(-points // size)
     return *sizes, points
+
+
+def _sizes(points):
+    """The factors of a convolution whose matrices are the DFT's."""
+    if compat.platform() != "tpu":
+        return block_sizes(points)
+    # a last axis that is no whole tile would be padded to one in memory
+    if points > ROW:
+        rows = -(-points // ROW)
+        rows += -rows % 8
+        return rows, *_sizes(-(-points // rows))
+    side = -(-points // LANES)
+    return side + (-side % 8 if side > 8 else 0), LANES
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -179,7 +195,9 @@ def outer(x, sizes, start, low, matrix=None):
         matrix = dft(n, x.dtype, slice(0, n // 2 + 1), slice(first, last))
     else:
         matrix = tuple(part[..., first:last] for part in matrix)
-    X = tuple(matmul(part, x, low)[..., 0, :, :] for part in matrix)
+    X = tuple(
+        part[..., 0, :, :] for part in _products([[m] for m in matrix], (x,), low)
+    )
     return pairs.mul(twiddles(sizes, x.dtype, X[0].shape[-2]), X)
 
 
@@ -195,7 +213,7 @@ def outer_inverse(X, sizes, start, count, low):
     # a row that stands for its conjugate too counts twice
     twice = np.where(np.arange(rows) * 2 % n == 0, 1, 2) if rows < n else 1
     re, im = dft(n, X[0].dtype, slice(first, last), slice(0, rows), twice / n)
-    y = matmul(re, X[0], low) + matmul(im, X[1], low)
+    (y,) = _products([[re, im]], X, low)
     y = y.reshape(*y.shape[:-2], -1)
     return y[..., before : before + count]
 
@@ -274,30 +292,41 @@ def _circle(number, points, dtype, scale=1.0):
 
 def _complex_matmul(matrix, X, low):
     a, b = matrix
-    re, im = X
-    return (
-        matmul(a, re, low) - matmul(b, im, low),
-        matmul(a, im, low) + matmul(b, re, low),
+    return _products([[a, -b], [b, a]], X, low)
+
+
+def _products(matrices, X, low):
+    """sum_j matrices[i][j] X[j] for every i."""
+    if compat.platform() == "tpu":  # whose compiler takes a second for each of them
+        y = matmul(jnp.block(matrices), jnp.concatenate(X, -2), low)
+        return tuple(jnp.split(y, len(matrices), -2))
+    return tuple(
+        sum(matmul(matrix, x, low) for matrix, x in zip(row, X, strict=True))
+        for row in matrices
     )
 
 
 def matmul(matrix, x, low):
     """[n, m] of every [.., n, m], in float32 or wider; per channel if [H, n, n]."""
+    if x.shape[-1] == 1:  # a column, which would be a whole tile wide in a TPU's memory
+        equation = "bhpn,hkn->bhpk" if matrix.ndim == 3 else "...n,kn->...k"
+        return _einsum(equation, x[..., 0], matrix, low)[..., None]
     equation = "hkn,bhpnm->bhpkm" if matrix.ndim == 3 else "kn,...nm->...km"
+    if compat.platform() != "gpu":
+        return _einsum(equation, matrix, x, low)
+    # XLA there joins all axes but n to one, in which it finds no tiles unless m is
+    # round. The barrier keeps it from making one product of both parts', which it would
+    # have to copy apart.
     columns = x.shape[-1]
+    x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -columns % 16),))
     if low:
         matrix, x = matrix.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
-    if columns > 1 and compat.platform() == "gpu":
-        # XLA there joins all axes but n to one, in which it finds no tiles unless m is
-        # round. The barrier keeps it from making one product of both parts', which it
-        # would have to copy apart.
-        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, -columns % 16),))
-        matrix, x = jax.lax.optimization_barrier((matrix, x))
-    y = jnp.einsum(
-        equation,
-        matrix,
-        x,
-        precision=None if low else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32 if low else None,
-    )
-    return y[..., :columns]
+    matrix, x = jax.lax.optimization_barrier((matrix, x))
+    return _einsum(equation, matrix, x, low)[..., :columns]
+
+
+def _einsum(equation, a, b, low):
+    if low:
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,7 +1,8 @@
 """Blocks of time in order, the state of N modes x some channels in VMEM between them.
 
 A step works on [N, channels] at once; B[t] and C[t] are columns of it, so they come
-with time along the lanes. The states at the start of every block are kept: the backward
+with time along the lanes. What is as large as u is read and written in its own dtype,
+and widened in VMEM. The states at the start of every block are kept: the backward
 pass walks from the last block, makes a block's states again in VMEM and goes back over
 them. The gradients of B and C are summed over the channels of a block, then over all.
 """
@@ -16,8 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import blocks
-from kernels.blocks import TILE
-from kernels.selective_scan import wide
+from kernels.blocks import GROUP, TILE
 
 STEPS = 128  # of a block: the lanes of one tile of B and C
 STATE = 8192  # modes x channels of a block, where that is 128 channels or more
@@ -31,22 +31,25 @@ def unsupported(u, A) -> str | None:
     return blocks.unsupported(u, A)
 
 
-@wide.in_state_dtype
-def selective_scan(u, dt, A, B, C, state, into):
-    """y [B, L, D] and the final state; see reference.selective_scan."""
+def selective_scan(u, dt, A, B, C, skip, state, into):
+    """y [B, L, D] in u's dtype and the final state; see reference.selective_scan."""
     (_, length, channels), modes = u.shape, A.shape[1]
     deep = -modes % TILE
     widest = max(128, STATE // (modes + deep) // 128 * 128)
     # a sum over channels would take in what hangs over the last block
     beside = -channels % 128 if channels > widest else 0
     long = -length % STEPS
+    A, B, C = (x.astype(state.dtype) for x in (A, B, C))
     u, dt = (_padded(x, beside) for x in (u, dt))
+    if skip is not None:
+        skip = _padded(skip.astype(state.dtype)[None], beside)
     A, state = (_padded(x.swapaxes(-1, -2), beside, deep) for x in (A, state))
     B, C = (_padded(x.swapaxes(1, 2), long, deep) for x in (B, C))
-    keep = () if into is None else (blocks.rows((~into).astype(u.dtype), STEPS, 1),)
-    y, final = _solve(
-        blocks.lanes(channels + beside, widest), u, dt, A, B, C, state, keep
-    )
+    keep = None
+    if into is not None:
+        keep = blocks.rows((~into).astype(state.dtype), STEPS, 1)
+    width = blocks.lanes(channels + beside, widest)
+    y, final = _solve(width, u, dt, A, B, C, skip, state, keep)
     return y[..., :channels], final[:, :modes, :channels].swapaxes(1, 2)
 
 
@@ -57,28 +60,29 @@ def _padded(x, columns, rows=0):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(width, u, dt, A, B, C, state, keep):
-    return _run(width, u, dt, A, B, C, state, keep)
+def _solve(width, u, dt, A, B, C, skip, state, keep):
+    return _run(width, u, dt, A, B, C, skip, state, keep)
 
 
-def _solve_forward(width, u, dt, A, B, C, state, keep):
-    outputs = _run(width, u, dt, A, B, C, state, keep, save=True)
+def _solve_forward(width, u, dt, A, B, C, skip, state, keep):
+    outputs = _run(width, u, dt, A, B, C, skip, state, keep, save=True)
     *results, starts = checkpoint_name(outputs, "selective_scan")
-    return tuple(results), (u, dt, A, B, C, starts, keep)
+    return tuple(results), (u, dt, A, B, C, skip, starts, keep)
 
 
-def _run(width, u, dt, A, B, C, state, keep, save=False):
+def _run(width, u, dt, A, B, C, skip, state, keep, save=False):
     """y, the final state, and where `save` the states at the start of the blocks."""
     walk, modes = _walk(u, width, descending=False), A.shape[0]
     starts = jax.ShapeDtypeStruct((walk.batch, walk.count, *A.shape), A.dtype)
+    optional, specs, given = _optional(walk, skip, keep)
     return walk.call(
-        partial(_forward, walk, len(keep)),
+        partial(_forward, walk, given),
         in_specs=[
             *[walk.sequence()] * 2,
             walk.shared(modes),
             *[_columns(walk, modes)] * 2,
             walk.still(modes),
-            *[walk.row(STEPS)] * len(keep),
+            *specs,
         ],
         out_specs=[
             walk.sequence(),
@@ -86,17 +90,22 @@ def _run(width, u, dt, A, B, C, state, keep, save=False):
             *[_at_block(walk, modes)] * save,
         ],
         out_shape=[_like(u), _like(state), *[starts] * save],
-        scratch_shapes=[pltpu.VMEM((modes, width), A.dtype)],
-    )(u, dt, A, B, C, state, *keep)
+        scratch_shapes=[
+            pltpu.VMEM((modes, width), A.dtype),
+            *_copies(walk, A.dtype, u, dt, u),
+        ],
+    )(u, dt, A, B, C, state, *optional)
 
 
 def _solve_backward(width, saved, gradients):
-    u, dt, A, B, C, starts, keep = saved
+    u, dt, A, B, C, skip, starts, keep = saved
     walk, modes = _walk(u, width, descending=True), A.shape[0]
     parts = jax.ShapeDtypeStruct((walk.batch, walk.grid[1], *B.shape[1:]), B.dtype)
     state = _like(gradients[1])
-    du, ddt, dA, dB, dC, dstate = walk.call(
-        partial(_backward, walk, len(keep)),
+    optional, specs, given = _optional(walk, skip, keep)
+    rows = jax.ShapeDtypeStruct((walk.batch, 1, u.shape[2]), A.dtype)
+    du, ddt, dA, dB, dC, dstate, *dskip = walk.call(
+        partial(_backward, walk, given),
         in_specs=[
             *[walk.sequence()] * 2,
             walk.shared(modes),
@@ -104,28 +113,58 @@ def _solve_backward(width, saved, gradients):
             _at_block(walk, modes),
             walk.sequence(),
             walk.still(modes),
-            *[walk.row(STEPS)] * len(keep),
+            *specs,
         ],
         out_specs=[
             *[walk.sequence()] * 2,
             walk.still(modes),
             *[_partial_columns(walk, modes)] * 2,
             walk.still(modes),
+            *[walk.still(1)] * given.skip,
         ],
-        out_shape=[_like(u), _like(dt), state, parts, parts, state],
+        out_shape=[
+            _like(u),
+            _like(dt),
+            state,
+            parts,
+            parts,
+            state,
+            *[rows] * given.skip,
+        ],
         scratch_shapes=[
             pltpu.VMEM((modes, width), A.dtype),
             pltpu.VMEM((walk.steps, modes, width), A.dtype),
+            *_copies(walk, A.dtype, u, dt, u, u, dt),
         ],
-    )(u, dt, A, B, C, starts, *gradients, *keep)
-    return du, ddt, dA.sum(0), dB.sum(1), dC.sum(1), dstate, None
+    )(u, dt, A, B, C, starts, *gradients, *optional)
+    dskip = dskip[0].sum(0) if dskip else None
+    return du, ddt, dA.sum(0), dB.sum(1), dC.sum(1), dskip, dstate, None
 
 
 _solve.defvjp(_solve_forward, _solve_backward)
 
 
+class _Given(NamedTuple):
+    """Which of the arguments that may be absent a kernel has, in their order."""
+
+    skip: bool
+    keep: bool
+
+
+def _optional(walk, skip, keep):
+    given = _Given(skip is not None, keep is not None)
+    arrays = [x for x in (skip, keep) if x is not None]
+    return arrays, [walk.shared(1)] * given.skip + [walk.row(STEPS)] * given.keep, given
+
+
+def _copies(walk, dtype, *arrays):
+    """Memory for the wider copies of what is in other dtypes; see `_wide`."""
+    block = walk.steps, walk.width
+    return [pltpu.VMEM(block, dtype) for x in arrays if x.dtype != dtype]
+
+
 def _walk(u, width, descending):
-    steps = min(STEPS, u.shape[1] + -u.shape[1] % TILE)
+    steps = min(STEPS, u.shape[1] + -u.shape[1] % GROUP)
     return blocks.Walk(*u.shape, steps, width, descending)
 
 
@@ -152,8 +191,27 @@ def _at_block(walk, modes):
     )
 
 
-def _forward(walk, resets, u, dt, A, B, C, first, *rest):
-    keep, (y, final, *starts, carry) = rest[:resets], rest[resets:]
+def _wide(refs, copies, dtype):
+    """Of references those with this dtype, and copies for the others."""
+    copies = iter(copies)
+    return [ref if ref.dtype == dtype else next(copies) for ref in refs]
+
+
+def _filled(refs, copies):
+    """Copies of blocks that were read, in a wider dtype."""
+    for ref, copy in zip(refs, copies, strict=True):
+        if copy is not ref:
+            copy[...] = ref[...].astype(copy.dtype)
+
+
+def _forward(walk, given, u, dt, A, B, C, first, *rest):
+    skip, rest = rest[: given.skip], rest[given.skip :]
+    keep, (y_out, final, *rest) = rest[: given.keep], rest[given.keep :]
+    saved = len(rest) - 1 - len(_copies(walk, A.dtype, u, dt, u))
+    starts, (carry, *copies) = rest[:saved], rest[saved:]
+    narrow = u, dt, y_out
+    u, dt, y = _wide(narrow, copies, A.dtype)
+    _filled(narrow[:2], (u, dt))
     block = pl.program_id(2)
 
     @pl.when(block == 0)
@@ -171,17 +229,27 @@ def _forward(walk, resets, u, dt, A, B, C, first, *rest):
         for step in range(TILE):
             h = part.next(step, rate, h)
             sums.append(_fold(h * part.column(part.C, step)))
-        y[part.rows, :] = _row_sums(sums)
+        outputs = _row_sums(sums)
+        for ref in skip:
+            outputs += ref[...] * part.u
+        y[part.rows, :] = outputs
         return h, _turned(columns, TILE)
 
     columns = tuple(ref[...] for ref in (B, C, *keep))
     h, _ = blocks.for_each(walk.steps // TILE, tile, (carry[...], columns))
     carry[...] = h
     final[...] = h
+    _filled([y], [y_out])
 
 
-def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
-    keep, (du, ddt, dA, dB, dC, dfirst, carry, states) = rest[:resets], rest[resets:]
+def _backward(walk, given, u, dt, A, B, C, starts, dy, dfinal, *rest):
+    skip, rest = rest[: given.skip], rest[given.skip :]
+    keep, rest = rest[: given.keep], rest[given.keep :]
+    (*large, dA, dB, dC, dfirst), rest = rest[:6], rest[6:]
+    dskip, (carry, states, *copies) = rest[: given.skip], rest[given.skip :]
+    narrow = u, dt, dy, *large
+    u, dt, dy, du, ddt = _wide(narrow, copies, A.dtype)
+    _filled(narrow[:3], (u, dt, dy))
     k = pl.program_id(2)
     block, count = walk.at(k), walk.steps // TILE
 
@@ -189,6 +257,8 @@ def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
     def _():
         carry[...] = dfinal[...]
         dA[...] = jnp.zeros_like(dA)
+        for ref in dskip:
+            ref[...] = jnp.zeros_like(ref)
 
     modes = A[...]
     rate = modes * LOG2_E
@@ -227,7 +297,11 @@ def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
             dA_sum = dA_sum + change * part.row(part.dt, step)
             h = before
         dx = _row_sums(dx_sums[::-1])
-        du[part.rows, :] = dx * part.dt
+        into_u = dx * part.dt
+        for ref, gradient in zip(skip, dskip, strict=True):
+            into_u += ref[...] * dy_rows
+            gradient[...] += jnp.sum(dy_rows * part.u, 0, keepdims=True)
+        du[part.rows, :] = into_u
         ddt[part.rows, :] = dx * part.u + _row_sums(decay_sums[::-1])
         return h, through, dA_sum, dB_sum, dC_sum, columns
 
@@ -239,6 +313,7 @@ def _backward(walk, resets, u, dt, A, B, C, starts, dy, dfinal, *rest):
     dA[...] += dA_sum
     dB[...] = dB_sum
     dC[...] = dC_sum
+    _filled([du, ddt], large)
 
 
 class _Tile(NamedTuple):
