@@ -282,5 +282,4 @@ def _words(tokens, spec):
 def _names(classes, spec) -> list[str]:
     """Of classes, or of tokens that are predicted, where the data say them; else their
     numbers."""
-    names = spec.classes or (spec.symbols if spec.loss == "token" else ())
-    return [names[i] if i < len(names) else str(i) for i in classes]
+    return [spec.name(int(i)) for i in classes]
