@@ -70,14 +70,14 @@ def encoded(where: str, inputs, spec: Spec, dataset: str = OWN) -> np.ndarray:
             "numbers itself, and they must come as its batches have them, as floats"
         )
     if spec.encoder == "image":
-        return _images(where, inputs, spec)
+        return _encoded_images(where, inputs, spec)
     if spec.encoder == "token" and inputs.ndim == 3 and inputs.shape[1] == 2:
         pairs = inputs.reshape(-1, inputs.shape[2])
         return arrays.encoded(where, pairs, spec).reshape(inputs.shape)
     return arrays.encoded(where, inputs, spec)
 
 
-def _images(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
+def _encoded_images(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
     shape = (*spec.size, spec.channels)
     if inputs.shape[1:] == spec.size and spec.channels == 1:
         inputs = inputs[..., None]
