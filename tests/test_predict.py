@@ -435,6 +435,14 @@ def test_rows_of_a_table_may_differ_in_length(classes, tmp_path, capsys):
     assert "should the last one be the target" in said.err
 
 
+def test_a_table_to_be_answered_to_has_no_targets(classes, tmp_path, capsys):
+    path = tmp_path / "new.csv"
+    path.write_text("0.5,1.5,bee\n")
+    said = refused(predict.main, ["--workdir", classes, "--inputs", path], capsys)
+    assert f"{path}: row 1, column 3 is 'bee'; it must be a number: " in said
+    assert "leave that column out" in said
+
+
 BAD = {
     "channels": (dict(inputs=np.zeros((2, 4, 3))), "inputs has shape (2, 4, 3)"),
     "a NaN": (dict(inputs=np.full((2, 4), np.nan)), "every value must be finite"),
