@@ -244,9 +244,9 @@ def _classes(source: File, raw: Mapping, spec: Spec, real) -> np.ndarray:
     try:
         return source.whole("targets", targets, lowest, spec.outputs, real)[0]
     except ValueError as error:
-        cure = "leave out what is of none of them"
+        cure = "leave out sequences of other classes"
         if real is not None:
-            cure = "-1 is for tokens that are of none"
+            cure = "-1 is for a token without a class"
         order = f", in the order {_listed(spec.classes)}" if spec.classes else ""
         raise ValueError(
             f"{error}; the run has {spec.outputs} classes, numbered from 0 as in the "
