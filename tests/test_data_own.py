@@ -17,6 +17,7 @@ from configs import own as own_config
 from kernels import tolerance
 from train import data, loop, predict, records, runs
 from train.data import arrays, described, own, recordings, said, sources, tables, unseen
+from train.data.source_file import File
 from train.data.sources import Rows
 from train.data.spec import Spec
 from train.report import answers
@@ -533,7 +534,8 @@ def test_24_bits_are_read(tmp_path):
     (tmp_path / "a.wav").write_bytes(body)
     found = own.read_inputs(tmp_path / "a.wav")
     np.testing.assert_allclose(found[0], tone(), atol=SMALL)
-    assert recordings.read_all([tmp_path / "a.wav"], 0, 0).formats == ("int24 PCM",)
+    source = File(str(tmp_path), own.FILES, folders=True)
+    assert recordings.read_unlabelled(source, 0, 0).formats == ("int24 PCM",)
 
 
 def test_recordings_of_several_rates_become_one(tmp_path):

@@ -95,7 +95,7 @@ def test_several_seeds(parsed, monkeypatch, capsys, tmp_path):
 
     started = []
 
-    def run(config, workdir, profile):
+    def run(config, workdir, profile, typed):
         started.append((config.seed, str(workdir)))
         return results(config.seed)
 
@@ -116,7 +116,9 @@ def test_several_seeds(parsed, monkeypatch, capsys, tmp_path):
 def test_a_stopped_run_ends_the_row_of_seeds(parsed, monkeypatch, capsys):
     from train import loop
 
-    monkeypatch.setattr(loop, "run", lambda *_: {"step": 1, "stopped": "SIGTERM"})
+    monkeypatch.setattr(
+        loop, "run", lambda *_, typed: {"step": 1, "stopped": "SIGTERM"}
+    )
     assert main.main(parsed(f"--config={CONFIG}", "--seeds=0,1")) == 0
     assert capsys.readouterr().out.count("workdir:") == 1
 
@@ -125,7 +127,7 @@ def test_main_tests_at_several_lengths(parsed, monkeypatch, tmp_path):
     from train import evaluate, loop
 
     asked = []
-    monkeypatch.setattr(loop, "run", lambda *_: {"step": 1})
+    monkeypatch.setattr(loop, "run", lambda *_, typed: {"step": 1})
     monkeypatch.setattr(runs, "load_run", lambda workdir, trust: workdir)
     monkeypatch.setattr(evaluate, "at_lengths", lambda *words: asked.append(words))
     command = ["--config=configs/synthetic.py:induction", f"--workdir={tmp_path}"]
@@ -141,7 +143,9 @@ def test_default_workdir(parsed, monkeypatch):
     from train import loop
 
     found = []
-    monkeypatch.setattr(loop, "run", lambda _, workdir, __: found.append(workdir) or {})
+    monkeypatch.setattr(
+        loop, "run", lambda _, workdir, __, typed: found.append(workdir) or {}
+    )
     main.main(parsed("--config=configs/own.py:path=a/b c.npz"))
     assert str(found[0]) == "runs/own-path=a_b_c.npz-0"
 
@@ -253,7 +257,9 @@ def test_a_workdir_may_begin_with_the_home(parsed, monkeypatch, tmp_path):
 
     found = []
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(loop, "run", lambda _, workdir, __: found.append(workdir) or {})
+    monkeypatch.setattr(
+        loop, "run", lambda _, workdir, __, typed: found.append(workdir) or {}
+    )
     main.main(parsed(f"--config={CONFIG}", "--workdir=~/run", "--noreport"))
     assert found == [tmp_path / "run"]
 

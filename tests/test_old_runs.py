@@ -21,12 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_main
 
 from configs import common, own, pixels
 from layers.models.build import GELUS, NORMS, VQ, get
-from train import evaluate, loop, records, runs
+from train import evaluate, loop, main, records, runs
 from train.data import DATASETS
 from train.report import pages
+
+parsed = test_main.parsed
 
 RUN = Path(__file__).parent / "old_runs" / "695c40c"
 # Of the configs of that commit: the keys of `configs.common.base()`, the fields of each
@@ -86,7 +89,7 @@ def test_another_value_is_another_run(workdir):
         loop.run(config, workdir)
 
 
-def test_a_recipe_that_changed_leaves_what_began_before(tmp_path, capsys):
+def test_a_recipe_that_changed_leaves_what_began_before(tmp_path, parsed, capsys):
     """`own:` had another learning rate, and the same command must go on."""
     rng = np.random.default_rng(0)
     place = tmp_path / "my.npz"
@@ -106,6 +109,13 @@ def test_a_recipe_that_changed_leaves_what_began_before(tmp_path, capsys):
     config.optimizer.lr = 2e-3
     with pytest.raises(ValueError, match=r"optimizer.lr was 0.001, is 0.002"):
         loop.run(config, tmp_path / "run")
+    # Who types today's rate means it.
+    command = ["--config", f"own:path={place},layer=lru", f"--workdir={tmp_path}/run"]
+    command += ["--config.model.features=4", "--config.model.depth=1"]
+    command += ["--config.train.batch_size=4", "--config.train.steps=3", "--noreport"]
+    assert main.main(parsed(*command)) == 0
+    with pytest.raises(ValueError, match=r"optimizer.lr was 0.001, is 0.004"):
+        main.main(parsed(*command, f"--config.optimizer.lr={today}"))
 
 
 def test_absent_keys_are_keys_with_their_default():

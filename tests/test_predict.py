@@ -31,11 +31,11 @@ NEW = RNG.normal(size=(5, 20))
 NAMES = ["ant, red", "bee", "cow"]
 
 
-def trained(folder, head="mean", **file):
+def trained(folder, head="mean", layer="gru", **file):
     """The workdir of a run of seconds on a file, which is gone then."""
     path = folder / "my.npz"
     np.savez(path, **file)
-    config = own.get_config(f"path={path},layer=gru,head={head}")
+    config = own.get_config(f"path={path},layer={layer},head={head}")
     config.model.update(features=4, depth=1)
     config.train.update(steps=2, batch_size=8, eval_every=2, checkpoint_every=2)
     loop.run(config, folder / "run")
@@ -56,6 +56,14 @@ def tokens(tmp_path_factory):
     inputs = RNG.integers(0, 7, (N, L))
     folder = tmp_path_factory.mktemp("tokens")
     return trained(folder, "token", inputs=inputs, targets=inputs)
+
+
+@pytest.fixture(scope="module")
+def amounts(tmp_path_factory):
+    """A run that answers with two numbers per sequence."""
+    inputs = RNG.normal(size=(N, L))
+    folder = tmp_path_factory.mktemp("amounts")
+    return trained(folder, inputs=inputs, targets=inputs[:, :2])
 
 
 @pytest.fixture
@@ -245,7 +253,10 @@ def test_long_sequences_go_through_in_chunks(monkeypatch):
 @pytest.mark.slow
 def test_a_layer_says_how_long_a_call_may_be():
     run = untrained("long_conv", loss="classification")
-    message = r"\(5, 20\) cannot be answered to: .*12 taps.*; --stream reads longer"
+    message = (
+        r"\(5, 20\) cannot be answered to \(the run was trained on 12 tokens\): "
+        r".*12 taps.*; --stream reads longer"
+    )
     with pytest.raises(ValueError, match=message):
         predict.predict(run, NEW)
     stream = predict.Stream(run)
@@ -253,7 +264,7 @@ def test_a_layer_says_how_long_a_call_may_be():
     assert_close(found[L - 1], predict.predict(run, NEW[:1, :L])[0])
     assert np.isfinite(found).all()
     run = untrained("flash_butterfly", loss="classification")
-    with pytest.raises(ValueError, match=r"cannot be answered to: .*\d$|=20$"):
+    with pytest.raises(ValueError, match=r"cannot be answered to .*=20$"):
         predict.predict(run, NEW)
     with pytest.raises(ValueError, match="has no recurrent mode"):
         predict.Stream(run)
@@ -424,6 +435,14 @@ def test_rows_of_a_table_may_differ_in_length(classes, tmp_path, capsys):
     assert "should the last one be the target" in said.err
 
 
+def test_a_table_to_be_answered_to_has_no_targets(classes, tmp_path, capsys):
+    path = tmp_path / "new.csv"
+    path.write_text("0.5,1.5,bee\n")
+    said = refused(predict.main, ["--workdir", classes, "--inputs", path], capsys)
+    assert f"{path}: row 1, column 3 is 'bee'; it must be a number: " in said
+    assert "leave that column out" in said
+
+
 BAD = {
     "channels": (dict(inputs=np.zeros((2, 4, 3))), "inputs has shape (2, 4, 3)"),
     "a NaN": (dict(inputs=np.full((2, 4), np.nan)), "every value must be finite"),
@@ -489,7 +508,7 @@ def test_a_run_is_scored_on_another_file(named, tmp_path, capsys):
         (dict(inputs=NEW, targets=[0, 1, 2, 3, 0]), "targets is 3 at [3]; it must lie"),
         (
             dict(inputs=NEW, targets=NEW),
-            "targets is float64 (5, 20); it must be [n]",
+            "targets is float64 (5, 20); it must be (5,)",
         ),
         (dict(inputs=np.zeros((1, 4, 2)), targets=[0]), "inputs has shape (1, 4, 2)"),
         (dict(inputs=NEW), "targets is missing"),
@@ -501,6 +520,128 @@ def test_what_a_run_cannot_be_scored_on(named, tmp_path, capsys, arrays, message
     np.savez(path, **arrays)
     said = refused(evaluate.main, ["--workdir", named, "--data", path], capsys)
     assert str(path) in said and message in said
+
+
+NUMBERED = (
+    "the run has 3 classes, numbered from 0 as in the data that it was trained on"
+)
+WORDS = np.array(["bee"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("run", "targets", "message"),
+    [
+        (
+            "classes",
+            np.arange(5) - 1,
+            f"is -1 at [0]; .* between 0 and 2; {NUMBERED}: ",
+        ),
+        ("classes", np.arange(5.0), f"is 3.0 at [3]; .* between 0 and 2; {NUMBERED}: "),
+        ("classes", np.full(5, 0.5), f"has fractions, 0.5 at [0]; .*; {NUMBERED}: "),
+        ("classes", WORDS, "has the class 'bee'; .* have no names, only 0 to 2"),
+        (
+            "classes",
+            NEW,
+            "it must be (5,): the run answers every sequence with a class",
+        ),
+        ("named", np.arange(5), f"{NUMBERED}, in the order 'ant, red', 'bee', 'cow': "),
+        (
+            "tokens",
+            np.full((5, 20), -2),
+            "is -2 at [0, 0]; .* between -1 and 6; the run has 7 classes.*: -1 is for",
+        ),
+        (
+            "tokens",
+            np.zeros(5, int),
+            "(5, 20): the run answers every token with a class",
+        ),
+        ("amounts", WORDS, "(5, 2): the run answers every sequence with numbers"),
+        ("amounts", NEW[:, :3], "(5, 2): the run answers every sequence with numbers"),
+        (
+            "amounts",
+            np.full((5, 2), "bee"),
+            "has words; the run answers with numbers",
+        ),
+    ],
+)
+def test_targets_must_be_those_that_a_run_answers_with(
+    request, tmp_path, capsys, run, targets, message
+):
+    """What it says is about the run, not about how one would be trained."""
+    path = tmp_path / "new.npz"
+    inputs = np.zeros((5, 20), int) if run == "tokens" else NEW
+    np.savez(path, inputs=inputs, targets=targets)
+    workdir = request.getfixturevalue(run)
+    said = refused(evaluate.main, ["--workdir", workdir, "--data", path], capsys)
+    parts = [re.escape(part) for part in message.split(".*")]
+    assert re.search(f"{re.escape(str(path))}: targets .*{'.*'.join(parts)}", said)
+    assert "data.loss" not in said and "--config" not in said
+
+
+def test_numbers_are_not_taken_for_names_that_are_numbers(named, tmp_path, capsys):
+    """1 may be the first class of 1 and 2, or the second: what it is must be said."""
+    found = json.loads((named / records.DATA).read_text())
+    found["spec"].update(classes=["1", "2", "3"])
+    (named / records.DATA).write_text(json.dumps(found))
+    path, targets = tmp_path / "new.npz", np.array([1, 2, 1, 2, 1])
+    command = ["--workdir", str(named), "--data", str(path)]
+    np.savez(path, inputs=NEW, targets=targets)
+    said = refused(evaluate.main, command, capsys)
+    assert "the run's classes, '1', '2', '3', are numbers too" in said
+    run = runs.load_run(named)
+
+    def numbers():
+        rows = evaluate.on_file(run, path).dataset.sources["test"]
+        return [int(rows[i]["targets"]) for i in range(5)]
+
+    np.savez(path, inputs=NEW, targets=targets.astype(str))
+    assert numbers() == [0, 1, 0, 1, 0]
+    np.savez(path, inputs=NEW, targets=targets, class_names=["3", "2", "1"])
+    assert numbers() == [1, 0, 1, 0, 1]
+
+
+def test_a_split_that_is_none_is_refused(named, tmp_path, capsys):
+    path = tmp_path / "new.npz"
+    np.savez(path, inputs=NEW, targets=np.zeros(5, int), split=["test"] * 4 + ["tset"])
+    said = refused(evaluate.main, ["--workdir", named, "--data", path], capsys)
+    assert f"{path}: split is " in said and "'tset'; it must be" in said
+
+
+def test_recordings_of_one_class_are_scored(named, tmp_path, capsys):
+    """To train on them would be in vain; and a cure is one that the command has."""
+    folder = tmp_path / "wav"
+    command = ["--workdir", str(named), "--data", str(folder)]
+    folder.mkdir()
+    said = refused(evaluate.main, command, capsys)
+    assert "--data must be a file, or a folder of .wav files, got the folder" in said
+    for name in ("bee_1", "bee_2"):
+        wavfile.write(folder / f"{name}.wav", 8000, NEW[0].astype(np.float32))
+    assert evaluate.main(command) == 0
+    assert "accuracy" in json.loads(capsys.readouterr().out)
+    (folder / "bee_2.wav").rename(folder / "bee.wav")
+    said = refused(evaluate.main, command, capsys)
+    assert "has no label: its name must begin with the class" in said
+    (folder / "cow").mkdir()
+    (folder / "bee.wav").rename(folder / "cow" / "1.wav")
+    other = refused(evaluate.main, command, capsys)
+    assert "lies in no folder, but" in other
+    assert "--config" not in said + other
+
+
+def test_sequences_that_are_too_long_for_a_run(tmp_path, capsys):
+    workdir = trained(
+        tmp_path,
+        layer="hyena",
+        inputs=RNG.normal(size=(N, L)),
+        targets=np.arange(N) % K,
+    )
+    path = tmp_path / "new.npz"
+    np.savez(path, inputs=NEW, targets=np.zeros(5, int))
+    for main, flag in ((predict.main, "--inputs"), (evaluate.main, "--data")):
+        said = refused(main, ["--workdir", workdir, flag, path], capsys)
+        assert "cannot be answered to (the run was trained on 12 tokens)" in said
+        assert "20 tokens of the call" in said
+    assert str(path) in said
 
 
 def test_a_class_that_a_run_does_not_know(named, tmp_path, capsys):

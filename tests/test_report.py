@@ -117,6 +117,20 @@ class Gated(nn.Module):
         return jnp.zeros((batch_size, self.features))
 
 
+class Skip(nn.Module):
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, sequence=None, train=False):
+        gain = self.param("gain", nn.initializers.ones, (self.features,))
+        return gain * x, self.init_state(len(x)) if state is None else state
+
+    @nn.nowrap
+    def init_state(self, batch_size):
+        return jnp.zeros((batch_size, 1))
+
+
 class Shown(Gated):
     def values(self, x):
         return expose(self, "values", x)
@@ -761,6 +775,43 @@ def test_a_layer_that_is_bent_has_filters_and_the_page_says_that_they_are_not_al
         "Not linear, so that other inputs are answered otherwise: block 1, GRU."
         in (page.text["filters"])
     )
+
+
+def test_a_linear_layer_that_tells_other_tokens_nothing_has_flat_filters(
+    waves, tmp_path
+):
+    """They are all that there is to know of it: nothing in it depends on the input."""
+    page = reported(waves, ("my_gates.Skip",), tmp_path)
+    assert "block 1, Skip: trained" in page.text["filters"]
+    assert "Not linear" not in page.text["filters"]
+    assert "mixing" not in page.sections()
+    run = runs.load_run(tmp_path / "run", trust=True)
+    stages = {"trained": run.variables}
+    (block,) = probe.blocks(run.model, stages, run.spec.length)
+    assert block.silent() and mixing.kinds(run) == {}
+
+
+def test_a_page_of_a_layer_that_broke_says_so(digits):
+    run, workdir = runs.load_run(digits), runs.read(digits)
+    stack = run.variables["params"]["stack"]
+    mixer = stack["repeated"]["block_0"]["mixer"]
+
+    def broken(path, leaf):
+        """The second block's mixer is NaN."""
+        where = jax.tree_util.keystr(path)
+        return leaf.at[1].set(np.nan) if "mixer" in where else leaf
+
+    assert all(len(leaf) == 2 for leaf in jax.tree.leaves(mixer))
+    variables = jax.tree.map(jnp.asarray, run.variables)
+    variables = jax.tree_util.tree_map_with_path(broken, variables)
+    run = dataclasses.replace(run, variables=variables)
+    found = {name: content for name, _, content in inside.sections(workdir, run, {})}
+    assert "block 2, LRU: answers with what is not finite" in found["filters"]
+    assert "block 1, LRU: trained" in found["filters"]
+    assert "block 2, LRU: trained" not in found["filters"]
+    assert "Not linear" not in found["filters"] and not found["mixing"]
+    (row,) = re.findall(r"<tr><th[^>]*>block 2, LRU</th>.*</tr>", found["spectra"])
+    assert row.count("<td>\N{EN DASH}</td>") == 4
 
 
 def test_regressed_values_are_shown():

@@ -40,7 +40,7 @@ pytest.importorskip("triton", reason="not installed: pip install -e '.[test]'")
 SWITCHES = ("initial_state", "reset", "reverse")
 
 
-class Case(NamedTuple):
+class Arguments(NamedTuple):
     """Arrays in float64, rounded to `dtype`, and the other arguments."""
 
     inputs: dict
@@ -64,7 +64,7 @@ class Kernel(NamedTuple):
     """
 
     call: Callable
-    cases: Callable[[bool], Iterator[Case]]
+    cases: Callable[[bool], Iterator[Arguments]]
     sizes: dict[str, dict]
     small: dict[str, dict] = {}  # noqa: RUF012  nobody changes it
 
@@ -75,7 +75,7 @@ def made(name, number, variant, length, sizes) -> dict:
     return OPERATIONS[name].make(rng, variant, length, sizes)
 
 
-def switched(inputs, full, static) -> Iterator[Case]:
+def switched(inputs, full, static) -> Iterator[Arguments]:
     """Cases of each of these dicts of arrays, with initial state, reset and reverse on
     and off where they exist.
 
@@ -96,15 +96,15 @@ def switched(inputs, full, static) -> Iterator[Case]:
         for choice, dtype in choices:
             wanted = dict(zip(SWITCHES, choice, strict=True))
             chosen = {k: x for k, x in arrays.items() if wanted.get(k, True)}
-            yield Case(chosen, {**static, "reverse": wanted["reverse"]}, dtype)
+            yield Arguments(chosen, {**static, "reverse": wanted["reverse"]}, dtype)
 
 
-def plain(inputs, full, static=lambda length: {}) -> Iterator[Case]:
+def plain(inputs, full, static=lambda length: {}) -> Iterator[Arguments]:
     """Cases of each of these (length, dict of arrays); if `full`, the first in float32
     too."""
     for number, (length, arrays) in enumerate(inputs):
         for dtype in ("float64", "float32") if full and number == 0 else ("float64",):
-            yield Case(arrays, static(length), dtype)
+            yield Arguments(arrays, static(length), dtype)
 
 
 TRANSITION = {"return_transition": True}

@@ -204,7 +204,42 @@ def on_file(run: runs.Run, path: str | Path) -> runs.Run:
     trained = run.config.data
     keys = {key: trained[key] for key in own.Options._fields if key in trained}
     options = own.Options(**keys) if trained.name == unseen.OWN else unseen.EVERY
-    return run.on(unseen.labelled(path, run.spec, trained.name, per_token, options))
+    dataset = unseen.labelled(path, run.spec, trained.name, per_token, options)
+    split = next(iter(dataset.sources))
+    batch = next(iter(dataset.evaluation(split, 1)))
+    sequence = Sequence(batch["mask"], batch.get("reset"), batch.get("dt"))
+    check_call(run, f"{path}: inputs", run.model.apply, batch["inputs"], sequence)
+    return run.on(dataset)
+
+
+def check_call(
+    run: runs.Run,
+    where: str,
+    answer: Callable,
+    inputs: np.ndarray,
+    sequence: Sequence,
+    cure: str = "",
+) -> None:
+    """Raises a `ValueError` for inputs that the run's model refuses, such as those that
+    are too long for it, before any are read.
+
+    Args:
+        run: that is asked.
+        where: what the message begins with.
+        answer: (variables, inputs, state, sequence) -> answers, state.
+        inputs, sequence: what is to be answered to.
+        cure: what ends the message where they are longer than in training.
+    """
+    try:
+        jax.eval_shape(answer, run.variables, inputs, None, sequence)
+    except ValueError as problem:
+        longer = ""
+        if inputs.shape[1] > run.spec.length:
+            longer = f" (the run was trained on {run.spec.length:,} tokens)"
+        raise ValueError(
+            f"{where} of shape {inputs.shape} cannot be answered to{longer}: {problem}"
+            f"{longer and cure}"
+        ) from problem
 
 
 def parse_times(text: str) -> tuple[int, ...]:

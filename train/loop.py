@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -39,6 +40,7 @@ def run(
     workdir: str | Path,
     profile: bool = False,
     model: nn.Module | None = None,
+    typed: Collection[str] = (),
 ) -> dict:
     """Trains what `config` says in `workdir`, or goes on with what was begun there.
 
@@ -49,6 +51,8 @@ def run(
         profile: also writes a trace of five steps, or of as many as there are, to
             workdir/profile.
         model: instead of `build(config.model)`.
+        typed: keys of the config that somebody set: what began before one of today's
+            defaults goes on with its own, but not where that default was asked for.
 
     Returns:
         What results.json holds; {"step", "stopped"} if a signal ended the run early.
@@ -62,14 +66,14 @@ def run(
     settings.check_types(config)
     with stop_signals() as stop:
         stop.nothing_to_save("setting up")
-        return _run(config, Path(workdir).absolute(), profile, model, stop)
+        return _run(config, Path(workdir).absolute(), profile, model, typed, stop)
 
 
-def _run(config, workdir, profile, model, stop) -> dict:
+def _run(config, workdir, profile, model, typed, stop) -> dict:
     dataset = data.load(config.data)
     begun_with = records.saved(workdir, "optimizer.warmup")
     config = resolve.complete(config, dataset.spec, begun_with)
-    config = records.continued(workdir, config)
+    config = records.continued(workdir, config, typed)
     mesh = sharding.make_mesh(config)
     resolve.check(config, mesh)
     model = build(config.model) if model is None else model

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     times = () if LENGTHS.value is None else evaluate.parse_times(LENGTHS.value)
     for n in times:  # now, not after hours
         data.stretched(CONFIG.value.data, n)
-    outcomes = {}
+    outcomes, typed = {}, config_flags.get_override_values(flags.FLAGS["config"])
     for seed in seeds:
         config = CONFIG.value.copy_and_resolve_references()
         config.seed = seed
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
             if os.path.exists(path) and not os.path.isdir(path):
                 raise ValueError(f"--workdir must be a folder, got the file {path}")
         print(f"workdir: {workdir}", flush=True)
-        outcomes[seed] = loop.run(config, workdir, PROFILE.value)
+        outcomes[seed] = loop.run(config, workdir, PROFILE.value, typed=[*typed])
         if "stopped" in outcomes[seed]:
             return 0
         if times:

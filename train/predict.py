@@ -58,7 +58,7 @@ from ssm.sequence import Sequence
 from train import files, settings
 from train.data import cast, unseen
 from train.data.targets import LOSSES
-from train.evaluate import PROBLEMS, add_trust
+from train.evaluate import PROBLEMS, add_trust, check_call
 from train.runs import Run, load_run
 
 STDIN = "-"
@@ -218,9 +218,12 @@ def _in_batches(
     tokens = math.prod(inputs.shape[1 : 3 if several else 2])
     most = run.config.train.batch_size * run.spec.length * (1 + pairs)
     rows = min(batch or max(1, most // tokens), len(inputs))
-    _check_length(run, inputs[:rows], {k: v[:rows] for k, v in companions.items()})
-    in_chunks = not several and tokens > CHUNK and has_state(run.model)
+    sequence = Sequence(**{k: v[:rows] for k, v in companions.items()})
+    cure = "; --stream reads longer ones, as far as its state remembers"
+    cure = cure if has_state(run.model) else ""
     answer = _answering(run)
+    check_call(run, "inputs", answer, inputs[:rows], sequence, cure)
+    in_chunks = not several and tokens > CHUNK and has_state(run.model)
     for start in range(0, len(inputs), rows):
         there = np.minimum(np.arange(start, start + rows), len(inputs) - 1)
         part = inputs[there], {k: v[there] for k, v in companions.items()}
@@ -257,21 +260,6 @@ def _chunked(run: Run, answer: Callable, inputs, companions) -> np.ndarray:
     return np.asarray(y)
 
 
-def _check_length(run: Run, inputs, companions) -> None:
-    """Raises a `ValueError` for a call that the model refuses, before it is made."""
-    try:
-        jax.eval_shape(
-            _answering(run), run.variables, inputs, None, Sequence(**companions)
-        )
-    except ValueError as problem:
-        cure = ""
-        if inputs.shape[1] > run.spec.length and has_state(run.model):
-            cure = "; --stream reads longer ones, as far as its state remembers"
-        raise ValueError(
-            f"inputs of shape {inputs.shape} cannot be answered to: {problem}{cure}"
-        ) from problem
-
-
 class Table:
     """The lines of answers, as CSV.
 
@@ -300,7 +288,7 @@ class Table:
             values = [str(value) for value in answer]
         else:
             number = int(answer.argmax())
-            values = [number, self._label(number), f"{answer[number]:.6g}"]
+            values = [number, self._spec.name(number), f"{answer[number]:.6g}"]
         places = [index, token] if self._per_token else [index]
         names = [self._names[index]] if self._names else []
         self._writer.writerow([*places, *values, *names])
@@ -308,11 +296,6 @@ class Table:
 
     def flush(self) -> None:
         self._file.flush()
-
-    def _label(self, number: int) -> str:
-        spec = self._spec
-        names = spec.classes or (spec.symbols if spec.loss == "token" else ())
-        return names[number] if number < len(names) else str(number)
 
 
 def write_answers(run: Run, given: unseen.Unseen, table: Table, batch: int = 0) -> None:

@@ -58,6 +58,10 @@ class Block(NamedTuple):
             for response in self.responses.values()
         )
 
+    def finite(self) -> bool:
+        """Whether all that it answers with are numbers, at every stage."""
+        return all(np.isfinite(r.memory).all() for r in self.responses.values())
+
     def has_spectrum(self) -> bool:
         """Whether its layer has eigenvalues."""
         spectra = (response.log_a for response in self.responses.values())

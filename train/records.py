@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -145,22 +145,24 @@ def saved(workdir: Path, key: str):
     return flat(read_config(workdir).to_dict()).get(key)
 
 
-def continued(workdir: Path, config: ConfigDict) -> ConfigDict:
+def continued(
+    workdir: Path, config: ConfigDict, typed: Collection[str] = ()
+) -> ConfigDict:
     """`config` as an older run in `workdir` understands it: keys that its config.json
     lacks take their meaning in ABSENT, unless they are not at today's default, and
-    those of OWN_RECIPE what they were."""
+    those of OWN_RECIPE what they were. What was `typed` means what it says."""
     if not (checkpoint.steps(workdir) and (workdir / CONFIG).exists()):
         return config
     old, now = (flat(c.to_dict()) for c in (_read(workdir), _plain(config)))
     config = config.copy_and_resolve_references()
     for key, (meaning, default) in _absent(config).items():
-        if key not in old and now.get(key) == default != meaning:
+        if key not in {*old, *typed} and now.get(key) == default != meaning:
             _set(config, key, meaning)
             print(f"{workdir} began before there was {key}: it keeps {meaning!r}")
     name = config.data.get("name")
     if name == "arrays" or name not in data.DATASETS:
         for key, (then, today) in OWN_RECIPE.items():
-            if (old.get(key), now.get(key)) == (then, today):
+            if key not in typed and (old.get(key), now.get(key)) == (then, today):
                 _set(config, key, then)
                 print(f"{workdir} began with {key} = {then}: it keeps that")
     return config

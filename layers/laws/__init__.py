@@ -37,14 +37,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kernels.tolerance import error, limit
 from layers import contract
 from layers.facts import L
-from layers.laws.case import (
+from layers.laws.trial import (
     B,
     Broken,
-    Case,
     Equal,
     NotApplicable,
     Remark,
     Result,
+    Trial,
     at,
     jit,
     measured,
@@ -53,7 +53,7 @@ from layers.laws.case import (
 )
 from ssm.sequence import Sequence
 
-__all__ = ["LAWS", "Case", "Finding", "examine", "worst"]
+__all__ = ["LAWS", "Finding", "Trial", "examine", "worst"]
 
 
 class Finding(NamedTuple):
@@ -76,33 +76,35 @@ class Finding(NamedTuple):
 Yields = Iterator[Equal | Remark]
 
 
-def modes(case: Case) -> Yields:
+def modes(trial: Trial) -> Yields:
     """One call equals pieces equals single tokens: outputs and final state."""
-    case.needs("state")
-    one_call = case(case.x, case.state)
-    p = case.piece
-    sizes = [p, 1, p, *[1] * (case.length - 2 * p - 1)]
-    ones = [1] * case.length
-    yield Equal("pieces", case.in_pieces(sizes, case.x, case.state), one_call)
-    yield Equal("single tokens", case.in_pieces(ones, case.x, case.state), one_call)
-    yield Equal("no state and a fresh one", case(case.x), case(case.x, case.initial()))
+    trial.needs("state")
+    one_call = trial(trial.x, trial.state)
+    p = trial.piece
+    sizes = [p, 1, p, *[1] * (trial.length - 2 * p - 1)]
+    ones = [1] * trial.length
+    yield Equal("pieces", trial.in_pieces(sizes, trial.x, trial.state), one_call)
+    yield Equal("single tokens", trial.in_pieces(ones, trial.x, trial.state), one_call)
+    yield Equal(
+        "no state and a fresh one", trial(trial.x), trial(trial.x, trial.initial())
+    )
 
 
-def mode_gradients(case: Case) -> Yields:
+def mode_gradients(trial: Trial) -> Yields:
     """Without a state and with a fresh one the gradients are the same; those through
     pieces are the law of `lax.scan`."""
-    case.needs("state")
-    _, fresh = case.gradients(case.whole, case.x, None)
-    _, started = case.gradients(case.whole, case.x, case.initial())
+    trial.needs("state")
+    _, fresh = trial.gradients(trial.whole, trial.x, None)
+    _, started = trial.gradients(trial.whole, trial.x, trial.initial())
     yield Equal("no state", fresh[:2], started[:2], "gradient")
 
 
-def causality(case: Case) -> Yields:
+def causality(trial: Trial) -> Yields:
     """Later inputs do not change earlier outputs."""
-    case.needs("state")
-    t = case.length // 2
-    changed = case.x.at[:, t:].add(1.0)
-    actual, expected = case(changed), case(case.x)
+    trial.needs("state")
+    t = trial.length // 2
+    changed = trial.x.at[:, t:].add(1.0)
+    actual, expected = trial(changed), trial(trial.x)
     yield Equal(
         f"tokens from {t} on changed",
         Result(actual.output[:, :t], None),
@@ -120,16 +122,16 @@ PADDINGS = {
 EXTRA = 4  # masked tokens
 
 
-def _paddings(case):
+def _paddings(trial):
     """x with NaN in masked places, its mask and the real places [B, L], three times:
     the rows are padded in three ways, by turns."""
-    total = case.length + EXTRA
+    total = trial.length + EXTRA
     for turn in range(B):
         ways = [list(PADDINGS.values())[(row + turn) % 3] for row in range(B)]
-        keep = np.stack([way(case.length, total) for way in ways])
+        keep = np.stack([way(trial.length, total) for way in ways])
         places = np.stack([np.flatnonzero(row) for row in keep])
-        x = jnp.full((B, total, *case.x.shape[2:]), jnp.nan)
-        x = x.at[np.arange(B)[:, None], places].set(case.x)
+        x = jnp.full((B, total, *trial.x.shape[2:]), jnp.nan)
+        x = x.at[np.arange(B)[:, None], places].set(trial.x)
         yield x, jnp.asarray(keep), jnp.asarray(places)
 
 
@@ -141,62 +143,62 @@ def _hidden_is_zero(subject, values, mask):
         raise Broken(f"{subject} is not 0 at a masked token: row {row}, token {token}")
 
 
-def padding(case: Case) -> Yields:
+def padding(trial: Trial) -> Yields:
     """Masked tokens, even NaN, change nothing, left, right and inside: outputs and
     final state; their outputs are exactly 0."""
-    case.needs("mask")
-    for x, mask, places in _paddings(case):
-        for state in [None] if case.state is None else [None, case.state]:
-            y, final = case(x, state, Sequence(mask=mask))
+    trial.needs("mask")
+    for x, mask, places in _paddings(trial):
+        for state in [None] if trial.state is None else [None, trial.state]:
+            y, final = trial(x, state, Sequence(mask=mask))
             _hidden_is_zero("the output", y, mask)
             actual = Result(at(y, places), final)
-            yield Equal("NaN in masked tokens", actual, case(case.x, state))
+            yield Equal("NaN in masked tokens", actual, trial(trial.x, state))
 
 
-def padding_gradients(case: Case) -> Yields:
+def padding_gradients(trial: Trial) -> Yields:
     """Gradients ignore masked tokens (in train mode)."""
-    case.needs("mask")
-    _, expected = case.gradients(case.whole, case.x, case.state)
-    for x, mask, places in _paddings(case):
-        _, actual = case.gradients(case.padded, x, case.state, mask, places)
+    trial.needs("mask")
+    _, expected = trial.gradients(trial.whole, trial.x, trial.state)
+    for x, mask, places in _paddings(trial):
+        _, actual = trial.gradients(trial.padded, x, trial.state, mask, places)
         _hidden_is_zero("the gradient", actual.input, mask)
         actual = actual._replace(input=at(actual.input, places))
         yield Equal("NaN in masked tokens", actual, expected, "gradient")
 
 
-def _documents(case):
+def _documents(trial):
     """Two documents of `piece` tokens in every row, all other tokens alone: their
     starts [B, 2] and the resets [B, L]."""
-    p, last = case.piece, case.length - case.piece
+    p, last = trial.piece, trial.length - trial.piece
     starts = np.asarray([[0, p], [p // 2, last - 1], [1, last]])
-    reset = np.ones((B, case.length), bool)
+    reset = np.ones((B, trial.length), bool)
     for row, pair in enumerate(starts):
         for start in pair:
             reset[row, start + 1 : start + p] = False
     return starts, jnp.asarray(reset)
 
 
-def packing(case: Case) -> Yields:
+def packing(trial: Trial) -> Yields:
     """Documents packed with resets, in every row its own, equal separate calls: outputs
     and final state."""
-    case.needs("reset")
-    starts, reset = _documents(case)
-    alone = case.tokens()
-    output = alone.output.reshape(case.x.shape)
-    ends = jnp.arange(1, B + 1) * case.length - 1
+    trial.needs("reset")
+    starts, reset = _documents(trial)
+    alone = trial.tokens()
+    output = alone.output.reshape(trial.x.shape)
+    ends = jnp.arange(1, B + 1) * trial.length - 1
     final = jax.tree.map(lambda s: s[ends], alone.state)
     rows = np.arange(B)[:, None]
     for start in starts.T:
-        places = start[:, None] + np.arange(case.piece)
-        document = case(at(case.x, places))
+        places = start[:, None] + np.arange(trial.piece)
+        document = trial(at(trial.x, places))
         output = output.at[rows, places].set(document.output)
-        at_end = start + case.piece == case.length
+        at_end = start + trial.piece == trial.length
         final = jax.tree.map(
             lambda old, new, rows=at_end: jnp.where(_along(rows, old), new, old),
             final,
             document.state,
         )
-    actual = case(case.x, case.state, Sequence(reset=reset))
+    actual = trial(trial.x, trial.state, Sequence(reset=reset))
     yield Equal("documents", actual, Result(output, final))
 
 
@@ -205,88 +207,88 @@ def _along(rows, leaf):
     return jnp.asarray(rows).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
-def packing_gradients(case: Case) -> Yields:
+def packing_gradients(trial: Trial) -> Yields:
     """No gradient crosses a reset: it is the sum of the gradients of what is before and
     what is behind it, each alone."""
-    case.needs("reset", "mask")
-    cuts = np.asarray([case.piece, case.length // 2, case.length // 4])[:, None]
-    reset = jnp.asarray(np.arange(case.length) == cuts)
+    trial.needs("reset", "mask")
+    cuts = np.asarray([trial.piece, trial.length // 2, trial.length // 4])[:, None]
+    reset = jnp.asarray(np.arange(trial.length) == cuts)
 
     def packed(variables, x, state, reset):
-        return case.layer.apply(variables, x, state, Sequence(reset=reset), True)
+        return trial.layer.apply(variables, x, state, Sequence(reset=reset), True)
 
-    _, actual = case.gradients(packed, case.x, case.state, reset)
+    _, actual = trial.gradients(packed, trial.x, trial.state, reset)
     # In the shapes of the law of padding, which is compiled already.
-    position = np.arange(case.length + EXTRA)
-    before, behind = position < cuts, (position >= cuts) & (position < case.length)
-    x = jnp.pad(case.x, [(0, 0), (0, EXTRA)] + [(0, 0)] * (case.x.ndim - 2))
-    places = jnp.asarray(np.tile(np.arange(case.length), (B, 1)))
+    position = np.arange(trial.length + EXTRA)
+    before, behind = position < cuts, (position >= cuts) & (position < trial.length)
+    x = jnp.pad(trial.x, [(0, 0), (0, EXTRA)] + [(0, 0)] * (trial.x.ndim - 2))
+    places = jnp.asarray(np.tile(np.arange(trial.length), (B, 1)))
 
     def alone(state, mask, ends):
         mask = jnp.asarray(mask)
-        return case.gradients(case.padded, x, state, mask, places, ends=ends)[1]
+        return trial.gradients(trial.padded, x, state, mask, places, ends=ends)[1]
 
-    first, second = alone(case.state, before, 0.0), alone(case.initial(), behind, 1.0)
+    first, second = alone(trial.state, before, 0.0), alone(trial.initial(), behind, 1.0)
     expected = jax.tree.map(jnp.add, first[:2], second[:2])
     expected = first._replace(
-        parameters=expected[0], input=expected[1][:, : case.length]
+        parameters=expected[0], input=expected[1][:, : trial.length]
     )
     yield Equal("one reset a row", actual, expected, "gradient")
 
 
-def masked_reset(case: Case) -> Yields:
+def masked_reset(trial: Trial) -> Yields:
     """A reset on a masked token applies to the next real one, in this call or later."""
-    case.needs("reset", "mask")
-    p = case.piece
+    trial.needs("reset", "mask")
+    p = trial.piece
     first = np.asarray([0, 1, 0])
     second = first + p + np.asarray([2, 1, p - 1])
     rows, run = np.arange(B)[:, None], np.arange(p)
     ahead, behind = (start[:, None] + run for start in (first, second))
-    mask, reset = np.zeros((2, B, case.length), bool)
+    mask, reset = np.zeros((2, B, trial.length), bool)
     mask[rows, ahead] = mask[rows, behind] = True
     reset[rows, second[:, None] - 1] = reset[:, -1] = True
     sequence = Sequence(mask=jnp.asarray(mask), reset=jnp.asarray(reset))
-    y, final = case(case.x, case.state, sequence)
+    y, final = trial(trial.x, trial.state, sequence)
     actual = jnp.concatenate([at(y, ahead), at(y, behind)], axis=1)
     expected = [
-        case(at(case.x, ahead), case.state).output,
-        case(at(case.x, behind)).output,
+        trial(at(trial.x, ahead), trial.state).output,
+        trial(at(trial.x, behind)).output,
     ]
     yield Equal(
         "documents",
         Result(actual, final),
-        Result(jnp.concatenate(expected, axis=1), case.initial()),
+        Result(jnp.concatenate(expected, axis=1), trial.initial()),
     )
 
 
-def every_reset(case: Case) -> Yields:
+def every_reset(trial: Trial) -> Yields:
     """With a reset at every token, each token is alone."""
-    case.needs("reset")
-    reset = jnp.ones((B, case.length), bool)
-    together = case(case.x, case.state, Sequence(reset=reset)).output
-    alone = case.tokens().output.reshape(together.shape)
+    trial.needs("reset")
+    reset = jnp.ones((B, trial.length), bool)
+    together = trial(trial.x, trial.state, Sequence(reset=reset)).output
+    alone = trial.tokens().output.reshape(together.shape)
     yield Equal("all tokens", Result(together, None), Result(alone, None))
 
 
-def isolation(case: Case) -> Yields:
+def isolation(trial: Trial) -> Yields:
     """NaN before a reset, in tokens or in the state, does not get behind it."""
-    case.needs("reset")
-    cuts = np.asarray([2, case.length // 2, case.length - 1])[:, None]
-    reset = Sequence(reset=jnp.asarray(np.arange(case.length) == cuts))
-    before = jnp.asarray(np.arange(case.length) < cuts)
+    trial.needs("reset")
+    cuts = np.asarray([2, trial.length // 2, trial.length - 1])[:, None]
+    reset = Sequence(reset=jnp.asarray(np.arange(trial.length) == cuts))
+    before = jnp.asarray(np.arange(trial.length) < cuts)
 
     def behind(x, state):
-        y, final = case(x, state, reset)
+        y, final = trial(x, state, reset)
         return Result(jnp.where(_beside(before, y), 0, y), final)
 
-    expected = behind(case.x, case.state)
-    x = jnp.where(_beside(before, case.x), jnp.nan, case.x)
-    yield Equal("NaN in tokens", behind(x, case.state), expected)
-    if case.state is not None:
+    expected = behind(trial.x, trial.state)
+    x = jnp.where(_beside(before, trial.x), jnp.nan, trial.x)
+    yield Equal("NaN in tokens", behind(x, trial.state), expected)
+    if trial.state is not None:
         poisoned = jax.tree.map(
-            lambda s: jnp.full_like(s, jnp.nan) if moves(s) else s, case.state
+            lambda s: jnp.full_like(s, jnp.nan) if moves(s) else s, trial.state
         )
-        yield Equal("NaN in the state", behind(case.x, poisoned), expected)
+        yield Equal("NaN in the state", behind(trial.x, poisoned), expected)
 
 
 def _beside(flags, values):
@@ -294,93 +296,95 @@ def _beside(flags, values):
     return flags.reshape(*flags.shape, *[1] * (values.ndim - 2))
 
 
-def rows(case: Case) -> Yields:
+def rows(trial: Trial) -> Yields:
     """Every row, with a mask, resets, elapsed times and a state of its own, is what it
     is alone."""
-    sequence = case.everything()
-    together = case(case.x, case.state, sequence)
+    sequence = trial.everything()
+    together = trial(trial.x, trial.state, sequence)
     for row in range(B):
         take_row = functools.partial(jax.tree.map, lambda leaf, r=row: leaf[r : r + 1])
-        alone = case(take_row(case.x), take_row(case.state), take_row(sequence))
+        alone = trial(take_row(trial.x), take_row(trial.state), take_row(sequence))
         yield Equal(f"row {row} alone", alone, take_row(together))
 
 
-def elapsed_time(case: Case) -> Yields:
+def elapsed_time(trial: Trial) -> Yields:
     """dt = 1 equals no dt, another dt changes every row; with random dt one call equals
     single tokens, masks and resets included."""
-    case.needs("dt")
-    dt = case.dt()
-    one_call = case(case.x, case.state, Sequence(dt=dt))
-    plain = case(case.x, case.state)
+    trial.needs("dt")
+    dt = trial.dt()
+    one_call = trial(trial.x, trial.state, Sequence(dt=dt))
+    plain = trial(trial.x, trial.state)
     for row in range(B):
         if error(one_call.output[row], plain.output[row]) <= limit("float32"):
             raise Broken(f"dt changes nothing in row {row}")
-    ones = case(case.x, case.state, Sequence(dt=jnp.ones_like(dt)))
+    ones = trial(trial.x, trial.state, Sequence(dt=jnp.ones_like(dt)))
     yield Equal("dt = 1", ones, plain)
-    if case.state is None:  # it reads the future: nothing to feed token by token
+    if trial.state is None:  # it reads the future: nothing to feed token by token
         return
-    tokens = [1] * case.length
+    tokens = [1] * trial.length
     plainly = Sequence(
-        jnp.ones(dt.shape, bool) if case.takes("mask") else None,
-        jnp.zeros(dt.shape, bool) if case.takes("reset") else None,
+        jnp.ones(dt.shape, bool) if trial.takes("mask") else None,
+        jnp.zeros(dt.shape, bool) if trial.takes("reset") else None,
         dt,
     )
     yield Equal(
-        "single tokens", case.in_pieces(tokens, case.x, case.state, plainly), one_call
+        "single tokens",
+        trial.in_pieces(tokens, trial.x, trial.state, plainly),
+        one_call,
     )
-    sequence = case.everything()
+    sequence = trial.everything()
     yield Equal(
         "single tokens with masks and resets",
-        case.in_pieces(tokens, case.x, case.state, sequence),
-        case(case.x, case.state, sequence),
+        trial.in_pieces(tokens, trial.x, trial.state, sequence),
+        trial(trial.x, trial.state, sequence),
     )
 
 
-def elapsed_gradients(case: Case) -> Yields:
+def elapsed_gradients(trial: Trial) -> Yields:
     """Gradients with random dt agree between one call and pieces, d/d dt included."""
-    case.needs("dt", "state")
+    trial.needs("dt", "state")
 
     def whole(variables, x_dt, state):
         x, dt = x_dt
-        return case.layer.apply(variables, x, state, Sequence(dt=dt))
+        return trial.layer.apply(variables, x, state, Sequence(dt=dt))
 
     def pieces(variables, x_dt, state):
-        return case.scanned(variables, x_dt[0], state, x_dt[1])
+        return trial.scanned(variables, x_dt[0], state, x_dt[1])
 
-    x_dt = case.x, case.dt()
-    _, actual = case.gradients(pieces, x_dt, case.state)
-    _, expected = case.gradients(whole, x_dt, case.state)
+    x_dt = trial.x, trial.dt()
+    _, actual = trial.gradients(pieces, x_dt, trial.state)
+    _, expected = trial.gradients(whole, x_dt, trial.state)
     if not jnp.any(expected.input[1]):
         raise Broken("no gradient reaches dt")
     yield Equal("pieces", actual, expected, "gradient")
 
 
-def low_precision(case: Case) -> Yields:
+def low_precision(trial: Trial) -> Yields:
     """In bfloat16 the output is bfloat16 and near float32; states stay float32."""
-    low = case.layer.clone(dtype=jnp.bfloat16)
-    x = case.x.astype(jnp.bfloat16)
-    y, state = jit(low.apply)(case.variables, x)
+    low = trial.layer.clone(dtype=jnp.bfloat16)
+    x = trial.x.astype(jnp.bfloat16)
+    y, state = jit(low.apply)(trial.variables, x)
     if y.dtype != jnp.bfloat16:
         raise Broken(f"the output is {y.dtype}, not bfloat16")
     for leaf in jax.tree.leaves(state):
         if leaf.dtype not in (jnp.float32, jnp.complex64, jnp.int32, jnp.bool_):
             raise Broken(f"the state is {leaf.dtype}, not float32")
-    expected = case(x.astype(jnp.float32)).output
+    expected = trial(x.astype(jnp.float32)).output
     actual, expected = (
         Result(part.astype(jnp.float32), None) for part in (y, expected)
     )
     yield Equal("bfloat16", actual, expected, dtype="bfloat16")
 
 
-def batch_equivariance(case: Case) -> Yields:
+def batch_equivariance(trial: Trial) -> Yields:
     """Examples do not see each other, be they NaN, and their order does not matter."""
     order = jnp.asarray([2, 0, 1])
-    together = case(case.x, case.state)
-    state = jax.tree.map(lambda s: s[order], case.state)
-    poisoned = case(case.x.at[0].set(jnp.nan), case.state)
+    together = trial(trial.x, trial.state)
+    state = jax.tree.map(lambda s: s[order], trial.state)
+    poisoned = trial(trial.x.at[0].set(jnp.nan), trial.state)
     yield Equal(
         "another order",
-        case(case.x[order], state),
+        trial(trial.x[order], state),
         jax.tree.map(lambda leaf: leaf[order], together),
     )
     yield Equal(
@@ -401,18 +405,18 @@ def _copies(tree, count):
     return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * count), tree)
 
 
-def sharding(case: Case) -> Yields:
+def sharding(trial: Trial) -> Yields:
     """A batch spread over devices gives what one device gives."""
     mesh = _mesh()
     if mesh.size == 1:
         raise NotApplicable("one device; emulate more to examine it")
-    expected = _copies(case(case.x, case.state), mesh.size)
-    x, state = _copies((case.x, case.state), mesh.size)
-    actual = case(*jax.device_put((x, state), NamedSharding(mesh, SPREAD)))
+    expected = _copies(trial(trial.x, trial.state), mesh.size)
+    x, state = _copies((trial.x, trial.state), mesh.size)
+    actual = trial(*jax.device_put((x, state), NamedSharding(mesh, SPREAD)))
     yield Equal(f"{mesh.size} devices", actual, expected)
 
 
-def shard_map(case: Case) -> Yields:
+def shard_map(trial: Trial) -> Yields:
     """In `jax.shard_map` with its default check, the batch spread over the devices that
     there are: values and gradients of a call, without a state and with one, and values
     of a single token."""
@@ -420,7 +424,7 @@ def shard_map(case: Case) -> Yields:
 
     def spread(variables, x, state):
         call = jax.shard_map(
-            case.plain,
+            trial.plain,
             mesh=mesh,
             in_specs=(PartitionSpec(), SPREAD, SPREAD),
             out_specs=SPREAD,
@@ -434,73 +438,73 @@ def shard_map(case: Case) -> Yields:
         return jax.tree.map(mean, result)
 
     # The expected ones with a state are compiled for other laws anyway.
-    for state in [None] if case.state is None else [None, case.state]:
+    for state in [None] if trial.state is None else [None, trial.state]:
         name = "a call" if state is None else "a call with a state"
-        result, gradients = case.gradients(spread, case.x, state)
-        expected_result, expected = case.gradients(case.whole, case.x, state)
+        result, gradients = trial.gradients(spread, trial.x, state)
+        expected_result, expected = trial.gradients(trial.whole, trial.x, state)
         yield Equal(name, result, expected_result)
         yield Equal(name, gradients, expected, "gradient")
-    if case.state is not None:
-        token = case.x[:, :1]
-        step = jit(spread)(case.variables, token, case.state)
-        yield Equal("a token", step, case(token, case.state))
+    if trial.state is not None:
+        token = trial.x[:, :1]
+        step = jit(spread)(trial.variables, token, trial.state)
+        yield Equal("a token", step, trial(token, trial.state))
 
 
-def compiled(case: Case) -> Yields:
+def compiled(trial: Trial) -> Yields:
     """Compiled or not, and however hard the compiler tries."""
-    quickly = case(case.x)
-    yield Equal("compiled", jax.jit(case.plain)(case.variables, case.x), quickly)
-    yield Equal("not compiled", case.plain(case.variables, case.x), quickly)
+    quickly = trial(trial.x)
+    yield Equal("compiled", jax.jit(trial.plain)(trial.variables, trial.x), quickly)
+    yield Equal("not compiled", trial.plain(trial.variables, trial.x), quickly)
 
 
-def vmapped(case: Case) -> Yields:
+def vmapped(trial: Trial) -> Yields:
     """`jax.vmap` over the rows gives what the batch gives."""
-    over_rows = jit(jax.vmap(case.plain, (None, 0, 0)))
-    x, state = jax.tree.map(lambda leaf: leaf[:, None], (case.x, case.state))
-    actual = jax.tree.map(lambda leaf: leaf[:, 0], over_rows(case.variables, x, state))
-    yield Equal("rows", actual, case(case.x, case.state))
+    over_rows = jit(jax.vmap(trial.plain, (None, 0, 0)))
+    x, state = jax.tree.map(lambda leaf: leaf[:, None], (trial.x, trial.state))
+    actual = jax.tree.map(lambda leaf: leaf[:, 0], over_rows(trial.variables, x, state))
+    yield Equal("rows", actual, trial(trial.x, trial.state))
 
 
-def rematerialised(case: Case) -> Yields:
+def rematerialised(trial: Trial) -> Yields:
     """`jax.checkpoint` changes neither values nor gradients."""
-    remat = jax.checkpoint(case.whole)
-    result, gradients = case.gradients(remat, case.x, case.state)
-    expected_result, expected = case.gradients(case.whole, case.x, case.state)
+    remat = jax.checkpoint(trial.whole)
+    result, gradients = trial.gradients(remat, trial.x, trial.state)
+    expected_result, expected = trial.gradients(trial.whole, trial.x, trial.state)
     yield Equal("values", result, expected_result)
     yield Equal("gradients", gradients, expected, "gradient")
 
 
-def scan_over_calls(case: Case) -> Yields:
+def scan_over_calls(trial: Trial) -> Yields:
     """A `jax.lax.scan` over calls, its state donated, equals one call: outputs, final
     state, and gradients through the pieces."""
-    case.needs("state")
-    result, gradients = case.gradients(case.scanned, case.x, case.state)
-    expected_result, expected = case.gradients(case.whole, case.x, case.state)
+    trial.needs("state")
+    result, gradients = trial.gradients(trial.scanned, trial.x, trial.state)
+    expected_result, expected = trial.gradients(trial.whole, trial.x, trial.state)
     yield Equal("values", result, expected_result)
     yield Equal("gradients", gradients, expected, "gradient")
-    donating = jit(lambda *args: Result(*case.scanned(*args)), donate_argnums=2)
-    first = donating(case.variables, case.x, case.initial())
-    expected = case(case.x, case.initial())
+    donating = jit(lambda *args: Result(*trial.scanned(*args)), donate_argnums=2)
+    first = donating(trial.variables, trial.x, trial.initial())
+    expected = trial(trial.x, trial.initial())
     yield Equal("a donated state", first, expected)
-    expected = case(case.x, expected.state)
-    second = donating(case.variables, case.x, first.state)
+    expected = trial(trial.x, expected.state)
+    second = donating(trial.variables, trial.x, first.state)
     yield Equal("a donated state, again", second, expected)
 
 
-def in_x64(case: Case) -> Yields:
+def in_x64(trial: Trial) -> Yields:
     """Under `jax.enable_x64` a float32 layer stays one: dtypes of parameters, outputs,
     states and gradients, and values, in a `jax.lax.scan` over calls where there is a
     state."""
-    call = case.whole if case.state is None else case.scanned
-    narrow = jax.eval_shape(case.initial)
-    expected_result, expected = case.gradients(call, case.x, case.state)
+    call = trial.whole if trial.state is None else trial.scanned
+    narrow = jax.eval_shape(trial.initial)
+    expected_result, expected = trial.gradients(call, trial.x, trial.state)
     with jax.enable_x64(True):
         parameters = jax.eval_shape(
-            lambda key: nn.unbox(case.layer.init({"params": key}, case.x)), case.key
+            lambda key: nn.unbox(trial.layer.init({"params": key}, trial.x)), trial.key
         )
-        _same_dtypes("parameters", parameters, case.variables)
-        _same_dtypes("the initial state", jax.eval_shape(case.initial), narrow)
-        result, gradients = case.gradients(call, case.x, case.state)
+        _same_dtypes("parameters", parameters, trial.variables)
+        _same_dtypes("the initial state", jax.eval_shape(trial.initial), narrow)
+        result, gradients = trial.gradients(call, trial.x, trial.state)
         _same_dtypes("results", result, expected_result)
         _same_dtypes("gradients", gradients, expected)
     yield Equal("values", result, expected_result)
@@ -523,16 +527,16 @@ QUADRATIC = 1.5  # least power of the length with which such a cost grows betwee
 PATIENCE = 60  # seconds of a call of LONG that is thought to be linear
 
 
-def length(case: Case) -> Yields:
+def length(trial: Trial) -> Yields:
     """A call of 2^16 tokens equals its halves, and the same in float64; a layer of
     quadratic cost is tried on as many as take ten seconds and a GiB."""
-    tokens = _affordable(case)
+    tokens = _affordable(trial)
     if tokens < LONG:
         yield Remark(f"tried on {tokens} tokens: more cost too much time or memory")
-    layer, x, variables = _enlarged(case, tokens)
+    layer, x, variables = _enlarged(trial, tokens)
     what = f"{tokens} tokens"
     whole = jit(_calls(layer))(variables, x, None)
-    if "state" not in case.refuses:
+    if "state" not in trial.refuses:
         half = jit(_calls(layer))
         first = half(variables, x[:, : tokens // 2], layer.init_state(1))
         second = half(variables, x[:, tokens // 2 :], first.state)
@@ -564,14 +568,14 @@ def _by_blocks(output):
     return np.array([np.sqrt(np.mean(block**2)) for block in blocks])
 
 
-def _enlarged(case, tokens):
+def _enlarged(trial, tokens):
     """The layer with room for so many tokens, a call of them, and parameters."""
-    layer = case.layer
+    layer = trial.layer
     fields = [name for name in ("length", "context") if hasattr(layer, name)]
     room = {f: max(tokens, getattr(layer, f)) for f in fields}
     layer = layer.clone(**room)
-    x = jax.random.normal(case.key, (1, tokens, *case.x.shape[2:]))
-    variables = jit(layer.init)({"params": case.key}, x[:, :1])
+    x = jax.random.normal(trial.key, (1, tokens, *trial.x.shape[2:]))
+    variables = jit(layer.init)({"params": trial.key}, x[:, :1])
     return layer, x, nn.unbox(variables)
 
 
@@ -579,12 +583,12 @@ def _calls(layer):
     return lambda variables, x, state: Result(*layer.apply(variables, x, state))
 
 
-def _affordable(case):
+def _affordable(trial):
     """LONG; of a layer whose cost grows with the square of the length, as two short
     calls show, the largest power of two that needs no more than SECONDS and MEMORY."""
     costs = []
     for tokens in PROBES:
-        layer, x, variables = _enlarged(case, tokens)
+        layer, x, variables = _enlarged(trial, tokens)
         program = jit(_calls(layer)).lower(variables, x, None).compile()
         seconds = _seconds(program, variables, x)
         if seconds < 2:  # other work may have disturbed it
@@ -613,9 +617,9 @@ def _seconds(program, variables, x):
     return time.perf_counter() - start
 
 
-def bad_input(case: Case) -> Yields:
+def bad_input(trial: Trial) -> Yields:
     """Wrong ranks, L = 0 and fields of a wrong shape are ValueErrors that name them."""
-    x, ones = case.x, jnp.ones((B, case.length), bool)
+    x, ones = trial.x, jnp.ones((B, trial.length), bool)
     bad_calls = {
         "x": [(x[0], None), (x[:, :0], None), (x[..., :-1], None)],
         "mask": [
@@ -624,17 +628,17 @@ def bad_input(case: Case) -> Yields:
             (x, Sequence(mask=ones.astype(jnp.float32))),
         ],
         "reset": [(x, Sequence(reset=ones[1:]))],
-        "dt": [(x, Sequence(dt=jnp.ones((B, case.length + 1))))],
+        "dt": [(x, Sequence(dt=jnp.ones((B, trial.length + 1))))],
     }
     for name, calls in bad_calls.items():
         for x, sequence in calls:
-            _must_refuse(case, name, x, None, sequence)
+            _must_refuse(trial, name, x, None, sequence)
     yield from ()
 
 
-def _must_refuse(case, name, x, state, sequence):
+def _must_refuse(trial, name, x, state, sequence):
     try:
-        jax.eval_shape(case.plain, case.variables, x, state, sequence)
+        jax.eval_shape(trial.plain, trial.variables, x, state, sequence)
     except ValueError as message:
         if not str(message).startswith(f"{name}:"):
             raise Broken(f"{name}: its refusal does not name it: {message}") from None
@@ -642,41 +646,41 @@ def _must_refuse(case, name, x, state, sequence):
         raise Broken(f"{name}: accepted where it must be refused")
 
 
-def declared_refusals(case: Case) -> Yields:
+def declared_refusals(trial: Trial) -> Yields:
     """What `REFUSES` declares is refused by a ValueError that names it, and nothing
     else is; without a state there is none to ask for, with one it keeps its form."""
-    ones = jnp.ones((B, case.length))
+    ones = jnp.ones((B, trial.length))
     for name, value in {
         "mask": ones.astype(bool),
         "reset": ones.astype(bool),
         "dt": ones,
     }.items():
         sequence = Sequence(**{name: value})
-        if name in case.refuses:
-            _must_refuse(case, name, case.x, None, sequence)
+        if name in trial.refuses:
+            _must_refuse(trial, name, trial.x, None, sequence)
         else:
-            jax.eval_shape(case.plain, case.variables, case.x, None, sequence)
-    _, final = jax.eval_shape(case.plain, case.variables, case.x)
-    if "state" not in case.refuses:
-        expected = jax.eval_shape(case.initial)
+            jax.eval_shape(trial.plain, trial.variables, trial.x, None, sequence)
+    _, final = jax.eval_shape(trial.plain, trial.variables, trial.x)
+    if "state" not in trial.refuses:
+        expected = jax.eval_shape(trial.initial)
         form = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
         if form(final) != form(expected):
             raise Broken(
                 f"state: init_state makes {form(expected)}, a call {form(final)}"
             )
         return
-    _must_refuse(case, "state", case.x, jnp.zeros((B, 1)), None)
+    _must_refuse(trial, "state", trial.x, jnp.zeros((B, 1)), None)
     if final is not None:
         raise Broken("state: declared to be refused, but a call returns one")
     try:
-        case.layer.init_state(B)
+        trial.layer.init_state(B)
     except ValueError:
         yield from ()
     else:
         raise Broken("state: declared to be refused, but init_state makes one")
 
 
-LAWS: dict[str, Callable[[Case], Yields]] = {
+LAWS: dict[str, Callable[[Trial], Yields]] = {
     "refusals": declared_refusals,
     "bad input": bad_input,
     "one call = pieces = steps": modes,
@@ -723,15 +727,15 @@ def examine(
     the contract, another length, or a `REFUSES` of the layer with unknown names.
     """
     contract.check_class(type(layer))
-    case = Case(layer, length, seed)
+    trial = Trial(layer, length, seed)
     contract.check_call(layer)
-    return [_examine(case, law) for law in (LAWS if only is None else only)]
+    return [_examine(trial, law) for law in (LAWS if only is None else only)]
 
 
-def _examine(case, law):
+def _examine(trial, law):
     largest, remarks = None, []
     try:
-        for outcome in LAWS[law](case):
+        for outcome in LAWS[law](trial):
             if isinstance(outcome, Remark):
                 remarks.append(outcome.text)
                 continue

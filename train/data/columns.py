@@ -82,7 +82,7 @@ def _table(source: File):
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             size = sum(group.total_byte_size for group in groups)
             size = max(size, 8 * metadata.num_rows * metadata.num_columns)
-            settings.check_memory("data.path", size, f"{source.path}, unpacked,")
+            settings.check_memory(source.key, size, f"{source.path}, unpacked,")
             table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]

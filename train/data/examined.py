@@ -214,9 +214,7 @@ def _counts(spec, part: dict) -> dict[int, int]:
 
 
 def _names(dataset: Dataset, classes) -> list[str]:
-    spec = dataset.spec
-    names = spec.classes or (spec.symbols if spec.loss == "token" else ())
-    return [names[i] if i < len(names) else str(i) for i in map(int, classes)]
+    return [dataset.spec.name(int(i)) for i in classes]
 
 
 def _judged(parts: dict) -> str:

@@ -35,6 +35,7 @@ class Options(NamedTuple):
     rate: int = 0
     length: int = 0
     label: str = ""
+    one_class: bool = False
 
 
 def read_npz(
@@ -54,7 +55,7 @@ def read_npz(
         # np.load leaves a file that it opened itself open when it is damaged.
         with open(source.path, "rb") as data, np.load(data, allow_pickle=False) as file:
             size = sum(member.file_size for member in file.zip.infolist())
-            settings.check_memory("data.path", size, f"{source.path}, unpacked,")
+            settings.check_memory(source.key, size, f"{source.path}, unpacked,")
             raw = {key: np.asanyarray(file[key]) for key in file.files}
     except Exception as error:  # zipfile, zlib, header and pickle errors share no class
         raise ValueError(
@@ -202,6 +203,14 @@ def mask(source: File, raw: dict, shape: tuple[int, int]) -> np.ndarray:
 
 
 def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:
+    """`given_parts`, of which one must be there to train on."""
+    indices = given_parts(source, split)
+    if not len(indices["train"]):
+        raise source.error("split", "leaves no sequence to train on")
+    return indices
+
+
+def given_parts(source: File, split: np.ndarray) -> dict[str, np.ndarray]:
     """The rows of each split, as the key "split" of a file assigns them."""
     unknown = sorted(set(map(str, split.reshape(-1))) - set(sources.SPLITS))
     if split.ndim != 1 or unknown:
@@ -211,10 +220,7 @@ def given_split(source: File, split: np.ndarray) -> dict[str, np.ndarray]:
             + (f" with {unknown[0]!r}" if unknown else "")
             + f"; it must be [n] of {', '.join(sources.SPLITS)}",
         )
-    indices = {name: np.flatnonzero(split == name) for name in sources.SPLITS}
-    if not len(indices["train"]):
-        raise source.error("split", "leaves no sequence to train on")
-    return indices
+    return {name: np.flatnonzero(split == name) for name in sources.SPLITS}
 
 
 def drawn_split(

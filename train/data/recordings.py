@@ -44,7 +44,9 @@ class Recorded(NamedTuple):
     formats: tuple[str, ...]
 
 
-def read_folder(source: File, rate: int, length: int, label: str) -> dict:
+def read_folder(
+    source: File, rate: int, length: int, label: str, one_class: bool = False
+) -> dict:
     """inputs [n, L] float32 and, as in an NPZ, lengths, targets (words) and, where the
     folders are splits, split; and, as in `Recorded`, rate and formats.
 
@@ -55,6 +57,7 @@ def read_folder(source: File, rate: int, length: int, label: str) -> dict:
             padded on the right; 0: all of the longest.
         label: "folder" or "name", where a file's label stands; "": the folder, or the
             name where all files lie in the root itself.
+        one_class: whether all may have one label, which teaches nothing.
 
     Raises:
         ValueError: names the file that cannot be read or has no label, and the cure.
@@ -64,14 +67,14 @@ def read_folder(source: File, rate: int, length: int, label: str) -> dict:
     split = _splits(root, paths)
     insides = [p.relative_to(root).parts[1 if split else 0 :] for p in paths]
     labels = _labels(source, paths, insides, label)
-    if len({*labels}) < 2:
+    if len({*labels}) < 2 and not one_class:
         other = "name" if len(insides[0]) > 1 and label != "name" else "folder"
         raise ValueError(
             f"{root}: all {len(paths)} recordings have one class, {labels[0]!r}; there "
             f"must be two or more: --config.data.label={other} takes the label from "
             f"{'the name of the file' if other == 'name' else 'its folder'}"
         )
-    recorded = read_all(paths, rate, length)
+    recorded = read_all(source, paths, rate, length)
     raw = {key: np.asarray(value) for key, value in recorded._asdict().items()}
     raw["targets"] = np.array(labels)
     if split:
@@ -83,7 +86,7 @@ def read_unlabelled(source: File, rate: int, length: int) -> Recorded:
     """One WAV file, or all in a folder in the order of their paths; arguments and
     errors as of `read_folder`."""
     paths = _paths(source) if source.path.is_dir() else [source.path]
-    return read_all(paths, rate, length)
+    return read_all(source, paths, rate, length)
 
 
 def _paths(source: File) -> list[Path]:
@@ -96,7 +99,7 @@ def _paths(source: File) -> list[Path]:
                 paths.append(Path(folder, name))
     if not paths:
         raise ValueError(
-            f"data.path must be a file, or a folder of {RECORDINGS} files, got the "
+            f"{source.key} must be a file, or a folder of {RECORDINGS} files, got the "
             f"folder {str(source.path)!r}, which has none"
         )
     return sorted(paths)
@@ -114,55 +117,67 @@ def _labels(source: File, paths, insides, label: str) -> list[str]:
         flat = {len(parts) == 1 for parts in insides}
         if len(flat) > 1:
             where = [len(parts) == 1 for parts in insides]
+            cure = source.in_training(
+                ", or where the labels stand must be said: --config.data.label=folder "
+                "or --config.data.label=name"
+            )
             raise ValueError(
                 f"{paths[where.index(True)]}: lies in no folder, but "
-                f"{paths[where.index(False)]} does; where the labels stand must be "
-                "said: --config.data.label=folder or --config.data.label=name"
+                f"{paths[where.index(False)]} does; all must, or none{cure}"
             )
         label = "name" if flat.pop() else "folder"
     if label == "folder":
         for path, parts in zip(paths, insides, strict=True):
             if len(parts) == 1:
+                cure = source.in_training(
+                    ", or --config.data.label=name take the file's name"
+                )
                 raise ValueError(
                     f"{path}: has no label: it must lie in a folder that is called as "
-                    "its class, or --config.data.label=name take the file's name"
+                    f"its class{cure}"
                 )
         return [parts[0] for parts in insides]
     classes = []
     for path in paths:
         name, *others = re.split("[_-]", path.stem, maxsplit=1)
         if not name or not others:
+            cure = source.in_training(
+                "; or put each class into a folder of its own "
+                "(--config.data.label=folder)"
+            )
             raise ValueError(
                 f"{path}: has no label: its name must begin with the class and _ or -, "
-                f"as in yes_1{RECORDINGS}; or put each class into a folder of its own "
-                "(--config.data.label=folder)"
+                f"as in yes_1{RECORDINGS}{cure}"
             )
         classes.append(name)
     return classes
 
 
-def read_all(paths: Sequence[Path], rate: int, length: int) -> Recorded:
-    """The samples of WAV files; arguments and errors as of `read_folder`."""
+def read_all(source: File, paths: Sequence[Path], rate: int, length: int) -> Recorded:
+    """The samples of WAV files of a source; arguments and errors as of
+    `read_folder`."""
     recordings, formats, total, first = [], set(), 0, 0
+    key = source.in_training("data.length") or source.key
     for path in paths:
         samples, own_rate, name = _read(path)
         formats.add(name)
         first = first or own_rate
         if not rate and own_rate != first:
+            cure = source.in_training(f": {RATE} resamples all of them to it")
             raise ValueError(
                 f"{path}: has {own_rate} samples per second, but {paths[0]} has "
-                f"{first}; {RATE} resamples all of them to one rate"
+                f"{first}; all must have one rate{cure}"
             )
         if rate and own_rate != rate:
             samples = _resampled(samples, own_rate, rate)
         samples = samples[: length or None].astype(np.float32)
         recordings.append(samples)
         total += samples.nbytes
-        settings.check_memory("data.length", total, "what is kept of the recordings")
+        settings.check_memory(key, total, "what is kept of the recordings")
     lengths = np.array([len(samples) for samples in recordings])
     width = length or int(lengths.max())
     settings.check_memory(
-        "data.length", 4 * width * len(paths), f"{len(paths)} recordings of {width}"
+        key, 4 * width * len(paths), f"{len(paths)} recordings of {width}"
     )
     inputs = np.zeros((len(paths), width), np.float32)
     for row, samples in zip(inputs, recordings, strict=True):

@@ -6,6 +6,7 @@ from train import settings
 from train.data import cast
 
 RECORDINGS = ".wav"
+TRAINED = "data.path"  # the key of what a run is trained on
 
 
 class File:
@@ -15,7 +16,8 @@ class File:
         path: as the user wrote it.
         suffixes: of the files that can be read.
         folders: whether it may also be a folder of recordings.
-        key: what the path is called in messages.
+        key: what the path is called in messages: TRAINED, or the flag of a command
+            that asks a run about the file.
         content: what such a file must hold, which is said where there is none.
 
     Raises:
@@ -27,7 +29,7 @@ class File:
         path: str,
         suffixes: Sequence[str],
         folders: bool = False,
-        key: str = "data.path",
+        key: str = TRAINED,
         content: str = "",
     ):
         cure = f"; it must hold {content} (docs/data.md)" if content else ""
@@ -40,7 +42,7 @@ class File:
                 f"{key} must name an {kinds} file{folder}, such as {flag}my.npz; it is "
                 "empty"
             )
-        self.path = settings.place(key, path)
+        self.key, self.path = key, settings.place(key, path)
         if folders and self.path.is_dir():
             return
         if self.path.suffix.lower() not in suffixes:
@@ -64,6 +66,11 @@ class File:
     def kind(self) -> str:
         """The suffix; that of recordings for a folder of them."""
         return RECORDINGS if self.path.is_dir() else self.path.suffix.lower()
+
+    def in_training(self, cure: str) -> str:
+        """A cure by a flag of `train.main`; "" where another command reads the file,
+        which has none."""
+        return cure if self.key == TRAINED else ""
 
     def error(self, key: str, message: str) -> ValueError:
         return ValueError(f"{self.path}: {key} {message}")

@@ -49,6 +49,16 @@ class Spec:
     std: tuple[float, ...] = ()
     rate: int = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what the model answers with: of its classes, or of the tokens that it
+        predicts; () where the data name neither."""
+        return self.classes or (self.symbols if self.loss == "token" else ())
+
+    def name(self, number: int) -> str:
+        """The number's name; the number itself where it has none."""
+        return self.names[number] if number < len(self.names) else str(number)
+
     def but(self, **changes) -> "Spec":
         """The same with other values."""
         return dataclasses.replace(self, **changes)

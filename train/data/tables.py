@@ -173,6 +173,12 @@ def forecasting(source: File, column: int, name: str) -> ValueError:
 
 
 def _sequence(source: File, line: int, cells: Cells, target: bool = True) -> list:
+    if not target and not _is_number(cells[-1]):
+        raise source.error(
+            f"row {line}, column {len(cells)}",
+            f"is {cells[-1][:40]!r}; it must be a number: what is asked about has no "
+            "target, leave that column out",
+        )
     numbers = [_number(source, line, i, cell) for i, cell in enumerate(cells)]
     while numbers and numbers[-1] is None:  # a spreadsheet's filling
         numbers.pop()

@@ -28,8 +28,7 @@ def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
     Raises:
         ValueError: names the file, what its targets are and what they must be.
     """
-    targets, names = raw["targets"], _class_names(source, raw)
-    words = targets.dtype.kind in "US"
+    targets, words = raw["targets"], raw["targets"].dtype.kind in "US"
     if targets.dtype.kind not in "biufUS":
         raise source.error(
             "targets", f"is of dtype {targets.dtype}; it must be numbers or words"
@@ -40,8 +39,8 @@ def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
         kinds = {True: "token" if per_token else "classification", False: "regression"}
         loss = kinds[targets.dtype.kind in "iuUS"]
     if loss == "regression":
-        if words or names:
-            fault = "class_names, which are" if names else "words as targets, which is"
+        if words or "class_names" in raw:
+            fault = "words as targets, which is" if words else "class_names, which are"
             raise ValueError(
                 f"{source.path}: has {fault} for classes; data.loss must be "
                 f"classification or token, or the targets numbers, got {loss!r}"
@@ -57,8 +56,7 @@ def read_targets(source: File, raw, mask: np.ndarray, loss: str, outputs: int):
             "classification, [n, L] for token, and floats for regression",
         )
     real = mask if loss == "token" else None
-    if words:
-        targets, names = _numbered(source, targets, names, real)
+    targets, names = numbered(source, raw, real)
     if names and outputs not in (0, len(names)):
         raise ValueError(
             f"{source.path}: has names for {len(names)} classes; data.outputs must be "
@@ -186,8 +184,21 @@ def _class_names(source: File, raw) -> tuple[str, ...]:
     return names
 
 
-def _numbered(source: File, targets: np.ndarray, names: tuple[str, ...], real):
-    """Words as the numbers of their classes, -1 where there is none, and the names."""
+def numbered(source: File, raw, real) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The targets of a file, words as the numbers of their classes, -1 where there is
+    none; and the names of the classes, () where the file has none.
+
+    Args:
+        source: of the file.
+        raw: its "targets" and "class_names".
+        real: True where a target counts; None: everywhere, and none may be empty.
+
+    Raises:
+        ValueError: names that cannot be, an empty word, or one that class_names lacks.
+    """
+    targets, names = raw["targets"], _class_names(source, raw)
+    if targets.dtype.kind not in "US":
+        return targets, names
     words = _words(source, "targets", targets)
     kinds, numbers = np.unique(words, return_inverse=True)
     numbers, kinds = numbers.reshape(words.shape), kinds.tolist()

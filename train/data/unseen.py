@@ -15,9 +15,9 @@ import numpy as np
 from train.data import arrays, cast, columns, own, recordings, tables
 from train.data.pipeline import Dataset
 from train.data.source_file import RECORDINGS, File
-from train.data.sources import SPLITS, Rows
+from train.data.sources import Rows
 from train.data.spec import Spec
-from train.data.targets import LOSSES, read_targets
+from train.data.targets import LOSSES, numbered
 
 COMPANIONS = ("mask", "lengths", "reset", "dt")
 OWN = "arrays"  # the dataset that reads files of one's own
@@ -70,14 +70,14 @@ def encoded(where: str, inputs, spec: Spec, dataset: str = OWN) -> np.ndarray:
             "numbers itself, and they must come as its batches have them, as floats"
         )
     if spec.encoder == "image":
-        return _images(where, inputs, spec)
+        return _encoded_images(where, inputs, spec)
     if spec.encoder == "token" and inputs.ndim == 3 and inputs.shape[1] == 2:
         pairs = inputs.reshape(-1, inputs.shape[2])
         return arrays.encoded(where, pairs, spec).reshape(inputs.shape)
     return arrays.encoded(where, inputs, spec)
 
 
-def _images(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
+def _encoded_images(where: str, inputs: np.ndarray, spec: Spec) -> np.ndarray:
     shape = (*spec.size, spec.channels)
     if inputs.shape[1:] == spec.size and spec.channels == 1:
         inputs = inputs[..., None]
@@ -150,7 +150,7 @@ def _recordings(source: File, rate: int, length: int):
     if not paths:
         raise ValueError(f"{folder}: has no {RECORDINGS} file")
     names = tuple(str(path.relative_to(folder)) for path in paths)
-    return recordings.read_all(paths, rate, length)._asdict(), names
+    return recordings.read_all(source, paths, rate, length)._asdict(), names
 
 
 def labelled(
@@ -174,7 +174,7 @@ def labelled(
             vocabulary, classes that it does not know.
     """
     source = File(str(path), own.FILES, folders=True, key="--data", content=own.CONTENT)
-    options = options._replace(rate=options.rate or spec.rate)
+    options = options._replace(rate=options.rate or spec.rate, one_class=True)
     raw = own.read(source, options if source.kind == RECORDINGS else EVERY)
     values = encoded(f"{source.path}: inputs", raw["inputs"], spec, dataset)
     companions = _companions(source, raw, values, spec)
@@ -187,14 +187,12 @@ def labelled(
     rows["targets"] = _targets(source, raw, spec, mask, per_token)
     chosen = {"test": np.arange(len(values))}
     if "split" in raw:
-        chosen = {name: np.flatnonzero(raw["split"] == name) for name in SPLITS}
+        chosen = own.given_parts(source, raw["split"])
     sources = {
         name: Rows({key: array[where] for key, array in rows.items()})
         for name, where in chosen.items()
         if len(where)
     }
-    if not sources:
-        raise source.error("split", f"must name {', '.join(SPLITS)}; it has none")
     length = values.shape[1] if spec.encoder != "image" else spec.length
     padded = spec.padded or not mask.all()
     return Dataset(spec.but(length=length, padded=padded), sources)
@@ -204,31 +202,70 @@ def _targets(source: File, raw: Mapping, spec: Spec, mask, per_token: bool):
     """Targets as the loss of the run takes them."""
     if spec.loss not in LOSSES:
         raise source.error("targets", f"are not for a run of the loss {spec.loss!r}")
-    targets, names, outputs, _ = read_targets(source, raw, mask, spec.loss, 0)
-    if spec.loss == "regression":
+    targets = raw["targets"]
+    if spec.loss != "regression":
+        shape = mask.shape if spec.loss == "token" else mask.shape[:1]
+        shapes, kind = [shape], "a class"
+    else:
         shape = mask.shape if per_token else mask.shape[:1]
-        if outputs != spec.outputs or targets.shape[: len(shape)] != shape:
-            raise source.error(
-                "targets",
-                f"has shape {targets.shape}; the run answers {(*shape, spec.outputs)}",
-            )
-        return targets
+        shapes, kind = [(*shape, spec.outputs)], "numbers"
+        shapes += [shape] if spec.outputs == 1 else []
+    if targets.shape not in shapes:
+        every = "token" if len(shape) > 1 else "sequence"
+        raise source.error(
+            "targets",
+            f"is {targets.dtype} {targets.shape}; it must be {shapes[0]}: the run "
+            f"answers every {every} with {kind}",
+        )
+    if spec.loss != "regression":
+        return _classes(source, raw, spec, mask if spec.loss == "token" else None)
+    if targets.dtype.kind in "US" or "class_names" in raw:
+        has = "words" if targets.dtype.kind in "US" else "class_names"
+        raise source.error("targets", f"has {has}; the run answers with numbers")
+    return cast.real(f"{source.path}: targets", targets)
+
+
+def _classes(source: File, raw: Mapping, spec: Spec, real) -> np.ndarray:
+    """Targets as the run numbers its classes; they count where `real`, or everywhere
+    where that is None."""
+    targets, names = numbered(source, raw, real)
+    lowest = 0 if real is None else -1
     if names:
+        targets = source.whole("targets", targets, lowest, len(names), real)[0]
         known = _numbers(source, names, spec)
         return np.where(targets < 0, -1, known[targets]).astype(np.int32)
-    lowest = -1 if spec.loss == "token" else 0
-    return source.whole("targets", targets, lowest, spec.outputs)[0]
+    if any(name.isdecimal() and int(name) != i for i, name in enumerate(spec.classes)):
+        raise source.error(
+            "targets",
+            f"is {targets.dtype}, and the names of the run's classes, "
+            f"{_listed(spec.classes)}, are numbers too: write it as words (in an NPZ "
+            "targets.astype(str)), or say what it counts in the key class_names",
+        )
+    try:
+        return source.whole("targets", targets, lowest, spec.outputs, real)[0]
+    except ValueError as error:
+        cure = "leave out sequences of other classes"
+        if real is not None:
+            cure = "-1 is for a token without a class"
+        order = f", in the order {_listed(spec.classes)}" if spec.classes else ""
+        raise ValueError(
+            f"{error}; the run has {spec.outputs} classes, numbered from 0 as in the "
+            f"data that it was trained on{order}: {cure}"
+        ) from error
 
 
 def _numbers(source: File, names: tuple[str, ...], spec: Spec) -> np.ndarray:
     """The run's numbers of classes that a file gives by name."""
-    numbers = {name: number for number, name in enumerate(spec.classes)}
+    numbers = {name: number for number, name in enumerate(spec.names)}
     unknown = [name for name in names if name not in numbers]
     if unknown:
-        known = ", ".join(map(repr, spec.classes[:10])) or "none, only numbers"
-        more = ", ..." if len(spec.classes) > 10 else ""
-        raise source.error(
-            "targets",
-            f"has the class {unknown[0]!r:.60}; those of the run are {known}{more}",
-        )
+        known = f"those of the run are {_listed(spec.names)}"
+        if not spec.names:
+            known = f"those of the run have no names, only 0 to {spec.outputs - 1}"
+        raise source.error("targets", f"has the class {unknown[0]!r:.60}; {known}")
     return np.array([numbers[name] for name in names], np.int32)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """The first ten of some names."""
+    return ", ".join(map(repr, names[:10])) + ", ..." * (len(names) > 10)

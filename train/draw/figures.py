@@ -82,8 +82,8 @@ def _svg(figure: Figure, number: int) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])
     # Panels with parts in common must not share ids within a page.
-    own = f"f{zlib.crc32(svg.encode()):08x}{number}"
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}", svg)
+    prefix = f"f{zlib.crc32(svg.encode()):08x}{number}"
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
     return svg.replace(INK, "currentColor")
 
 
@@ -161,19 +161,20 @@ def filters(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
     for number, block in enumerate(spread(blocks, BLOCKS)):
         stages = list(block.responses)
         # A skip connection, all at lag 0, would flatten everything else.
-        seen = (block.lags != 0) | (len(block.lags) == 1)
-        drawn = spread(np.arange(len(block.features)), LINES)
+        others = (block.lags != 0) | (len(block.lags) == 1)
+        features = spread(np.arange(len(block.features)), LINES)
         highest = max(
-            np.abs(r.filters[drawn][:, seen]).max() for r in block.responses.values()
+            np.abs(r.filters[features][:, others]).max()
+            for r in block.responses.values()
         )
-        pixels = np.count_nonzero(seen) > VECTORS
-        marker = "." if np.count_nonzero(seen) < 3 else ""
+        pixels = np.count_nonzero(others) > VECTORS
+        marker = "." if np.count_nonzero(others) < 3 else ""
         for stage in stages:
             figure, axis = _panel(3, 1.9)
-            lines = block.responses[stage].filters[drawn][:, seen]
+            lines = block.responses[stage].filters[features][:, others]
             for colour, line in zip(COLOURS, lines, strict=False):
                 axis.plot(
-                    block.lags[seen],
+                    block.lags[others],
                     line,
                     color=colour,
                     marker=marker,
@@ -196,23 +197,25 @@ def filters(blocks: Sequence[Block]) -> Iterator[tuple[str, Figure]]:
 
 
 @_as_panels
-def matrices(found: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Figure]]:
+def matrices(by_title: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Figure]]:
     """Matrices [L, L] of signed numbers by their titles, on one scale of colours, which
     few of them exceed. The diagonal is left out: a skip connection would dwarf the
     rest."""
-    apart = {title: M[~np.eye(len(M), dtype=bool)] for title, M in found.items()}
-    sizes = [np.abs(M[M != 0]) for M in apart.values() if np.any(M)]
+    off_diagonal = {
+        title: M[~np.eye(len(M), dtype=bool)] for title, M in by_title.items()
+    }
+    sizes = [np.abs(M[M != 0]) for M in off_diagonal.values() if np.any(M)]
     highest = max((np.quantile(size, 0.99) for size in sizes), default=1.0)
-    for title, M in found.items():
+    for title, M in by_title.items():
         figure, axis = _panel(2, 3.5)
         look = dict(cmap=SIGNED, vmin=-highest, vmax=highest, interpolation="none")
-        shown = axis.imshow(np.where(np.eye(len(M)), np.nan, M), **look)
+        pixels = axis.imshow(np.where(np.eye(len(M)), np.nan, M), **look)
         axis.grid(False)
         axis.spines[:].set_visible(True)
         axis.set(xlabel="token that is read", ylabel="token that reads")
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_locator(MaxNLocator(6, integer=True))
-        figure.colorbar(shown, ax=axis, shrink=0.8, aspect=30, pad=0.02)
+        figure.colorbar(pixels, ax=axis, shrink=0.8, aspect=30, pad=0.02)
         yield title, figure
 
 
@@ -225,23 +228,23 @@ def spectra(blocks: Sequence[Block], length: int) -> Iterator[tuple[str, Figure]
         values = {s: r.log_a for s, r in block.responses.items() if r.log_a.size}
         colours = dict(zip(list(values)[::-1], (AFTER, BEFORE), strict=False))
 
-        def scattered(axis, place, values=values, colours=colours):
+        def scatter(axis, coordinates, values=values, colours=colours):
             for stage, log_a in values.items():
-                some = spread(log_a, POINTS)
-                size = 5 if len(some) > VECTORS else 12
+                sample = spread(log_a, POINTS)
+                size = 5 if len(sample) > VECTORS else 12
                 look = dict(color=colours[stage], s=size, linewidths=0, alpha=0.55)
-                look |= dict(rasterized=len(some) > VECTORS, label=stage)
-                axis.scatter(*place(some), **look)
+                look |= dict(rasterized=len(sample) > VECTORS, label=stage)
+                axis.scatter(*coordinates(sample), **look)
 
         figure, disc = _panel(3, 2.35)
         disc.plot(circle.real, circle.imag, color=SOFT, linewidth=0.8)
-        scattered(disc, lambda log_a: (np.exp(log_a).real, np.exp(log_a).imag))
+        scatter(disc, lambda log_a: (np.exp(log_a).real, np.exp(log_a).imag))
         disc.set(aspect="equal", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
         disc.set(xlabel="Re a", ylabel="Im a")
         yield f"{block.title}: a", figure
 
         figure, plane = _panel(3, 2.35)
-        scattered(plane, lambda x: (1 / timescales(x), np.abs(x.imag) / (2 * np.pi)))
+        scatter(plane, lambda x: (1 / timescales(x), np.abs(x.imag) / (2 * np.pi)))
         plane.set(xscale="log", xlabel="decay per token, -Re log a")
         plane.set_yscale("symlog", linthresh=1e-2, linscale=0.5)
         highest = np.abs(np.concatenate([*values.values()]).imag).max() / (2 * np.pi)
@@ -325,10 +328,11 @@ def positions(
     L = counted.shape[1]
     edges = np.unique(np.linspace(0, L, min(L, 128) + 1).astype(int))
     sums = [np.add.reduceat(x.sum(axis=0), edges[:-1]) for x in (correct, counted)]
-    here = sums[1] > 0
+    answered = sums[1] > 0
     figure, axis = _panel(1, 2.4)
     centres = (edges[:-1] + edges[1:] - 1) / 2
-    axis.plot(centres[here], (sums[0][here] / sums[1][here]), color=AFTER, marker=".")
+    shares = sums[0][answered] / sums[1][answered]
+    axis.plot(centres[answered], shares, color=AFTER, marker=".")
     if chance is not None:
         axis.axhline(chance, color=SOFT, linestyle=":", label="chance")
         axis.legend(loc="best")

@@ -193,9 +193,9 @@ def figure(
         least: that a panel is narrowed to before there are fewer columns, in rem.
         key: (label, colour, dashed) of lines that all panels have.
     """
-    said = f"<figcaption>{text(caption)}</figcaption>"
+    note = f"<figcaption>{text(caption)}</figcaption>"
     alone = " alone" if columns == 1 else ""
-    shown = "".join(
+    body = "".join(
         f'<div class="panel{alone}">'
         + (f'<div class="name">{text(title)}</div>' if title else "")
         + content.replace(
@@ -206,24 +206,24 @@ def figure(
     )
     gap = 0.5 if least < 6 else 1
     look = f"--columns:{columns};--least:{least}rem;--gap:{gap}rem"
-    shown = f'<div class="panels" style="{look}">{shown}</div>'
+    body = f'<div class="panels" style="{look}">{body}</div>'
     lines = "".join(
         f'<span><i style="color:{colour}"{" class=dashed" * dashed}></i>{text(label)}'
         "</span> "
         for label, colour, dashed in key
     )
-    shown += f'<div class="key">{lines}</div>' if lines else ""
-    return f"<figure>{said + shown if above else shown + said}</figure>\n"
+    body += f'<div class="key">{lines}</div>' if lines else ""
+    return f"<figure>{note + body if above else body + note}</figure>\n"
 
 
-def image(data: bytes, said: str) -> str:
+def image(data: bytes, description: str) -> str:
     """A PNG or GIF with what it shows, plain text."""
     kind = "gif" if data.startswith(b"GIF8") else "png"
     coded = base64.b64encode(data).decode()
-    return f'<img alt="{text(said)}" src="data:image/{kind};base64,{coded}">'
+    return f'<img alt="{text(description)}" src="data:image/{kind};base64,{coded}">'
 
 
 def picture(data: bytes, caption: str) -> str:
     """A PNG or GIF above its caption."""
-    shown = image(data, caption)
-    return f"<figure>{shown}<figcaption>{text(caption)}</figcaption></figure>\n"
+    content = image(data, caption)
+    return f"<figure>{content}<figcaption>{text(caption)}</figcaption></figure>\n"

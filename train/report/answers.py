@@ -249,7 +249,7 @@ def _examples(examples, spec, rows, labels, title):
             ellipsis = " ..." if real.sum() > TOKENS else ""
             labelled.append((label, " ".join(words) + ellipsis))
         return paragraph(f"{title}.", "soft") + table((), labelled)
-    images = _images(inputs, mask, spec)
+    images = _drawable(inputs, mask, spec)
     if images is not None:
         drawn = figures.pictures(images, labels)
         look = dict(columns=figures.THUMBS, least=5, above=True)
@@ -260,7 +260,7 @@ def _examples(examples, spec, rows, labels, title):
     return figure(drawn, f"{title}.", columns=4, least=9.5, above=True)
 
 
-def _images(inputs, mask, spec):
+def _drawable(inputs, mask, spec):
     """[n, h, w] or [n, h, w, 3] in [0, 1]; None for what forms no square image."""
     if spec.encoder != "image":
         side = math.isqrt(inputs.shape[1])
@@ -282,5 +282,4 @@ def _words(tokens, spec):
 def _names(classes, spec) -> list[str]:
     """Of classes, or of tokens that are predicted, where the data say them; else their
     numbers."""
-    names = spec.classes or (spec.symbols if spec.loss == "token" else ())
-    return [names[i] if i < len(names) else str(i) for i in classes]
+    return [spec.name(int(i)) for i in classes]

@@ -9,7 +9,7 @@ from train import checkpoint, probe, signals
 from train.draw import figures
 from train.draw.markup import Section, figure, paragraph, table
 from train.report import answers, mixing
-from train.runs import DataError, Run, Workdir
+from train.runs import UNKNOWN, DataError, Run, Workdir
 
 
 def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[Section]:
@@ -20,10 +20,12 @@ def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[S
     stages, remark = _stages(run)
     blocks = probe.blocks(run.model, stages, workdir.config.model.length)
     selective, pattern = mixing.kinds(run), len(run.model.stack().pattern)
-    answering, bent, silent, selects = [], [], [], False
+    answering, bent, silent, broken, selects = [], [], [], [], False
     for number, block in enumerate(blocks):
         most = selective.get(number % pattern)  # tokens of its matrix
-        if most:
+        if not block.finite():
+            broken.append(block)
+        elif most:
             selects = True
         elif most is None:
             answering.append(block)
@@ -38,7 +40,11 @@ def sections(workdir: Workdir, run: Run, reached: Mapping[str, float]) -> list[S
         )
     except DataError as error:
         answered = paragraph(f"The answers cannot be shown: {error}.", "soft")
-    filters = remark + _filters(workdir, run, answering, bent) if answering else ""
+    filters = _filters(workdir, run, answering, bent) if answering else ""
+    if broken:
+        said = f"{_titles(broken)}: answers with what is not finite; nothing is drawn."
+        filters += paragraph(said)
+    filters = remark + filters if filters else ""
     mixed = ""
     if selects:
         try:
@@ -159,6 +165,9 @@ def _spectra(workdir, blocks) -> str:
         cells = []
         for response in block.responses.values():
             times = figures.timescales(response.log_a)
+            if not times.size:  # what is not finite is left out
+                cells += [UNKNOWN] * 4
+                continue
             cells += [
                 f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
                 for x in np.percentile(times, (5, 50, 95))

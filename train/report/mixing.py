@@ -52,9 +52,9 @@ def linear(layer: nn.Module, variables: dict, length: int) -> bool:
 def kinds(run: Run) -> dict[int, int]:
     """Of each layer that is not linear in its inputs, by its number in the pattern
     (from 0), of how many tokens its matrix may be; 0 where it has none."""
-    stack, found = run.model.stack(), {}
+    stack, sizes = run.model.stack(), {}
     if run.model.encoder == "grid":
-        return found  # places of a grid have no one order
+        return sizes  # places of a grid have no one order
     for number, make in enumerate(stack.pattern[: stack.depth]):
         layer = precise(make().mixer())
         variables = probe.mixer_variables(run.variables, stack, number)
@@ -62,13 +62,13 @@ def kinds(run: Run) -> dict[int, int]:
             continue
         x = jax.random.normal(jax.random.key(0), (1, FEW, layer.features))
         try:
-            few, *_ = materialize(layer, variables, x)
+            small, *_ = materialize(layer, variables, x)
         except ValueError:  # not linear in anything that it shows
-            found[number] = 0
+            sizes[number] = 0
             continue
-        most = math.isqrt(NUMBERS // math.prod(few.shape[:-2]))
-        found[number] = min(TOKENS, most)
-    return found
+        most = math.isqrt(NUMBERS // math.prod(small.shape[:-2]))
+        sizes[number] = min(TOKENS, most)
+    return sizes
 
 
 def of(run: Run, stages: dict[str, dict], kinds: dict[int, int]) -> list[Mixing]:
@@ -82,28 +82,28 @@ def of(run: Run, stages: dict[str, dict], kinds: dict[int, int]) -> list[Mixing]
     """
     split = runs.last_split(run.dataset)
     batch = next(iter(run.dataset.evaluation(split, 1)))
-    stack, trained, found = run.model.stack(), [*stages][-1], {}
+    stack, trained, mixings = run.model.stack(), [*stages][-1], {}
     for number, count in kinds.items():
         layer = precise(stack.pattern[number]().mixer())
         name = type(layer).__name__
-        if name in found or not count:
+        if name in mixings or not count:
             continue
-        entered = _reader(run, batch, number)
+        inputs_of = _reader(run, batch, number)
         matrices = {}
         for stage, variables in stages.items():
-            own = probe.mixer_variables(variables, stack, number)
-            M, *_ = materialize(layer, own, entered(variables)[:, :count])
+            weights = probe.mixer_variables(variables, stack, number)
+            M, *_ = materialize(layer, weights, inputs_of(variables)[:, :count])
             matrices[stage] = np.asarray(M[0])
-        past = np.abs(np.tril(matrices[trained], -1)).sum(axis=(-1, -2))
-        channel = tuple(map(int, np.unravel_index(past.argmax(), past.shape)))
-        found[name] = Mixing(
+        sums = np.abs(np.tril(matrices[trained], -1)).sum(axis=(-1, -2))
+        channel = tuple(map(int, np.unravel_index(sums.argmax(), sums.shape)))
+        mixings[name] = Mixing(
             f"block {number + 1}, {name}",
             split,
             channel,
-            past.shape,
+            sums.shape,
             {stage: M[channel] for stage, M in matrices.items()},
         )
-    return [*found.values()]
+    return [*mixings.values()]
 
 
 def precise(layer: nn.Module) -> nn.Module:
@@ -121,26 +121,26 @@ def _reader(run: Run, batch: dict, number: int):
     mask = batch["mask"] if spec.padded else None
     sequence = Sequence(mask, batch.get("reset"), batch.get("dt"))
 
-    def kept(call, args, kwargs, context):
+    def record(call, args, kwargs, context):
         module = context.module
-        inside = module.name == "mixer" and isinstance(module, kind)
-        if inside and context.method_name == "__call__":
+        is_mixer = module.name == "mixer" and isinstance(module, kind)
+        if is_mixer and context.method_name == "__call__":
             module.sow(EXPOSED, "entered", args[0])
         return call(*args, **kwargs)
 
     @jax.jit
-    def shown(variables):
-        with nn.intercept_methods(kept):
-            _, found = run.model.apply(
+    def exposed(variables):
+        with nn.intercept_methods(record):
+            _, collections = run.model.apply(
                 variables, batch["inputs"], sequence=sequence, mutable=[EXPOSED]
             )
-        return found
+        return collections
 
     # The model has moved real tokens to the front.
     real = int(batch["mask"].reshape(-1, batch["mask"].shape[-1])[0].sum())
 
     def read(variables):
-        found = probe.mixer_variables(shown(variables), stack, number)[EXPOSED]
-        return found["entered"][0][:1, : max(1, real)]
+        values = probe.mixer_variables(exposed(variables), stack, number)[EXPOSED]
+        return values["entered"][0][:1, : max(1, real)]
 
     return read

@@ -47,7 +47,7 @@ def load_codec(workdir: str | Path, at: int | None = None, codes: int = 0) -> Ca
             f"workdir: {workdir} has {run.model.codes} codes, but {codes} are to be "
             "shown, as many as data.vocab_size or the clips say"
         )
-    apply = _framewise(run, "decode", 2)
+    pixels_of = _framewise(run, "decode", 2)
 
     def decode(codes: np.ndarray) -> np.ndarray:
         codes = np.asarray(codes)
@@ -56,7 +56,7 @@ def load_codec(workdir: str | Path, at: int | None = None, codes: int = 0) -> Ca
                 f"codes: must lie in [0, {run.model.codes}), got {codes.min()} to "
                 f"{codes.max()}"
             )
-        return to_bytes(apply(codes))
+        return to_bytes(pixels_of(codes))
 
     return decode
 
@@ -71,10 +71,10 @@ def encode(run: Run, split: str, count: int) -> dict[str, np.ndarray]:
     if count < 1:
         raise ValueError(f"clips: must be at least 1, got {count}")
     count = min(count, run.dataset.num_examples(split))
-    apply, parts = _framewise(run, "encode", 3), []
+    codes_of, parts = _framewise(run, "encode", 3), []
     for batch in itertools.islice(run.dataset.evaluation(split, 1), count):
         clip, actions = whole_clips(batch)
-        part = {"codes": apply(clip)}
+        part = {"codes": codes_of(clip)}
         if actions is not None:
             part["actions"] = np.pad(actions, ((0, 0), (1, 0)))
         parts.append(part)
@@ -87,16 +87,16 @@ def _framewise(run: Run, method: str, rank: int) -> Callable:
     frame's, FRAMES at a time."""
     apply = jax.jit(lambda x: run.model.apply(run.variables, x, method=method))
 
-    def on_all(x):
+    def in_parts(x):
         frames = x.reshape(-1, *x.shape[-rank:])
         parts = [
             np.asarray(apply(frames[i : i + FRAMES]))
             for i in range(0, len(frames), FRAMES)
         ]
-        joined = np.concatenate(parts)
-        return joined.reshape(*x.shape[:-rank], *joined.shape[1:])
+        answers = np.concatenate(parts)
+        return answers.reshape(*x.shape[:-rank], *answers.shape[1:])
 
-    return on_all
+    return in_parts
 
 
 def write(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
@@ -150,10 +150,10 @@ def main(argv=None):
         _checked(options.out)  # now, not after the work
         run = _autoencoder(options.workdir, options.step)
         if options.length is not None:
-            other = {**run.config.data, "length": options.length}
-            run = run.on(data.load(other))
-        there = [split for split in sources.SPLITS if split in run.dataset.sources]
-        splits = options.split.split(",") if options.split else there
+            run = run.on(data.load({**run.config.data, "length": options.length}))
+        splits = [split for split in sources.SPLITS if split in run.dataset.sources]
+        if options.split:
+            splits = options.split.split(",")
         parts = [encode(run, split, options.clips) for split in splits]
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
         write(options.out, arrays)

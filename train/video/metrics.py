@@ -237,9 +237,9 @@ def _i3d(network, clips: np.ndarray) -> np.ndarray:
 def _distances(network, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     import torch
 
-    def images(x):
+    def tensor(x):
         return torch.from_numpy(np.ascontiguousarray(2 * x.transpose(0, 3, 1, 2) - 1))
 
     with torch.no_grad():
-        distances = network(images(truth), images(prediction))
+        distances = network(tensor(truth), tensor(prediction))
     return distances.numpy().reshape(len(truth))

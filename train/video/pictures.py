@@ -33,9 +33,9 @@ def contact_sheet(context, truth, prediction) -> bytes:
         ValueError: frames of another form.
     """
     context, truth, prediction = _frames(context, truth, prediction, 5)
-    seen, ahead = _columns(context, truth)
+    contexts, horizons = _columns(context, truth)
     with matplotlib.rc_context(STYLE):
-        columns, rows = len(seen) + len(ahead), 2 * len(truth)
+        columns, rows = len(contexts) + len(horizons), 2 * len(truth)
         side = WIDTH / columns
         height = rows * side * truth.shape[2] / truth.shape[3] + 0.3
         figure = Figure((WIDTH, height), layout="constrained")
@@ -45,15 +45,18 @@ def contact_sheet(context, truth, prediction) -> bytes:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         for clip, (upper, lower) in enumerate(zip(axes[::2], axes[1::2], strict=True)):
-            for axis, t in zip(upper, seen, strict=False):
+            for axis, t in zip(upper, contexts, strict=False):
                 _show(axis, context[clip, t])
-            for i, t in enumerate(ahead, len(seen)):
+            for i, t in enumerate(horizons, len(contexts)):
                 _show(upper[i], truth[clip, t])
                 _show(lower[i], prediction[clip, t])
-            for axis, label in ((upper[0], "truth"), (lower[len(seen)], "prediction")):
+            for axis, label in (
+                (upper[0], "truth"),
+                (lower[len(contexts)], "prediction"),
+            ):
                 # Readable on a dark page and on a light one, as a PNG has no page.
                 axis.set_ylabel(label, color=SOFT, fontsize=8)
-        labels = _labels(seen, ahead)
+        labels = _labels(contexts, horizons)
         for axis, label in zip(axes[0], labels, strict=True):
             axis.set_title(label, color=SOFT, fontsize=8)
         return _png(figure)
@@ -71,16 +74,16 @@ def strips(context, truth, prediction) -> list[list[Panel]]:
         ValueError: frames of another form.
     """
     context, truth, prediction = _frames(context, truth, prediction, 5)
-    seen, ahead = _columns(context, truth)
-    labels = _labels(seen, ahead)
+    contexts, horizons = _columns(context, truth)
+    labels = _labels(contexts, horizons)
     strips = []
-    for before, true, predicted in zip(context, truth, prediction, strict=True):
-        shown = [image(png(before[t]), f"seen, frame {t + 1}") for t in seen]
-        for t in ahead:
-            pair = ((true, "truth"), (predicted, "prediction"))
-            images = [image(png(x[t]), f"{what}, +{t + 1}") for x, what in pair]
-            shown.append("".join(images))
-        strips.append([Panel(*pair) for pair in zip(labels, shown, strict=True)])
+    for clip, target, answer in zip(context, truth, prediction, strict=True):
+        cells = [image(png(clip[t]), f"seen, frame {t + 1}") for t in contexts]
+        for t in horizons:
+            upper = image(png(target[t]), f"truth, +{t + 1}")
+            lower = image(png(answer[t]), f"prediction, +{t + 1}")
+            cells.append(upper + lower)
+        strips.append([Panel(*cell) for cell in zip(labels, cells, strict=True)])
     return strips
 
 
@@ -90,8 +93,8 @@ def _columns(context, truth) -> tuple[np.ndarray, np.ndarray]:
     return spread(np.arange(T), CONTEXTS), spread(np.arange(H), HORIZONS)
 
 
-def _labels(seen, ahead) -> list[str]:
-    return [f"seen {t + 1}" for t in seen] + [f"+{t + 1}" for t in ahead]
+def _labels(contexts, horizons) -> list[str]:
+    return [f"seen {t + 1}" for t in contexts] + [f"+{t + 1}" for t in horizons]
 
 
 def gif(context, truth, prediction) -> bytes:

@@ -117,7 +117,7 @@ def moves(leaf: jax.Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-class Case:
+class Trial:
     """A layer with parameters, an input and a random state to examine it on.
 
     Every program takes a while to compile: the laws share calls of few shapes, those of
