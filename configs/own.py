@@ -37,9 +37,8 @@ def get_config(arg=""):
     config = common.base()
     common.set_layer(config, arg.layer)
     config.model.head = arg.head
-    # What S4, S5 and their kin are trained with at such sizes; with 1e-3 a trial of
-    # some hundred steps learns nothing.
-    config.optimizer.update(lr=4e-3, warmup=-100)
+    # With 1e-3 a trial of some hundred steps learns nothing; docs/results.md has more.
+    config.optimizer.update(lr=1e-2, warmup=-100)
     if name:
         config.data.update(name=name, **settings)
         return config

@@ -77,9 +77,9 @@ ABSENT_DATA = {
     }
 }
 
-# What `configs/own.py` set otherwise when an older run began: (then, today). Such a run
-# goes on with its own where the config has today's.
-OWN_RECIPE = {"optimizer.lr": (1e-3, 4e-3)}
+# What `configs/own.py` set otherwise when an older run began: (all that it was, today).
+# Such a run goes on with its own where the config has today's.
+OWN_RECIPE = {"optimizer.lr": ((1e-3, 4e-3), 1e-2)}
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
@@ -161,8 +161,9 @@ def continued(
             print(f"{workdir} began before there was {key}: it keeps {meaning!r}")
     name = config.data.get("name")
     if name == "arrays" or name not in data.DATASETS:
-        for key, (then, today) in OWN_RECIPE.items():
-            if key not in typed and (old.get(key), now.get(key)) == (then, today):
+        for key, (earlier, today) in OWN_RECIPE.items():
+            then = old.get(key)
+            if key not in typed and now.get(key) == today and then in earlier:
                 _set(config, key, then)
                 print(f"{workdir} began with {key} = {then}: it keeps that")
     return config
