@@ -72,7 +72,7 @@ def interpreted() -> bool:
 def triton_missing() -> str | None:
     """Why a Triton kernel cannot be called here; None if it can."""
     if not _installed("triton"):
-        return "triton is not installed: pip install -e '.[gpu]'"
+        return "triton is not installed: the extra [gpu] brings it"
     if interpreted() or _record.get() is not None:
         return None
     if platform() != "gpu":
@@ -97,7 +97,7 @@ def jax_triton():
     calls with three; without it JAX's own rule is used, which suits a pure kernel.
     """
     if not _installed("jax_triton"):
-        raise ImportError("not installed: pip install -e '.[gpu]'")
+        raise ImportError("not installed: the extra [gpu] brings it")
     set_fusion()
     module = importlib.import_module("jax_triton")
     if jax.__version_info__ >= (0, 12):

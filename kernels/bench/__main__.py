@@ -37,7 +37,7 @@ from rich.table import Table
 
 from kernels import allocator, dispatch
 from kernels.bench import peers, plot, timing
-from kernels.bench.cases import CASES, Case
+from kernels.bench.cases import WORKLOADS, Workload
 from kernels.check import certificate
 from kernels.check.cases import OPERATIONS
 
@@ -45,7 +45,7 @@ LENGTHS = [2**10, 2**12, 2**14, 2**16, 2**18, 2**20]
 KINDS = ("forward", "forward+backward")
 
 
-def forms_of(case: Case, size: dict, arguments) -> dict:
+def forms_of(case: Workload, size: dict, arguments) -> dict:
     """Name -> function; the first is the operation with its default backend."""
     forms = case.forms(size)
     subject, *plain = forms.items()
@@ -76,7 +76,9 @@ def _traces(function, arguments) -> bool:
     return True
 
 
-def run_case(case: Case, size: dict, options, floor: dict, too_slow=()) -> list[dict]:
+def run_case(
+    case: Workload, size: dict, options, floor: dict, too_slow=()
+) -> list[dict]:
     """A row per form, forward and with gradients; a form in `too_slow` is not run."""
     arguments = jax.device_put(
         _cast(case.make(size, np.random.default_rng(0)), options)
@@ -158,7 +160,7 @@ def peer_rows(case, arguments, options, rows) -> list[dict]:
     return records
 
 
-def compile_times(case: Case, size: dict) -> dict[str, float]:
+def compile_times(case: Workload, size: dict) -> dict[str, float]:
     """Seconds to compile both passes at L / 4 and at L: the program is one size."""
     seconds = {}
     for length in (size["L"] // 4, size["L"]):
@@ -173,7 +175,7 @@ def compile_times(case: Case, size: dict) -> dict[str, float]:
     return seconds
 
 
-def sweep(case: Case, options, floor: dict) -> list[dict]:
+def sweep(case: Workload, options, floor: dict) -> list[dict]:
     """Rows at every length; what was slow at one is not run at the next."""
     rows, too_slow = [], set()
     for length in options.lengths:
@@ -236,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         f"matmul {floor['matmul_flop_per_s'] / 1e9:.0f} GFLOP/s"
     )
     console.print(title)
-    cases = [case for case in CASES if not options.op or case.op in options.op]
+    cases = [case for case in WORKLOADS if not options.op or case.op in options.op]
     figures = {"rows": [], "compile_s": {}, "sweep": []}
     header = timing.environment() | {"dtype": options.dtype, "floors": floor}
     out = options.out
@@ -301,7 +303,7 @@ def _parser():
         formatter_class=argparse.RawTextHelpFormatter,
     )
     add = parser.add_argument
-    ops = sorted({case.op for case in CASES})
+    ops = sorted({case.op for case in WORKLOADS})
     text = f"only these operations: {', '.join(ops)}"
     add("--op", choices=ops, nargs="+", metavar="NAME", help=text)
     platforms, dtypes = ("cpu", "gpu", "tpu"), ("float32", "bfloat16")

@@ -22,7 +22,7 @@ from kernels.check.cases import OPERATIONS, normal
 
 
 @dataclass
-class Case:
+class Workload:
     """One row: `make(size, rng)` gives the arguments of every function in `forms`."""
 
     op: str
@@ -252,8 +252,8 @@ def depthwise_by_lax_conv(u, w):
 
 
 def inputs_of(operation: str, variant: str, **sizes: int | str) -> Callable:
-    """`make` of a `Case`: the arrays with which `kernels.check` tries this variant, in
-    float32 and without initial state and resets.
+    """`make` of a `Workload`: the arrays with which `kernels.check` tries this variant,
+    in float32 and without initial state and resets.
 
     Args:
         operation, variant: of `kernels.check.cases.OPERATIONS`.
@@ -289,8 +289,8 @@ def resets(u):
     return u[..., 0] > 2.33
 
 
-CASES = [
-    Case(
+WORKLOADS = [
+    Workload(
         "linear_scan",
         "time-varying, real",
         {"B": 8, "L": 4096, "D": 256},
@@ -302,7 +302,7 @@ CASES = [
             "lax.scan": scan_by_lax_scan,
         },
     ),
-    Case(
+    Workload(
         "linear_scan",
         "constant, complex",
         {"B": 8, "L": 4096, "P": 64},
@@ -314,7 +314,7 @@ CASES = [
             "lax.scan": scan_by_lax_scan,
         },
     ),
-    Case(
+    Workload(
         "contracted_scan",
         "constant decay",
         {"B": 2, "L": 4096, "H": 64, "N": 32},
@@ -327,7 +327,7 @@ CASES = [
         },
         flops=lambda s: 2 * s["B"] * s["L"] * s["H"] * 3 * 2 * s["N"],
     ),
-    Case(
+    Workload(
         "contracted_scan",
         "with dt",
         {"B": 2, "L": 2048, "H": 64, "N": 32},
@@ -339,7 +339,7 @@ CASES = [
             "states, lax.scan": bank_of_states(scan_by_lax_scan),
         },
     ),
-    Case(
+    Workload(
         "selective_scan",
         "Mamba",
         {"B": 4, "L": 1024, "D": 256, "N": 16},
@@ -347,7 +347,7 @@ CASES = [
         inputs_of("selective_scan", "no skip"),
         selective_forms,
     ),
-    Case(
+    Workload(
         "selective_scan",
         "Mamba, long",
         {"B": 2, "L": 4096, "D": 256, "N": 16},
@@ -355,7 +355,7 @@ CASES = [
         inputs_of("selective_scan", "no skip"),
         selective_forms,
     ),
-    Case(
+    Workload(
         "chunked_scan",
         "scalar decay",
         {"B": 4, "L": 1024, "H": 4, "K": 64},
@@ -365,7 +365,7 @@ CASES = [
         # the least there is to do, by steps: a product into the state and one out
         flops=lambda s: 4 * s["B"] * s["L"] * s["H"] * s["K"] ** 2,
     ),
-    Case(
+    Workload(
         "chunked_scan",
         "gated delta rule",
         {"B": 4, "L": 1024, "H": 4, "K": 64},
@@ -374,7 +374,7 @@ CASES = [
         chunked_forms,
         flops=lambda s: 6 * s["B"] * s["L"] * s["H"] * s["K"] ** 2,
     ),
-    Case(
+    Workload(
         "cauchy",
         "S4 filter, rank 1",
         {"H": 128, "N": 64, "L": 16384},
@@ -386,7 +386,7 @@ CASES = [
         },
         flops=lambda s: 2 * s["H"] * 4 * s["N"] * s["L"],
     ),
-    Case(
+    Workload(
         "vandermonde",
         "S4D filter",
         {"H": 128, "N": 64, "L": 16384},
@@ -398,7 +398,7 @@ CASES = [
         },
         flops=lambda s: 4 * s["H"] * s["N"] * s["L"],
     ),
-    Case(
+    Workload(
         "vandermonde_transpose",
         "final state",
         {"B": 4, "H": 64, "N": 32, "L": 8192},
@@ -410,7 +410,7 @@ CASES = [
         },
         flops=lambda s: 4 * s["B"] * s["H"] * s["N"] * s["L"],
     ),
-    Case(
+    Workload(
         "fft_conv",
         "causal",
         {"B": 8, "H": 128, "L": 4096},
@@ -422,7 +422,7 @@ CASES = [
             "Monarch": lambda u, k: fft_conv(u, k, backend="monarch")[0],
         },
     ),
-    Case(
+    Workload(
         "fft_conv",
         "256 taps",
         {"B": 1, "H": 16, "L": 262144, "K": 256},
@@ -433,7 +433,7 @@ CASES = [
             "one FFT": lambda u, k: fft_conv(u, k, backend="xla")[0],
         },
     ),
-    Case(
+    Workload(
         "fft_conv",
         "resets",
         {"B": 4, "H": 64, "L": 16384},
@@ -444,7 +444,7 @@ CASES = [
             "without resets": lambda u, k: fft_conv(u, k)[0],
         },
     ),
-    Case(
+    Workload(
         "short_conv",
         "width 4",
         {"B": 8, "H": 256, "L": 4096, "W": 4},
