@@ -469,7 +469,7 @@ def test_without_triton_it_says_so(monkeypatch, capsys):
     command = ["--op", "linear_scan", "--backend", "triton", "--quick"]
     assert check.main(command) == 0
     said = capsys.readouterr().out
-    assert "triton (interpreted; all): triton is not installed: pip install" in said
+    assert "triton (interpreted; all): triton is not installed: the extra" in said
 
 
 def test_what_does_not_compile_is_named(triton, monkeypatch):
