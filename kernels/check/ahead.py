@@ -174,9 +174,10 @@ def compile_row(target: Target, program: Program) -> Row:
         )
         function = forward
         if row.part == "gradient":
-            # given as a model's next layer gives them
             function = both
-            arrays = *arrays, jax.eval_shape(forward, *arrays)
+            with compat.lowering_for(target.platform):
+                # what a model's next layer gives
+                arrays = *arrays, jax.eval_shape(forward, *arrays)
         compiled, seconds = _compiled(target, function, arrays)
     except Exception as problem:
         return _refused(row, problem)
