@@ -168,7 +168,7 @@ def test_a_slow_form_is_timed_once():
 
 
 def test_every_peer_has_its_case():
-    timed = {(case.op, case.name) for case in kernels_bench.CASES}
+    timed = {(case.op, case.name) for case in kernels_bench.WORKLOADS}
     assert {(peer.op, peer.case) for peer in kernels_bench.peers.PEERS} <= timed
 
 
