@@ -141,7 +141,6 @@ def gradients(q, k, v, d_out, g, states, d_states, segment, of_values=True):
     batch, length, heads, _ = v.shape
     chunks = states.shape[2]
     sizes = (length, heads, k.shape[2], chunks)
-
     return triton_call(
         _gradients_kernel,
         (chunks, batch * heads),

@@ -157,15 +157,12 @@ def _recall_gradients(dk, d, dg, k, v, u, g, beta, states, segment):
             *(dk, d, dg, k, v, u, g, beta, states, plain.either(segment, g)),
             *(length, heads, k.shape[2], chunks),
         ),
-        [
-            jax.ShapeDtypeStruct(x.shape, dtype)
-            for x, dtype in (
-                (dk, dk.dtype),
-                (d, v.dtype),
-                (dg, g.dtype),
-                (beta, g.dtype),
-            )
-        ],
+        (
+            jax.ShapeDtypeStruct(dk.shape, dk.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct(dg.shape, dg.dtype),
+            jax.ShapeDtypeStruct(beta.shape, beta.dtype),
+        ),
         num_warps=8,
         in_place=3 if d.dtype == v.dtype else 1,
         **plain.gradients_constants(k, v, segment, "ieee"),
