@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import interpreter
+from kernels import interpreter, varying
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _record: ContextVar[list | None] = ContextVar("record", default=None)
@@ -165,25 +165,27 @@ def triton_call(
             for x in arguments
         )
         record.append(TritonCall(kernel, grid, shapes, outputs, num_warps, constants))
-        return tuple(jnp.zeros(out.shape, out.dtype) for out in outputs)
+        results = tuple(jnp.zeros(out.shape, out.dtype) for out in outputs)
+        return varying.like(results, *arguments)
     if interpreted():
-        return interpreter.call(kernel, grid, arguments, outputs, constants)
+        results = interpreter.call(kernel, grid, arguments, outputs, constants)
+        return varying.like(results, *arguments)
     module = jax_triton()
     new = module.__version_info__ >= (0, 4)
     options: dict[str, Any] = {"out_type" if new else "out_shape": outputs}
     if jax.default_backend() != "gpu":
         options["compute_capability"] = 90  # there is no device to ask
-    return tuple(
-        module.triton_call(
-            *arguments,
-            kernel=kernel,
-            grid=grid,
-            num_warps=num_warps,
-            input_output_aliases={i: i for i in range(in_place)},
-            **options,
-            **constants,
-        )
+    results = module.triton_call(
+        *arguments,
+        kernel=kernel,
+        grid=grid,
+        num_warps=num_warps,
+        input_output_aliases={i: i for i in range(in_place)},
+        **options,
+        **constants,
     )
+    # which jax-triton does not know: inside of jax.shard_map they vary as these do
+    return varying.like(tuple(results), *arguments)
 
 
 # Pallas on TPU
@@ -212,4 +214,17 @@ def pallas_tpu_call(kernel, *, grid, semantics, **options):
         options["compiler_params"] = pltpu.CompilerParams(dimension_semantics=semantics)
     else:
         options["interpret"] = True
-    return pl.pallas_call(kernel, grid=grid, **options)
+    out_shape = options.pop("out_shape")
+
+    def call(*arguments):
+        # inside of jax.shard_map the results vary as the arguments do, all of them
+        arguments = varying.together(*arguments)
+        kind = {"manual_axis_type": jax.typeof(arguments[0]).mat}
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, **kind), out_shape
+        )
+        return pl.pallas_call(kernel, grid=grid, out_shape=shapes, **options)(
+            *arguments
+        )
+
+    return call

@@ -7,6 +7,9 @@ coefficients over the same nodes. Backends get them flat: [E, G, M] and [G, N].
 import math
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from kernels import shards
 
 
 def check(op, name, array, letters, nodes_name, nodes):
@@ -35,6 +38,13 @@ def check_count(op, name, array, nodes_name, nodes):
             f"{op}: {name} must have the N of {nodes_name} = {nodes.shape[-1]}, "
             f"got {array.shape[-1]}"
         )
+
+
+def spec(array, nodes):
+    """Of an array [*E, *H, M] on several devices: the last axis of *H is channels."""
+    if nodes.ndim < 2:
+        return shards.WHOLE
+    return PartitionSpec(*[None] * (array.ndim - 2), shards.CHANNELS)
 
 
 def promote(*arrays):

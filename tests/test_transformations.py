@@ -5,6 +5,7 @@
 in a process of its own (`test_two_devices`).
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels import dispatch
+from kernels import compat, dispatch
 from kernels.check.cases import OPERATIONS, Case
 from kernels.check.comparison import parted, rounded
 from kernels.tolerance import assert_close
@@ -97,11 +98,12 @@ def plain(op, static, inputs):
     return values, gradients
 
 
-def forms():
+def forms(kernels=False):
+    """Of every variant of every operation: those in XLA, or the kernels."""
     for op, operation in OPERATIONS.items():
         for variant in operation.variants:
             for backend, module in operation.backends.items():
-                if not isinstance(module, dispatch.OnPlatform):
+                if isinstance(module, dispatch.OnPlatform) == kernels:
                     yield op, variant, backend
 
 
@@ -290,6 +292,45 @@ def test_types_inside_of_shard_map(op, variant, backend, options):
         call, static, inputs = prepared(op, variant, backend, options, length)
         run = sharded(call, static, inputs, split_arguments(op, variant))
         run.trace(*parted(inputs))
+
+
+EVERY_KERNEL = [
+    pytest.param(op, variant, backend, marks=[] if first else [pytest.mark.slow])
+    for op, variant, backend in forms(kernels=True)
+    for first in [variant == OPERATIONS[op].variants[0]]
+]
+
+
+@EVERY_OPTION
+@pytest.mark.parametrize(("op", "variant", "backend"), EVERY_KERNEL)
+def test_types_of_kernels_inside_of_shard_map(op, variant, backend, options):
+    """As on their own devices, where neither Triton nor Pallas says what varies."""
+    call, static, inputs = prepared(op, variant, backend, options, 70)
+    if reason := untaken(call, static, inputs):
+        pytest.skip(reason)
+    run = sharded(call, static, inputs, split_arguments(op, variant))
+    with on_its_device(backend):
+        run.trace(*parted(inputs))
+
+
+def untaken(call, static, inputs):
+    """Why the backend in `static` does not take these."""
+    with on_its_device(static["backend"]):
+        try:
+            jax.eval_shape(lambda inputs: call(**inputs, **static), inputs)
+        except ValueError as refusal:
+            return str(refusal)
+    return None
+
+
+@contextlib.contextmanager
+def on_its_device(backend):
+    if backend == "pallas_tpu":
+        with compat.lowering_for("tpu"):
+            yield
+    else:
+        with compat.recorded():
+            yield
 
 
 def in_shard_map(op, variant, backend):

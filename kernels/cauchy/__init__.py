@@ -1,9 +1,11 @@
 """Cauchy sums of conjugate pairs on the grid of a bilinear filter, without [N, L]."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, nodes, pairs, varying
+from kernels import checks, dispatch, nodes, pairs, shards, varying
 from kernels.cauchy import reference, xla
 from kernels.cauchy.low_rank import filter_of_sums, small_solve
 
@@ -45,6 +47,10 @@ def cauchy(
     length = _check(op, length, v=v, z=z)
     nodes.check(op, "v", v, "[*E, *H, n]", "z", z)
     nodes.check_count(op, "v", v, "z", z)
+    if shards.active():
+        call = partial(cauchy, length=length, backend=backend)
+        of_v, of_z = (nodes.spec(x, z) for x in (v, z))
+        return shards.run(call, (v, z), (of_v, of_z), of_v)
     module = dispatch.pick(op, BACKENDS, backend, v, z)
     v, z = varying.together(*nodes.promote(v, z))
     if module is reference:

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, shards, varying
 from kernels.chunked_scan import reference, xla
 
 BACKENDS = {
@@ -79,14 +79,22 @@ def chunked_scan(
     """
     op = "chunked_scan"
     _check(op, q, k, v, log_decay, beta, initial_state, reset)
+    call = partial(
+        chunked_scan,
+        reverse=reverse,
+        return_transition=return_transition,
+        backend=backend,
+    )
     if not v.shape[0]:
-        call = partial(
-            chunked_scan,
-            reverse=reverse,
-            return_transition=return_transition,
-            backend=backend,
-        )
         return rows.none(call, q, k, v, log_decay, beta, initial_state, reset)
+    if shards.active():
+        constant = log_decay is not None and log_decay.ndim == 1
+        decay = shards.BY_CHANNEL if constant else shards.SEQUENCE
+        sequences = [shards.SEQUENCE] * 3  # heads, and groups of them
+        specs = *sequences, decay, shards.SEQUENCE, shards.STATE, shards.BY_TOKEN
+        arguments = q, k, v, log_decay, beta, initial_state, reset
+        results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
+        return shards.run(call, arguments, specs, results)
     # which are multiplied with each other: kernels do that in one dtype
     q, k = (x.astype(jnp.promote_types(q.dtype, k.dtype)) for x in (q, k))
     module = dispatch.pick(op, BACKENDS, backend, q, v, log_decay, beta)

@@ -136,6 +136,9 @@ def _weights(g, beta, number):
     """[B, H, C, ROWS, T]: G in two parts (see decay.scalar), segment numbers, how
     much of the state before a chunk reaches a token, of a token the state behind, and
     of the state before the state behind: -1 where a reset lies between; beta."""
+    # what is made of constants alone, a decay of 0 or one segment, XLA would compute
+    # while it compiles, for 20 s
+    g, number = jax.lax.optimization_barrier((g, number))
     unknown = jnp.isnan(g)
     # NaN reaches the rest of its segment, and no other
     latest = jax.lax.cummax(jnp.where(unknown, number, -1), 3)

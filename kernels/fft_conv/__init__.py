@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, shards, varying
 from kernels.fft_conv import (
     choice,
     direct,
@@ -86,10 +86,14 @@ def fft_conv(
     """
     op = "fft_conv"
     _check(op, u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate)
+    call = partial(_positional, reverse, backend)
+    arguments = u, k, initial_state, reset, k_reverse, skip, pre_gate, post_gate
     if not u.shape[0]:
-        keywords = k_reverse, skip, pre_gate, post_gate
-        call = partial(_of_one, reverse, backend)
-        return rows.none(call, u, k, initial_state, reset, *keywords)
+        return rows.none(call, *arguments)
+    if shards.active():
+        each, channel = shards.SEQUENCE, shards.BY_CHANNEL
+        specs = each, channel, each, shards.BY_TOKEN, channel, channel, each, each
+        return shards.run(call, arguments, specs, (each, each))
     advice = choice.advice(u, k, initial_state, k_reverse)
     module = dispatch.pick(op, BACKENDS, backend, u, k, advice=advice)
     gates = skip, pre_gate, post_gate
@@ -121,7 +125,7 @@ def fft_conv(
     return y.astype(u.dtype), final
 
 
-def _of_one(reverse, backend, *arguments):
+def _positional(reverse, backend, *arguments):
     *arguments, k_reverse, skip, pre_gate, post_gate = arguments
     return fft_conv(
         *arguments,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, rows, varying
+from kernels import checks, dispatch, rows, shards, varying
 from kernels.fft_conv import monarch, reference, taps
 
 BACKENDS = {"monarch": monarch, "reference": reference}
@@ -56,13 +56,22 @@ def butterfly_conv(
     """
     op = "butterfly_conv"
     points = _check(op, u, k, u_factors, k_factors, k_reverse, skip)
+    arguments = u, k, u_factors, k_factors, k_reverse, skip
+
+    def call(u, k, u_factors, k_factors, k_reverse, skip):
+        options = dict(k_reverse=k_reverse, skip=skip, backend=backend)
+        return butterfly_conv(u, k, u_factors, k_factors, **options)
+
     if not u.shape[0]:
-
-        def call(u, k, u_factors, k_factors, k_reverse, skip):
-            options = dict(k_reverse=k_reverse, skip=skip, backend=backend)
-            return butterfly_conv(u, k, u_factors, k_factors, **options)
-
-        return rows.none(call, u, k, u_factors, k_factors, k_reverse, skip)
+        return rows.none(call, *arguments)
+    if shards.active():
+        each, channel = shards.SEQUENCE, shards.BY_CHANNEL
+        factors = [
+            [channel if f.ndim == 4 else shards.WHOLE for f in some]
+            for some in (u_factors, k_factors)
+        ]
+        specs = each, channel, *factors, channel, channel
+        return shards.run(call, arguments, specs, each)
     module = dispatch.pick(op, BACKENDS, backend, u, k)
     dtype = checks.state_dtype(u, k, k_reverse, skip, *u_factors, *k_factors)
     length = u.shape[1]

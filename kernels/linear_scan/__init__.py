@@ -4,8 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from kernels import checks, dispatch, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, shards, varying
 from kernels.linear_scan import gradient, product, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
@@ -61,14 +62,19 @@ def linear_scan(
     """
     op = "linear_scan"
     _check(op, a, x, initial_state, reset)
+    call = partial(
+        linear_scan,
+        reverse=reverse,
+        return_transition=return_transition,
+        backend=backend,
+    )
     if not x.shape[0]:
-        call = partial(
-            linear_scan,
-            reverse=reverse,
-            return_transition=return_transition,
-            backend=backend,
-        )
         return rows.none(call, a, x, initial_state, reset)
+    if shards.active():
+        into, each, state = _specs(a, x)
+        specs = into, each, state, shards.BY_TOKEN
+        results = (each, state, state)[: 2 + return_transition]
+        return shards.run(call, (a, x, initial_state, reset), specs, results)
     module = dispatch.pick(op, BACKENDS, backend, a, x)
     a, x, initial_state, reset = varying.together(a, x, initial_state, reset)
     if a.ndim == x.ndim - 2:
@@ -86,6 +92,18 @@ def linear_scan(
         return h, final
     transition = _transition(a, x.shape, reset).astype(final.dtype)
     return h, final, transition
+
+
+def _specs(a, x):
+    """Of a, x and a state on several devices; of *S there are the most channels."""
+    state = [None] * (x.ndim - 2)
+    if state:
+        sizes = x.shape[2:]
+        last_largest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
+        state[last_largest] = shards.CHANNELS
+    each = PartitionSpec(shards.ROWS, None, *state)
+    into = each if a.ndim == x.ndim else PartitionSpec(*state)
+    return into, each, PartitionSpec(shards.ROWS, *state)
 
 
 def _transition(a, shape, reset):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import checks, dispatch, pairs, rows, segments, varying
+from kernels import checks, dispatch, pairs, rows, segments, shards, varying
 from kernels.linear_scan import contracted_xla, reference
 
 BACKENDS = {"xla": contracted_xla, "reference": reference}
@@ -61,14 +61,20 @@ def contracted_scan(
     """
     op = "contracted_scan"
     _check(op, log_a, b, c, u, dt, initial_state, reset)
+    call = partial(
+        contracted_scan,
+        reverse=reverse,
+        return_transition=return_transition,
+        backend=backend,
+    )
     if not u.shape[0]:
-        call = partial(
-            contracted_scan,
-            reverse=reverse,
-            return_transition=return_transition,
-            backend=backend,
-        )
         return rows.none(call, log_a, b, c, u, dt, initial_state, reset)
+    if shards.active():
+        system = [shards.BY_CHANNEL] * 3
+        sequences = shards.SEQUENCE, shards.BY_TOKEN, shards.STATE, shards.BY_TOKEN
+        arguments = log_a, b, c, u, dt, initial_state, reset
+        results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
+        return shards.run(call, arguments, (*system, *sequences), results)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
     dtype = checks.state_dtype(u, log_a, b, c, dt, initial_state)
     system, u, dt, initial_state, reset = varying.together(

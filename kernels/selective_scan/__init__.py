@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, shards, varying
 from kernels.selective_scan import reference, xla
 
 BACKENDS = {
@@ -14,6 +14,18 @@ BACKENDS = {
     "xla": xla,
     "reference": reference,
 }
+
+# Of the arguments on several devices: B and C are shared by all channels.
+SPECS = (
+    shards.SEQUENCE,
+    shards.SEQUENCE,
+    shards.BY_CHANNEL,
+    shards.BY_TOKEN,
+    shards.BY_TOKEN,
+    shards.STATE,
+    shards.BY_TOKEN,
+    shards.BY_CHANNEL,
+)
 
 
 def selective_scan(
@@ -65,9 +77,13 @@ def selective_scan(
     """
     op = "selective_scan"
     _check(op, u, dt, A, B, C, initial_state, reset, skip)
+    call = partial(_positional, reverse, return_transition, backend)
     if not u.shape[0]:
-        call = partial(_of_one, reverse, return_transition, backend)
         return rows.none(call, u, dt, A, B, C, initial_state, reset, skip)
+    if shards.active():
+        arguments = u, dt, A, B, C, initial_state, reset, skip
+        results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
+        return shards.run(call, arguments, SPECS, results)
     module = dispatch.pick(op, BACKENDS, backend, u, A)
     dtype = checks.state_dtype(u, dt, A, B, C, initial_state, skip)
     u, dt, A, B, C, initial_state, reset, skip = varying.together(
@@ -84,7 +100,7 @@ def selective_scan(
     return y, final, segments.through(transition, reset)
 
 
-def _of_one(reverse, return_transition, backend, *arguments):
+def _positional(reverse, return_transition, backend, *arguments):
     *arguments, skip = arguments
     return selective_scan(
         *arguments,

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from kernels import checks, dispatch, rows, segments, varying
+from kernels import checks, dispatch, rows, segments, shards, varying
 from kernels.short_conv import reference, xla
 
 BACKENDS = {
@@ -65,9 +65,14 @@ def short_conv(
     checks.shape(op, "bias", bias, (channels,), "[H]")
     checks.shape(op, "initial_state", initial_state, tail, "[B, W-1, H]")
     checks.reset(op, reset, u)
+    call = partial(short_conv, reverse=reverse, backend=backend)
     if not u.shape[0]:
-        call = partial(short_conv, reverse=reverse, backend=backend)
         return rows.none(call, u, w, bias, initial_state, reset)
+    if shards.active():
+        each = shards.SEQUENCE
+        specs = each, shards.BY_CHANNEL, shards.BY_CHANNEL, each, shards.BY_TOKEN
+        arguments = u, w, bias, initial_state, reset
+        return shards.run(call, arguments, specs, (each, each))
     module = dispatch.pick(op, BACKENDS, backend, u, w)
     dtype = checks.state_dtype(u, w, bias, initial_state)
     u, w, bias, initial_state, reset = varying.together(

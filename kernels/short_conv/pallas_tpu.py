@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import blocks
+from kernels import blocks, varying
 from kernels.blocks import GROUP, TILE
 from kernels.short_conv import xla
 
@@ -28,7 +28,7 @@ def unsupported(u, w) -> str | None:
 def short_conv(u, w, bias, state, segment):
     """u [B, L, H], state [B, W-1, H] in segment 0, segment [B, L] or None."""
     if bias is None:
-        bias = jnp.zeros(u.shape[2])
+        bias = varying.like(jnp.zeros(u.shape[2]), u)
     return _solve(u, w.astype(state.dtype), bias.astype(state.dtype), state, segment)
 
 

@@ -3,8 +3,9 @@
 from functools import partial
 
 import jax
+from jax.sharding import PartitionSpec
 
-from kernels import checks, dispatch, nodes, pairs, rows, varying
+from kernels import checks, dispatch, nodes, pairs, rows, shards, varying
 from kernels.vandermonde import reference, xla
 
 BACKENDS = {
@@ -41,6 +42,10 @@ def vandermonde(
     checks.floating(op, c=c, log_z=log_z)
     nodes.check(op, "c", c, "[*E, *H, N]", "log_z", log_z)
     nodes.check_count(op, "c", c, "log_z", log_z)
+    if shards.active():
+        call = partial(vandermonde, length=length, backend=backend)
+        of_c, of_z = (nodes.spec(x, log_z) for x in (c, log_z))
+        return shards.run(call, (c, log_z), (of_c, of_z), of_c)
     module = dispatch.pick(op, BACKENDS, backend, c, log_z)
     c, log_z = varying.together(*nodes.promote(c, log_z))
     if module is reference:
@@ -75,9 +80,14 @@ def vandermonde_transpose(
     checks.floating(op, log_z=log_z)
     checks.floating(op, real=True, u=u)
     nodes.check(op, "u", u, "[*B, *H, L]", "log_z", log_z)
+    call = partial(vandermonde_transpose, backend=backend)
     if not u.shape[0]:
-        call = partial(vandermonde_transpose, backend=backend)
         return rows.none(call, u, log_z)
+    if shards.active():
+        of_u, of_z = (nodes.spec(x, log_z) for x in (u, log_z))
+        if u.ndim > log_z.ndim:
+            of_u = PartitionSpec(shards.ROWS, *[*of_u][1:])
+        return shards.run(call, (u, log_z), (of_u, of_z), of_u)
     module = dispatch.pick(op, BACKENDS, backend, u, log_z)
     u, log_z = varying.together(*nodes.promote(u, log_z))
     if module is reference:
