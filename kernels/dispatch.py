@@ -52,7 +52,10 @@ class OnPlatform:
         if elsewhere(self):
             return f"for {self.platform}, would be interpreted here"
         if compat.partitioned_by_xla():
-            return "several devices outside jax.shard_map: XLA cannot split a kernel"
+            return (
+                "several devices outside jax.shard_map and kernels.shards.over: XLA "
+                "cannot split a kernel"
+            )
         return None
 
     def _loaded(self) -> ModuleType:
