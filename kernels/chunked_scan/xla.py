@@ -21,7 +21,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import segments
+from kernels import compat, segments
 from kernels.chunked_scan import decay, delta, isolation
 
 SCALAR_CHUNK = 64
@@ -34,6 +34,12 @@ def unsupported(*arguments) -> str | None:
 
 def chunked_scan(q, k, v, log_decay, beta, state, into):
     """o [B, L, H, V] and the final state; see reference.chunked_scan."""
+    values = v.shape[3]
+    if compat.platform() == "gpu":
+        # XLA there joins the values of all heads of a group, and finds no tiles for
+        # their number unless it is round
+        padding = [(0, 0)] * 3 + [(0, -values % 16)]
+        v, state = jnp.pad(v, padding), jnp.pad(state, padding)
     batch, length, heads, _ = v.shape
     groups = q.shape[2]
     narrow = all(x.dtype.itemsize < 4 for x in (q, k, v))
@@ -68,7 +74,7 @@ def chunked_scan(q, k, v, log_decay, beta, state, into):
         folded, o = jax.lax.scan(chunk, folded, inputs)
     o = o.reshape(-1, batch, heads, *o.shape[3:])
     o = jnp.moveaxis(o, (0, 1, 2, 3), (1, 0, 3, 2)).reshape(batch, -1, *v.shape[2:])
-    return o[:, :length], folded.reshape(state.shape)
+    return o[:, :length, :, :values], folded.reshape(state.shape)[..., :values]
 
 
 def _chunk(precision, state, q, k, v, g, beta, into):

@@ -89,10 +89,13 @@ def vandermonde_transpose(
             of_u = PartitionSpec(shards.ROWS, *[*of_u][1:])
         return shards.run(call, (u, log_z), (of_u, of_z), of_u)
     module = dispatch.pick(op, BACKENDS, backend, u, log_z)
-    u, log_z = varying.together(*nodes.promote(u, log_z))
+    _, log_z = nodes.promote(u, log_z)
+    if u.dtype.itemsize >= 4 or module is reference:  # others are widened when read
+        u = u.astype(log_z.real.dtype)
+    u, log_z = varying.together(u, log_z)
     if module is reference:
         return reference.moments(u, log_z)
-    flat_u, flat_z = nodes.flat(u.real, log_z), nodes.flat_nodes(log_z)
+    flat_u, flat_z = nodes.flat(u, log_z), nodes.flat_nodes(log_z)
     sums = pairs.join(_moments(module, flat_u, pairs.split(flat_z)))
     return sums.reshape(*u.shape[:-1], log_z.shape[-1])
 
@@ -122,7 +125,7 @@ _vandermonde.defvjp(_vandermonde_forward, _vandermonde_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _moments(module, u, log_z):
-    """u [E, G, L] real, log_z [G, N] a pair -> [E, G, N] a pair."""
+    """u [E, G, L] real, log_z [G, N] a pair -> [E, G, N] a pair like log_z."""
     return module.moments(u, log_z, (0,))[0]
 
 
@@ -134,7 +137,7 @@ def _moments_forward(module, u, log_z):
 #     du[l] = Re sum_n conj(ds) z^l          dlog_z = sum_e ds conj(sum_l l u[l] z^l)
 def _moments_backward(module, saved, ds):
     u, log_z = saved
-    du = module.vandermonde(pairs.conj(ds), log_z, u.shape[-1])
+    du = module.vandermonde(pairs.conj(ds), log_z, u.shape[-1]).astype(u.dtype)
     (weighted,) = module.moments(u, log_z, (1,))
     dz = pairs.mul(pairs.conj(weighted), ds)
     return du, tuple(part.sum(0) for part in dz)

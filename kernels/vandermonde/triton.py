@@ -50,7 +50,8 @@ def moments(u, log_z, orders):
     blocks = triton.cdiv(modes, NODES)
     factors, low, digits = _tables(log_z, length)
     parts = len(log_z)
-    shape = jax.ShapeDtypeStruct((2, parts, outputs, chunks, heads, modes), u.dtype)
+    shape = 2, parts, outputs, chunks, heads, modes
+    shape = jax.ShapeDtypeStruct(shape, log_z[0].dtype)
     (sums,) = triton_call(
         _moments,
         (heads * blocks, chunks, outputs),
@@ -182,7 +183,7 @@ def _moments(
     n_mask = n < modes
     at = g * modes + n
     size = heads * modes
-    dtype = u.dtype.element_ty
+    dtype = low_re.dtype.element_ty
     table = at[None, :] * LOW + j[:, None]
     w_re = tl.load(low_re + table, mask=n_mask[None, :], other=0.0)
     if COMPLEX:
@@ -197,7 +198,7 @@ def _moments(
     for tile in range(first, last):
         index = tile * HIGH + tl.arange(0, HIGH)
         l = index[None, :] * LOW + j[:, None]
-        us = tl.load(u + row + l, mask=l < length, other=0.0)
+        us = tl.load(u + row + l, mask=l < length, other=0.0).to(w_re.dtype)
         sum_re = tl.sum(us[:, None, :] * w_re[:, :, None], 0)
         if COMPLEX:
             sum_im = tl.sum(us[:, None, :] * w_im[:, :, None], 0)

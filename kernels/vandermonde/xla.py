@@ -38,6 +38,7 @@ def moments(u, log_z, orders):
     length = u.shape[-1]
     size = _block(length)
     count = -(-length // size)
+    u = u.astype(log_z[0].dtype)
     u = jnp.pad(u, ((0, 0), (0, 0), (0, count * size - length)))
     u = u.reshape(*u.shape[:2], count, size)
     inner = pairs.powers(log_z, size)
