@@ -50,6 +50,7 @@ FREE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.sequence",
+    "mesh.tensor",
     "train.checkpoint_every",
     "train.eval_batch_size",
     "train.eval_every",
@@ -66,6 +67,7 @@ ABSENT = {
     "model.norm_epsilon": (0.0, -1.0),
     "model.grid": ("", ""),
     "model.patch": (1, 1),
+    "mesh.tensor": (1, 1),
 }
 # The same of the arguments of a dataset, by its name.
 ABSENT_DATA = {
