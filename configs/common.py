@@ -216,7 +216,9 @@ def base() -> ConfigDict:
                 dropout=0.0,
                 tie_dropout=True,
                 dtype="float32",
+                # Recompute each block in the backward pass, but for
                 remat=False,
+                remat_keeps="loops",  # results of loops over time; dots, nothing
             ),
             data=dict(
                 name="digits",

@@ -1,9 +1,15 @@
+import json
+import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sharded_steps
 import tiny_run
 from flax.core import meta
 
@@ -103,6 +109,58 @@ def test_rules_know_every_name_of_a_layer():
             for box in leaves:
                 found |= {*getattr(box, "names", ())}
     assert found - {None} <= known and {"heads", "mlp", "embed", "state"} <= found
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """What `sharded_steps` finds, in a process of eight devices."""
+
+    def found(layers, *meshes):
+        flags = os.environ.get("XLA_FLAGS", "")
+        eight = f"{flags} --xla_force_host_platform_device_count=8"
+        done = subprocess.run(
+            [sys.executable, sharded_steps.__file__, layers, *meshes],
+            cwd=tiny_run.ROOT,
+            env=os.environ | {"XLA_FLAGS": eight, "PYTHONPATH": str(tiny_run.ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        results = json.loads(done.stdout)
+        one = results.pop("")
+        assert all(whole == share for whole, share in one["sizes"].values())
+        for mesh, result in results.items():
+            losses, expected = result["measured"][::2], one["measured"][::2]
+            np.testing.assert_allclose(losses, expected, 1e-5, err_msg=mesh)
+            norms, expected = result["measured"][1::2], one["measured"][1::2]
+            np.testing.assert_allclose(norms, expected, 1e-3, err_msg=mesh)
+        return [results[mesh]["sizes"] for mesh in meshes]
+
+    return found
+
+
+def test_sharded_steps(sharded):
+    """Parameters, averages and moments are split, and the steps are those of one
+    device."""
+    (sizes,) = sharded("s5+mamba2", "data=2,fsdp=2,tensor=2")
+    blocks = "stack/repeated/block"
+    for part in ("params", "ema"):
+        gate = f"{part}/{blocks}_0/gate/kernel"  # embed over fsdp, mlp over tensor
+        assert sizes[gate] == [[1, 16, 32], [1, 8, 16]]
+        A_log = f"{part}/{blocks}_1/mixer/A_log"  # heads over tensor
+        assert sizes[A_log] == [[1, 8], [1, 4]]
+    for part in ("params", "ema", "opt_state"):
+        arrays = [size for name, size in sizes.items() if name.startswith(part)]
+        whole, share = (sum(map(math.prod, x)) for x in zip(*arrays, strict=True))
+        assert share < 0.4 * whole, part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS)
+def test_sharded_steps_of_every_layer(layer, sharded):
+    _, fsdp, _ = sharded(layer, "data=4,fsdp=2", "fsdp=8", "fsdp=2,tensor=4")
+    whole, share = (sum(map(math.prod, x)) for x in zip(*fsdp.values(), strict=True))
+    assert share < 0.3 * whole
 
 
 def losses(workdir):

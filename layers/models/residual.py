@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 
+import flax.linen as nn
 import jax
 
 # (array, the names of its axes) -> the array, where it is to lie.
@@ -34,3 +35,14 @@ def placed(x: jax.Array) -> jax.Array:
     `placed_by`. Its axes are "batch", and nothing that is split."""
     place = _PLACE.get()
     return x if place is None else place(x, ("batch", *[None] * (x.ndim - 1)))
+
+
+class Embed(nn.Embed):
+    """`nn.Embed` whose table is whole where rows of it are looked up: of a table that
+    is split XLA would look up parts of all rows and bring the answers together."""
+
+    def setup(self):
+        super().setup()
+        place = _PLACE.get()
+        if place is not None:
+            self.embedding = place(self.embedding, (None, None))
