@@ -1,6 +1,10 @@
-"""Three training steps of a small model on one device and on meshes of eight, in a
-process that has eight: `python tests/sharded_steps.py LAYERS MESH ...`, where a mesh is
-such as data=2,fsdp=4. Prints one JSON object, see `test_sharding`.
+"""What `test_sharding` does in a process that has eight devices.
+
+    python tests/sharded_steps.py steps LAYERS MESH ...
+    python tests/sharded_steps.py run WORKDIR STEPS MESH
+
+The first takes three training steps of a small model on one device and on every mesh,
+such as data=2,fsdp=4, and prints a JSON object; the second trains until a step.
 """
 
 import json
@@ -8,10 +12,11 @@ import sys
 
 import jax
 import numpy as np
+import tiny_run
 
 from configs import common
 from layers.models.build import build
-from train import losses, optimizers, sharding, state, step
+from train import loop, losses, optimizers, sharding, state, step
 
 B, L, WORDS = 16, 12, 8
 # Sizes that 8 divides wherever a rule splits.
@@ -88,13 +93,33 @@ def steps(config, devices) -> dict:
     return {"measured": [*measured, float(sums["loss"])], "sizes": sizes}
 
 
-def main(layers: str, *meshes: str) -> None:
+def run_config(until: int):
+    """Of a run that does not depend on the devices, but for rounding, see FLAGS of
+    `test_sharding`."""
+    config = tiny_run.config(steps=until, log_every=1, accumulate=2, batch_size=16)
+    config.model.norm = "layer"
+    config.optimizer.schedule = "constant"
+    return config
+
+
+def sizes_of(mesh: str) -> dict[str, int]:
+    """Of such as data=2,fsdp=4."""
+    pairs = (pair.split("=") for pair in mesh.split(","))
+    return {axis: int(size) for axis, size in pairs}
+
+
+def main(what: str, *arguments: str) -> None:
     assert jax.device_count() == 8
+    if what == "run":
+        workdir, until, mesh = arguments
+        config = run_config(int(until))
+        config.mesh.update(sizes_of(mesh))
+        loop.run(config, workdir)
+        return
+    layers, *meshes = arguments
     found = {"": steps(config_of(layers), jax.devices()[:1])}
     for mesh in meshes:
-        pairs = (pair.split("=") for pair in mesh.split(","))
-        sizes = {axis: int(size) for axis, size in pairs}
-        found[mesh] = steps(config_of(layers, **sizes), None)
+        found[mesh] = steps(config_of(layers, **sizes_of(mesh)), None)
     print(json.dumps(found))
 
 

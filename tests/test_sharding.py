@@ -15,8 +15,8 @@ from flax.core import meta
 
 from configs import common
 from layers.facts import FEATURES, SIZE, L, examples_of
-from layers.models.build import FRAME_LAYERS, LAYERS
-from train import sharding
+from layers.models.build import FRAME_LAYERS, LAYERS, build
+from train import evaluate, loop, records, runs, sharding, state
 
 EIGHT = jax.devices() * 8  # names of devices, to lay out
 
@@ -111,22 +111,27 @@ def test_rules_know_every_name_of_a_layer():
     assert found - {None} <= known and {"heads", "mlp", "embed", "state"} <= found
 
 
+def on_eight_devices(*arguments):
+    """What `sharded_steps` prints in a process of its own, which has eight devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    eight = f"{flags} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, sharded_steps.__file__, *arguments],
+        cwd=tiny_run.ROOT,
+        env=os.environ | {"XLA_FLAGS": eight, "PYTHONPATH": str(tiny_run.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.fixture
-def sharded(tmp_path):
-    """What `sharded_steps` finds, in a process of eight devices."""
+def sharded():
+    """Sizes of what each mesh holds, once its steps are known to be right."""
 
     def found(layers, *meshes):
-        flags = os.environ.get("XLA_FLAGS", "")
-        eight = f"{flags} --xla_force_host_platform_device_count=8"
-        done = subprocess.run(
-            [sys.executable, sharded_steps.__file__, layers, *meshes],
-            cwd=tiny_run.ROOT,
-            env=os.environ | {"XLA_FLAGS": eight, "PYTHONPATH": str(tiny_run.ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results = json.loads(done.stdout)
+        results = json.loads(on_eight_devices("steps", layers, *meshes))
         one = results.pop("")
         assert all(whole == share for whole, share in one["sizes"].values())
         for mesh, result in results.items():
@@ -173,6 +178,28 @@ SAME = dict(log_every=1, accumulate=2, batch_size=16)
 FLAGS = ("--config.optimizer.schedule=constant", "--config.model.norm=layer")
 
 
+def test_a_run_on_eight_devices_is_read_and_goes_on_with_one(tmp_path):
+    many, one = tmp_path / "many", tmp_path / "one"
+    on_eight_devices("run", str(many), "4", "data=2,fsdp=2,tensor=2")
+    results = records.read_results(many)
+    assert dict(records.read_config(many).mesh) == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+        "sequence": 1,
+    }
+    scores = evaluate.scores(runs.load_run(many), "test")
+    assert scores == pytest.approx(results["test"], rel=1e-5)
+    for workdir in (many, one):
+        loop.run(sharded_steps.run_config(8), workdir)
+    found, expected = (
+        [row["loss"] for row in tiny_run.lines(workdir) if row["split"] == "train"]
+        for workdir in (many, one)
+    )
+    assert len(found) == len(expected) == 8
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_eight_devices_and_one_train_alike(tmp_path):
     """Twenty steps on each."""
@@ -195,24 +222,90 @@ def test_eight_devices_and_one_train_alike(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_other_devices(tmp_path):
-    """Ten steps on eight devices, ten more on one, beside twenty on one."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Starts a run in a workdir of this name, until a step, and returns the workdir and
+    what it prints."""
+    folder = tmp_path_factory.mktemp("runs")
 
-    def run(name, steps, devices=1):
+    def run(name, steps, devices=1, **mesh):
         process = tiny_run.start(
-            tmp_path / name,
-            tmp_path / "cache",
+            folder / name,
+            folder / "cache",
             *FLAGS,
+            *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
             devices=devices,
             steps=steps,
             **SAME,
         )
-        return tiny_run.finish(process)[0]
+        return folder / name, tiny_run.finish(process)[0]
 
-    run("one", 20)
-    run("eight", 10, devices=8)
-    assert "resumed from step 10" in run("eight", 20)
-    found, expected = losses(tmp_path / "eight"), losses(tmp_path / "one")
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(trained):
+    """Twenty steps on one device."""
+    return trained("one", 20)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [dict(devices=8), dict(), dict(devices=4)],
+        [dict(devices=4, fsdp=4), dict(devices=4, data=4)],
+        [dict(devices=8, fsdp=2, tensor=2), dict(devices=4, tensor=4)],
+    ],
+    ids=["8-1-4", "fsdp4-data4", "tensor2-tensor4"],
+)
+def test_a_run_goes_on_with_other_devices(parts, trained, whole):
+    """Each part goes on with the same run; beside twenty steps on one device."""
+    name = "-".join(str(part) for part in parts)
+    for number, part in enumerate(parts, 1):
+        # Where the other run validates too: its steps are lines like the others.
+        steps = 20 if number == len(parts) else 5 * number
+        workdir, said = trained(name, steps, **part)
+        assert number == 1 or f"resumed from step {5 * (number - 1)}" in said
+    found, expected = losses(workdir), losses(whole)
     assert len(found) == len(expected) > 20
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_on_the_same_mesh_goes_on_bit_by_bit(trained):
+    mesh = dict(devices=8, fsdp=2, tensor=2)
+    through, _ = trained("through", 20, **mesh)
+    for steps in (10, 20):
+        cut, said = trained("cut", steps, **mesh)
+    assert "resumed from step 10" in said
+    assert tiny_run.lines(cut) == tiny_run.lines(through)
+    assert tiny_run.weights(cut) == tiny_run.weights(through)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            dict(layer="gla", layer_args=dict(heads=6)),
+            r"model.layer_args: heads of GLA .* of mesh.tensor = 4, got 6",
+        ),
+        (
+            dict(layer="mamba2", layer_args=dict(head_size=8)),
+            r"stack/repeated/block_0/mixer/A_log: heads must be .* = 4, got 3",
+        ),
+        (
+            dict(layer="s4d", features=6, gate="half_glu1"),
+            r"stack/repeated/block_0/gate/\w+: inner features .* = 4, got 6",
+        ),
+    ],
+)
+def test_what_tensor_must_divide_is_named(model, message):
+    config = common.base()
+    config.model.update({"features": 12, "depth": 1, "outputs": 2, "length": 4} | model)
+    config.model.encoder = "scalar"
+    model = build(config.model)
+    boxes = state.param_boxes(model, {"inputs": np.zeros((1, 4), np.float32)})
+    sharding.check_tensor(model, boxes, mesh_of(data=4))
+    with pytest.raises(ValueError, match=message):
+        sharding.check_tensor(model, boxes, mesh_of(tensor=4))
