@@ -15,7 +15,7 @@ import numpy as np
 import tiny_run
 
 from configs import common
-from layers.models.build import build
+from layers.models.build import FRAME_LAYERS, build
 from train import loop, losses, optimizers, sharding, state, step
 
 B, L, WORDS = 16, 12, 8
@@ -31,18 +31,21 @@ FIELDS = {
     "h3": dict(state_size=16, taps=4),
     "hyena": dict(hidden=16),
     "gla": dict(rank=8),
+    "conv_s5": dict(state_size=16),
 }
 EIGHT_HEADS = ("retention", "lightning", "gla", "delta_net", "gated_delta_net")
+EIGHT_HEADS += ("attention", "frame_attention", "full_frame_attention")
 
 
 def config_of(layers: str, **sizes):
-    """Of a model of words whose blocks are these layers, such as "s5+mamba"."""
+    """Of a model of words, or of frames, whose blocks are these layers, such as
+    "s5+mamba"."""
     config = common.base()
     common.set_layer(config, layers)
     names = layers.split("+")
     for name in names:
         fields = FIELDS.get(name, {})
-        if name in (*EIGHT_HEADS, "attention"):
+        if name in EIGHT_HEADS:
             fields = fields | dict(heads=8)
         own = config.model.layer_args
         (own if len(names) == 1 else own[name]).update(fields)
@@ -50,6 +53,9 @@ def config_of(layers: str, **sizes):
     config.model.update(features=16, depth=len(names) + 1, dropout=0.1, mlp=1.0)
     config.model.update(encoder="token", vocab_size=WORDS, length=L)
     config.model.update(outputs=WORDS, head="token")
+    if layers in FRAME_LAYERS:
+        config.model.update(encoder="video", outputs=1, vocab_size=0)
+        config.model.video.update(size=(4, 4), channels=1, depths=(8, 16))
     # Of a gradient that is rounding alone, Adam would make a whole step.
     config.optimizer.update(lr=1e-2, schedule="constant", eps=1e-3)
     config.train.update(accumulate=2, ema=0.9, batch_size=B)
@@ -64,6 +70,10 @@ def steps(config, devices) -> dict:
     rng = np.random.default_rng(0)
 
     def batch():
+        if config.model.encoder == "video":
+            clips = rng.integers(256, size=(B, 5, 4, 4, 1), dtype=np.uint8)
+            numbers = {"inputs": clips[:, :-1], "targets": clips[:, 1:]}
+            return sharding.place(numbers | {"mask": np.ones((B, 4), bool)}, mesh)
         words = rng.integers(0, WORDS, (B, L + 1)).astype(np.int32)
         mask = np.arange(L) < rng.integers(L // 2, L + 1, (B, 1))
         numbers = {"inputs": words[:, :-1], "targets": words[:, 1:], "mask": mask}
@@ -75,7 +85,7 @@ def steps(config, devices) -> dict:
     optimizer, *_ = optimizers.make(config, boxes)
     create = state.creator(model, optimizer, first, 0, mesh, ema=True)
     places = jax.tree.map(lambda x: x.sharding, state.abstract(create))
-    loss = losses.make("token")
+    loss = losses.make("frames" if config.model.encoder == "video" else "token")
     update = step.make_train_step(model, optimizer, loss, config, True, places)
     evaluate = step.make_eval_step(model, loss, True, mesh)
     current, measured = create(), []

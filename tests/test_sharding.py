@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import sharded_steps
 import tiny_run
+from flax import linen as nn
 from flax.core import meta
 
 from configs import common
 from layers.facts import FEATURES, SIZE, L, examples_of
 from layers.models.build import FRAME_LAYERS, LAYERS, build
+from layers.parameters import Logical
 from train import evaluate, loop, records, runs, sharding, state
 
 EIGHT = jax.devices() * 8  # names of devices, to lay out
@@ -95,6 +97,20 @@ def test_rules(names, shape, expected):
     assert sharding.spec(names, shape, mesh) == jax.sharding.PartitionSpec(*expected)
 
 
+def test_what_has_no_name_is_whole():
+    x = jnp.zeros((8, 8))
+    boxes = {"ours": Logical(x, (None, "embed")), "plain": x, "scalar": jnp.int32(1)}
+    boxes["other"] = nn.Partitioned(x, ("my_axis", None))
+    found = {k: v.spec for k, v in sharding.of_tree(boxes, mesh_of(fsdp=4)).items()}
+    spec = jax.sharding.PartitionSpec
+    assert found == {
+        "ours": spec(None, "fsdp"),
+        "plain": spec(None, None),
+        "scalar": spec(),
+        "other": spec(None, None),
+    }
+
+
 def test_rules_know_every_name_of_a_layer():
     """Of all parameters of all layers at the size of their examples."""
     known = {name for name, _ in sharding.RULES} - {"batch"}
@@ -161,7 +177,7 @@ def test_sharded_steps(sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", LAYERS | FRAME_LAYERS)
 def test_sharded_steps_of_every_layer(layer, sharded):
     _, fsdp, _ = sharded(layer, "data=4,fsdp=2", "fsdp=8", "fsdp=2,tensor=4")
     whole, share = (sum(map(math.prod, x)) for x in zip(*fsdp.values(), strict=True))

@@ -90,10 +90,7 @@ def _arranged(devices, shape):
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         # Between slices there is a network, over which only the first axis goes.
         return np.array(devices).reshape(shape)
-    split = "v5" in devices[0].device_kind  # as jax.make_mesh: a plane, not a cube
-    return mesh_utils.create_device_mesh(
-        shape, devices, allow_split_physical_axes=split
-    )
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def rows_mesh() -> Mesh:
@@ -152,11 +149,17 @@ def of_tree(boxes: Any, mesh: Mesh) -> Any:
     (`layers.parameters.Logical`); one without a box is whole on every device."""
 
     def place(leaf):
-        if not isinstance(leaf, meta.AxisMetadata):
-            return replicated(mesh)
-        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
+        shape = meta.unbox(leaf).shape
+        return NamedSharding(mesh, spec(_names(leaf, shape), shape, mesh))
 
     return jax.tree.map(place, boxes, is_leaf=meta.is_axis_metadata)
+
+
+def _names(leaf, shape):
+    """The logical names of the axes, None for one without: also of what has no box, or
+    one that others made."""
+    names = getattr(leaf, "names", None)
+    return names if names and len(names) == len(shape) else (None,) * len(shape)
 
 
 def check_tensor(model: Any, boxes: Any, mesh: Mesh) -> None:
@@ -184,9 +187,8 @@ def check_tensor(model: Any, boxes: Any, mesh: Mesh) -> None:
             )
     leaves = jax.tree.leaves_with_path(boxes, is_leaf=meta.is_axis_metadata)
     for path, box in leaves:
-        if not isinstance(box, meta.AxisMetadata):
-            continue
-        for name, length in zip(box.names, box.value.shape, strict=True):
+        shape = meta.unbox(box).shape
+        for name, length in zip(_names(box, shape), shape, strict=True):
             if name in STRICT and length % count:
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ValueError(

@@ -65,7 +65,8 @@ def make_train_step(
 
     def gradient(params, collections, batch, key):
         grads, rest = jax.grad(sums, has_aux=True)(params, collections, batch, key)
-        if places is not None:  # else a sum of them could be whole on every device
+        if mesh is not None and mesh.size > 1:
+            # Else a sum of them could be whole on every device.
             grads = jax.lax.with_sharding_constraint(grads, places.params)
         return grads, rest
 
