@@ -216,7 +216,9 @@ def base() -> ConfigDict:
                 dropout=0.0,
                 tie_dropout=True,
                 dtype="float32",
+                # Recompute each block in the backward pass, but for
                 remat=False,
+                remat_keeps="loops",  # results of loops over time; dots, nothing
             ),
             data=dict(
                 name="digits",
@@ -253,7 +255,10 @@ def base() -> ConfigDict:
             # Of a video model at the end of the run: clips to roll out; 0 frames: half
             # of a clip.
             rollout=dict(context=0, horizon=0, clips=64),
-            mesh=dict(data=-1, fsdp=1, sequence=1),  # -1: the devices that are left
+            # Devices, along each axis: rows of a batch are split over data and fsdp,
+            # parameters and what the optimizer remembers over fsdp, heads and inner
+            # features over tensor. -1: the devices that are left.
+            mesh=dict(data=-1, fsdp=1, tensor=1, sequence=1),
         )
     )
 

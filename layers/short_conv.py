@@ -39,10 +39,10 @@ class ShortConv(nn.Module):
         """u [B, L, H] with right padding only -> y [B, L, H] and the last W-1 inputs
         that exist [B, W-1, H]."""
         shape = self.features, self.width
-        w = self.param("kernel", logical(self.kernel_init, "embed", None), shape)
+        w = self.param("kernel", logical(self.kernel_init, "mlp", None), shape)
         bias = None
         if self.use_bias:
-            zeros = logical(nn.initializers.zeros_init(), "embed")
+            zeros = logical(nn.initializers.zeros_init(), "mlp")
             bias = self.param("bias", zeros, (self.features,))
         if state is None:
             state = self.init_state(u.shape[0])

@@ -22,7 +22,7 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 from train import checkpoint, digest, sharding, state, stored
 from train.checkpoint import CheckpointError, Checkpoints
 
-MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
+MESH = sharding.rows_mesh()
 BATCH = {"inputs": np.zeros((2, 5), np.float32)}
 
 
@@ -55,8 +55,12 @@ def save(workdir, *steps, keep=5, best=None):
 
 
 def restore(workdir, like):
+    place = sharding.replicated(MESH)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like
+    )
     with Checkpoints(workdir, 5) as checkpoints:
-        return checkpoints.restore(state.abstract(lambda: like, MESH))
+        return checkpoints.restore(target)
 
 
 def folder(workdir, step):

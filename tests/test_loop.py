@@ -30,7 +30,7 @@ from train import (
 )
 from train.data.spec import Spec
 
-MESH = sharding.make_mesh({"mesh": {"data": 1, "fsdp": 1, "sequence": 1}})
+MESH = sharding.rows_mesh()
 LOSS = losses.make("classification")
 
 
@@ -398,7 +398,7 @@ def test_rows_of_an_evaluation_batch():
     def rows(count, devices, **train):
         config = tiny_run.config(**train)
         return sharding.evaluation_batch_size(
-            config, SimpleNamespace(shape={"data": devices}), count
+            config, SimpleNamespace(shape={"data": 1, "fsdp": devices}), count
         )
 
     assert rows(1000, 8) == 40 and rows(1000, 8, eval_batch_size=0) == 8

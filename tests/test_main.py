@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_run
 from absl import flags
@@ -10,6 +11,7 @@ from train import main, runs
 
 CONFIG = "configs/pixels.py:digits"
 FLAGS = ("workdir", "seeds", "lengths", "report", "config", "certificate")
+FLAGS += ("compilation_cache",)
 
 
 def answer(*arguments):
@@ -82,6 +84,29 @@ def test_mistakes_of_every_kind_are_named(parsed, arguments, message):
     with pytest.raises((ValueError, flags.Error), match=message) as raised:
         main.main(parsed(*arguments))
     assert main._ours(raised.value)
+
+
+def test_the_compilation_cache_is_of_the_machine(parsed, monkeypatch, tmp_path):
+    from train import loop
+
+    used = []
+
+    def run(config, *_, **__):
+        used.append(jax.config.jax_compilation_cache_dir)
+        return {"stopped": "SIGTERM"}
+
+    monkeypatch.setattr(loop, "run", run)
+    before, folder = jax.config.jax_compilation_cache_dir, str(tmp_path / "programs")
+    try:
+        assert main.main(parsed(f"--config={CONFIG}")) == 0
+        flag = f"--compilation_cache={folder}"
+        assert main.main(parsed(f"--config={CONFIG}", flag)) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert used == [before, folder]
+    flag = f"--compilation_cache={__file__}"
+    with pytest.raises(ValueError, match="--compilation_cache must be a folder, got"):
+        main.main(parsed(f"--config={CONFIG}", flag))
 
 
 def results(seed):

@@ -1,5 +1,6 @@
 """Blocks, stacks, heads and `build`: the contract holds for whole models."""
 
+import collections
 import functools
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from configs import common
 from kernels.tolerance import assert_close
 from layers import FRAME_LAYERS, LAYERS, Sequence, build
 from layers.models.block import GELUS, Block, Norm
+from layers.models.stack import KEEPS
 
 CONFIG = {
     "layer": "gru",  # quick to compile, where the layer is not the point
@@ -35,6 +37,7 @@ CONFIG = {
     "tie_dropout": True,
     "dtype": "float32",
     "remat": False,
+    "remat_keeps": "loops",
 }
 
 
@@ -139,9 +142,12 @@ def test_a_pattern_repeats_and_its_rest_is_unrolled(depth):
 
 
 @pytest.mark.slow
-def test_remat_changes_nothing_but_memory():
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_remat_changes_nothing_but_memory(keeps):
     def gradients(remat):
-        model, variables, x = made(remat=remat, layer=("s5", "gru"), depth=3)
+        model, variables, x = made(
+            remat=remat, remat_keeps=keeps, layer=("s5", "gru"), depth=3
+        )
 
         def loss(params):
             return jnp.sum(model.apply({"params": params}, x)[0] ** 2)
@@ -149,6 +155,33 @@ def test_remat_changes_nothing_but_memory():
         return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
     assert_close(gradients(True), gradients(False), kind="gradient")
+
+
+def operations(jaxpr):
+    """The names of all operations, of those inside of others too."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.tree.leaves([*equation.params.values()]):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from operations(inner)
+
+
+def test_what_remat_keeps_is_not_computed_again():
+    def products(**changes):
+        model, variables, x = made(layer="mamba", depth=1, mlp=1.0, **changes)
+
+        def loss(params):
+            return jnp.sum(model.apply({"params": params}, x)[0] ** 2)
+
+        traced = jax.make_jaxpr(jax.grad(loss))(variables["params"])
+        return collections.Counter(operations(traced.jaxpr))
+
+    nothing, loops, dots = (products(remat=True, remat_keeps=k) for k in KEEPS)
+    assert nothing["scan"] > loops["scan"] == dots["scan"]
+    assert loops["dot_general"] > dots["dot_general"]
+    with pytest.raises(ValueError, match=r"remat_keeps: must be one of .* got 'all'"):
+        made(remat_keeps="all")
 
 
 @pytest.mark.parametrize("gate", ["gelu", "glu", "full_glu", "half_glu1", "half_glu2"])

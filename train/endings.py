@@ -95,7 +95,10 @@ def finish(config: ConfigDict, workdir: Path, parts: Parts, progress: Progress) 
         results["best"] = {"step": number, "validation": validation, "test": None}
         try:
             best, _ = checkpoint.restore_params(workdir, number)
-            best = jax.device_put(best, sharding.replicated(parts.mesh))
+            # Not whole on every device, where the last is not.
+            best = jax.tree.map(
+                lambda x, like: jax.device_put(x, like.sharding), best, variables
+            )
             results["best"]["test"] = test(best)
         except CheckpointError as error:
             print(f"the best step is not tested: {error}")

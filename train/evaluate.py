@@ -110,9 +110,9 @@ def compare_modes(model, variables, batch) -> float | None:
 def scores(run: runs.Run, split: str) -> dict[str, float]:
     """Loss and metrics of a run on one split of its dataset. `ValueError` for a split
     that the dataset does not have, or that it draws without end."""
-    spec, mesh = run.spec, sharding.make_mesh(run.config)
+    spec, mesh = run.spec, sharding.rows_mesh()
     loss = losses.make(spec.loss)
-    eval_step = step.make_eval_step(run.model, loss, spec.padded)
+    eval_step = step.make_eval_step(run.model, loss, spec.padded, mesh)
     count = run.dataset.num_examples(split)
     if count > MOST:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from layers.inside import RECORD
 from train import sharding, signals
@@ -30,8 +31,15 @@ class Probe(NamedTuple):
     gradients: Mapping  # the norm of every parameter's
 
 
-def make_probe(model: nn.Module, loss_fn: LossFn, seed: int, padded: bool) -> Callable:
-    """The jitted (state, batch) -> `Probe` of the step that would come next."""
+def make_probe(
+    model: nn.Module,
+    loss_fn: LossFn,
+    seed: int,
+    padded: bool,
+    mesh: Mesh | None = None,
+) -> Callable:
+    """The jitted (state, batch) -> `Probe` of the step that would come next, both on
+    `mesh`."""
 
     def forward(params, collections, batch, key):
         (outputs, _), recorded = model.apply(
@@ -47,9 +55,10 @@ def make_probe(model: nn.Module, loss_fn: LossFn, seed: int, padded: bool) -> Ca
 
     def probe(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, record), gradients = jax.value_and_grad(forward, has_aux=True)(
-            state.params, state.collections(), batch, key
-        )
+        with sharding.context(mesh):
+            (loss, record), gradients = jax.value_and_grad(forward, has_aux=True)(
+                state.params, state.collections(), batch, key
+            )
         weights = jax.tree.map(lambda p: jnp.max(jnp.abs(p)), state.params)
         norms = jax.tree.map(lambda g: jnp.sqrt(jnp.sum(jnp.square(g))), gradients)
         return Probe(weights, record, loss, norms)

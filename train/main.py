@@ -48,6 +48,14 @@ CERTIFICATE = flags.DEFINE_string(
     None,
     "of python -m kernels.check; default runs/kernels/<device kind>.json if it exists",
 )
+# No key of the config: the folder is the machine's, not the experiment's, and holds
+# programs that are run unread, so that no run from elsewhere may name it.
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "folder where JAX keeps compiled programs for the next start; default none, or "
+    "what JAX_COMPILATION_CACHE_DIR says",
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several hosts; SLURM is noticed"
 )
@@ -71,6 +79,9 @@ def main(argv: list[str]) -> int:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if DISTRIBUTED.value or tasks > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize()
+    if COMPILATION_CACHE.value:
+        folder = settings.place("--compilation_cache", COMPILATION_CACHE.value)
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     exclusions.apply(CERTIFICATE.value)
     seeds = [_number(seed) for seed in SEEDS.value] or [CONFIG.value.seed]
     if len({*seeds}) < len(seeds):
@@ -110,6 +121,9 @@ def check_arguments(argv: list[str]) -> None:
         raise ValueError("--config is missing, such as --config pixels:digits")
     settings.check_types(CONFIG.value)
     settings.place("--workdir", WORKDIR.value or "")
+    cache = settings.place("--compilation_cache", COMPILATION_CACHE.value or "")
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"--compilation_cache must be a folder, got the file {cache}")
 
 
 def _write_report(workdir: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -110,18 +109,17 @@ def set_up(
         leaves = jax.tree.leaves(shapes)
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
         settings.check_memory("model", size, "its parameters")
+    sharding.check_tensor(model, boxes, mesh)
     optimizer, groups, schedule = optimizers.make(config, boxes)
-    create = functools.partial(
-        state.create, model, optimizer, sample, seed, mesh, ema=options.ema > 0
-    )
-    target = state.abstract(create, mesh)
+    create = state.creator(model, optimizer, sample, seed, mesh, ema=options.ema > 0)
+    target = state.abstract(create)
     train_step = step.make_train_step(
         model,
         optimizer,
         losses.make(spec.loss, options.label_smoothing),
         config,
         spec.padded,
-        sharding.replicated(mesh),
+        jax.tree.map(lambda x: x.sharding, target),
     )
     stop.nothing_to_save("compiling")
     print(f"compiling the training step: {_described(config, sample)}", flush=True)
@@ -139,8 +137,8 @@ def set_up(
         target=target,
         schedule=schedule,
         train_step=compiled,
-        eval_step=step.make_eval_step(model, losses.make(spec.loss), spec.padded),
-        probe=flight.make_probe(model, losses.make(spec.loss), seed, spec.padded),
+        eval_step=step.make_eval_step(model, losses.make(spec.loss), spec.padded, mesh),
+        probe=flight.make_probe(model, losses.make(spec.loss), seed, spec.padded, mesh),
         batches=dataset.train(options.batch_size, seed, config.data.workers),
     )
 

@@ -44,12 +44,15 @@ LATEST = 250_000_000_000  # seconds since 1970 that still are a date
 SECTIONS = ("data", "model", "optimizer", "train", "mesh")
 
 # What may change between two starts in one workdir: it does not change what a step
-# computes, or (steps) is what a longer run is for.
+# computes, but for rounding, or (steps) is what a longer run is for.
 FREE = (
     "data.workers",
     "mesh.data",
     "mesh.fsdp",
     "mesh.sequence",
+    "mesh.tensor",
+    "model.remat",
+    "model.remat_keeps",
     "train.checkpoint_every",
     "train.eval_batch_size",
     "train.eval_every",
@@ -66,6 +69,8 @@ ABSENT = {
     "model.norm_epsilon": (0.0, -1.0),
     "model.grid": ("", ""),
     "model.patch": (1, 1),
+    "model.remat_keeps": ("loops", "loops"),
+    "mesh.tensor": (1, 1),
 }
 # The same of the arguments of a dataset, by its name.
 ABSENT_DATA = {

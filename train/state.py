@@ -85,19 +85,20 @@ def param_shapes(model: nn.Module, batch: Mapping):
     return meta.unbox(param_boxes(model, batch))
 
 
-def create(
+def creator(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     sample_batch: Mapping,
     seed: int,
     mesh: Mesh,
     ema: bool = False,
-) -> TrainState:
-    """The state at step 0, created where it will live."""
+) -> Callable[[], TrainState]:
+    """() -> the state at step 0, every part of it created where it will live: by the
+    rules of `train.sharding` for the names of its axes, never whole on one device."""
 
     def init():
-        variables = init_variables(model, sample_batch, jax.random.key(seed))
-        params = variables["params"]
+        variables = _boxed(model, sample_batch, jax.random.key(seed))
+        params = variables["params"]  # boxed, and so is what the optimizer makes of it
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -107,16 +108,26 @@ def create(
             ema=jax.tree.map(jnp.copy, params) if ema else None,
         )
 
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))()
+    places = sharding.of_tree(jax.eval_shape(init), mesh)
+    return jax.jit(lambda: meta.unbox(init()), out_shardings=places)
 
 
-def abstract(create: Callable[[], TrainState], mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of what `create` makes: the target of a restore."""
-    place = sharding.replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(create),
-    )
+def create(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    sample_batch: Mapping,
+    seed: int,
+    mesh: Mesh,
+    ema: bool = False,
+) -> TrainState:
+    """What `creator` creates."""
+    return creator(model, optimizer, sample_batch, seed, mesh, ema)()
+
+
+def abstract(create: Callable[[], TrainState]) -> TrainState:
+    """Shapes, dtypes and shardings of what a `creator` creates: the target of a
+    restore. Computes nothing."""
+    return jax.eval_shape(create)
 
 
 def named_leaves(tree) -> list[tuple[str, Any]]:

@@ -20,7 +20,7 @@ def make_train_step(
     loss_fn: LossFn,
     config: Mapping,
     padded: bool = True,
-    state_sharding=None,
+    places: TrainState | None = None,
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted (state, batch) -> (state, metrics); the given state is used up.
 
@@ -40,7 +40,8 @@ def make_train_step(
         config: the run's, of which "seed" and "train" are read.
         padded: whether real examples may have masked tokens. Without any, the model is
             spared the mask; padding examples have no weight in the loss either way.
-        state_sharding: of the new state; None leaves it to the compiler.
+        places: the sharding of every array of the state, before and after, and so of
+            the gradients; None leaves it to the compiler, on one device.
 
     Returns:
         The step. Its metrics are the means "loss", those of `loss_fn`, "grad_norm",
@@ -48,6 +49,7 @@ def make_train_step(
     """
     seed, decay = config["seed"], config["train"]["ema"]
     accumulate = config["train"]["accumulate"]
+    mesh = None if places is None else places.step.mesh
 
     def sums(params, collections, batch, key):
         (outputs, _), collections = model.apply(
@@ -61,7 +63,12 @@ def make_train_step(
         loss, weight, metrics = loss_fn(outputs, batch)
         return loss, ({"loss": loss, "weight": weight, **metrics}, collections)
 
-    gradient = jax.grad(sums, has_aux=True)
+    def gradient(params, collections, batch, key):
+        grads, rest = jax.grad(sums, has_aux=True)(params, collections, batch, key)
+        if mesh is not None and mesh.size > 1:
+            # Else a sum of them could be whole on every device.
+            grads = jax.lax.with_sharding_constraint(grads, places.params)
+        return grads, rest
 
     def accumulated(params, collections, batch, key):
         def add(carry, part):
@@ -83,9 +90,10 @@ def make_train_step(
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = gradient if accumulate == 1 else accumulated
-        grads, (totals, collections) = compute(
-            state.params, state.collections(), batch, key
-        )
+        with sharding.context(mesh):
+            grads, (totals, collections) = compute(
+                state.params, state.collections(), batch, key
+            )
         metrics = _means(totals)
         weight = totals["weight"]
         grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), grads)
@@ -104,19 +112,21 @@ def make_train_step(
         )
         return state, metrics | {"grad_norm": optax.tree.norm(grads), "weight": weight}
 
-    out_shardings = None if state_sharding is None else (state_sharding, None)
+    out_shardings = None if places is None else (places, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def make_eval_step(
-    model: nn.Module, loss_fn: LossFn, padded: bool = True
+    model: nn.Module, loss_fn: LossFn, padded: bool = True, mesh: Mesh | None = None
 ) -> Callable[[Mapping, Mapping], dict[str, jax.Array]]:
-    """The jitted (variables, batch) -> sums "loss", "weight" and those of `loss_fn`."""
+    """The jitted (variables, batch) -> sums "loss", "weight" and those of `loss_fn`,
+    for batches on `mesh`."""
 
     def eval_step(variables, batch):
-        outputs, _ = model.apply(
-            variables, batch["inputs"], sequence=sequence_of(batch, padded)
-        )
+        with sharding.context(mesh):
+            outputs, _ = model.apply(
+                variables, batch["inputs"], sequence=sequence_of(batch, padded)
+            )
         loss, weight, metrics = loss_fn(outputs, batch)
         return {"loss": loss, "weight": weight, **metrics}
 

@@ -26,24 +26,25 @@ def to_bytes(frames: jax.Array) -> np.ndarray:
 
 class Convolution(nn.Module):
     """x * W + b, a cross-correlation with zeros outside the frame; the size stays, or
-    is divided by `stride`."""
+    is divided by `stride`. `axis` is the logical name of the features."""
 
     features: int
     kernel_size: int = 3
     stride: int = 1
     bias: bool = True
     dtype: jnp.dtype = jnp.float32
+    axis: str = "mlp"
 
     @nn.compact
     def __call__(self, x):
         """[..., h, w, C] -> [..., h / stride, w / stride, features]."""
         k = self.kernel_size
-        init = logical(nn.initializers.he_normal(), None, None, "embed", "mlp")
+        init = logical(nn.initializers.he_normal(), None, None, "embed", self.axis)
         kernel = self.param("kernel", init, (k, k, x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = conv_ssm.convolve(x, kernel, self.stride)
         if self.bias:
-            init = logical(nn.initializers.zeros_init(), "mlp")
+            init = logical(nn.initializers.zeros_init(), self.axis)
             y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
         return y
 
@@ -55,9 +56,10 @@ def conv(
     kernel_size: int = 3,
     stride: int = 1,
     bias: bool = True,
+    axis: str = "mlp",
 ) -> Convolution:
     """A `Convolution` called `name`."""
-    return Convolution(features, kernel_size, stride, bias, dtype, name=name)
+    return Convolution(features, kernel_size, stride, bias, dtype, axis, name=name)
 
 
 def group_norm(features: int, name: str, dtype: jnp.dtype) -> nn.GroupNorm:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from layers.facts import refusals
 from layers.inside import record
+from layers.models import residual
 from layers.parameters import dense, linear
 from ssm.sequence import Sequence
 
@@ -205,6 +206,7 @@ class Block(nn.Module):
     def __call__(self, x, state=None, sequence=None, train=False):
         """x [B, L, H] -> y [B, L, H] and the mixer's state."""
         mask = None if sequence is None else sequence.mask
+        x = residual.placed(x)
 
         def drop(y):
             axes = tuple(range(1, y.ndim - 1)) if self.tie_dropout else ()
@@ -225,6 +227,7 @@ class Block(nn.Module):
             norm = self._norm("mlp_norm")
             mlp = GatedMLP(self.features, self.mlp, self.dtype, name="mlp")
             x = after(norm, x + drop(mlp(before(norm, x))))
+        x = residual.placed(x)
         record(self, sequence or Sequence(), output=x, state=state)
         return x, state
 

@@ -30,7 +30,7 @@ from layers.min_gru import MinGRU
 from layers.models import grid, precision
 from layers.models.block import GATES, GELUS, NORMS, Block
 from layers.models.model import ENCODERS, HEADS, Model
-from layers.models.stack import Stack
+from layers.models.stack import KEEPS, Stack
 from layers.models.video import Video
 from layers.models.vq import VQ
 from layers.retention import Retention
@@ -116,6 +116,7 @@ def build(config: Mapping) -> Model | Video | VQ:
     _one_of("norm", config["norm"], NORMS)
     _one_of("gate", config["gate"], ("", *GATES))
     _one_of("gelu", config["gelu"], ("", *GELUS))
+    _one_of("remat_keeps", config["remat_keeps"], KEEPS)
     if not (config["norm_epsilon"] == -1 or 0 <= config["norm_epsilon"] < 1):
         raise ValueError(
             "norm_epsilon: must lie in [0, 1), or be -1 for that of the layer's "
@@ -137,7 +138,11 @@ def build(config: Mapping) -> Model | Video | VQ:
     pattern = tuple(_block(name, args.get(name, {}), config, dtype) for name in names)
     last = pattern[(config["depth"] - 1) % len(pattern)]
     stack = functools.partial(
-        Stack, pattern=pattern, depth=config["depth"], remat=config["remat"]
+        Stack,
+        pattern=pattern,
+        depth=config["depth"],
+        remat=config["remat"],
+        keeps=config["remat_keeps"],
     )
     if config["encoder"] == Video.encoder:
         return _video(stack, config, dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.checks import check_state
-from layers.models import grid
+from layers.models import grid, residual
 from layers.models.block import Norm
 from layers.models.stack import Stack
 from layers.parameters import dense, logical
@@ -39,7 +39,7 @@ class Embedding(nn.Module):
             if not jnp.issubdtype(x.dtype, jnp.integer):
                 raise ValueError(f"inputs: tokens must be integers, got {x.dtype}")
             init = logical(nn.initializers.normal(1.0), "vocab", "embed")
-            return nn.Embed(
+            return residual.Embed(
                 self.vocab_size,
                 self.features,
                 dtype=self.dtype,
@@ -146,7 +146,7 @@ class Model(nn.Module):
             self.dtype,
             name="encoder",
         )(inputs)
-        x = seq.zero_masked(x, sequence)
+        x = residual.placed(seq.zero_masked(x, sequence))
         x, stack_state = stack(
             x, None if state is None else state["stack"], sequence, train
         )

@@ -19,8 +19,18 @@ COLLECTIONS = (
     MOVED,
     RECORD,
 )
+policies = jax.checkpoint_policies
 # A loop over time is not run again where its backward pass needs only what is named so.
-KEPT = jax.checkpoint_policies.save_only_these_names("chunks", "selective_scan")
+LOOPS = policies.save_only_these_names("chunks", "selective_scan")
+# What the backward pass finds of a block that is recomputed in it, from little memory
+# to much.
+KEEPS = {
+    "nothing": policies.nothing_saveable,
+    "loops": LOOPS,
+    "dots": policies.save_from_both_policies(
+        LOOPS, policies.dots_with_no_batch_dims_saveable
+    ),
+}
 TRAIN = 4  # position of `train` in __call__, counting self: static under nn.remat
 
 
@@ -28,13 +38,13 @@ class Repetition(nn.Module):
     """One pass over the pattern, the body of the scan."""
 
     pattern: tuple[Callable[[], nn.Module], ...]
-    remat: bool = False
+    keeps: str | None = None
 
     @nn.compact
     def __call__(self, x, states, sequence, train):
         new = []
         for i, make in enumerate(self.pattern):
-            block = _block(make, f"block_{i}", self.remat)
+            block = _block(make, f"block_{i}", self.keeps)
             x, state = block(x, states[i], sequence, train)
             new.append(state)
         return x, tuple(new)
@@ -49,12 +59,14 @@ class Stack(nn.Module):
     Attributes:
         pattern: makes the blocks of one repetition, in order.
         depth: number of blocks, not necessarily a multiple of the pattern.
-        remat: recompute each block in the backward pass, but for the results of `KEPT`.
+        remat: recompute each block in the backward pass, but for what `keeps` says, a
+            key of `KEEPS`.
     """
 
     pattern: tuple[Callable[[], nn.Module], ...]
     depth: int
     remat: bool = False
+    keeps: str = "loops"
 
     @property
     def REFUSES(self) -> tuple[str, ...]:
@@ -71,6 +83,7 @@ class Stack(nn.Module):
                 "rest": (None,) * rest,
             }
         new = {"repeated": (), "rest": ()}
+        keeps = self.keeps if self.remat else None
         if repeats:
             scanned = nn.scan(
                 Repetition,
@@ -80,11 +93,11 @@ class Stack(nn.Module):
                 length=repeats,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, new["repeated"] = scanned(self.pattern, self.remat, name="repeated")(
+            x, new["repeated"] = scanned(self.pattern, keeps, name="repeated")(
                 x, state["repeated"], sequence, train
             )
         for i in range(rest):
-            block = _block(self.pattern[i], f"rest_{i}", self.remat)
+            block = _block(self.pattern[i], f"rest_{i}", keeps)
             x, last = block(x, state["rest"][i], sequence, train)
             new["rest"] += (last,)
         return x, new
@@ -104,11 +117,12 @@ class Stack(nn.Module):
         }
 
 
-def _block(make, name, remat):
-    if not remat:
+def _block(make, name, keeps):
+    """A block, recomputed in the backward pass unless `keeps` is None."""
+    if keeps is None:
         return make(name=name)
     block = make.func
     rematerialised = nn.remat(
-        block, prevent_cse=False, static_argnums=(TRAIN,), policy=KEPT
+        block, prevent_cse=False, static_argnums=(TRAIN,), policy=KEEPS[keeps]
     )
     return rematerialised(*make.args, **make.keywords, name=name)

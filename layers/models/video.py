@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from layers.checks import check_state
 from layers.frames import images
+from layers.models import residual
 from layers.models.stack import Stack
 from layers.parameters import logical
 from ssm import sequence as seq
@@ -48,7 +49,8 @@ class FrameDecoder(nn.Module):
                 up = images.conv(self.depths[i - 1], f"up_{i}", self.dtype)
                 x = up(images.doubled(x))
         x = nn.gelu(images.group_norm(x.shape[-1], "norm", self.dtype)(x))
-        return images.conv(self.outputs, "out", jnp.float32)(x.astype(jnp.float32))
+        out = images.conv(self.outputs, "out", jnp.float32, axis="out")
+        return out(x.astype(jnp.float32))
 
 
 def in_pieces(
@@ -136,7 +138,8 @@ class Video(nn.Module):
         if actions is not None:
             x = jnp.concatenate([x, self._tiled(actions, x.shape)], axis=-1)
         x = images.conv(self.features, "project", self.dtype, kernel_size=1)(x)
-        x, state = stack(seq.zero_masked(x, sequence), state, sequence, train)
+        x = residual.placed(seq.zero_masked(x, sequence))
+        x, state = stack(x, state, sequence, train)
         outputs = self.vocab_size or self.channels
         decoder = FrameDecoder(self.depths, outputs, self.dtype, name="decoder")
         y = in_pieces(decoder, x, size)
@@ -195,7 +198,7 @@ class Video(nn.Module):
     def _features(self, frames):
         if self.vocab_size:
             init = logical(nn.initializers.normal(1.0), "vocab", "embed")
-            return nn.Embed(
+            return residual.Embed(
                 self.vocab_size,
                 self.depths[0],
                 dtype=self.dtype,
@@ -207,7 +210,7 @@ class Video(nn.Module):
     @nn.nowrap
     def _tiled(self, actions, shape):
         init = logical(nn.initializers.normal(1.0), None, "embed")
-        embedded = nn.Embed(
+        embedded = residual.Embed(
             self.actions,
             self.action_features,
             dtype=self.dtype,
