@@ -32,6 +32,7 @@ from kernels import interpreter
 
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _record: ContextVar[list | None] = ContextVar("record", default=None)
+_count: ContextVar[int] = ContextVar("count", default=0)
 
 
 def platform() -> str:
@@ -52,13 +53,24 @@ def lowering_for(name: str) -> Iterator[None]:
         _target.reset(token)
 
 
+@contextlib.contextmanager
+def devices(count: int) -> Iterator[None]:
+    """What is traced inside is for `count` devices, however many this machine has."""
+    token = _count.set(count)
+    try:
+        yield
+    finally:
+        _count.reset(token)
+
+
 def partitioned_by_xla() -> bool:
     """Whether XLA may have to split what is traced now over several devices.
 
     It cannot split a kernel; inside `jax.shard_map` every device has its own part.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and not (mesh.axis_names and mesh.are_all_axes_manual)
+    count = _count.get() or jax.device_count()
+    return count > 1 and not (mesh.axis_names and mesh.are_all_axes_manual)
 
 
 # Triton

@@ -1,23 +1,27 @@
 """Where arrays live: the mesh, and the placement of batches and state on it."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels import compat
+
 AXES = ("data", "fsdp", "sequence")
 
 
-def make_mesh(config: Mapping) -> Mesh:
-    """The mesh `config.mesh`, over all devices; data = -1 stands for all of them.
+def make_mesh(config: Mapping, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh `config.mesh` over `devices`, by default all that JAX sees; data = -1
+    stands for all of them.
 
     Raises:
         ValueError: sizes that do not multiply to the number of devices, or an axis
             other than "data" larger than 1, which nothing is sharded over so far.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = [config["mesh"][axis] for axis in AXES]
     for axis, size in zip(AXES[1:], sizes[1:], strict=True):
         if size != 1:
@@ -30,6 +34,13 @@ def make_mesh(config: Mapping) -> Mesh:
             f"got {sizes[0]}"
         )
     return Mesh(np.array(devices).reshape(sizes), AXES, (AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def context(mesh: Mesh) -> Iterator[None]:
+    """What is traced inside is for the devices of the mesh."""
+    with compat.devices(mesh.size):
+        yield
 
 
 def check_batch_size(name: str, size: int, mesh: Mesh, accumulate: int = 1) -> None:
@@ -56,6 +67,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows(mesh: Mesh) -> NamedSharding:
+    """Of a batch: its rows spread over the axis "data"."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch on the mesh, its rows spread over the axis "data"."""
-    return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))
+    """Puts a batch on the mesh, see `rows`."""
+    return jax.device_put(dict(batch), rows(mesh))
