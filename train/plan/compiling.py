@@ -26,7 +26,9 @@ from train.plan.machine import Machine
 from train.plan.program import Program
 
 FULL = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.I)
+# What libtpu says that is: all, or what is beside the arguments.
 USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.I)
+BESIDE = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -134,7 +136,10 @@ def _compiled(
         if not FULL.search(str(problem)):
             raise
         seconds = time.perf_counter() - start
-        return dataclasses.replace(found, seconds=seconds, **_full(str(problem)))
+        refused, needed = _full(str(problem), sum(found.held.values()))
+        return dataclasses.replace(
+            found, seconds=seconds, refused=refused, needed=needed
+        )
     seconds = time.perf_counter() - start
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     parts_of_it = {
@@ -164,12 +169,14 @@ def _compiled(
     )
 
 
-def _full(problem: str) -> dict:
-    """What a compiler says of a step that has no room, as fields of a `Plan`."""
+def _full(problem: str, arguments: int) -> tuple[str, int | None]:
+    """What a compiler says of a step that has no room, and the bytes that it would
+    need, where that is said."""
     first, *_ = problem.splitlines()
-    used = USED.search(problem)
-    needed = float(used[1]) * UNITS[used[2].upper()] if used else None
-    return {"refused": first, "needed": None if needed is None else int(needed)}
+    for said, more in ((USED, 0), (BESIDE, arguments)):
+        if found := said.search(problem):
+            return first, int(float(found[1]) * UNITS[found[2].upper()]) + more
+    return first, None
 
 
 def _activations(config: ConfigDict, spec: Spec, assembled: Assembled) -> int:

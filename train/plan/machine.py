@@ -93,8 +93,8 @@ def find(name: str, emulate: bool = False) -> Machine:
             f"with {len(devices)}"
         )
     note = (
-        f"emulated: {target.count} CPU devices stand for {name} ({reason}); kernels are "
-        "not in it, and temporaries are those of XLA for CPUs"
+        f"emulated: {target.count} CPU devices stand for {name} ({reason}); "
+        "kernels are not in it, and temporaries are those of XLA for CPUs"
     )
     return Machine(name, devices, target.memory, note=note)
 

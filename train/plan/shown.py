@@ -112,8 +112,8 @@ def lines(plan: Plan) -> list[str]:
         runs = sum(one.count for one in plan.calls)
         exact = "" if all(one.exact for one in plan.calls) else "at least "
         found.append(
-            f"calls of our kernels: {len(plan.calls)} in the program, {exact}{runs} in a "
-            "step; what happens inside is in no count of FLOPs and bytes"
+            f"calls of our kernels: {len(plan.calls)} in the program, {exact}{runs} in "
+            "a step; what happens inside is in no count of the compiler"
         )
     elif not plan.refused and plan.seconds is not None:
         found.append("calls of our kernels: none")
