@@ -17,8 +17,9 @@ the smallest change after which it does is looked for by compiling, see
 `train.plan.remedies`; --nopropose leaves that out. The exit code is 1 where it does not
 fit as the config is, 2 for what cannot be.
 
---table plans the workloads of `train.plan.workloads` on the machines whose compilers
-are here, and writes docs/plan.md; --only names some of them.
+--workload NAME plans one of `train.plan.workloads` instead of a config. --table plans
+all of them, or the one, on the machines of docs/plan.md whose compilers are here, and
+writes that page.
 """
 
 import json
@@ -38,15 +39,17 @@ MEMORY = flags.DEFINE_float(
 EMULATE = flags.DEFINE_bool("emulate", False, "plan for CPU devices that stand for it")
 PROPOSE = flags.DEFINE_bool("propose", True, "look for what makes it fit")
 TABLE = flags.DEFINE_bool("table", False, "plan the workloads of docs/plan.md")
-ONLY = flags.DEFINE_list("only", [], "of --table, these workloads")
+WORKLOAD = flags.DEFINE_string(
+    "workload", None, "instead of --config, such as s5_path_x"
+)
 
 
 def main(argv: list[str]) -> int:
+    check_arguments(argv)
     if TABLE.value:
         from train.plan import page
 
-        return page.make(ONLY.value)
-    command_line.check_arguments(argv)
+        return page.make([WORKLOAD.value] if WORKLOAD.value else [])
     # Before JAX has started: it is told what devices to have.
     from train.plan import machine
 
@@ -58,21 +61,41 @@ def main(argv: list[str]) -> int:
     return _plan(machine.find(TARGET.value, EMULATE.value))
 
 
+def check_arguments(argv: list[str]) -> None:
+    """Raises a `ValueError` for positional arguments, and unless --config, or
+    --workload or --table, says what to plan."""
+    if not (TABLE.value or WORKLOAD.value):
+        command_line.check_arguments(argv)
+    elif len(argv) > 1:
+        raise ValueError(f"arguments must be flags, got {argv[1:]}")
+    elif command_line.CONFIG.value is not None:
+        raise ValueError("--config must not be there with --workload or --table")
+
+
+def _task(devices: int):
+    from train.plan import compiling, samples, workloads
+
+    if WORKLOAD.value:
+        return workloads.get(WORKLOAD.value).task(devices)
+    return compiling.Task(
+        command_line.CONFIG.value, *samples.of(command_line.CONFIG.value)
+    )
+
+
 def _plan(found) -> int:
     import dataclasses
 
     from rich.console import Console
 
     from train import files, settings
-    from train.plan import compiling, remedies, samples, shown
+    from train.plan import compiling, remedies, shown
 
     console = Console()
     if not console.is_terminal:
         console.width = 120
     if MEMORY.value:
         found = dataclasses.replace(found, memory=int(MEMORY.value * 1e9))
-    spec, one = samples.of(command_line.CONFIG.value)
-    task = compiling.Task(command_line.CONFIG.value, spec, one)
+    task = _task(len(found.devices))
     print(f"compiling the training step for {found.name}", flush=True)
     plans = [compiling.plan(task, found)]
     _show(console, shown, plans[0])

@@ -87,19 +87,25 @@ class Plan:
             return None
         return self.memory - self.needed
 
-    def exchanged(self) -> dict[str, tuple[int, int, int, bool]]:
-        """Kind of collective -> how many there are, how often a step runs them, their
-        bytes per step, and whether that is exact."""
-        kinds: dict[str, tuple[int, int, int, bool]] = {}
+    def exchanged(self) -> dict[str, dict]:
+        """Kind of collective -> "count" of them in the program, "runs" in a step, their
+        "bytes" per step, and whether these two are "exact": outside of loops whose
+        length is not known."""
+        kinds: dict[str, dict] = {}
         for one in self.collectives:
-            count, runs, size, exact = kinds.get(one.kind, (0, 0, 0, True))
-            kinds[one.kind] = (
-                count + 1,
-                runs + one.runs.count,
-                size + one.bytes_per_step,
-                exact and one.runs.exact,
+            kind = kinds.setdefault(
+                one.kind, dict(count=0, runs=0, bytes=0, exact=True)
             )
+            kind["count"] += 1
+            kind["runs"] += one.runs.count
+            kind["bytes"] += one.bytes_per_step
+            kind["exact"] &= one.runs.exact
         return kinds
+
+    def called(self) -> Runs:
+        """How often a step runs a kernel of ours."""
+        count = sum(one.count for one in self.calls)
+        return Runs(count, all(one.exact for one in self.calls))
 
     def as_json(self) -> dict:
         """All of it, what is derived too."""
@@ -107,8 +113,14 @@ class Plan:
             dataclasses.asdict(one) | {"bytes_per_step": one.bytes_per_step}
             for one in self.collectives
         ]
-        whole = dataclasses.asdict(self) | {"fits": self.fits, "free": self.free}
-        return whole | {"collectives": rows}
+        return dataclasses.asdict(self) | {
+            "fits": self.fits,
+            "free": self.free,
+            "exchanged": self.exchanged(),
+            "calls_in_program": len(self.calls),
+            "calls_per_step": self.called().count,
+            "collectives": rows,
+        }
 
 
 def held(state: TrainState, batch: Mapping) -> dict[str, int]:

@@ -7,7 +7,6 @@ from rich.table import Table
 from train.plan.figures import Plan
 from train.plan.remedies import gigabytes
 
-LARGEST = 5  # collectives that are shown one by one
 # JAX's own share of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another.
 GPU_SHARE = 0.75
 
@@ -84,12 +83,15 @@ def _exchanges(plan: Plan) -> Table:
     sheet = Table(title="collectives, of one device", title_justify="left")
     for name in ("kind", "in the program", "per step", "bytes per step", "largest"):
         sheet.add_column(name)
-    for kind, (count, runs, size, exact) in plan.exchanged().items():
-        least = "" if exact else "at least "  # in a loop whose length is not known
+    for kind, found in plan.exchanged().items():
+        least = "" if found["exact"] else "at least "
         most = next(one for one in plan.collectives if one.kind == kind)
-        largest = f"{gigabytes(most.size)} x {most.runs.count}"
         sheet.add_row(
-            kind, str(count), f"{least}{runs}", f"{least}{gigabytes(size)}", largest
+            kind,
+            str(found["count"]),
+            f"{least}{found['runs']}",
+            f"{least}{gigabytes(found['bytes'])}",
+            f"{gigabytes(most.size)} x {most.runs.count}",
         )
     if not plan.collectives:
         sheet.add_row("none", "0", "0", gigabytes(0), "-")
@@ -109,8 +111,8 @@ def lines(plan: Plan) -> list[str]:
     """What else there is to say of a plan."""
     found = [plan.note] if plan.note else []
     if plan.calls:
-        runs = sum(one.count for one in plan.calls)
-        exact = "" if all(one.exact for one in plan.calls) else "at least "
+        runs = plan.called().count
+        exact = "" if plan.called().exact else "at least "
         found.append(
             f"calls of our kernels: {len(plan.calls)} in the program, {exact}{runs} in "
             "a step; what happens inside is in no count of the compiler"
