@@ -5,7 +5,9 @@ it is allocated.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 import re
 import time
 from collections.abc import Mapping
@@ -89,8 +91,8 @@ def changed(config: ConfigDict, changes: Mapping) -> ConfigDict:
     """A copy of a config with other values: key, such as "model.remat", -> value."""
     config = config.copy_and_resolve_references()
     for key, value in changes.items():
-        section, name = key.split(".")
-        config[section][name] = value
+        *sections, name = key.split(".")
+        functools.reduce(operator.getitem, sections, config)[name] = value
     return config
 
 
