@@ -289,6 +289,23 @@ def test_a_mesh_and_a_batch_that_do_not_divide(task):
         compiling.plan(task, one, {"train.accumulate": 3})
 
 
+@pytest.mark.parametrize(
+    ("problem", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+            "for HLO temporaries (1.50G) exceeds available HBM (15.75G).\n\nmore",
+            100 + 3 * 2**29,
+        ),
+        ("RESOURCE_EXHAUSTED: out of memory. Used 2.00M of 1.00M hbm.", 2 * 2**20),
+        ("RESOURCE_EXHAUSTED: too much", None),
+    ],
+)
+def test_what_a_compiler_says_of_too_little_memory(problem, needed):
+    refused, found = compiling._full(problem, 100)
+    assert refused == problem.splitlines()[0] and found == needed
+
+
 COMMAND = (sys.executable, "-m", "train.plan", "--config", "pixels:digits,layer=s5")
 TINY = ("--config.model.features=8", "--config.model.depth=1")
 

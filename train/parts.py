@@ -134,14 +134,13 @@ def assemble(
         ValueError: a parameter that no group matches.
     """
     options = config.train
-    with sharding.context(mesh):
-        boxes = state.param_boxes(model, sample)
-        optimizer, groups, schedule = optimizers.make(config, boxes)
-        ema = options.ema > 0
-        create = functools.partial(
-            state.create, model, optimizer, sample, config.seed, mesh, ema=ema
-        )
-        target = state.abstract(create, mesh)
+    boxes = state.param_boxes(model, sample)
+    optimizer, groups, schedule = optimizers.make(config, boxes)
+    ema = options.ema > 0
+    create = functools.partial(
+        state.create, model, optimizer, sample, config.seed, mesh, ema=ema
+    )
+    target = state.abstract(create, mesh)
     train_step = step.make_train_step(
         model,
         optimizer,

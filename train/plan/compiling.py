@@ -101,6 +101,8 @@ def _assembled(config: ConfigDict, task: Task, machine: Machine) -> Assembled:
     resolve.check(config, mesh)
     model = build(config.model)
     contract.check_init_state(model)
+    if task.spec.causal:
+        resolve.check_causal(model)
     # What was traced for another machine would be taken again, with its kernels.
     jax.clear_caches()
     sample = samples.batch(task.one, config.train.batch_size, sharding.rows(mesh))

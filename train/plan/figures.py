@@ -139,3 +139,10 @@ def held(state: TrainState, batch: Mapping) -> dict[str, int]:
 def _shard(leaf) -> int:
     shape = leaf.sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as a reader takes them in: "1.25 GB", "310 MB"."""
+    if abs(count) >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if abs(count) >= 1e7 else f"{count / 1e6:.2f} MB"

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from kernels.check import compiled, targets
 from train import files
-from train.plan.remedies import gigabytes, said
+from train.plan.figures import gigabytes
+from train.plan.remedies import said
 from train.plan.workloads import WORKLOADS, get
 
 FORMAT = 1

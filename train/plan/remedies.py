@@ -18,7 +18,7 @@ from typing import Any
 
 from train.plan import compiling
 from train.plan.compiling import Task
-from train.plan.figures import Plan
+from train.plan.figures import Plan, gigabytes
 from train.plan.machine import Machine
 
 Changes = dict[str, Any]
@@ -102,10 +102,3 @@ def _verdict(found: Plan) -> str:
     needed = "more than there is" if found.needed is None else gigabytes(found.needed)
     compiled = "not compiled" if found.seconds is None else f"{found.seconds:.0f} s"
     return f"{'fits' if found.fits else 'does not fit'}, needs {needed} ({compiled})"
-
-
-def gigabytes(count: float) -> str:
-    """Bytes as a reader takes them in: "1.25 GB", "310 MB"."""
-    if abs(count) >= 1e9:
-        return f"{count / 1e9:.2f} GB"
-    return f"{count / 1e6:.0f} MB" if abs(count) >= 1e7 else f"{count / 1e6:.2f} MB"

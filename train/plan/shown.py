@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from train.plan.figures import Plan
-from train.plan.remedies import gigabytes
+from train.plan.figures import Plan, gigabytes
 
 # JAX's own share of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says another.
 GPU_SHARE = 0.75
