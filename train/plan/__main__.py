@@ -85,18 +85,25 @@ def _task(devices: int):
 def _plan(found) -> int:
     import dataclasses
 
+    import jax
     from rich.console import Console
 
-    from train import files, settings
-    from train.plan import compiling, remedies, shown
+    from kernels.check import certificate
+    from train import files
+    from train.plan import compiling, machine, remedies, shown
 
     console = Console()
     if not console.is_terminal:
         console.width = 120
     if MEMORY.value:
         found = dataclasses.replace(found, memory=int(MEMORY.value * 1e9))
+    if JSON.value and (reason := certificate.obstacle(Path(JSON.value))):
+        raise ValueError(f"--json {reason}")
     task = _task(len(found.devices))
-    print(f"compiling the training step for {found.name}", flush=True)
+    # What it took before would be said to take no time.
+    jax.config.update("jax_enable_compilation_cache", False)
+    name = "this machine" if found.name == machine.HERE else found.name
+    print(f"compiling the training step for {name}", flush=True)
     plans = [compiling.plan(task, found)]
     _show(console, shown, plans[0])
     if not plans[0].fits and PROPOSE.value:
@@ -109,14 +116,15 @@ def _plan(found) -> int:
             print(f"proposal: {remedies.said(proposal.changes)}")
             _show(console, shown, proposal)
     if JSON.value:
-        place = settings.place("--json", JSON.value)
         text = json.dumps([plan.as_json() for plan in plans], indent=1)
-        files.write_atomically(Path(place), text + "\n")
-        print(f"plan: {place}")
+        files.write_atomically(Path(JSON.value), text + "\n")
+        print(f"plan: {JSON.value}")
     return int(not plans[0].fits)
 
 
 def _show(console, shown, plan) -> None:
+    if plan.note:
+        print(plan.note)
     for table in shown.tables(plan):
         console.print(table)
     for line in shown.lines(plan):

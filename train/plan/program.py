@@ -115,25 +115,24 @@ class Program:
 
     def _instructions(self) -> Iterator[tuple[Instruction, dict, Runs]]:
         for name, inside in self._computations.items():
-            runs = self._runs.get(name)
-            if runs is not None:
-                for one in inside.values():
-                    yield one, inside, runs
+            # Whoever calls it in a way that is not read here is one who does.
+            runs = self._runs.get(name, Runs(1, False))
+            for one in inside.values():
+                yield one, inside, runs
 
     def _counted(self) -> dict[str, Runs]:
-        """Computation -> how often a step runs it."""
+        """Computation -> how often a step runs it; of a condition every branch."""
         runs = {self._entry: Runs()} if self._entry else {}
         for name in reversed(self._computations):
-            if name not in runs:  # nobody calls it
-                continue
+            around = runs.get(name, Runs(1, False))
             for one in self._computations[name].values():
                 trips = self._trips(one, self._computations[name])
                 for called in _called(one):
                     looped = trips if one.operation == "while" else Runs()
                     before = runs.get(called, Runs(0))
                     runs[called] = Runs(
-                        before.count + runs[name].count * looped.count,
-                        before.exact and runs[name].exact and looped.exact,
+                        before.count + around.count * looped.count,
+                        before.exact and around.exact and looped.exact,
                     )
         return runs
 

@@ -107,8 +107,8 @@ def _kernels(plan: Plan) -> Table:
 
 
 def lines(plan: Plan) -> list[str]:
-    """What else there is to say of a plan."""
-    found = [plan.note] if plan.note else []
+    """What else there is to say of a plan, under its tables."""
+    found = []
     if plan.calls:
         runs = plan.called().count
         exact = "" if plan.called().exact else "at least "
