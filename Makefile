@@ -38,6 +38,7 @@ bench: $(INSTALLED)
 
 # What the compilers of accelerators that need not be here say of every kernel, each
 # target in at most an hour: kernels/results/compiled. The CUDA wheels are gigabytes.
+# `train.plan` has them too, in these environments.
 compiled: .venv-tpu/.installed .venv-cuda/.installed
 	.venv-tpu/bin/python -m kernels.check --compile tpu:v5e tpu:v6e
 	.venv-cuda/bin/python -m kernels.check --compile gpu:h100 gpu:h200
@@ -46,7 +47,7 @@ compiled: .venv-tpu/.installed .venv-cuda/.installed
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    -c $(REQUIREMENTS) \
-	    -e '.[$(if $(findstring tpu,$@),tpu,gpu)]' triton
+	    -e '.[train,data,$(if $(findstring tpu,$@),tpu,gpu)]' triton
 	touch $@
 
 # The wheel, dist/ssmax-*.whl, installed with its dependencies beside a user's code.

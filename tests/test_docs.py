@@ -97,6 +97,9 @@ def understand(module, arguments, parsed, monkeypatch):
         main.check_arguments(rest)
         seeds = [int(seed) for seed in main.SEEDS.value] or [main.CONFIG.value.seed]
         return [str(main._workdir(seed, len(seeds) > 1)) for seed in seeds]
+    if module == "train.plan":
+        found.check_arguments(parsed(*arguments))
+        return []
     if module in ("train.baseline", "train.reproduce.baseline"):
         main.check_arguments(parsed(*arguments))
         return []

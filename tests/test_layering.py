@@ -69,6 +69,7 @@ ROOMS = {
     },
     "train.reproduce": {"train.baseline"},
     "train.bench": set(),
+    "train.plan": set(),
 }
 TEXT = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".ipynb", ".cfg", ".json", ""}
 

@@ -12,6 +12,7 @@ from train import main, runs
 CONFIG = "configs/pixels.py:digits"
 FLAGS = ("workdir", "seeds", "lengths", "report", "config", "certificate")
 FLAGS += ("compilation_cache",)
+PLAN = ("target", "json", "memory", "emulate", "propose", "table", "workload")
 
 
 def answer(*arguments):
@@ -57,7 +58,7 @@ def parsed(monkeypatch):
         for name in [n for n in flags.FLAGS if n.startswith("config.")]:
             delattr(flags.FLAGS, name)  # what another command line has overridden
         sys.modules.pop("config_config", None)  # what a file lacks, another had
-        for name in FLAGS:
+        for name in {*FLAGS, *PLAN} & {*flags.FLAGS}:
             flags.FLAGS[name].unparse()
         return main._parse(sys.argv)
 

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -28,6 +29,7 @@ from train import (
 from train.checkpoint import Checkpoints
 from train.data import said
 from train.data.pipeline import TrainIterator
+from train.data.spec import Spec
 from train.metrics import print_table
 from train.signals import Stop
 from train.state import TrainState
@@ -86,6 +88,69 @@ class Progress:
         return {key: getattr(self, key) for key in keys}
 
 
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A training step that is not compiled yet: what `set_up` and `train.plan` compile.
+
+    Attributes:
+        mesh, sample: the devices, and a batch or its shapes and shardings.
+        params: the tree of the parameters' shapes.
+        groups: pattern -> paths of its parameters.
+        create: () -> the state before the first step.
+        target: that state's shapes and shardings.
+        schedule: step -> learning rate.
+        train_step: (state, batch) -> (state, measured).
+    """
+
+    mesh: Mesh
+    sample: Mapping
+    params: Any
+    groups: dict[str, list[str]]
+    create: Callable[[], TrainState]
+    target: TrainState
+    schedule: optax.Schedule
+    train_step: Callable
+
+    def trace(self) -> jax.stages.Traced:
+        """The step as JAX reads it, for the devices of the mesh."""
+        return self.train_step.trace(self.target, self.sample)
+
+
+def assemble(
+    config: ConfigDict, spec: Spec, mesh: Mesh, model: nn.Module, sample: Mapping
+) -> Assembled:
+    """The parts of a training step; allocates and compiles nothing.
+
+    Args:
+        config: completed by `resolve.complete`.
+        spec: of the data.
+        mesh: the devices, which need not be here.
+        model: what `config.model` says.
+        sample: a batch on the mesh, or its shapes and shardings.
+
+    Raises:
+        ValueError: a parameter that no group matches, heads or inner features that
+            mesh.tensor does not divide.
+    """
+    options = config.train
+    boxes = state.param_boxes(model, sample)
+    sharding.check_tensor(model, boxes, mesh)
+    optimizer, groups, schedule = optimizers.make(config, boxes)
+    ema = options.ema > 0
+    create = state.creator(model, optimizer, sample, config.seed, mesh, ema=ema)
+    target = state.abstract(create)
+    train_step = step.make_train_step(
+        model,
+        optimizer,
+        losses.make(spec.loss, options.label_smoothing),
+        config,
+        spec.padded,
+        jax.tree.map(lambda x: x.sharding, target),
+    )
+    params = nn.unbox(boxes)
+    return Assembled(mesh, sample, params, groups, create, target, schedule, train_step)
+
+
 def set_up(
     config: ConfigDict,
     dataset: data.Dataset,
@@ -103,39 +168,26 @@ def set_up(
         print(*said.lines(facts), sep="\n", flush=True)
     with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
         sample = sharding.place(next(batches), mesh)
-    boxes = state.param_boxes(model, sample)
-    shapes = nn.unbox(boxes)
+    assembled = assemble(config, spec, mesh, model, sample)
     if jax.default_backend() == "cpu":
-        leaves = jax.tree.leaves(shapes)
+        leaves = jax.tree.leaves(assembled.params)
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
         settings.check_memory("model", size, "its parameters")
-    sharding.check_tensor(model, boxes, mesh)
-    optimizer, groups, schedule = optimizers.make(config, boxes)
-    create = state.creator(model, optimizer, sample, seed, mesh, ema=options.ema > 0)
-    target = state.abstract(create)
-    train_step = step.make_train_step(
-        model,
-        optimizer,
-        losses.make(spec.loss, options.label_smoothing),
-        config,
-        spec.padded,
-        jax.tree.map(lambda x: x.sharding, target),
-    )
     stop.nothing_to_save("compiling")
     print(f"compiling the training step: {_described(config, sample)}", flush=True)
     before = time.monotonic()
-    compiled = train_step.lower(target, sample).compile()
+    compiled = assembled.trace().lower().compile()
     seconds = time.monotonic() - before
     stop.nothing_to_save("starting")
-    print_table(config, groups, shapes, mesh, compiled, seconds)
+    print_table(config, assembled.groups, assembled.params, mesh, compiled, seconds)
     return Parts(
         dataset=dataset,
         facts=facts,
         mesh=mesh,
         model=model,
-        create=create,
-        target=target,
-        schedule=schedule,
+        create=assembled.create,
+        target=assembled.target,
+        schedule=assembled.schedule,
         train_step=compiled,
         eval_step=step.make_eval_step(model, losses.make(spec.loss), spec.padded, mesh),
         probe=flight.make_probe(model, losses.make(spec.loss), seed, spec.padded, mesh),

@@ -15,6 +15,7 @@ from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels import shards
 from layers.models import residual
 from layers.models.model import Model
 from layers.models.video import Video
@@ -215,6 +216,7 @@ def context(mesh: Mesh | None) -> Iterator[None]:
 
     with contextlib.ExitStack() as entered:
         entered.enter_context(residual.placed_by(place))
+        entered.enter_context(shards.over(mesh, rows=ROWS, channels=("tensor",)))
         yield
 
 
@@ -223,6 +225,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows(mesh: Mesh) -> NamedSharding:
+    """Of a batch: its rows spread over the axes ROWS."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch on the mesh, its rows spread over the axes ROWS."""
-    return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec(ROWS)))
+    """Puts a batch on the mesh, see `rows`."""
+    return jax.device_put(dict(batch), rows(mesh))

@@ -50,18 +50,7 @@ def make_train_step(
     seed, decay = config["seed"], config["train"]["ema"]
     accumulate = config["train"]["accumulate"]
     mesh = None if places is None else places.step.mesh
-
-    def sums(params, collections, batch, key):
-        (outputs, _), collections = model.apply(
-            {"params": params, **collections},
-            batch["inputs"],
-            sequence=sequence_of(batch, padded),
-            train=True,
-            rngs={"dropout": key},
-            mutable=list(collections),
-        )
-        loss, weight, metrics = loss_fn(outputs, batch)
-        return loss, ({"loss": loss, "weight": weight, **metrics}, collections)
+    sums = make_sums(model, loss_fn, padded)
 
     def gradient(params, collections, batch, key):
         grads, rest = jax.grad(sums, has_aux=True)(params, collections, batch, key)
@@ -114,6 +103,25 @@ def make_train_step(
 
     out_shardings = None if places is None else (places, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def make_sums(model: nn.Module, loss_fn: LossFn, padded: bool = True) -> Callable:
+    """What a training step differentiates: (params, collections, batch, key) -> the sum
+    of the loss, and beside it (all sums, the new collections)."""
+
+    def sums(params, collections, batch, key):
+        (outputs, _), collections = model.apply(
+            {"params": params, **collections},
+            batch["inputs"],
+            sequence=sequence_of(batch, padded),
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(collections),
+        )
+        loss, weight, metrics = loss_fn(outputs, batch)
+        return loss, ({"loss": loss, "weight": weight, **metrics}, collections)
+
+    return sums
 
 
 def make_eval_step(

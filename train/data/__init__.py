@@ -43,6 +43,15 @@ DATASETS = {
     "frames": frames.frames,
 }
 
+# What those say of themselves whose files need not be there, or are costly to make.
+SPECS = {
+    "listops": listops.spec,
+    "mnist": images.mnist_spec,
+    "cifar": images.cifar_spec,
+    "moving_digits": moving_digits.spec,
+    "frames": frames.spec,
+}
+
 # Read by `load` or the training loop, not by a dataset.
 LOOP_KEYS = ("name", "workers", "reconstruct")
 
@@ -83,6 +92,26 @@ def load(config: Mapping) -> Dataset:
     if config.get("reconstruct"):
         dataset = objectives.reconstruction(dataset, name)
     return dataset
+
+
+def known(config: Mapping) -> Spec | None:
+    """The spec of the dataset of a config as far as the config alone tells; None where
+    the dataset has to be loaded for it.
+
+    Raises:
+        ValueError: a name or an argument that `load` does not take.
+    """
+    name = config["name"]
+    settings.check("data.name", name, "")
+    if name not in SPECS:
+        return None
+    arguments = {key: config[key] for key in config if key not in LOOP_KEYS}
+    _check_arguments(name, arguments, inspect.signature(get(name)).parameters)
+    read = inspect.signature(SPECS[name]).parameters
+    spec = SPECS[name](**{key: x for key, x in arguments.items() if key in read})
+    if spec is not None and config.get("reconstruct"):
+        spec = objectives.reconstructed(spec, name)
+    return spec
 
 
 def get(name: str) -> Callable[..., Dataset]:

@@ -9,6 +9,7 @@ import numpy as np
 from train import settings
 from train.data import checks, pipeline
 from train.data.sources import SPLITS, Example, split_indices
+from train.data.spec import Spec
 from train.data.video import CHANNELS, pairs, pixels_spec, window_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -71,10 +72,17 @@ def frames(
     read = functools.partial(_read, channels=channels, size=own, scaled=bool(size))
     for paths in every:
         read(paths["frames"][0])
-    spec = pixels_spec(own, channels, length)
     window = functools.partial(window_of, length=length)
     finish = functools.partial(_read_pairs, length=length, read=read)
-    return pipeline.Dataset(spec, sources, window, finish)
+    return pipeline.Dataset(spec(length, own, channels), sources, window, finish)
+
+
+def spec(
+    length: int = 20, size: tuple[int, ...] = (), channels: int = 3
+) -> Spec | None:
+    """What the clips say of themselves without their folder; None where frames are as
+    large as their files."""
+    return pixels_spec(tuple(size), channels, length) if len(size) == 2 else None
 
 
 class _Videos:

@@ -89,7 +89,7 @@ def mnist(
         ValueError: another permutation or layout; a file that is missing or damaged.
     """
     checks.check_choice("permutation", permutation, PERMUTATIONS)
-    checks.check_choice("layout", layout, pipeline.LAYOUTS)
+    mnist_spec(layout)
     if permutation != "none" and layout != "sequence":
         raise ValueError(
             f"data.layout must be sequence with a permutation, got {layout!r}"
@@ -100,7 +100,7 @@ def mnist(
     order = _order(permutation, MNIST_SIDE**2)
     return _dataset(
         {"train": (images, labels), "test": (test_images, test_labels)},
-        (len(order), 1),
+        mnist_spec(),
         functools.partial(_mnist_example, order=order),
         layout,
     )
@@ -125,8 +125,7 @@ def cifar(
     Raises:
         ValueError: another color or layout; a file that is missing or damaged.
     """
-    checks.check_choice("color", color, COLORS)
-    checks.check_choice("layout", layout, pipeline.LAYOUTS)
+    cifar_spec(color, layout)
     place = settings.place("data.folder", folder)
     (path,) = original.locate("CIFAR-10", place, (CIFAR,), download)
     return _dataset(
@@ -134,28 +133,46 @@ def cifar(
             split: original.read_cifar(path, names)
             for split, names in CIFAR_FILES.items()
         },
-        (CIFAR_SIDE**2, 3 if color == "rgb" else 1),
+        cifar_spec(color),
         _rgb_example if color == "rgb" else _gray_example,
         layout,
     )
 
 
-def _dataset(splits, shape: tuple[int, int], finish, layout: str) -> pipeline.Dataset:
-    """Of {"train", "test": (images, labels)} and examples of `shape`."""
-    images, labels = splits["train"]
-    parts = split_indices(len(labels), VALIDATION, 0.0, SEED)
-    sources = split_rows({"image": images, "label": labels}, parts)
-    test_images, test_labels = splits["test"]
-    sources["test"] = Rows({"image": test_images, "label": test_labels})
+def mnist_spec(layout: str = "sequence") -> Spec:
+    """What MNIST says of itself, its files there or not; `ValueError` for another
+    layout."""
+    return _spec(MNIST_SIDE, 1, layout)
+
+
+def cifar_spec(color: str = "rgb", layout: str = "sequence") -> Spec:
+    """What CIFAR-10 says of itself, its files there or not; `ValueError` for another
+    color or layout."""
+    checks.check_choice("color", color, COLORS)
+    return _spec(CIFAR_SIDE, 3 if color == "rgb" else 1, layout)
+
+
+def _spec(side: int, channels: int, layout: str) -> Spec:
+    checks.check_choice("layout", layout, pipeline.LAYOUTS)
     spec = Spec(
         encoder="scalar",
-        length=shape[0],
-        channels=shape[1],
+        length=side**2,
+        channels=channels,
         vocab_size=0,
         outputs=CLASSES,
         loss="classification",
         padded=False,
     )
+    return pipeline.laid_out_spec(spec, layout, (side, side))
+
+
+def _dataset(splits, spec: Spec, finish, layout: str) -> pipeline.Dataset:
+    """Of {"train", "test": (images, labels)}, laid out from the sequences of `spec`."""
+    images, labels = splits["train"]
+    parts = split_indices(len(labels), VALIDATION, 0.0, SEED)
+    sources = split_rows({"image": images, "label": labels}, parts)
+    test_images, test_labels = splits["test"]
+    sources["test"] = Rows({"image": test_images, "label": test_labels})
     dataset = pipeline.Dataset(spec, sources, finish=finish)
     return pipeline.laid_out(dataset, layout, images.shape[1:3])
 

@@ -78,7 +78,15 @@ def load(
         splits = [split for split, size in sizes.items() if size]
     home = settings.place("data.folder", folder) / name
     prepared.prepare(home, {"version": VERSION, **made_from}, write, "ListOps")
-    spec = Spec(
+    sources = {split: prepared.Records(_file(home, split), _parse) for split in splits}
+    return pipeline.Dataset(
+        spec(max_length), sources, finish=functools.partial(_finish, length=max_length)
+    )
+
+
+def spec(max_length: int = 2_000) -> Spec:
+    """What ListOps says of itself before there is any."""
+    return Spec(
         encoder="token",
         length=max_length,
         channels=1,
@@ -87,10 +95,6 @@ def load(
         loss="classification",
         padded=True,
         symbols=(*expressions.SPECIALS, *expressions.SYMBOLS),
-    )
-    sources = {split: prepared.Records(_file(home, split), _parse) for split in splits}
-    return pipeline.Dataset(
-        spec, sources, finish=functools.partial(_finish, length=max_length)
     )
 
 

@@ -8,6 +8,7 @@ from train import settings
 from train.data import checks, images, pipeline
 from train.data import digits as small_digits
 from train.data.sources import SPLITS, Example, drawn_splits
+from train.data.spec import Spec
 from train.data.video import pairs, pixels_spec
 
 GLYPHS = ("digits", "mnist")
@@ -79,9 +80,13 @@ def moving_digits(
         for split, glyphs in _glyphs(source, folder, download, digit_side).items()
     }
     sources = drawn_splits(draws, (train, validation, test), seed)
-    spec = pixels_spec((side, side), 1, length)
     finish = functools.partial(pairs, length=length)
-    return pipeline.Dataset(spec, sources, finish=finish)
+    return pipeline.Dataset(spec(length, side), sources, finish=finish)
+
+
+def spec(length: int = 20, side: int = 64) -> Spec:
+    """What the clips say of themselves before one is drawn."""
+    return pixels_spec((side, side), 1, length)
 
 
 def _glyphs(source: str, folder: str, download: bool, side: int):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from train.data.pipeline import Dataset
+from train.data.spec import Spec
 
 
 def reconstruction(dataset: Dataset, name: str) -> Dataset:
@@ -11,10 +12,14 @@ def reconstruction(dataset: Dataset, name: str) -> Dataset:
     Raises:
         ValueError: a dataset that has no frames of pixels.
     """
-    if dataset.spec.loss != "frames":
+    return dataclasses.replace(dataset, spec=reconstructed(dataset.spec, name))
+
+
+def reconstructed(spec: Spec, name: str) -> Spec:
+    """The spec of what `reconstruction` makes; raises what it raises."""
+    if spec.loss != "frames":
         raise ValueError(
             f"data.reconstruct is for frames of pixels, which the dataset {name!r} "
             "does not have here; it must be False"
         )
-    spec = dataset.spec.but(loss="autoencoder", causal=False)
-    return dataclasses.replace(dataset, spec=spec)
+    return spec.but(loss="autoencoder", causal=False)

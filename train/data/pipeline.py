@@ -31,10 +31,15 @@ def laid_out(dataset: "Dataset", layout: str, size: tuple[int, int]) -> "Dataset
     are, or "image": inputs [h, w, C], encoder "image" and size (h, w) in the spec."""
     if layout == "sequence":
         return dataset
-    spec = dataset.spec.but(encoder="image", size=size)
+    spec = laid_out_spec(dataset.spec, layout, size)
     shape = (*size, spec.channels)
     finish = functools.partial(_as_image, finish=dataset.finish, shape=shape)
     return dataclasses.replace(dataset, spec=spec, finish=finish)
+
+
+def laid_out_spec(spec: Spec, layout: str, size: tuple[int, int]) -> Spec:
+    """The spec of what `laid_out` makes."""
+    return spec if layout == "sequence" else spec.but(encoder="image", size=size)
 
 
 def _as_image(example: Example, finish: Callable, shape: tuple[int, ...]) -> Example:

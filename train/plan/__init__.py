@@ -1,0 +1,1 @@
+"""What a training step needs on a machine, compiled for it before it is there."""

@@ -1,0 +1,104 @@
+"""What to change where a step does not fit: tried by compiling it, not guessed.
+
+In this order, so that what is found first costs least:
+    1. model.remat, which computes every block once more, by a third more work, and
+       changes no number;
+    2. train.accumulate, the smallest that is enough: the same gradient in so many
+       parts, each of fewer rows (only batch statistics and dropout see that);
+    3. both;
+    4. mesh.fsdp, the smallest that is enough: parameters, optimiser state and averages
+       divided over so many devices, which exchange them in every step;
+    5. mesh.fsdp and model.remat;
+    6. mesh.fsdp, model.remat and the smallest train.accumulate that is enough.
+What state and batch alone rule out is not compiled.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from train.plan import compiling
+from train.plan.compiling import Task
+from train.plan.figures import Plan, gigabytes
+from train.plan.machine import Machine
+
+Changes = dict[str, Any]
+
+
+def families(task: Task, machine: Machine) -> Iterator[list[Changes]]:
+    """The changes there are, those of one family together, the smallest first."""
+    config = task.config
+    remat = [] if config.model.remat else [{"model.remat": True}]
+    parts = [{"train.accumulate": n} for n in _parts(config, machine)]
+    shards = [{"mesh.fsdp": n} for n in _shards(config, machine)]
+
+    def together(first: list[Changes], second: list[Changes]) -> list[Changes]:
+        return [a | b for a in first for b in second]
+
+    yield remat
+    yield parts
+    yield together(remat, parts)
+    yield shards
+    yield together(shards, remat)
+    yield together(shards[-1:], together(remat or [{}], parts))
+
+
+def _parts(config, machine: Machine) -> list[int]:
+    """The powers of 2 times today's number of micro-batches that divide a device's
+    rows."""
+    rows = config.train.batch_size // len(machine.devices)
+    now = config.train.accumulate
+    return [now * 2**k for k in range(1, rows.bit_length()) if not rows % (now * 2**k)]
+
+
+def _shards(config, machine: Machine) -> list[int]:
+    """The powers of 2 that divide the devices."""
+    count, now = len(machine.devices), config.mesh.fsdp
+    if config.mesh.data != -1:  # then the config says where every device is
+        return []
+    return [
+        2**k for k in range(1, count.bit_length()) if 2**k > now and not count % 2**k
+    ]
+
+
+def find(
+    task: Task,
+    machine: Machine,
+    tell: Callable[[str], None] = lambda line: None,
+    compile_step: Callable[..., Plan] = compiling.plan,
+) -> Plan | None:
+    """The plan of the first change after which the step fits; None if none does.
+
+    Args:
+        task: what does not fit as it is.
+        machine: where.
+        tell: gets a line for every change that was tried.
+        compile_step: as `compiling.plan`.
+    """
+    tried = []
+    for family in families(task, machine):
+        for changes in family:
+            if changes in tried:
+                continue
+            tried.append(changes)
+            try:
+                found = compile_step(task, machine, changes, trial=True)
+            except ValueError as problem:  # such as a mesh that nothing is sharded over
+                tell(f"tried {said(changes)}: refused ({problem})")
+                break
+            tell(f"tried {said(changes)}: {_verdict(found)}")
+            if found.fits:
+                return found
+            if found.seconds is None and "mesh.fsdp" not in changes:
+                break  # state and batch do not change within such a family
+    return None
+
+
+def said(changes: Mapping) -> str:
+    """Changes as flags of the command."""
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+
+
+def _verdict(found: Plan) -> str:
+    needed = "more than there is" if found.needed is None else gigabytes(found.needed)
+    compiled = "not compiled" if found.seconds is None else f"{found.seconds:.0f} s"
+    return f"{'fits' if found.fits else 'does not fit'}, needs {needed} ({compiled})"
