@@ -23,6 +23,7 @@ from train import (
     pace,
     records,
     replay,
+    sharding,
     signals,
     step,
 )
@@ -334,7 +335,7 @@ def test_the_search_for_what_broke_ends_after_its_step():
     def train_step(state, _):
         return state + 1, {}
 
-    asked, mesh = [], jax.make_mesh((1,), ("data",))
+    asked, mesh = [], sharding.rows_mesh()
     with signals.stop_signals(), pytest.raises(signals.Stopped):
         batches = itertools.repeat({})
         flight.find(probe, train_step, 7, batches, mesh, range(8, 99))
