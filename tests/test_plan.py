@@ -283,7 +283,7 @@ def test_targets_that_cannot_be(name, message):
 
 def test_a_mesh_and_a_batch_that_do_not_divide(task):
     one = Machine("here", tuple(jax.devices()), None)
-    with pytest.raises(ValueError, match=r"mesh\.data must be .* 1, got 3"):
+    with pytest.raises(ValueError, match=r"mesh\.data x .* 1, got 3"):
         compiling.plan(task, one, {"mesh.data": 3})
     with pytest.raises(ValueError, match=r"train\.accumulate = 3, got 16"):
         compiling.plan(task, one, {"train.accumulate": 3})
