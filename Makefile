@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 REQUIREMENTS = requirements/$$($(PYTHON) -c \
     'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
-.PHONY: install train test check part reproduce bench compiled package lint clean
+.PHONY: install train test check part reproduce bench compiled plan package lint clean
 
 install: $(INSTALLED)
 
@@ -38,10 +38,14 @@ bench: $(INSTALLED)
 
 # What the compilers of accelerators that need not be here say of every kernel, each
 # target in at most an hour: kernels/results/compiled. The CUDA wheels are gigabytes.
-# `train.plan` has them too, in these environments.
 compiled: .venv-tpu/.installed .venv-cuda/.installed
 	.venv-tpu/bin/python -m kernels.check --compile tpu:v5e tpu:v6e
 	.venv-cuda/bin/python -m kernels.check --compile gpu:h100 gpu:h200
+
+# What published models need on the machines of docs/plan.md: its tables.
+plan: .venv-tpu/.installed .venv-cuda/.installed
+	.venv-tpu/bin/python -m train.plan --table
+	.venv-cuda/bin/python -m train.plan --table
 
 .venv-tpu/.installed .venv-cuda/.installed: pyproject.toml requirements/py311.txt requirements/py312.txt
 	$(PYTHON) -m venv --clear $(@D)

@@ -18,7 +18,7 @@ COLLECTIVES = (
 KERNELS = ("tpu_custom_call", "triton_kernel_call", "__gpu$xla.gpu.triton")
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"\s([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"\b(condition|body|calls|to_apply|\w+_computation)=%?([\w.\-]+)")
 _SEVERAL = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
@@ -71,6 +71,7 @@ class Instruction:
     operation: str
     operands: tuple[str, ...]
     rest: str
+    root: bool  # what its computation returns
 
 
 class Program:
@@ -137,8 +138,8 @@ class Program:
         return runs
 
     def _trips(self, loop: Instruction, inside: dict) -> Runs:
-        """Of a `while`: what the compiler has noted, else the bound in its condition
-        (i < N) less what i starts from."""
+        """Of a `while`: what the compiler has noted, else by the bound in its condition
+        (i < N), what i starts from and what it grows by."""
         if loop.operation != "while":
             return Runs()
         if known := _TRIPS.search(loop.rest):
@@ -151,12 +152,14 @@ class Program:
                 end = _constant(bound)
                 index = re.search(r"index=(\d+)", counter.rest if counter else "")
                 if end is not None and index:
+                    body = self._computations.get(names.get("body", ""), {})
                     start = _started(loop, int(index[1]), inside)
-                    return Runs(end - start, end >= start)
+                    step = _grown(body, int(index[1]))
+                    return Runs(max(0, -(-(end - start) // step)))
         return Runs(1, False)
 
 
-def _instruction(name: str, text: str) -> Instruction | None:
+def _instruction(root: str | None, name: str, text: str) -> Instruction | None:
     found = _OPERATION.search(text)
     if found is None:
         return None
@@ -167,10 +170,13 @@ def _instruction(name: str, text: str) -> Instruction | None:
     inner = text[found.end() : end - 1]
     # what is constant has its value there
     operands = tuple(re.findall(r"%([\w.\-]+)", inner)) or (inner,)
-    return Instruction(name, text[: found.start()], found[1], operands, text[end:])
+    shape, rest = text[: found.start()], text[end:]
+    return Instruction(name, shape, found[1], operands, rest, root is not None)
 
 
 def _called(one: Instruction) -> list[str]:
+    if one.operation.endswith(("-update", "-done")):  # of what has begun before
+        return []
     names = [name for _, name in _CALLED.findall(one.rest)]
     for several in _SEVERAL.findall(one.rest):
         names += re.findall(r"[\w.\-]+", several)
@@ -187,12 +193,29 @@ def _constant(one: Instruction | None) -> int | None:
 def _started(loop: Instruction, index: int, inside: dict) -> int:
     """The first value of a loop's counter; 0, where every loop of JAX starts, if that
     cannot be read."""
-    start = inside.get(loop.operands[0])
-    if start is not None and start.operation == "tuple":
-        start = inside.get(start.operands[index])
-    while start is not None and start.operation in ("copy", "bitcast"):
-        start = inside.get(start.operands[0])
+    start = _element(inside.get(loop.operands[0]), index, inside)
     return _constant(start) or 0
+
+
+def _grown(body: dict, index: int) -> int:
+    """By what a loop's counter grows; 1, as in every loop of JAX, if that cannot be
+    read."""
+    root = next((one for one in body.values() if one.root), None)
+    grown = _element(root, index, body)
+    if grown is not None and grown.operation == "add":
+        steps = [_constant(body.get(name)) for name in grown.operands]
+        return next((step for step in steps if step), 1)
+    return 1
+
+
+def _element(whole: Instruction | None, index: int, inside: dict) -> Instruction | None:
+    """What a tuple has in a place, copies looked through."""
+    if whole is None or whole.operation != "tuple":
+        return None
+    one = inside.get(whole.operands[index])
+    while one is not None and one.operation in ("copy", "bitcast"):
+        one = inside.get(one.operands[0])
+    return one
 
 
 def _exchanged(one: Instruction, kind: str, inside: dict) -> int:

@@ -13,6 +13,7 @@ In this order, so that what is found first costs least:
 What state and batch alone rule out is not compiled.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,19 +46,25 @@ def families(task: Task, machine: Machine) -> Iterator[list[Changes]]:
 def _parts(config, machine: Machine) -> list[int]:
     """The powers of 2 times today's number of micro-batches that divide a device's
     rows."""
-    rows = config.train.batch_size // len(machine.devices)
+    rows = config.train.batch_size // _rows_over(config, machine)
     now = config.train.accumulate
     return [now * 2**k for k in range(1, rows.bit_length()) if not rows % (now * 2**k)]
 
 
 def _shards(config, machine: Machine) -> list[int]:
-    """The powers of 2 that divide the devices."""
-    count, now = len(machine.devices), config.mesh.fsdp
+    """The powers of 2 that divide the devices among which rows are shared."""
+    count, now = _rows_over(config, machine), config.mesh.fsdp
     if config.mesh.data != -1:  # then the config says where every device is
         return []
     return [
         2**k for k in range(1, count.bit_length()) if 2**k > now and not count % 2**k
     ]
+
+
+def _rows_over(config, machine: Machine) -> int:
+    """The devices among which the rows of a batch are shared."""
+    kept = [config.mesh.get(axis, 1) for axis in ("tensor", "sequence")]
+    return len(machine.devices) // math.prod(kept)
 
 
 def find(
