@@ -341,7 +341,7 @@ def test_eight_gpus_emulated(tmp_path):
         (["--target=gpu:h300:8"], "target must be one of tpu:v5e"),
         (
             ["--target=gpu:h200:8", "--emulate", "--config.train.batch_size=12"],
-            "train.batch_size must be a positive multiple of the 8 devices",
+            "train.batch_size must be a positive multiple of 8",
         ),
         (["--workload=s5_path_x"], "--config must not be there with --workload"),
     ],
