@@ -90,7 +90,9 @@ def steps(config, devices) -> dict:
     evaluate = step.make_eval_step(model, loss, True, mesh)
     current, measured = create(), []
     for _ in range(3):
-        current, means = update(current, first)
+        given = current
+        current, means = update(given, first)
+        assert all(x.is_deleted() for x in jax.tree.leaves(given))  # its memory is used
         measured += [float(means["loss"]), float(means["grad_norm"])]
         first = batch()
     sums = evaluate(current.variables(), first)
