@@ -297,7 +297,7 @@ def test_targets_that_cannot_be(name, message):
 
 def test_a_mesh_and_a_batch_that_do_not_divide(task):
     one = Machine("here", tuple(jax.devices()), None)
-    with pytest.raises(ValueError, match=r"mesh\.data .* devices 1, got 3"):
+    with pytest.raises(ValueError, match=r"mesh\.data must be .* 1, got 3"):
         compiling.plan(task, one, {"mesh.data": 3})
     with pytest.raises(ValueError, match=r"train\.accumulate = 3, got 16"):
         compiling.plan(task, one, {"train.accumulate": 3})
@@ -355,7 +355,7 @@ def test_eight_gpus_emulated(tmp_path):
         (["--target=gpu:h300:8"], "target must be one of tpu:v5e"),
         (
             ["--target=gpu:h200:8", "--emulate", "--config.train.batch_size=12"],
-            "train.batch_size must be a positive multiple of",
+            "train.batch_size must be a positive multiple of the 8 devices",
         ),
         (["--workload=s5_path_x"], "--config must not be there with --workload"),
     ],
