@@ -224,22 +224,36 @@ def test_changes_are_tried_in_the_order_that_is_stated(task):
     assert found is None
     assert names == [
         "remat=True",
-        "accumulate=2", "accumulate=4",
-        "remat=True accumulate=2", "remat=True accumulate=4",
-        "fsdp=2", "fsdp=4", "fsdp=8",
-        "fsdp=2 remat=True", "fsdp=4 remat=True", "fsdp=8 remat=True",
-        "fsdp=8 remat=True accumulate=2", "fsdp=8 remat=True accumulate=4",
-    ]  # fmt: skip
-    found, names = tried(task, lambda changes: 90 if "mesh.fsdp" in changes else 101)
-    assert found.changes == {"mesh.fsdp": 2} and names[-1] == "fsdp=2"
+        "accumulate=4",
+        "remat=True accumulate=4",
+        "fsdp=8",
+        "fsdp=8 remat=True",
+        "fsdp=8 remat=True accumulate=4",
+    ]
 
 
-def test_what_state_and_batch_rule_out_is_tried_once_a_family(task):
-    _, names = tried(
+@pytest.mark.parametrize(
+    ("enough", "last"),
+    [
+        (2, ["fsdp=8", "fsdp=2"]),
+        (4, ["fsdp=8", "fsdp=2", "fsdp=4"]),
+        (8, ["fsdp=8", "fsdp=2", "fsdp=4"]),
+    ],
+)
+def test_of_a_family_that_can_the_smallest_that_is_enough(task, enough, last):
+    found, names = tried(
+        task, lambda changes: 90 if changes.get("mesh.fsdp", 0) >= enough else 101
+    )
+    assert found.changes == {"mesh.fsdp": enough}
+    assert names == ["remat=True", "accumulate=2", "remat=True accumulate=2", *last]
+
+
+def test_what_is_not_compiled_counts_as_tried(task):
+    found, names = tried(
         task, lambda changes: 90 if changes.get("mesh.fsdp", 0) > 2 else None
     )
-    assert names == ["remat=True", "accumulate=2", "remat=True accumulate=2", "fsdp=2",
-                     "fsdp=4"]  # fmt: skip
+    assert found.changes == {"mesh.fsdp": 4}
+    assert names[-3:] == ["fsdp=8", "fsdp=2", "fsdp=4"]
 
 
 def test_a_family_that_is_refused_is_left(task):
@@ -249,7 +263,7 @@ def test_a_family_that_is_refused_is_left(task):
         return 101
 
     found, names = tried(task, refuse)
-    assert found is None and names.count("fsdp=2") == 1 and "fsdp=4" not in names
+    assert found is None and names.count("fsdp=8") == 1 and "fsdp=2" not in names
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ In this order, so that what is found first costs least:
        divided over so many devices, which exchange them in every step;
     5. mesh.fsdp and model.remat;
     6. mesh.fsdp, model.remat and the smallest train.accumulate that is enough.
-What state and batch alone rule out is not compiled.
+The largest of a kind is compiled first: where it does not fit no smaller one does. What
+state and batch alone rule out is not compiled.
 """
 
 import math
@@ -81,22 +82,27 @@ def find(
         tell: gets a line for every change that was tried.
         compile_step: as `compiling.plan`.
     """
-    tried = []
+
+    def tried(changes: Changes) -> Plan | None:
+        """The plan after changes; None for those that are refused, such as a mesh along
+        which nothing is split."""
+        try:
+            found = compile_step(task, machine, changes, trial=True)
+        except ValueError as problem:
+            tell(f"tried {said(changes)}: refused ({problem})")
+            return None
+        tell(f"tried {said(changes)}: {_verdict(found)}")
+        return found
+
     for family in families(task, machine):
-        for changes in family:
-            if changes in tried:
-                continue
-            tried.append(changes)
-            try:
-                found = compile_step(task, machine, changes, trial=True)
-            except ValueError as problem:  # such as a mesh that nothing is sharded over
-                tell(f"tried {said(changes)}: refused ({problem})")
-                break
-            tell(f"tried {said(changes)}: {_verdict(found)}")
-            if found.fits:
+        most = tried(family[-1]) if family else None
+        if most is None or not most.fits:
+            continue
+        for changes in family[:-1]:
+            found = tried(changes)
+            if found is not None and found.fits:
                 return found
-            if found.seconds is None and "mesh.fsdp" not in changes:
-                break  # state and batch do not change within such a family
+        return most
     return None
 
 
