@@ -33,8 +33,8 @@ FIELDS = {
     "gla": dict(rank=8),
     "conv_s5": dict(state_size=16),
 }
-EIGHT_HEADS = ("retention", "lightning", "gla", "delta_net", "gated_delta_net")
-EIGHT_HEADS += ("attention", "frame_attention", "full_frame_attention")
+HEADS = ("retention", "lightning", "gla", "delta_net", "gated_delta_net")
+HEADS += ("attention", "frame_attention", "full_frame_attention")
 
 
 def config_of(layers: str, **sizes):
@@ -45,12 +45,16 @@ def config_of(layers: str, **sizes):
     names = layers.split("+")
     for name in names:
         fields = FIELDS.get(name, {})
-        if name in EIGHT_HEADS:
-            fields = fields | dict(heads=8)
+        if name in HEADS:
+            fields = fields | dict(heads=4)
         own = config.model.layer_args
         (own if len(names) == 1 else own[name]).update(fields)
     # One repetition in the scan, and one block outside of it.
     config.model.update(features=16, depth=len(names) + 1, dropout=0.1, mlp=1.0)
+    if {*names} & {*HEADS}:
+        # The gradient of a norm over a head is rounding where its output is next to
+        # nothing: not of few features, nor of what dropout has left.
+        config.model.update(features=32, dropout=0.0)
     config.model.update(encoder="token", vocab_size=WORDS, length=L)
     config.model.update(outputs=WORDS, head="token")
     if layers in FRAME_LAYERS:
