@@ -270,6 +270,7 @@ ORDERS = [(24, 15), (8, 4, 6), (3, 5, 7), (2, 3, 5, 4), (5, 1), (1, 6), (64,)]
 def test_block_fft_is_the_fft_in_permuted_order(sizes):
     points = math.prod(sizes)
     x = np.random.default_rng(points).standard_normal((2, points))
+    odd = np.exp(-1j * np.pi * np.arange(points) / points)  # frequencies k + 1/2
     order = np.arange(points).reshape(sizes[::-1]).transpose().ravel()
 
     def transform(x):
@@ -279,8 +280,8 @@ def test_block_fft_is_the_fft_in_permuted_order(sizes):
 
     with jax.enable_x64(True):
         (re, im), back = jax.jit(transform)(x)
-        expected = np.fft.fft(x)[:, order].reshape(2, sizes[0], -1)[
-            :, : sizes[0] // 2 + 1
+        expected = np.fft.fft(odd * x)[:, order].reshape(2, sizes[0], -1)[
+            :, : (sizes[0] + 1) // 2
         ]
         assert_close(np.asarray(re) + 1j * np.asarray(im), expected)
         assert_close(back, x)
@@ -332,6 +333,30 @@ def test_whole_tiles_on_a_tpu(length, row, monkeypatch):
     with compat.lowering_for("tpu"):
         assert monarch._sizes(2 * length)[-1] == monarch.LANES
         check(fft_conv, inputs, "float64", "monarch")
+
+
+@pytest.mark.parametrize("length_taps", [(1200, 1200), (60, 60), (700, 150)], ids=str)
+def test_resets_on_a_tpu(length_taps):
+    """Blocks of whole tiles, all halves in one loop, transforms of several at once;
+    computed here all the same."""
+    length, taps = length_taps
+    inputs = inputs_for(length, {"reset", "state"}, taps, channels=2)
+    with compat.lowering_for("tpu"):
+        check(fft_conv, inputs, "float64", "monarch")
+        u, k = (np.float32(inputs[name]) for name in ("u", "k"))
+        inside = np.cumsum(inputs["reset"], 1) == 2
+
+        @jax.jit
+        def run(u):
+            op = partial(fft_conv, reset=inputs["reset"], backend="monarch")
+            y, pull = jax.vjp(lambda u: op(u, k)[0], u)
+            return y, *pull(u)
+
+        bad = run(np.where(inside[..., None], np.float32(np.nan), u))
+        for poisoned, clean in zip(bad, run(u), strict=True):
+            poisoned, clean = np.asarray(poisoned), np.asarray(clean)
+            assert (poisoned[~inside] == clean[~inside]).all()
+            assert np.isnan(poisoned[inside]).all()
 
 
 @pytest.mark.slow

@@ -6,10 +6,12 @@ N = n_1 n_2 ... n_p points. With j = j_1 M + m and M = n_2 ... n_p, a transform 
 M points over m. Its result is left in the order [k_1, ..., k_p]: filter and input share
 it, so nothing is ever transposed.
 
-The input is real. So rows k_1 and n_1 - k_1 are conjugates after the first step, only
-the n_1 / 2 + 1 first are computed, and the work is halved without pairing sequences up.
-Rows of zeros (half of the padded input) enter no matmul, rows that are not wanted
-leave none.
+The input is real. At frequencies k + 1/2 none stands for itself: rows k_1 and
+n_1 - 1 - k_1 are conjugates after the first step, the first half of them is computed, a
+round number, and the work is halved without pairing sequences up. What goes around the
+end of the circle comes back with its sign changed, on outputs that nobody wants. Rows
+of zeros (half of the padded input) enter no matmul, rows that are not wanted leave
+none.
 
 Beyond BLOCK points there are three passes over the data: the first step; for one row
 k_1 after the other the convolution of M points; the last step. Complex numbers are
@@ -31,6 +33,7 @@ BLOCK = 2**16  # points up to which there are no passes over rows
 ROW = 2**15  # points of a row beyond that, unless there would be more than WIDEST rows
 WIDEST = 128
 LANES = 128  # of a TPU's tile and of its matrix unit
+DENSE = 256  # points up to which a TPU has one matrix for a transform
 
 
 def unsupported(*arguments) -> str | None:
@@ -54,6 +57,8 @@ class Monarch:
     low: bool
 
     def plan(self, least):
+        if compat.platform() == "tpu" and least <= DENSE:
+            return (least,)
         if compat.platform() != "gpu":
             return _sizes(least)
         # XLA for GPUs joins what lies before a step to one axis, which it finds no
@@ -61,15 +66,51 @@ class Monarch:
         order = 2 if least <= 1024 else 3 if least <= BLOCK else 4
         return *block_sizes(-(-least // 16), order - 1), 16
 
-    def forward(self, x, plan):
-        X = inner(outer(x, plan, 0, self.low), plan[1:], self.low)
-        return tuple(part.reshape(*x.shape[:-1], -1) for part in X)
+    def forward(self, plan, *arrays):
+        def one(x):
+            return inner(outer(x, plan, 0, self.low), plan[1:], self.low)
 
-    def inverse(self, spectrum, plan):
-        row = math.prod(plan[1:])
-        X = tuple(part.reshape(*part.shape[:-1], -1, row) for part in spectrum)
-        X = inner_inverse(X, plan[1:], self.low)
-        return outer_inverse(X, plan, 0, math.prod(plan), self.low)
+        return together(one, *arrays)
+
+    def inverse(self, plan, count, *spectra):
+        def one(*X):
+            X = inner_inverse(X, plan[1:], self.low)
+            return outer_inverse(X, plan, 0, count, self.low)
+
+        return together(one, *spectra)
+
+    def shift(self, plan, by, dtype):
+        points = math.prod(plan)
+        rows = (plan[0] + 1) // 2
+        order = np.arange(points).reshape(plan[::-1]).transpose()[:rows]
+        return _circle((2 * order.reshape(rows, -1) + 1) * by, 2 * points, dtype)
+
+
+def together(f, *inputs):
+    """[f(x) for x in inputs], arrays [*, H, time] or spectra [*, H, rows, points]."""
+    if compat.platform() != "tpu":
+        return [f(*x) if isinstance(x, tuple) else f(x) for x in inputs]
+    # whose compiler takes a second for each matmul, at the price of one more copy
+    shapes, flat = [], []
+    for x in inputs:
+        own = 2 + isinstance(x, tuple)  # axes that are not joined
+        shapes.append(jax.tree.leaves(x)[0].shape[:-own])
+        flat.append(jax.tree.map(lambda p, own=own: p.reshape(-1, *p.shape[-own:]), x))
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *flat)
+    # nor does it see where the parts come from and go to: fused with that it is slower
+    joined = jax.lax.optimization_barrier(joined)
+    y = f(*joined) if isinstance(joined, tuple) else f(joined)
+    y = jax.lax.optimization_barrier(y)
+    results, start = [], 0
+    for shape in shapes:
+        part = slice(start, start + math.prod(shape))
+        results.append(_some(y, part, shape))
+        start = part.stop
+    return results
+
+
+def _some(X, part, shape):
+    return jax.tree.map(lambda p: p[part].reshape(*shape, *p.shape[1:]), X)
 
 
 def block_sizes(points, order=None):
@@ -111,11 +152,10 @@ def circular(v, taps, sizes, start, count, low):
 
     def row(rows):
         V, K = (inner(X, sizes[1:], low) for X in rows)
-        return inner_inverse(pairs.mul(_every_example(K), V), sizes[1:], low)
+        return inner_inverse(pairs.mul(K, V), sizes[1:], low)
 
-    rows = tuple(_rows_first(outer(x, sizes, 0, low)) for x in (v, taps))
-    Y = _rows_last(_over_rows(row, rows, sizes))
-    return outer_inverse(Y, sizes, start, count, low)
+    rows = [outer(x, sizes, 0, low) for x in (v, taps[None])]
+    return outer_inverse(_over_rows(row, rows, sizes), sizes, start, count, low)
 
 
 def _forward(v, taps, *static):
@@ -129,15 +169,16 @@ def _backward(sizes, start, count, low, saved, dy):
 
     def row(rows):
         V, K, D = (inner(X, sizes[1:], low) for X in rows)
-        dV = pairs.mul(pairs.conj(_every_example(K)), D)
-        dK = tuple(part.sum(-3) for part in pairs.mul(pairs.conj(V), D))
-        return tuple(inner_inverse(X, sizes[1:], low) for X in (dV, dK))
+        dK = pairs.mul(pairs.conj(V), D)
+        dK = tuple(part.sum(0, keepdims=True) for part in dK)
+        dV = pairs.mul(pairs.conj(K), D)
+        return [inner_inverse(X, sizes[1:], low) for X in (dV, dK)]
 
-    rows = tuple(_rows_first(outer(x, sizes, 0, low)) for x in (v, taps))
-    rows = (*rows, _rows_first(outer(dy, sizes, start, low)))
-    dV, dK = (_rows_last(X) for X in _over_rows(row, rows, sizes))
+    rows = [outer(x, sizes, 0, low) for x in (v, taps[None])]
+    rows.append(outer(dy, sizes, start, low))
+    dV, dK = _over_rows(row, rows, sizes)
     dv = outer_inverse(dV, sizes, 0, v.shape[-1], low)
-    return dv, outer_inverse(dK, sizes, 0, taps.shape[-1], low)
+    return dv, outer_inverse(dK, sizes, 0, taps.shape[-1], low)[0]
 
 
 circular.defvjp(_forward, _backward)
@@ -161,11 +202,16 @@ def butterfly(u, k, u_factors, k_factors, low):
         for x, factors in ((u, u_factors), (k[None], k_factors))
     )
     Y = jax.lax.map(row, rows) if len(sizes) > 3 else jax.vmap(row)(rows)
-    return outer_inverse(_rows_last(Y), sizes, 0, u.shape[-1], low)
+    return outer_inverse(_rows_last(Y), sizes, 0, u.shape[-1], low, odd=0)
 
 
-def _over_rows(row, rows, sizes):
-    return jax.lax.map(row, rows) if len(sizes) > 3 else row(rows)
+def _over_rows(row, X, sizes):
+    """row(X), of more than three factors one row after the other."""
+    if len(sizes) <= 3:
+        return row(X)
+    rows = jax.tree.map(lambda part: jnp.moveaxis(part, -2, 0)[..., None, :], X)
+    Y = jax.lax.map(row, rows)
+    return jax.tree.map(lambda part: jnp.moveaxis(part[..., 0, :], 0, -2), Y)
 
 
 def _rows_first(X):
@@ -176,15 +222,12 @@ def _rows_last(X):
     return tuple(jnp.moveaxis(part, 0, -2) for part in X)
 
 
-def _every_example(K):
-    return tuple(part[..., None, :, :] for part in K)
-
-
 def outer(x, sizes, start, low, matrix=None):
     """The first step on x [..., *], which begins at point `start` among zeros.
 
-    Returns [..., n_1 // 2 + 1, M], the rows that determine all. With a `matrix` other
-    than the DFT's, as in `inner`, they do not, and all n_1 are returned.
+    Returns [..., (n_1 + 1) // 2, M], the rows that determine all. With a `matrix` other
+    than the DFT's, as in `inner`, they do not, and all n_1 are returned, at whole
+    frequencies.
     """
     n, row = sizes[0], math.prod(sizes[1:])
     first, last, before = _used_rows(sizes, start, x.shape[-1])
@@ -192,27 +235,35 @@ def outer(x, sizes, start, low, matrix=None):
     x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((before, after),))
     x = x.reshape(*x.shape[:-1], 1, last - first, row)
     if matrix is None:
-        matrix = dft(n, x.dtype, slice(0, n // 2 + 1), slice(first, last))
+        odd, rows = 1, slice(0, (n + 1) // 2)
+        matrix = dft(n, x.dtype, rows, slice(first, last), odd=odd)
     else:
+        odd = 0
         matrix = tuple(part[..., first:last] for part in matrix)
     X = tuple(
         part[..., 0, :, :] for part in _products([[m] for m in matrix], (x,), low)
     )
-    return pairs.mul(twiddles(sizes, x.dtype, X[0].shape[-2]), X)
+    if len(sizes) == 1:
+        return X
+    return pairs.mul(twiddles(sizes, x.dtype, X[0].shape[-2], odd), X)
 
 
-def outer_inverse(X, sizes, start, count, low):
+def outer_inverse(X, sizes, start, count, low, odd=1):
     """Points start, ..., start + count - 1 of what has the rows X; `outer`'s inverse.
 
-    Where X has all n_1 rows and no symmetry, the real part.
+    Where they are all n_1, at whole frequencies, without symmetry (odd = 0), the real
+    part.
     """
     n = sizes[0]
     first, last, before = _used_rows(sizes, start, count)
     rows = X[0].shape[-2]
-    X = pairs.mul(pairs.conj(twiddles(sizes, X[0].dtype, rows)), X)
+    if len(sizes) > 1:
+        X = pairs.mul(pairs.conj(twiddles(sizes, X[0].dtype, rows, odd)), X)
     # a row that stands for its conjugate too counts twice
-    twice = np.where(np.arange(rows) * 2 % n == 0, 1, 2) if rows < n else 1
-    re, im = dft(n, X[0].dtype, slice(first, last), slice(0, rows), twice / n)
+    twice = np.where(np.arange(rows) * 2 + 1 == n, 1, 2) if odd else np.ones(rows)
+    scale = twice[:, None] / n
+    matrix = dft(n, X[0].dtype, slice(0, rows), slice(first, last), scale, odd)
+    re, im = (part.T for part in matrix)
     (y,) = _products([[re, im]], X, low)
     y = y.reshape(*y.shape[:-2], -1)
     return y[..., before : before + count]
@@ -257,24 +308,24 @@ def inner_inverse(X, sizes, low):
     return tuple(part.reshape(shape) for part in X)
 
 
-def dft(n, dtype, rows=slice(None), columns=slice(None), scale=1.0):
-    """exp(-2 pi i k j / n) as a pair, for some k and j."""
+def dft(n, dtype, rows=slice(None), columns=slice(None), scale=1.0, odd=0):
+    """exp(-2 pi i (k + odd / 2) j / n) as a pair, for some k and j."""
     k, j = np.arange(n)[rows], np.arange(n)[columns]
-    return _circle(k[:, None] * j, n, dtype, scale)
+    return _circle((2 * k[:, None] + odd) * j, 2 * n, dtype, scale)
 
 
-def twiddles(sizes, dtype, rows):
-    """exp(-2 pi i k_1 m / N) for k_1 < rows, [rows, M].
+def twiddles(sizes, dtype, rows, odd=0):
+    """exp(-2 pi i (k_1 + odd / 2) m / N) for k_1 < rows, [rows, M].
 
     A product over the digits of m, [rows, n_i] each: the compiler is kept from
     multiplying these out, which for a million points takes it minutes.
     """
     points = math.prod(sizes)
-    k = np.arange(rows)[:, None]
+    k = 2 * np.arange(rows)[:, None] + odd
     table = _circle(0 * k, 1, dtype)
     for i in range(1, len(sizes)):
         digit = np.arange(sizes[i]) * math.prod(sizes[i + 1 :])
-        factor = jax.lax.optimization_barrier(_circle(k * digit, points, dtype))
+        factor = jax.lax.optimization_barrier(_circle(k * digit, 2 * points, dtype))
         table = pairs.mul(
             tuple(part[..., None] for part in table),
             tuple(part[:, None] for part in factor),
@@ -298,6 +349,10 @@ def _complex_matmul(matrix, X, low):
 def _products(matrices, X, low):
     """sum_j matrices[i][j] X[j] for every i."""
     if compat.platform() == "tpu":  # whose compiler takes a second for each of them
+        if X[0].shape[-1] == 1:
+            x = jnp.concatenate([part[..., 0] for part in X], -1)
+            y = _einsum("...n,kn->...k", x, jnp.block(matrices), low)
+            return tuple(part[..., None] for part in jnp.split(y, len(matrices), -1))
         y = matmul(jnp.block(matrices), jnp.concatenate(X, -2), low)
         return tuple(jnp.split(y, len(matrices), -2))
     return tuple(

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from scipy.fft import next_fast_len
 
 from kernels.fft_conv import windows
@@ -30,12 +31,17 @@ class FFT:
     def plan(self, least):
         return next_fast_len(least, real=True)
 
-    def forward(self, x, plan):
-        spectrum = jnp.fft.rfft(x, plan)
-        return spectrum.real, spectrum.imag
+    def forward(self, plan, *arrays):
+        spectra = (jnp.fft.rfft(x, plan) for x in arrays)
+        return [(X.real, X.imag) for X in spectra]
 
-    def inverse(self, spectrum, plan):
-        return jnp.fft.irfft(jax.lax.complex(*spectrum), plan)
+    def inverse(self, plan, count, *spectra):
+        arrays = (jnp.fft.irfft(jax.lax.complex(*X), plan) for X in spectra)
+        return [x[..., :count] for x in arrays]
+
+    def shift(self, plan, by, dtype):
+        turn = np.exp(-2j * np.pi * (np.arange(plan // 2 + 1) * by % plan) / plan)
+        return jnp.asarray(turn.real, dtype), jnp.asarray(turn.imag, dtype)
 
 
 def window(v, taps, start, count):
