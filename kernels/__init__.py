@@ -3,7 +3,6 @@
 Import the operations from here: `from kernels import linear_scan`.
 """
 
-from kernels import shards
 from kernels.cauchy import cauchy, dplr_filter
 from kernels.chunked_scan import chunked_scan
 from kernels.dispatch import backend_report, exclude, prefer
@@ -27,7 +26,6 @@ __all__ = [
     "linear_scan",
     "prefer",
     "selective_scan",
-    "shards",
     "short_conv",
     "vandermonde",
     "vandermonde_transpose",
