@@ -28,7 +28,7 @@ def convolve(v, k, k_reverse, state, segment, low):
     With resets the blocks are those of `segmented`, which for a short filter has no
     long ones either.
     """
-    return windows.convolve(window, xla.FFT(), v, k, k_reverse, state, segment)
+    return windows.convolve(window, xla.transform(), v, k, k_reverse, state, segment)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.fft import next_fast_len
 
-from kernels.fft_conv import windows
+from kernels import compat
+from kernels.fft_conv import monarch, windows
 
 
 def unsupported(*arguments) -> str | None:
@@ -21,7 +22,13 @@ def unsupported(*arguments) -> str | None:
 
 def convolve(v, k, k_reverse, state, segment, low):
     """In v's own precision, whatever `low` is; see reference.convolve."""
-    return windows.convolve(window, FFT(), v, k, k_reverse, state, segment)
+    return windows.convolve(window, transform(), v, k, k_reverse, state, segment)
+
+
+def transform():
+    """For the blocks of `segmented`, in the input's own precision: of many short ones
+    XLA's FFT takes minutes to compile on a TPU, where matmuls take its place."""
+    return monarch.Monarch(low=False) if compat.platform() == "tpu" else FFT()
 
 
 @dataclass(frozen=True)
