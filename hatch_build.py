@@ -16,7 +16,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NAME = "ssmax"
 FOLDERS = ("kernels", "ssm", "layers", "train", "configs")
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+# "results" are tables of the repository: beside a package's code a command would go on
+# with them, in site-packages.
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "results")
 COMMAND = re.compile(rf"(?<=-m)(\s+)({'|'.join(FOLDERS)})\b")
 START = '''"""State-space and convolutional sequence models in JAX.
 
