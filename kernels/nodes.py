@@ -44,7 +44,7 @@ def spec(array, nodes):
     """Of an array [*E, *H, M] on several devices: the last axis of *H is channels."""
     if nodes.ndim < 2:
         return shards.WHOLE
-    return PartitionSpec(*[None] * (array.ndim - 2), shards.CHANNELS)
+    return PartitionSpec(*[None] * (array.ndim - 2), shards.SPREAD)
 
 
 def promote(*arrays):

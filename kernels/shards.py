@@ -13,6 +13,12 @@ What all parts share, such as a filter where rows are split, is whole on every d
 its gradient is added up over them. XLA partitions the rest of the program. Without the
 context, and inside a `jax.shard_map` of one's own, an operation is as it is called.
 
+With time=("sequence",) the length is split too. A recurrence then hands summaries of
+its parts from device to device, whose size does not depend on the length (see
+`kernels.relay`), and what needs the whole length at once, such as a convolution as long
+as the sequence, is computed for a part of the channels instead: XLA sends every device
+its channels of all tokens, and its tokens of all channels back.
+
 It acts when a call is traced: what `jax.jit` compiled before stays as it is.
 """
 
@@ -20,23 +26,28 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-# What the axes of an operation's arguments and results are called in their specs.
-ROWS, CHANNELS = "rows", "channels"
-SEQUENCE = PartitionSpec(ROWS, None, CHANNELS)
-BY_TOKEN = PartitionSpec(ROWS)
+# What the axes of an operation's arguments and results are called in their specs. SPREAD
+# are channels of what needs the whole length: also over the devices that split time.
+ROWS, CHANNELS, TIME, SPREAD = "rows", "channels", "time", "spread"
+SEQUENCE = PartitionSpec(ROWS, TIME, CHANNELS)
+BY_TOKEN = PartitionSpec(ROWS, TIME)
 BY_CHANNEL = PartitionSpec(CHANNELS)
 STATE = PartitionSpec(ROWS, CHANNELS)
+BY_ROW = PartitionSpec(ROWS)
+LONG = PartitionSpec(ROWS, None, SPREAD)  # [B, L, H] where L is needed as a whole
+BY_SPREAD = PartitionSpec(SPREAD)
 WHOLE = PartitionSpec()
 
 
 class _Split(NamedTuple):
     mesh: Mesh
-    axes: dict[str, tuple[str, ...]]  # of the mesh, by ROWS and CHANNELS
+    axes: dict[str, tuple[str, ...]]  # of the mesh, by ROWS, CHANNELS and TIME
 
 
 _split: ContextVar[_Split | None] = ContextVar("split", default=None)
@@ -44,7 +55,10 @@ _split: ContextVar[_Split | None] = ContextVar("split", default=None)
 
 @contextlib.contextmanager
 def over(
-    mesh: Mesh, rows: Sequence[str] = (), channels: Sequence[str] = ()
+    mesh: Mesh,
+    rows: Sequence[str] = (),
+    channels: Sequence[str] = (),
+    time: Sequence[str] = (),
 ) -> Iterator[None]:
     """Operations traced inside run on every device of a mesh with a part of their own.
 
@@ -55,22 +69,23 @@ def over(
         mesh: of the program; its axes are `jax.sharding.AxisType.Auto`.
         rows: the axes of the mesh that the rows of a batch are spread over.
         channels: those that channels or heads are spread over.
+        time: those that the tokens of a sequence are spread over.
 
     Raises:
         ValueError: an axis that the mesh has not, or one that is named twice.
     """
-    axes = {ROWS: tuple(rows), CHANNELS: tuple(channels)}
+    axes = {ROWS: tuple(rows), CHANNELS: tuple(channels), TIME: tuple(time)}
     for name, named in axes.items():
         if unknown := [axis for axis in named if axis not in mesh.axis_names]:
             raise ValueError(
                 f"over: {name} must be axes of the mesh {mesh.axis_names}, got "
                 f"{', '.join(map(repr, unknown))}"
             )
-    both = [*axes[ROWS], *axes[CHANNELS]]
-    if len({*both}) < len(both):
+    every = [axis for named in axes.values() for axis in named]
+    if len({*every}) < len(every):
         raise ValueError(
-            f"over: rows and channels must not share an axis, got rows {axes[ROWS]}, "
-            f"channels {axes[CHANNELS]}"
+            f"over: rows, channels and time must not share an axis, got rows "
+            f"{axes[ROWS]}, channels {axes[CHANNELS]}, time {axes[TIME]}"
         )
     token = _split.set(_Split(mesh, axes))
     try:
@@ -86,15 +101,23 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().manual_axes
 
 
-def run(call: Callable, arguments: Sequence, specs: Sequence, results: Any):
+def run(
+    call: Callable,
+    arguments: Sequence,
+    specs: Sequence,
+    results: Any,
+    relayed: Callable | None = None,
+):
     """call(*arguments), each device with its part.
 
     Args:
         call: the operation; it returns arrays, or None in the place of one.
         arguments: arrays, trees of them, or None.
-        specs: of each argument a `PartitionSpec` of ROWS and CHANNELS, or of a tree a
-            tree of them. An axis of size 1 is everybody's.
+        specs: of each argument a `PartitionSpec` of ROWS, CHANNELS, TIME and SPREAD, or
+            of a tree a tree of them. An axis of size 1 is everybody's.
         results: the same of what `call` returns.
+        relayed: relayed(axes, *arguments) is `call` where TIME is split over these axes
+            of the mesh; without it TIME stays whole.
     """
     mesh, axes = _split.get()
     arrays, tree = jax.tree.flatten(tuple(arguments))
@@ -104,7 +127,13 @@ def run(call: Callable, arguments: Sequence, specs: Sequence, results: Any):
         count = len(jax.tree.leaves(argument))
         named += [spec] * count if whole else jax.tree.leaves(spec)
     shapes = [x.shape for x in arrays]
+    if relayed is None:
+        axes = axes | {TIME: ()}
     used = {name: _dividing(mesh, axes[name], name, named, shapes) for name in axes}
+    both = (*axes[CHANNELS], *_split.get().axes[TIME])
+    used[SPREAD] = _dividing(mesh, both, SPREAD, named, shapes) or _dividing(
+        mesh, axes[CHANNELS], SPREAD, named, shapes
+    )
 
     def place(spec, shape=None):
         sizes = [None] * len(spec) if shape is None else shape
@@ -115,6 +144,8 @@ def run(call: Callable, arguments: Sequence, specs: Sequence, results: Any):
             )
         )
 
+    if used[TIME]:
+        call = partial(relayed, used[TIME])
     return jax.shard_map(
         lambda *parts: call(*jax.tree.unflatten(tree, parts)),
         mesh=mesh,
@@ -134,4 +165,4 @@ def _dividing(mesh, axes, name, specs, shapes):
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if not sizes or any(size % devices for size in sizes):
         return None
-    return axes or None
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1) or None

@@ -23,18 +23,19 @@ from kernels.tolerance import assert_close
 
 SIZES = {"B": 4, "D": 20, "H": 4, "G": 4}
 DEVICES = 8
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
+# Of the devices: rows and channels, and rows and time.
+LAYOUTS = {"channels": (2, 2, 2, 1), "time": (2, 1, 1, 4)}
 
 
 def mesh(*sizes):
-    devices = jax.devices()
-    if not sizes:
-        sizes = (2, 2, 2) if len(devices) == DEVICES else (len(devices), 1, 1)
+    sizes = sizes or (len(jax.devices()), 1, 1)
+    sizes = (*sizes, *[1] * (len(AXES) - len(sizes)))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def over(some):
-    return shards.over(some, rows=("data", "fsdp"), channels=("tensor",))
+    return shards.over(some, ("data", "fsdp"), ("tensor",), ("sequence",))
 
 
 def inputs_of(op, variant, length=20, B=SIZES["B"], **options):
@@ -62,21 +63,23 @@ def results(op, static, inputs, some=None):
 EVERY = [(op, v) for op, o in OPERATIONS.items() for v in o.variants]
 FIRST = [(op, o.variants[0]) for op, o in OPERATIONS.items()]
 OPTIONS = [{}, {"state": True, "reset": True}]
+OPTIONS += [OPTIONS[1] | {"reverse": True}]
 
 
-def holds_on_many_devices(op, variant, options):
+def holds_on_many_devices(op, variant, options, layout):
     call, static, inputs = inputs_of(op, variant, **options)
     values, gradients = results(call, static, inputs)
-    found, found_gradients = results(call, static, inputs, mesh())
+    found, found_gradients = results(call, static, inputs, mesh(*LAYOUTS[layout]))
     assert_close(found, values)
     assert_close(found_gradients, gradients, "gradient")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS, ids=["none", "all"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS, ids=["none", "all", "reverse"])
 @pytest.mark.parametrize(("op", "variant"), EVERY)
-def test_is_what_it_is_on_one_device(op, variant, options):
-    holds_on_many_devices(op, variant, options)
+def test_is_what_it_is_on_one_device(op, variant, options, layout):
+    holds_on_many_devices(op, variant, options, layout)
 
 
 def eight_devices(expression):
@@ -101,20 +104,22 @@ THERE = pytest.mark.skipif(len(jax.devices()) < DEVICES, reason="for eight devic
 @ALONE
 def test_eight_devices():
     """One variant of every operation, and what needs several devices to be seen."""
-    assert eight_devices("test_first or needs_devices") == len(FIRST) + 3
+    count = len(FIRST) * len(LAYOUTS)
+    assert eight_devices("test_first or needs_devices") == count + 3
 
 
 @ALONE
 @pytest.mark.slow
 def test_eight_devices_every_variant():
     passed = eight_devices("test_is_what_it_is_on_one_device")
-    assert passed == len(EVERY) * len(OPTIONS)
+    assert passed == len(EVERY) * len(OPTIONS) * len(LAYOUTS)
 
 
 @THERE
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "variant"), FIRST)
-def test_first(op, variant):
-    holds_on_many_devices(op, variant, OPTIONS[1])
+def test_first(op, variant, layout):
+    holds_on_many_devices(op, variant, OPTIONS[1], layout)
 
 
 COLLECTIVE = re.compile(

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, rows, segments, shards, varying
+from kernels import checks, dispatch, relay, rows, segments, shards, varying
 from kernels.chunked_scan import reference, xla
 
 BACKENDS = {
@@ -94,7 +94,8 @@ def chunked_scan(
         specs = *sequences, decay, shards.SEQUENCE, shards.STATE, shards.BY_TOKEN
         arguments = q, k, v, log_decay, beta, initial_state, reset
         results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
-        return shards.run(call, arguments, specs, results)
+        relayed = partial(_relayed, call)
+        return shards.run(call, arguments, specs, results, relayed)
     # which are multiplied with each other: kernels do that in one dtype
     q, k = (x.astype(jnp.promote_types(q.dtype, k.dtype)) for x in (q, k))
     module = dispatch.pick(op, BACKENDS, backend, q, v, log_decay, beta)
@@ -127,6 +128,17 @@ def chunked_scan(
         return o, result, final[..., values:]
     transition = jnp.exp(log_decay.astype(dtype).sum(1))
     return o, result, segments.through(transition, reset)
+
+
+def _relayed(call, axes, q, k, v, log_decay, beta, initial_state, reset):
+    """Each device with its part of the length."""
+
+    def scan(state, **options):
+        return call(q, k, v, log_decay, beta, state, reset, **options)
+
+    carry = relay.decayed if beta is None else jnp.matmul
+    how = {name: call.keywords[name] for name in ("reverse", "return_transition")}
+    return relay.scan(axes, scan, initial_state, **how, carry=carry)
 
 
 def _check(op, q, k, v, log_decay, beta, initial_state, reset):

@@ -91,8 +91,8 @@ def fft_conv(
     if not u.shape[0]:
         return rows.none(call, *arguments)
     if shards.active():
-        each, channel = shards.SEQUENCE, shards.BY_CHANNEL
-        specs = each, channel, each, shards.BY_TOKEN, channel, channel, each, each
+        each, channel = shards.LONG, shards.BY_SPREAD
+        specs = each, channel, each, shards.BY_ROW, channel, channel, each, each
         return shards.run(call, arguments, specs, (each, each))
     advice = choice.advice(u, k, initial_state, k_reverse)
     module = dispatch.pick(op, BACKENDS, backend, u, k, advice=advice)

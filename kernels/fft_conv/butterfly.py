@@ -65,7 +65,7 @@ def butterfly_conv(
     if not u.shape[0]:
         return rows.none(call, *arguments)
     if shards.active():
-        each, channel = shards.SEQUENCE, shards.BY_CHANNEL
+        each, channel = shards.LONG, shards.BY_SPREAD
         factors = [
             [channel if f.ndim == 4 else shards.WHOLE for f in some]
             for some in (u_factors, k_factors)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kernels import checks, dispatch, rows, segments, shards, varying
+from kernels import checks, dispatch, relay, rows, segments, shards, varying
 from kernels.linear_scan import gradient, product, reference, xla
 from kernels.linear_scan.contracted import contracted_scan
 
@@ -74,7 +74,8 @@ def linear_scan(
         into, each, state = _specs(a, x)
         specs = into, each, state, shards.BY_TOKEN
         results = (each, state, state)[: 2 + return_transition]
-        return shards.run(call, (a, x, initial_state, reset), specs, results)
+        relayed = partial(_relayed, call)
+        return shards.run(call, (a, x, initial_state, reset), specs, results, relayed)
     module = dispatch.pick(op, BACKENDS, backend, a, x)
     a, x, initial_state, reset = varying.together(a, x, initial_state, reset)
     if a.ndim == x.ndim - 2:
@@ -101,9 +102,19 @@ def _specs(a, x):
         sizes = x.shape[2:]
         last_largest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
         state[last_largest] = shards.CHANNELS
-    each = PartitionSpec(shards.ROWS, None, *state)
+    each = PartitionSpec(shards.ROWS, shards.TIME, *state)
     into = each if a.ndim == x.ndim else PartitionSpec(*state)
     return into, each, PartitionSpec(shards.ROWS, *state)
+
+
+def _relayed(call, axes, a, x, initial_state, reset):
+    """Each device with its part of the length."""
+
+    def scan(state, **options):
+        return call(a, x, state, reset, **options)
+
+    how = {name: call.keywords[name] for name in ("reverse", "return_transition")}
+    return relay.scan(axes, scan, initial_state, **how)
 
 
 def _transition(a, shape, reset):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import checks, dispatch, pairs, rows, segments, shards, varying
+from kernels import checks, dispatch, pairs, relay, rows, segments, shards, varying
 from kernels.linear_scan import contracted_xla, reference
 
 BACKENDS = {"xla": contracted_xla, "reference": reference}
@@ -74,7 +74,9 @@ def contracted_scan(
         sequences = shards.SEQUENCE, shards.BY_TOKEN, shards.STATE, shards.BY_TOKEN
         arguments = log_a, b, c, u, dt, initial_state, reset
         results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
-        return shards.run(call, arguments, (*system, *sequences), results)
+        relayed = partial(_relayed, call)
+        specs = *system, *sequences
+        return shards.run(call, arguments, specs, results, relayed)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
     dtype = checks.state_dtype(u, log_a, b, c, dt, initial_state)
     system, u, dt, initial_state, reset = varying.together(
@@ -95,6 +97,16 @@ def contracted_scan(
         transition = pairs.join(_elapsed_power(pairs.split(log_a), dt))
     transition = jnp.broadcast_to(transition, final.shape).astype(dtype)
     return y, final, segments.through(transition, reset)
+
+
+def _relayed(call, axes, log_a, b, c, u, dt, initial_state, reset):
+    """Each device with its part of the length."""
+
+    def scan(state, **options):
+        return call(log_a, b, c, u, dt, state, reset, **options)
+
+    how = {name: call.keywords[name] for name in ("reverse", "return_transition")}
+    return relay.scan(axes, scan, initial_state, **how)
 
 
 def _elapsed_power(log_a, dt):

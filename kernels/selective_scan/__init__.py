@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, dispatch, rows, segments, shards, varying
+from kernels import checks, dispatch, relay, rows, segments, shards, varying
 from kernels.selective_scan import reference, xla
 
 BACKENDS = {
@@ -83,7 +83,8 @@ def selective_scan(
     if shards.active():
         arguments = u, dt, A, B, C, initial_state, reset, skip
         results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
-        return shards.run(call, arguments, SPECS, results)
+        relayed = partial(_relayed, reverse, return_transition, backend)
+        return shards.run(call, arguments, SPECS, results, relayed)
     module = dispatch.pick(op, BACKENDS, backend, u, A)
     dtype = checks.state_dtype(u, dt, A, B, C, initial_state, skip)
     u, dt, A, B, C, initial_state, reset, skip = varying.together(
@@ -108,6 +109,23 @@ def _positional(reverse, return_transition, backend, *arguments):
         reverse=reverse,
         return_transition=return_transition,
         backend=backend,
+    )
+
+
+def _relayed(reverse, return_transition, backend, axes, *arguments):
+    """Each device with its part of the length."""
+    *inputs, initial_state, reset, skip = arguments
+
+    def scan(state, return_transition):
+        arguments = *inputs, state, reset, skip
+        return _positional(reverse, return_transition, backend, *arguments)
+
+    return relay.scan(
+        axes,
+        scan,
+        initial_state,
+        reverse=reverse,
+        return_transition=return_transition,
     )
 
 

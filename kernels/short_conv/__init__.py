@@ -3,8 +3,9 @@
 from functools import partial
 
 import jax
+from jax.sharding import PartitionSpec
 
-from kernels import checks, dispatch, rows, segments, shards, varying
+from kernels import checks, dispatch, relay, rows, segments, shards, varying
 from kernels.short_conv import reference, xla
 
 BACKENDS = {
@@ -69,10 +70,12 @@ def short_conv(
     if not u.shape[0]:
         return rows.none(call, u, w, bias, initial_state, reset)
     if shards.active():
-        each = shards.SEQUENCE
-        specs = each, shards.BY_CHANNEL, shards.BY_CHANNEL, each, shards.BY_TOKEN
+        each, by_channel = shards.SEQUENCE, shards.BY_CHANNEL
+        window = PartitionSpec(shards.ROWS, None, shards.CHANNELS)
+        specs = each, by_channel, by_channel, window, shards.BY_TOKEN
         arguments = u, w, bias, initial_state, reset
-        return shards.run(call, arguments, specs, (each, each))
+        relayed = partial(_relayed, call, reverse)
+        return shards.run(call, arguments, specs, (each, window), relayed)
     module = dispatch.pick(op, BACKENDS, backend, u, w)
     dtype = checks.state_dtype(u, w, bias, initial_state)
     u, w, bias, initial_state, reset = varying.together(
@@ -85,3 +88,13 @@ def short_conv(
     y = module.short_conv(u, w, bias, state, segment)
     final = segments.tail(u, state, segment, out)
     return segments.flipped(reverse, y, final)
+
+
+def _relayed(call, reverse, axes, u, w, bias, initial_state, reset):
+    """Each device with its part of the length."""
+    _, tail = call(u, w, bias, None, reset)
+    cut = None if reset is None else reset.any(1)
+    entering, last = relay.window(
+        axes, tail, u.shape[1], cut, initial_state, reverse
+    )
+    return call(u, w, bias, entering, reset)[0], last
