@@ -3,6 +3,7 @@
     REFUSES     which of `mask`, `reset`, `dt` and `state` it cannot take; a property
                 where that depends on a field, inherited; of a block, a stack and a
                 model what any of their mixers cannot
+    SEQUENTIAL  why its length cannot be split over devices; "" where it can
     PLACEMENT   how it stands in a block; `DEFAULT_PLACEMENT` where it has none
     EXAMPLES    variant -> its fields at a small size, for the laws and the tests; ""
                 is the plain one, and `features` and `size` are given
@@ -97,3 +98,14 @@ def why_no_state(layer: nn.Module) -> str:
         if str(reason):
             return str(reason)
     return f"REFUSES: {type(layer).__name__} declares that it has no recurrent mode"
+
+
+NONLINEAR = (
+    "a step is not linear in the state, so that no part of a sequence can be computed "
+    "before the state that enters it"
+)
+
+
+def why_sequential(layer: nn.Module) -> str:
+    """Why its length cannot be split over devices; "" where it can."""
+    return getattr(layer, "SEQUENTIAL", "")

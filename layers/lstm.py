@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.checks import also_empty, checked, refuse_dt
+from layers.facts import NONLINEAR
 from layers.parameters import at_least_float32, dense, logical
 from ssm import sequence as seq
 
@@ -41,6 +42,7 @@ class LSTM(nn.Module):
     """
 
     REFUSES = ("dt",)
+    SEQUENTIAL = NONLINEAR
 
     features: int
     dtype: jnp.dtype = jnp.float32

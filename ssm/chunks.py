@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import varying
+from kernels import relay, shards, varying
 
 
 def in_chunks(
@@ -18,9 +18,42 @@ def in_chunks(
     reset: jax.Array | None,
     chunk: int,
     reverse: bool = False,
+    alone: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs body(state, u, elapsed, reset) -> (state, y) over pieces of the length axis,
-    keeping only the states between pieces for the backward pass."""
+    keeping only the states between pieces for the backward pass.
+
+    Args:
+        body: with everything that it reads besides; one of a diagonal recurrence.
+        state: [B, ...]; u: [B, L, ...]; elapsed, reset: [B, L] or None.
+        chunk: tokens of a piece.
+        reverse: from the last piece to the first.
+        alone: the same as `body`, without outputs: alone(state, u, elapsed, reset) ->
+            state, of a state whose last axis is twice as long. Its first half runs
+            with the inputs, its second half without. What it says of a part is enough
+            for devices that split the length (`kernels.relay`); without it they do not.
+    """
+    if shards.active():
+
+        def call(state, u, elapsed, reset):
+            return in_chunks(body, state, u, elapsed, reset, chunk, reverse, alone)
+
+        def relayed(axes, state, u, elapsed, reset):
+            pieces = u, elapsed, reset
+            final, transition = _summary(alone, state, pieces, chunk, reverse)
+            entering, last, _ = relay.passed(
+                axes, final, transition, state, reverse=reverse, return_transition=False
+            )
+            return call(entering, *pieces)[0], last
+
+        rows, each = shards.BY_ROW, shards.BY_TOKEN
+        return shards.run(
+            call,
+            (state, u, elapsed, reset),
+            (rows, each, each, each),
+            (each, rows),
+            None if alone is None else relayed,
+        )
     L = u.shape[1]
     state, u, elapsed, reset = varying.together(state, u, elapsed, reset)
     if chunk >= L:
@@ -51,6 +84,19 @@ def in_chunks(
         y, state = over(state)
         state, y_last = last(state, *rest)
     return jnp.concatenate([y, y_last], axis=1), state
+
+
+def _summary(alone, state, pieces, chunk, reverse):
+    """Of a part: its final state from nothing, and the decay of what enters it."""
+    N = state.shape[-1]
+    start = jnp.concatenate([jnp.zeros_like(state), jnp.ones_like(state)], -1)
+
+    def body(state, u, elapsed, reset):
+        nothing = varying.like(jnp.zeros((*u.shape[:2], 0), u.dtype), u)
+        return alone(state, u, elapsed, reset), nothing
+
+    _, both = in_chunks(body, start, *pieces, chunk, reverse)
+    return both[..., :N], both[..., N:]
 
 
 def _converted(body, state, pieces, chunk):

@@ -155,12 +155,26 @@ def varying(
     if state is None:
         state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
 
-    def body(state, u, elapsed, reset):
+    def driven(u, elapsed):
         log_a, gain = rule(elapsed[:, :, None, None])
-        h, state = linear_scan(jnp.exp(log_a), gain * B * u[..., None], state, reset)
+        return jnp.exp(log_a), gain * B * u[..., None]
+
+    def body(state, u, elapsed, reset):
+        h, state = linear_scan(*driven(u, elapsed), state, reset)
         return state, jnp.sum(c * h, axis=-1).real
 
-    return in_chunks(body, state, u, elapsed, reset, chunk)
+    def alone(state, u, elapsed, reset):
+        return _twice(*driven(u, elapsed), state, reset)
+
+    return in_chunks(body, state, u, elapsed, reset, chunk, alone=alone)
+
+
+def _twice(a, x, state, reset, reverse=False):
+    """The last state of two scans side by side, the second one without input."""
+    x, nothing = jnp.broadcast_arrays(x, jnp.zeros((), x.dtype))
+    a = jnp.concatenate([jnp.broadcast_to(a, (*a.shape[:-1], x.shape[-1]))] * 2, -1)
+    x = jnp.concatenate([x, nothing], -1)
+    return linear_scan(a, x, state, reset, reverse=reverse)[1]
 
 
 def mixed(
@@ -232,7 +246,7 @@ def driven(
         # once, and not in every chunk
         regular, u = together(rule(None), u)
 
-    def body(state, u, elapsed, reset):
+    def inputs(u, elapsed):
         x = into(u)
         P = x.shape[-1] // 2
         places = (1,) * (x.ndim - 1)
@@ -242,8 +256,13 @@ def driven(
         else:
             elapsed = elapsed.reshape(*elapsed.shape, *places[2:], 1)
             log_a, gain = rule(elapsed)
-        x = gain * jax.lax.complex(x[..., :P], x[..., P:])
-        h, state = linear_scan(jnp.exp(log_a), x, state, reset, reverse=reverse)
+        return jnp.exp(log_a), gain * jax.lax.complex(x[..., :P], x[..., P:])
+
+    def body(state, u, elapsed, reset):
+        h, state = linear_scan(*inputs(u, elapsed), state, reset, reverse=reverse)
         return state, out(jnp.concatenate([h.real, h.imag], axis=-1), u)
 
-    return in_chunks(body, state, u, elapsed, reset, chunk, reverse)
+    def alone(state, u, elapsed, reset):
+        return _twice(*inputs(u, elapsed), state, reset, reverse)
+
+    return in_chunks(body, state, u, elapsed, reset, chunk, reverse, alone)

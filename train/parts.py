@@ -130,11 +130,13 @@ def assemble(
 
     Raises:
         ValueError: a parameter that no group matches, heads or inner features that
-            mesh.tensor does not divide.
+            mesh.tensor does not divide, a length or a layer that mesh.sequence does
+            not.
     """
     options = config.train
     boxes = state.param_boxes(model, sample)
     sharding.check_tensor(model, boxes, mesh)
+    sharding.check_sequence(model, sample["inputs"], mesh)
     optimizer, groups, schedule = optimizers.make(config, boxes)
     ema = options.ema > 0
     create = state.creator(model, optimizer, sample, config.seed, mesh, ema=ema)

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels import shards
+from layers import facts
 from layers.models import residual
 from layers.models.model import Model
 from layers.models.video import Video
@@ -29,6 +30,7 @@ ROWS = ("data", "fsdp")  # the rows of a batch are spread over both
 # `layers.models.stack`, is never split: the loop over it would gather all.
 RULES = (
     ("batch", ROWS),
+    ("time", "sequence"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("embed", "fsdp"),
@@ -48,8 +50,7 @@ def make_mesh(config: Mapping, devices: Sequence[jax.Device] | None = None) -> M
     for those that the other axes leave.
 
     Raises:
-        ValueError: sizes that do not multiply to the number of devices, or a sequence
-            axis larger than 1, along which nothing is split so far.
+        ValueError: sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: config["mesh"][axis] for axis in AXES}
@@ -57,31 +58,26 @@ def make_mesh(config: Mapping, devices: Sequence[jax.Device] | None = None) -> M
         if size < 1 and (axis, size) != ("data", -1):
             lower = "1 or more, or -1" if axis == "data" else "1 or more"
             raise ValueError(f"mesh.{axis} must be {lower}, got {size}")
-    if sizes["sequence"] > 1:
-        raise ValueError(
-            f"mesh.sequence must be 1, got {sizes['sequence']}: sequences that are "
-            "split over devices are not there yet"
-        )
     others = math.prod(sizes[axis] for axis in AXES if axis != "data")
     if len(devices) % others:
         raise ValueError(
-            f"{_product(sizes, 'fsdp', 'tensor')} must divide the number of devices "
+            f"{_product(sizes, *AXES[1:])} must divide the number of devices "
             f"{len(devices)}, got {others}"
         )
     if sizes["data"] == -1:
         sizes["data"] = len(devices) // others
     if sizes["data"] * others != len(devices):
         raise ValueError(
-            f"{_product(sizes, 'data', 'fsdp', 'tensor')} must be the number of "
-            f"devices {len(devices)}, got {sizes['data'] * others}; mesh.data = -1 "
-            "takes those that are left"
+            f"{_product(sizes, *AXES)} must be the number of devices {len(devices)}, "
+            f"got {sizes['data'] * others}; mesh.data = -1 takes those that are left"
         )
     shape = tuple(sizes.values())
     return Mesh(_arranged(devices, shape), AXES, (AxisType.Auto,) * len(AXES))
 
 
 def _product(sizes, *axes):
-    """Such as "mesh.fsdp x mesh.tensor = 2 x 3"."""
+    """Such as "mesh.fsdp x mesh.tensor = 2 x 3", without a mesh.sequence of 1."""
+    axes = [axis for axis in axes if axis != "sequence" or sizes[axis] != 1]
     names = " x ".join(f"mesh.{axis}" for axis in axes)
     return f"{names} = {' x '.join(str(sizes[axis]) for axis in axes)}"
 
@@ -175,11 +171,7 @@ def check_tensor(model: Any, boxes: Any, mesh: Mesh) -> None:
     count = mesh.shape["tensor"]
     if count == 1:
         return
-    blocks = model.stack().pattern if isinstance(model, Model | Video) else ()
-    for make in blocks:
-        mixer = make()
-        while hasattr(mixer, "mixer"):  # a block has one, and so has a grid
-            mixer = mixer.mixer()
+    for mixer in _mixers(model):
         heads = getattr(mixer, "heads", count)
         if heads % count:
             raise ValueError(
@@ -199,6 +191,55 @@ def check_tensor(model: Any, boxes: Any, mesh: Mesh) -> None:
                 )
 
 
+def check_sequence(model: Any, inputs: Any, mesh: Mesh) -> None:
+    """`ValueError` where mesh.sequence does not divide the length of the sequences, or
+    where a layer cannot be split over it.
+
+    Args:
+        model: as in `check_tensor`.
+        inputs: of a batch, arrays or their shapes [B, L, ...].
+        mesh: of the run.
+    """
+    count = mesh.shape["sequence"]
+    if count == 1:
+        return
+    for mixer in _mixers(model):
+        if reason := facts.why_sequential(mixer):
+            raise ValueError(
+                f"mesh.sequence must be 1 for {type(mixer).__name__}, got {count}: "
+                f"{reason}"
+            )
+    if getattr(model, "encoder", "") == "grid":
+        raise ValueError(
+            f"mesh.sequence must be 1 for the grid encoder, got {count}: its axes are "
+            "those of a picture, there is no one length"
+        )
+    for leaf in jax.tree.leaves(inputs):
+        length = _length(model, leaf.shape)
+        if length % count:
+            raise ValueError(
+                f"mesh.sequence must divide the length of the sequences, {length}, got "
+                f"{count}"
+            )
+
+
+def _length(model, shape):
+    """Tokens of the sequences that a model makes of an input [B, ...]."""
+    if getattr(model, "encoder", "") == "image":
+        return math.prod(shape[1:-1])
+    return shape[2 if getattr(model, "head", "") == "retrieval" else 1]
+
+
+def _mixers(model):
+    """Of the blocks of a model of `layers.models`; none of another."""
+    blocks = model.stack().pattern if isinstance(model, Model | Video) else ()
+    for make in blocks:
+        mixer = make()
+        while hasattr(mixer, "mixer"):  # a block has one, and so has a grid
+            mixer = mixer.mixer()
+        yield mixer
+
+
 @contextlib.contextmanager
 def context(mesh: Mesh | None) -> Iterator[None]:
     """What steps on several devices are traced in; nothing on one, or without a mesh.
@@ -216,7 +257,7 @@ def context(mesh: Mesh | None) -> Iterator[None]:
 
     with contextlib.ExitStack() as entered:
         entered.enter_context(residual.placed_by(place))
-        entered.enter_context(shards.over(mesh, rows=ROWS, channels=("tensor",)))
+        entered.enter_context(shards.over(mesh, ROWS, ("tensor",), ("sequence",)))
         yield
 
 

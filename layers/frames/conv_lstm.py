@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.checks import also_empty, at_least_one, checked_frames, refuse_dt
-from layers.facts import Placement
+from layers.facts import NONLINEAR, Placement
 from layers.frames import images
 from layers.parameters import at_least_float32, logical
 from ssm import conv_ssm
@@ -41,6 +41,7 @@ class ConvLSTM(nn.Module):
     """
 
     REFUSES = ("dt",)
+    SEQUENTIAL = NONLINEAR
     PLACEMENT = Placement("none", 0.0)
 
     features: int

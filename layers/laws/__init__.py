@@ -34,8 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels import shards
 from kernels.tolerance import error, limit
-from layers import contract
+from layers import contract, facts
 from layers.facts import L
 from layers.laws.trial import (
     B,
@@ -450,6 +451,39 @@ def shard_map(trial: Trial) -> Yields:
         yield Equal("a token", step, trial(token, trial.state))
 
 
+def sequence_axis(trial: Trial) -> Yields:
+    """With its length spread over the devices that there are: values, the final state
+    and gradients are those of one device, with all that the layer takes, and with
+    tokens alone."""
+    if reason := facts.why_sequential(trial.layer):
+        raise NotApplicable(f"declared: {reason}")
+    mesh = _mesh()
+    if mesh.size == 1:
+        raise NotApplicable("one device; emulate more to examine it")
+    tokens = 3 * max(mesh.size, 4)
+    long = Trial(_with_room(trial.layer, tokens), tokens)
+    axis = mesh.axis_names
+    by_time = NamedSharding(mesh, PartitionSpec(None, axis))
+
+    def whole(variables, x, state, sequence):
+        return long.layer.apply(variables, x, state, sequence, True)
+
+    def spread(variables, x, state, sequence):
+        with shards.over(mesh, time=axis):
+            x = jax.lax.with_sharding_constraint(x, by_time)
+            return whole(variables, x, state, sequence)
+
+    for name, given in {
+        "everything": (long.state, long.everything()),
+        "tokens alone": (None, None),
+    }.items():
+        result, gradients = long.gradients(spread, long.x, *given)
+        expected_result, expected = long.gradients(whole, long.x, *given)
+        name = f"{mesh.size} devices, {name}"
+        yield Equal(name, result, expected_result)
+        yield Equal(name, gradients, expected, "gradient")
+
+
 def compiled(trial: Trial) -> Yields:
     """Compiled or not, and however hard the compiler tries."""
     quickly = trial(trial.x)
@@ -570,13 +604,15 @@ def _by_blocks(output):
 
 def _enlarged(trial, tokens):
     """The layer with room for so many tokens, a call of them, and parameters."""
-    layer = trial.layer
-    fields = [name for name in ("length", "context") if hasattr(layer, name)]
-    room = {f: max(tokens, getattr(layer, f)) for f in fields}
-    layer = layer.clone(**room)
+    layer = _with_room(trial.layer, tokens)
     x = jax.random.normal(trial.key, (1, tokens, *trial.x.shape[2:]))
     variables = jit(layer.init)({"params": trial.key}, x[:, :1])
     return layer, x, nn.unbox(variables)
+
+
+def _with_room(layer, tokens):
+    fields = [name for name in ("length", "context") if hasattr(layer, name)]
+    return layer.clone(**{f: max(tokens, getattr(layer, f)) for f in fields})
 
 
 def _calls(layer):
@@ -706,6 +742,7 @@ LAWS: dict[str, Callable[[Trial], Yields]] = {
     "lax.scan over calls": scan_over_calls,
     "shard_map": shard_map,
     "sharding": sharding,
+    "sequence axis": sequence_axis,
 }
 
 

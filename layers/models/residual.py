@@ -1,7 +1,7 @@
 """Where the residual stream lies on many devices.
 
-Between blocks every device has its rows of the stream, with all features. With that
-said, XLA brings the parameters of a block to the rows where both are split over the
+Between blocks every device has its rows and tokens of the stream, with all features.
+With that said, XLA brings the parameters of a block to the rows where both are split over the
 same devices; otherwise it may move the stream to the parameters, which is larger.
 """
 
@@ -31,10 +31,10 @@ def placed_by(place: Place) -> Iterator[None]:
 
 
 def placed(x: jax.Array) -> jax.Array:
-    """The residual stream [B, ..., H] where it is to lie; as it is outside of
-    `placed_by`. Its axes are "batch", and nothing that is split."""
+    """The residual stream [B, L, ..., H] where it is to lie; as it is outside of
+    `placed_by`. Its axes are "batch", "time", and nothing that is split."""
     place = _PLACE.get()
-    return x if place is None else place(x, ("batch", *[None] * (x.ndim - 1)))
+    return x if place is None else place(x, ("batch", "time", *[None] * (x.ndim - 2)))
 
 
 class Embed(nn.Embed):
