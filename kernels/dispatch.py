@@ -132,13 +132,13 @@ def pick(
             )
         if backends[backend].unsupported(*arguments) is not None:
             raise ValueError(f"{op}: backend {backend!r} cannot run; {listing()}")
-        _note(op, backend, "named by the caller")
+        note(op, backend, "named by the caller")
         return backends[backend]
     skipped = []
     for name, module in backends.items():
         reason = why_not(name)
         if reason is None:
-            _note(op, name, "; ".join([*skipped, f"{name}: {suits(name)[1]}"]))
+            note(op, name, "; ".join([*skipped, f"{name}: {suits(name)[1]}"]))
             return module
         skipped.append(f"{name}: {reason}")
     raise ValueError(f"{op}: no backend can run; {listing()}")
@@ -180,6 +180,13 @@ def backend_report() -> dict[str, tuple[str, str]]:
     return dict(_chosen)
 
 
+def note(op: str, backend: str, reason: str) -> None:
+    """Puts what was chosen, and why, into `backend_report`."""
+    if op not in _chosen:
+        _log.info("%s: backend %s (%s)", op, backend, reason)
+    _chosen[op] = (backend, reason)
+
+
 def _known(function: str, op: str, backend: str) -> None:
     if op not in OPERATIONS:
         raise ValueError(
@@ -202,9 +209,3 @@ def _table(op: str) -> dict:
 
 def _not_by_default(module) -> str | None:
     return module.not_by_default() if isinstance(module, OnPlatform) else None
-
-
-def _note(op: str, backend: str, reason: str) -> None:
-    if op not in _chosen:
-        _log.info("%s: backend %s (%s)", op, backend, reason)
-    _chosen[op] = (backend, reason)

@@ -18,7 +18,8 @@ Axes = tuple[str, ...]
 
 def decayed(transition: jax.Array, state: jax.Array) -> jax.Array:
     """A decay [B, ...] on a state [B, ..., ...] with as many axes, or more."""
-    return jnp.expand_dims(transition, tuple(range(transition.ndim, state.ndim))) * state
+    behind = tuple(range(transition.ndim, state.ndim))
+    return jnp.expand_dims(transition, behind) * state
 
 
 def scan(

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-# What the axes of an operation's arguments and results are called in their specs. SPREAD
-# are channels of what needs the whole length: also over the devices that split time.
+# What the axes of an operation's arguments and results are called in their specs.
+# SPREAD are channels of what needs the whole length: also over the devices of TIME.
 ROWS, CHANNELS, TIME, SPREAD = "rows", "channels", "time", "spread"
 SEQUENCE = PartitionSpec(ROWS, TIME, CHANNELS)
 BY_TOKEN = PartitionSpec(ROWS, TIME)
@@ -92,6 +92,31 @@ def over(
         yield
     finally:
         _split.reset(token)
+
+
+@contextlib.contextmanager
+def rows_alone() -> Iterator[None]:
+    """Inside, the length is no longer split: what is traced there has each token of a
+    sequence as a row of its own."""
+    split = _split.get()
+    if split is None:
+        yield
+        return
+    token = _split.set(split._replace(axes=split.axes | {TIME: ()}))
+    try:
+        yield
+    finally:
+        _split.reset(token)
+
+
+def devices(name: str) -> int:
+    """Over how many devices `run` splits what the specs call `name`, where their number
+    divides it; 1 where `active` is False."""
+    if not active():
+        return 1
+    mesh, axes = _split.get()
+    names = (CHANNELS, TIME) if name == SPREAD else (name,)
+    return math.prod(mesh.shape[axis] for key in names for axis in axes[key])
 
 
 def active() -> bool:

@@ -1,13 +1,12 @@
 """Softmax attention, full or over a sliding window, with rotary positions
 (https://arxiv.org/abs/1706.03762, https://arxiv.org/abs/2104.09864)."""
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers import heads
+from kernels import shards
+from layers import heads, spread_attention
 from layers.checks import (
     also_empty,
     at_least_one,
@@ -21,104 +20,16 @@ from layers.checks import (
 from layers.facts import L, Placement, examples
 from layers.inside import expose
 from layers.parameters import at_least_float32, linear
+from layers.softmax import (
+    KVCache,
+    attend,
+    attend_isolated,
+    empty_cache,
+    joined,
+    remember,
+)
 from ssm import rotary
 from ssm import sequence as seq
-from ssm.sequence import Sequence
-
-
-class KVCache(NamedTuple):
-    """The last tokens that a later one may see, right-aligned."""
-
-    key: jax.Array  # [B, R-1, G, K], not turned: positions count from the query
-    value: jax.Array  # [B, R-1, G, K]
-    count: jax.Array  # [B] int32, how many of them exist
-
-
-def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype) -> KVCache:
-    """A `KVCache` of `shape` [B, R-1, ...] in which no token is."""
-    return KVCache(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[0], jnp.int32)
-    )
-
-
-def filled(cache: KVCache) -> jax.Array:
-    """Which slots hold a token, [B, R-1] bool."""
-    slots = jnp.arange(cache.key.shape[1])
-    return slots >= cache.key.shape[1] - cache.count[:, None]
-
-
-def remember(cache: KVCache, k: jax.Array, v: jax.Array, sequence: Sequence) -> KVCache:
-    """The cache after keys and values [B, L, ...] with right padding only."""
-    real = jnp.ones(k.shape[:2], bool)
-    return KVCache(
-        seq.window(cache.key, k, sequence),
-        seq.window(cache.value, v, sequence),
-        seq.lengths(seq.window(filled(cache), real, sequence)),
-    )
-
-
-def joined(
-    cache: KVCache, k: jax.Array, v: jax.Array, sequence: Sequence, reach: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Keys, values and segments [B, R - 1 + L, ...] of the last R - 1 slots of a cache
-    and a call, R = `reach`, and the segments [B, L] of the call alone. The cache is of
-    segment 0, an empty slot of none."""
-    segment = jnp.zeros(k.shape[:2], jnp.int32)
-    if sequence.reset is not None:
-        segment = jnp.cumsum(sequence.reset, axis=1)
-    skipped = cache.key.shape[1] - (reach - 1)
-    key, value = (
-        jnp.concatenate([old[:, skipped:].astype(new.dtype), new], axis=1)
-        for old, new in ((cache.key, k), (cache.value, v))
-    )
-    before = jnp.where(filled(cache)[:, skipped:], 0, -1)
-    return key, value, jnp.concatenate([before, segment], axis=1), segment
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visible: jax.Array | None = None,
-    is_causal: bool = False,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over the keys that a query sees, [B, L, heads, K].
-
-    q [B, L, heads, K], k and v [B, S, G, K] where G divides heads; visible bool,
-    broadcastable to [B, L, S]; the softmax is float32 or better.
-    """
-    mask = None if visible is None else visible[:, None]
-    if q.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
-    # That function rounds its softmax to float32 whatever it is given.
-    B, L, heads, K = q.shape
-    groups = q.reshape(B, L, k.shape[2], heads // k.shape[2], K)
-    logits = jnp.einsum("btgik,bsgk->bgits", groups, k) * K**-0.5
-    if is_causal:
-        mask = jnp.tril(jnp.ones((L, k.shape[1]), bool))[None, None]
-    if mask is not None:
-        logits = jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min)
-    p = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum("bgits,bsgk->btgik", p, v).reshape(q.shape)
-
-
-def attend_isolated(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
-) -> jax.Array:
-    """`attend`, where what is not finite reaches the queries that see it and no other:
-    a weight of 0 alone would let NaN through, in the products and in their gradients.
-    """
-    ill_query = _ill(q)
-    ill_token = _ill(k) | _ill(v)
-    q = jnp.where(ill_query[..., None, None], 0, q)
-    k, v = (jnp.where(ill_token[..., None, None], 0, z) for z in (k, v))
-    ill = ill_query | jnp.any(visible & ill_token[:, None], axis=-1)
-    return jnp.where(ill[..., None, None], jnp.nan, attend(q, k, v, visible))
-
-
-def _ill(x):
-    """Which tokens of x [B, L, heads, K] are not finite."""
-    return ~jnp.all(jnp.isfinite(x), axis=(-2, -1))
 
 
 class Attention(nn.Module):
@@ -170,7 +81,7 @@ class Attention(nn.Module):
         """
         del train
         sequence = checked(self, x, state, sequence)
-        reach, G, K = self._sizes()
+        G, K = self._sizes()
         refuse_dt(self, sequence)
         if not self.window:
             within_context(self, x)
@@ -179,10 +90,7 @@ class Attention(nn.Module):
         k = heads.project(x, G, K, "key", self.dtype)
         v = heads.project(x, G, K, "value", self.dtype)
         v = expose(self, "values", v)
-        if self.bidirectional:
-            o, cache = self._all_to_all(q, k, v, sequence), None
-        else:
-            o, cache = self._causal(q, k, v, state, sequence, reach)
+        o, cache = self._attended(q, k, v, state, sequence)
         o = expose(self, "mixed", o).reshape(*x.shape[:2], -1)
         y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(o)
         return restore(y).astype(self.dtype), cache
@@ -191,12 +99,18 @@ class Attention(nn.Module):
     def init_state(self, batch_size: int) -> KVCache:
         """An empty cache."""
         recurrent(self)
-        reach, G, K = self._sizes()
-        return empty_cache((batch_size, reach - 1, G, K), at_least_float32(self.dtype))
+        G, K = self._sizes()
+        shape = batch_size, self.reach - 1, G, K
+        return empty_cache(shape, at_least_float32(self.dtype))
+
+    @property
+    def reach(self) -> int:
+        """R."""
+        return self.window or self.context
 
     @nn.nowrap
     def _sizes(self):
-        """R, G, K."""
+        """G, K."""
         at_least_one(self, "heads", "context")
         at_least_zero(self, "kv_heads", "window")
         G = self.kv_heads or self.heads
@@ -210,19 +124,40 @@ class Attention(nn.Module):
             )
         if not 0 <= self.rotary <= 1:
             raise ValueError(f"rotary: must be in [0, 1], got {self.rotary}")
-        return self.window or self.context, G, self.features // self.heads
+        return G, self.features // self.heads
 
     @nn.nowrap
     def _turn(self, x, start=0):
         """Of tokens x [B, L, heads, K], the first at the position `start`."""
+        end = start + x.shape[1]
+        return self._turn_to(x, jnp.arange(start, end), end)
+
+    @nn.nowrap
+    def _turn_to(self, x, positions, below):
+        """Of tokens x [B, L, heads, K] at these positions [L]."""
         size = int(x.shape[-1] * self.rotary) // 2 * 2
         if not size:
             return x
-        end = start + x.shape[1]
-        return rotary.rotate(x, jnp.arange(start, end), self.base, size, below=end)
+        return rotary.rotate(x, positions, self.base, size, below)
 
     @nn.nowrap
-    def _all_to_all(self, q, k, v, sequence):
+    def _attended(self, q, k, v, cache, sequence):
+        """What the tokens see [B, L, heads, K], and the next cache."""
+        split = shards.devices(shards.TIME) > 1
+        if self.bidirectional:
+            if split:
+                return spread_attention.both_ways(self, q, k, v, sequence), None
+            return self._both_ways(q, k, v, sequence), None
+        if split:
+            o = spread_attention.causal(self, q, k, v, cache, sequence)
+        else:
+            o = self._causal(q, k, v, cache, sequence)
+        cache = self.init_state(q.shape[0]) if cache is None else cache
+        return o, remember(cache, k, v, sequence)
+
+    @nn.nowrap
+    def _both_ways(self, q, k, v, sequence):
+        """Every token sees all others of its segment."""
         visible = None
         if sequence.reset is not None:
             segment = jnp.cumsum(sequence.reset, axis=1)
@@ -238,19 +173,18 @@ class Attention(nn.Module):
         return attend(q, k, v, visible)
 
     @nn.nowrap
-    def _causal(self, q, k, v, cache, sequence, reach):
-        length = q.shape[1]
-        empty = cache is None
-        cache = self.init_state(q.shape[0]) if empty else cache
-        new = remember(cache, k, v, sequence)
-        if empty and sequence.reset is None and length <= reach:
+    def _causal(self, q, k, v, cache, sequence):
+        """Every token sees the last R; cache None: nothing was before."""
+        length, reach = q.shape[1], self.reach
+        if cache is None and sequence.reset is None and length <= reach:
             # Padding stands on the right, where no token that exists looks.
-            return attend(self._turn(q), self._turn(k), v, is_causal=True), new
+            return attend(self._turn(q), self._turn(k), v, is_causal=True)
         # Of an empty cache no more is looked at than the call is long.
-        reach = min(reach, length) if empty else reach
+        reach = min(reach, length) if cache is None else reach
+        cache = self.init_state(q.shape[0]) if cache is None else cache
         key, value, segments, segment = joined(cache, k, v, sequence, reach)
         inner = attend if sequence.reset is None else attend_isolated
-        return self._in_blocks(inner, q, key, value, segment, segments, reach), new
+        return self._in_blocks(inner, q, key, value, segment, segments, reach)
 
     @nn.nowrap
     def _in_blocks(self, inner, q, key, value, segment, segments, reach):

@@ -94,7 +94,5 @@ def _relayed(call, reverse, axes, u, w, bias, initial_state, reset):
     """Each device with its part of the length."""
     _, tail = call(u, w, bias, None, reset)
     cut = None if reset is None else reset.any(1)
-    entering, last = relay.window(
-        axes, tail, u.shape[1], cut, initial_state, reverse
-    )
+    entering, last = relay.window(axes, tail, u.shape[1], cut, initial_state, reverse)
     return call(u, w, bias, entering, reset)[0], last

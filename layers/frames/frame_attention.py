@@ -8,16 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers import heads
-from layers.attention import (
-    Attention,
-    KVCache,
-    attend,
-    attend_isolated,
-    empty_cache,
-    joined,
-    remember,
-)
+from kernels import shards
+from layers import heads, spread_attention
+from layers.attention import Attention
 from layers.checks import (
     also_empty,
     at_least_one,
@@ -28,6 +21,14 @@ from layers.checks import (
 )
 from layers.facts import L, Placement, examples
 from layers.parameters import at_least_float32, linear, logical
+from layers.softmax import (
+    KVCache,
+    attend,
+    attend_isolated,
+    empty_cache,
+    joined,
+    remember,
+)
 from ssm import rotary
 from ssm import sequence as seq
 
@@ -98,7 +99,8 @@ class FrameAttention(_OverFrames):
             dtype=self.dtype,
             name="space",
         )
-        s, _ = space(z.reshape(B * L, h * w, U))
+        with shards.rows_alone():  # frames are rows of it
+            s, _ = space(z.reshape(B * L, h * w, U))
         y = (a + s.reshape(a.shape)).reshape(x.shape)
         new = jax.tree.map(lambda s: s.reshape(B, h * w, *s.shape[1:]), new)
         return seq.zero_masked(y, sequence).astype(self.dtype), new
@@ -163,7 +165,11 @@ class FullFrameAttention(_OverFrames):
             heads.project(x, self.heads, size, name, self.dtype)
             for name in ("query", "key", "value")
         )
-        o = self._attend(q, k, v, state, sequence, reach)
+        values = functools.partial(self._attend, reach)
+        if shards.devices(shards.TIME) > 1:
+            o = spread_attention.of_frames(values, q, k, v, state, sequence, reach)
+        else:
+            o = values(q, k, v, state, sequence)
         o = o.reshape(*o.shape[:3], -1)
         y = linear(self.features, "out", self.dtype, ("mlp", "embed"))(o)
         new = remember(state, k, v, sequence)
@@ -185,7 +191,7 @@ class FullFrameAttention(_OverFrames):
         within_context(self, x, "frames")
 
     @nn.nowrap
-    def _attend(self, q, k, v, cache, sequence, R):
+    def _attend(self, R, q, k, v, cache, sequence):
         """[B, L, S, heads, K], frame by frame, each seeing R frames."""
         B, L, S, *_ = q.shape
         key, value, segments, segment = joined(cache, k, v, sequence, R)

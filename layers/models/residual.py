@@ -1,8 +1,9 @@
 """Where the residual stream lies on many devices.
 
 Between blocks every device has its rows and tokens of the stream, with all features.
-With that said, XLA brings the parameters of a block to the rows where both are split over the
-same devices; otherwise it may move the stream to the parameters, which is larger.
+With that said, XLA brings the parameters of a block to the rows where both are split
+over the same devices; otherwise it may move the stream to the parameters, which is
+larger.
 """
 
 import contextlib
