@@ -1,5 +1,7 @@
 """LRU, the linear recurrent unit (https://arxiv.org/abs/2303.06349)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,10 @@ from layers.facts import examples
 from layers.parameters import at_least_complex64, at_least_float32, logical, skip
 from ssm import recurrence, spectra, stability
 from ssm import sequence as seq
+
+
+def _decay(log_lam, gamma, elapsed):
+    return log_lam if elapsed is None else log_lam * elapsed, gamma
 
 
 class LRU(nn.Module):
@@ -44,10 +50,7 @@ class LRU(nn.Module):
         sequence = checked(self, x, state, sequence)
         log_lam, gamma, B, C, D = self._parameters()
         u = seq.zero_masked(x.astype(at_least_float32(self.dtype)), sequence)
-
-        def rule(elapsed):
-            return log_lam if elapsed is None else log_lam * elapsed, gamma
-
+        rule = functools.partial(_decay, log_lam, gamma)
         y, state = recurrence.mixed(
             rule, B, C, u, state, seq.elapsed(sequence), sequence.reset
         )

@@ -6,8 +6,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import Partial
 
 from kernels import relay, shards, varying
+
+
+def bound(function: Callable) -> Partial:
+    """A function as a tree of the arrays that it was bound to (`functools.partial`).
+
+    Only these can be told to vary over devices as what the function is called with
+    does; a gradient of what it has in its closure is added up in every chunk.
+    """
+    if isinstance(function, Partial):
+        return function
+    if isinstance(function, functools.partial):
+        return Partial(function.func, *function.args, **function.keywords)
+    return Partial(function)
 
 
 def in_chunks(
@@ -24,38 +38,40 @@ def in_chunks(
     keeping only the states between pieces for the backward pass.
 
     Args:
-        body: with everything that it reads besides; one of a diagonal recurrence.
+        body: `bound` to all that it reads besides.
         state: [B, ...]; u: [B, L, ...]; elapsed, reset: [B, L] or None.
         chunk: tokens of a piece.
         reverse: from the last piece to the first.
-        alone: the same as `body`, without outputs: alone(state, u, elapsed, reset) ->
-            state, of a state whose last axis is twice as long. Its first half runs
-            with the inputs, its second half without. What it says of a part is enough
-            for devices that split the length (`kernels.relay`); without it they do not.
+        alone: of a diagonal recurrence, the same without outputs:
+            alone(state, u, elapsed, reset) -> state, of a state whose last axis is
+            twice as long. Its first half runs with the inputs, its second half without.
+            What it says of a part is enough for devices that split the length
+            (`kernels.relay`); without it they do not.
     """
+    body = bound(body)
+    alone = None if alone is None else bound(alone)
     if shards.active():
 
-        def call(state, u, elapsed, reset):
-            return in_chunks(body, state, u, elapsed, reset, chunk, reverse, alone)
+        def call(body, alone, state, *pieces):
+            return in_chunks(body, state, *pieces, chunk, reverse, alone)
 
-        def relayed(axes, state, u, elapsed, reset):
-            pieces = u, elapsed, reset
+        def relayed(axes, body, alone, state, *pieces):
             final, transition = _summary(alone, state, pieces, chunk, reverse)
             entering, last, _ = relay.passed(
                 axes, final, transition, state, reverse=reverse, return_transition=False
             )
-            return call(entering, *pieces)[0], last
+            return call(body, alone, entering, *pieces)[0], last
 
-        rows, each = shards.BY_ROW, shards.BY_TOKEN
+        whole, rows, each = shards.WHOLE, shards.BY_ROW, shards.BY_TOKEN
         return shards.run(
             call,
-            (state, u, elapsed, reset),
-            (rows, each, each, each),
+            (body, alone, state, u, elapsed, reset),
+            (whole, whole, rows, each, each, each),
             (each, rows),
             None if alone is None else relayed,
         )
     L = u.shape[1]
-    state, u, elapsed, reset = varying.together(state, u, elapsed, reset)
+    body, state, u, elapsed, reset = varying.together(body, state, u, elapsed, reset)
     if chunk >= L:
         state, y = body(state, u, elapsed, reset)
         return y, state
@@ -91,12 +107,13 @@ def _summary(alone, state, pieces, chunk, reverse):
     N = state.shape[-1]
     start = jnp.concatenate([jnp.zeros_like(state), jnp.ones_like(state)], -1)
 
-    def body(state, u, elapsed, reset):
-        nothing = varying.like(jnp.zeros((*u.shape[:2], 0), u.dtype), u)
-        return alone(state, u, elapsed, reset), nothing
-
-    _, both = in_chunks(body, start, *pieces, chunk, reverse)
+    _, both = in_chunks(Partial(_silent, alone), start, *pieces, chunk, reverse)
     return both[..., :N], both[..., N:]
+
+
+def _silent(alone, state, u, elapsed, reset):
+    nothing = varying.like(jnp.zeros((*u.shape[:2], 0), u.dtype), u)
+    return alone(state, u, elapsed, reset), nothing
 
 
 def _converted(body, state, pieces, chunk):

@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from kernels.varying import together
 from ssm import recurrence
+from ssm.chunks import bound
 
 CHUNK = 16  # frames whose states [h, w, P] exist at once
 
@@ -124,14 +126,11 @@ def convolved(
     into = jnp.concatenate([B.real, B.imag], axis=-1)
     out = jnp.concatenate([C.real, -C.imag], axis=-2)
 
-    def observe(h, u):
-        y = convolve(h, out)
-        return y if readout is None else readout(y, u)
-
+    readout = None if readout is None else bound(readout)
     return recurrence.driven(
         rule,
-        lambda u: convolve(u, into),
-        observe,
+        Partial(_convolved_with, into),
+        Partial(_observed, out, readout),
         u,
         state,
         elapsed,
@@ -139,3 +138,12 @@ def convolved(
         reverse=False,
         chunk=chunk,
     )
+
+
+def _convolved_with(kernel, u):
+    return convolve(u, kernel)
+
+
+def _observed(kernel, readout, h, u):
+    y = convolve(h, kernel)
+    return y if readout is None else readout(y, u)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from kernels.cauchy import small_solve
 from kernels.varying import together
@@ -95,24 +96,25 @@ def varying(
     if state is None:
         state = jnp.zeros((u.shape[0], *C.shape), C.dtype)
     system, C, state, u = together(system, C, state, u)
+    return in_chunks(Partial(_steps, system, C), state, u, elapsed, reset, chunk)
+
+
+def _steps(system, C, state, u, elapsed, reset):
+    """`varying` over one chunk."""
     lam, P, B, dt = system
+    steps = jnp.ones(u.shape[:2], dt.dtype) if elapsed is None else elapsed
 
-    def body(state, u, elapsed, reset):
-        steps = jnp.ones(u.shape[:2], dt.dtype) if elapsed is None else elapsed
+    def one(state, token):
+        u, step_length, restart = token
+        if restart is not None:
+            state = jnp.where(restart[:, None, None], 0, state)
+        current = DPLR(lam, P, B, dt * step_length[:, None, None])
+        state = step(current, prepare(current), u, state)
+        return state, output(C, state)
 
-        def one(state, token):
-            u, step_length, restart = token
-            if restart is not None:
-                state = jnp.where(restart[:, None, None], 0, state)
-            current = DPLR(lam, P, B, dt * step_length[:, None, None])
-            state = step(current, prepare(current), u, state)
-            return state, output(C, state)
-
-        tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (u, steps, reset))
-        state, y = jax.lax.scan(one, state, tokens)
-        return state, jnp.swapaxes(y, 0, 1)
-
-    return in_chunks(body, state, u, elapsed, reset, chunk)
+    tokens = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (u, steps, reset))
+    state, y = jax.lax.scan(one, state, tokens)
+    return state, jnp.swapaxes(y, 0, 1)
 
 
 # Dense real matrices, for what is done once per call.

@@ -13,16 +13,18 @@ and agree to rounding; `tests/test_recurrence.py` holds them to it.
 features. `varying` discretises per token, for rules whose gaps are not a power of a.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from kernels import contracted_scan, fft_conv, linear_scan, vandermonde_transpose
 from kernels.varying import together
 from ssm import filters
-from ssm.chunks import in_chunks
+from ssm.chunks import bound, in_chunks
 from ssm.discretize import expm1_ratio
 from ssm.sequence import align_right
 
@@ -155,22 +157,26 @@ def varying(
     if state is None:
         state = jnp.zeros((u.shape[0], *c.shape), c.dtype)
 
-    def driven(u, elapsed):
-        log_a, gain = rule(elapsed[:, :, None, None])
-        return jnp.exp(log_a), gain * B * u[..., None]
-
-    def body(state, u, elapsed, reset):
-        h, state = linear_scan(*driven(u, elapsed), state, reset)
-        return state, jnp.sum(c * h, axis=-1).real
-
-    def alone(state, u, elapsed, reset):
-        return _twice(*driven(u, elapsed), state, reset)
-
+    inputs = Partial(_of_tokens, bound(rule), B)
+    body = Partial(_read, inputs, c)
+    alone = Partial(functools.partial(_twice, reverse=False), inputs)
     return in_chunks(body, state, u, elapsed, reset, chunk, alone=alone)
 
 
-def _twice(a, x, state, reset, reverse=False):
+def _of_tokens(rule, B, u, elapsed):
+    """a and x of `varying`."""
+    log_a, gain = rule(elapsed[:, :, None, None])
+    return jnp.exp(log_a), gain * B * u[..., None]
+
+
+def _read(inputs, c, state, u, elapsed, reset):
+    h, state = linear_scan(*inputs(u, elapsed), state, reset)
+    return state, jnp.sum(c * h, axis=-1).real
+
+
+def _twice(inputs, state, u, elapsed, reset, *, reverse):
     """The last state of two scans side by side, the second one without input."""
+    a, x = inputs(u, elapsed)
     x, nothing = jnp.broadcast_arrays(x, jnp.zeros((), x.dtype))
     a = jnp.concatenate([jnp.broadcast_to(a, (*a.shape[:-1], x.shape[-1]))] * 2, -1)
     x = jnp.concatenate([x, nothing], -1)
@@ -212,8 +218,13 @@ def mixed(
     B, C, u = together(B, C, u)
     into = jnp.concatenate([B.real, B.imag]).T  # [H, 2P]: one real matmul, not two
     out = jnp.concatenate([C.real.T, -C.imag.T])  # [2P, H]
-    maps = (lambda u: u @ into), (lambda h, u: h @ out)
+    maps = Partial(_onto, into), Partial(_onto, out)
     return driven(rule, *maps, u, state, elapsed, reset, reverse=reverse, chunk=chunk)
+
+
+def _onto(weights, x, u=None):
+    """x @ weights."""
+    return x @ weights
 
 
 def driven(
@@ -241,28 +252,28 @@ def driven(
     Returns:
         y [B, L, ...] and the final state.
     """
-
-    if elapsed is None:
-        # once, and not in every chunk
-        regular, u = together(rule(None), u)
-
-    def inputs(u, elapsed):
-        x = into(u)
-        P = x.shape[-1] // 2
-        places = (1,) * (x.ndim - 1)
-        if elapsed is None:
-            log_a, gain = regular
-            log_a = log_a.reshape(*places, P)
-        else:
-            elapsed = elapsed.reshape(*elapsed.shape, *places[2:], 1)
-            log_a, gain = rule(elapsed)
-        return jnp.exp(log_a), gain * jax.lax.complex(x[..., :P], x[..., P:])
-
-    def body(state, u, elapsed, reset):
-        h, state = linear_scan(*inputs(u, elapsed), state, reset, reverse=reverse)
-        return state, out(jnp.concatenate([h.real, h.imag], axis=-1), u)
-
-    def alone(state, u, elapsed, reset):
-        return _twice(*inputs(u, elapsed), state, reset, reverse)
-
+    # once, and not in every chunk
+    regular = rule(None) if elapsed is None else None
+    inputs = Partial(_mapped, bound(rule), bound(into), regular)
+    body = Partial(functools.partial(_answer, reverse=reverse), inputs, bound(out))
+    alone = Partial(functools.partial(_twice, reverse=reverse), inputs)
     return in_chunks(body, state, u, elapsed, reset, chunk, reverse, alone)
+
+
+def _mapped(rule, into, regular, u, elapsed):
+    """a and x of `driven`; regular: what the rule says of regular tokens."""
+    x = into(u)
+    P = x.shape[-1] // 2
+    places = (1,) * (x.ndim - 1)
+    if elapsed is None:
+        log_a, gain = regular
+        log_a = log_a.reshape(*places, P)
+    else:
+        elapsed = elapsed.reshape(*elapsed.shape, *places[2:], 1)
+        log_a, gain = rule(elapsed)
+    return jnp.exp(log_a), gain * jax.lax.complex(x[..., :P], x[..., P:])
+
+
+def _answer(inputs, out, state, u, elapsed, reset, *, reverse):
+    h, state = linear_scan(*inputs(u, elapsed), state, reset, reverse=reverse)
+    return state, out(jnp.concatenate([h.real, h.imag], axis=-1), u)

@@ -164,8 +164,10 @@ class ConvS5(nn.Module):
         def init(key):
             return module.init(key, frame, frame)["params"]
 
-        params = self.param("readout", init)
-        return lambda y, u: module.apply({"params": params}, y, u)
+        def apply(params, y, u):
+            return module.apply({"params": params}, y, u)
+
+        return functools.partial(apply, self.param("readout", init))
 
     @nn.nowrap
     def init_state(self, batch_size: int) -> jax.Array:
