@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # What the axes of an operation's arguments and results are called in their specs.
 # SPREAD are channels of what needs the whole length: also over the devices of TIME.
@@ -171,12 +171,35 @@ def run(
 
     if used[TIME]:
         call = partial(relayed, used[TIME])
-    return jax.shard_map(
+    if moved := used[SPREAD] != used[CHANNELS]:
+        arrays = [_by_token(*each) for each in zip(arrays, named, strict=True)]
+    answer = jax.shard_map(
         lambda *parts: call(*jax.tree.unflatten(tree, parts)),
         mesh=mesh,
         in_specs=tuple(map(place, named, shapes)),
         out_specs=jax.tree.map(place, results),
     )(*arrays)
+    if not moved:
+        return answer
+    return jax.tree.map(
+        lambda spec, x: x if x is None else _by_token(x, spec), results, answer
+    )
+
+
+def _by_token(x, spec):
+    """x of a spec LONG, which goes over to channels from lying by tokens, and back, its
+    gradient too; XLA, left to itself, may keep it by channels and gather what is made
+    of it."""
+    mesh, axes = _split.get()
+    if spec != LONG:
+        return x
+    places = [
+        axes[name] if size % math.prod(mesh.shape[a] for a in axes[name]) == 0 else None
+        for name, size in zip(SEQUENCE, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, PartitionSpec(*places))
+    )
 
 
 def _dividing(mesh, axes, name, specs, shapes):
