@@ -195,7 +195,7 @@ def _by_token(x, spec):
         return x
     places = [
         axes[name] if size % math.prod(mesh.shape[a] for a in axes[name]) == 0 else None
-        for name, size in zip(SEQUENCE, x.shape, strict=True)
+        for name, size in zip(SEQUENCE, x.shape, strict=False)
     ]
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(mesh, PartitionSpec(*places))

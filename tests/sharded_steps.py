@@ -86,6 +86,7 @@ def steps(config, devices) -> dict:
     first = batch()
     boxes = state.param_boxes(model, first)
     sharding.check_tensor(model, boxes, mesh)
+    sharding.check_sequence(model, first["inputs"], mesh)
     optimizer, *_ = optimizers.make(config, boxes)
     create = state.creator(model, optimizer, first, 0, mesh, ema=True)
     places = jax.tree.map(lambda x: x.sharding, state.abstract(create))

@@ -1,5 +1,6 @@
 """python -m kernels.check --compile: what is compiled, its verdicts and its file."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -129,7 +130,8 @@ def instant(monkeypatch):
     """Compiles nothing, and remembers what it was asked for."""
     asked = []
 
-    def compile_row(target, program):
+    def compile_row(target, program, before):
+        assert before is None or before.subject == program.row.subject
         asked.append(program.row.key)
         return replace(program.row, verdict="compiled", seconds=1.0, temporaries=10**8)
 
@@ -153,6 +155,29 @@ def test_a_run_goes_on_where_it_was(tmp_path, instant):
     file = compiled.File(V5E, place)
     file.keep(rows)
     assert len(json.loads(place.read_text())["rows"]) == len(wanted)
+
+
+class Lowered:
+    """What a compiler would be given, and refuses."""
+
+    def as_text(self):
+        return "a program"
+
+    def compile(self):
+        raise RuntimeError("the compiler was asked")
+
+
+def test_other_sources_of_the_same_program_need_no_compiler(monkeypatch):
+    monkeypatch.setattr(ahead, "_lowered", lambda *arguments: Lowered())
+    program = programs(V5E, "short_conv")[0]
+    digest = hashlib.sha256(b"a program").hexdigest()
+    before = replace(row(seconds=1.0), program=digest)
+    found = ahead.compile_row(V5E, program, before)
+    assert found == replace(before, source=program.row.source)
+    for other in (None, replace(before, program="another")):
+        refused = ahead.compile_row(V5E, program, other)
+        assert refused.bad and refused.program == digest
+        assert "the compiler was asked" in refused.reason
 
 
 def test_other_versions_begin_anew(tmp_path, instant, monkeypatch):

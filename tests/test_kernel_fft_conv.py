@@ -253,7 +253,7 @@ def test_overlap_save_streams_blocks(monkeypatch, taps_start):
             jax.jit(partial(_with_gradients, partial(f, start=start, count=count)))(
                 v, k
             )
-            for f in (overlap_save.window, xla.window)
+            for f in (overlap_save.window, overlap_save.by_matmuls, xla.window)
         )
         assert_close(actual, expected)
 
@@ -331,7 +331,7 @@ def test_whole_tiles_on_a_tpu(length, row, monkeypatch):
     monkeypatch.setattr(monarch, "ROW", row)
     inputs = inputs_for(length, {"state", *GATES})
     with compat.lowering_for("tpu"):
-        assert monarch._sizes(2 * length)[-1] == monarch.LANES
+        assert monarch.sizes_of(2 * length)[-1] == monarch.LANES
         check(fft_conv, inputs, "float64", "monarch")
 
 

@@ -421,7 +421,7 @@ def test_what_only_a_file_says_is_asked_of_the_file():
 def parameters(name):
     task = WORKLOADS[name].task(256)
     config = resolve.complete(task.config, task.spec)
-    assert config.train.batch_size == 256
+    assert config.train.batch_size == 256 // WORKLOADS[name].sequence
     shapes = state.param_shapes(build(config.model), task.one)
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
@@ -446,6 +446,10 @@ def test_what_is_planned_is_on_the_page(tmp_path, monkeypatch, here):
     page.keep("gpu:h200:8", "s5_path_x", plans, {"jax": "1"})
     text = page.written(page.PAGE.read_text(), tmp_path)
     assert "### gpu:h200:8\n\njax 1\n" in text and "### tpu" not in text
+    assert "over 8 devices" not in text
+    page.keep("gpu:h200:8", "s5_64k", plans, {"jax": "1"})
+    long = page.written(page.PAGE.read_text(), tmp_path)
+    assert "over 8 devices (`mesh.sequence`):\n\n| workload |" in long
     rows = re.findall(r"^\| (S5, Path-X|Mamba, 24 x 768, language) \|", text, re.M)
     assert rows == ["S5, Path-X", "Mamba, 24 x 768, language"]
     assert text != page.PAGE.read_text()

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from configs import common
+from layers import facts
 from layers.facts import FEATURES, SIZE, L, examples_of
 from layers.models.build import FRAME_LAYERS, LAYERS, build
 from layers.parameters import Logical
@@ -58,7 +59,7 @@ def test_data_takes_the_devices_that_are_left():
         ),
         (dict(fsdp=-1), "mesh.fsdp must be 1 or more, got -1"),
         (dict(data=0), "mesh.data must be 1 or more, or -1, got 0"),
-        (dict(sequence=2), "mesh.sequence must be 1, got 2: .* not there yet"),
+        (dict(sequence=3), r"fsdp x mesh.tensor x mesh.sequence = 1 x 1 x 3 must div"),
     ],
 )
 def test_impossible_meshes(sizes, message):
@@ -90,11 +91,13 @@ def test_batch_size():
         (("embed", "embed"), (8, 8), ("fsdp", None)),
         (("mine", None), (8, 8), (None, None)),
         (("batch", None), (16, 8), (("data", "fsdp"), None)),
+        (("batch", "time", None), (16, 6, 8), (("data", "fsdp"), "sequence", None)),
+        (("batch", "time", None), (16, 1, 8), (("data", "fsdp"), None, None)),
     ],
 )
 def test_rules(names, shape, expected):
     """fsdp = 4 and tensor = 2: an axis that a size does not divide stays whole."""
-    mesh = mesh_of(data=2, fsdp=4, tensor=2)
+    mesh = mesh_of(data=2, fsdp=4, tensor=2, sequence=3)
     assert sharding.spec(names, shape, mesh) == jax.sharding.PartitionSpec(*expected)
 
 
@@ -114,7 +117,7 @@ def test_what_has_no_name_is_whole():
 
 def test_rules_know_every_name_of_a_layer():
     """Of all parameters of all layers at the size of their examples."""
-    known = {name for name, _ in sharding.RULES} - {"batch"}
+    known = {name for name, _ in sharding.RULES} - {"batch", "time"}
     found = set()
     for name, cls in (LAYERS | FRAME_LAYERS).items():
         extra = {"size": SIZE} if name in FRAME_LAYERS else {}
@@ -181,6 +184,8 @@ def test_sharded_steps(sharded):
 @pytest.mark.parametrize("layer", LAYERS | FRAME_LAYERS)
 def test_sharded_steps_of_every_layer(layer, sharded):
     _, fsdp, _ = sharded(layer, "data=4,fsdp=2", "fsdp=8", "fsdp=2,tensor=4")
+    if not facts.why_sequential((LAYERS | FRAME_LAYERS)[layer]):
+        sharded(layer, "data=2,sequence=4", "tensor=2,sequence=4")
     whole, share = (sum(map(math.prod, x)) for x in zip(*fsdp.values(), strict=True))
     assert share < 0.3 * whole
 
@@ -332,3 +337,40 @@ def test_what_tensor_must_divide_is_named(model, message):
     sharding.check_tensor(model, boxes, mesh_of(data=4))
     with pytest.raises(ValueError, match=message):
         sharding.check_tensor(model, boxes, mesh_of(tensor=4))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (
+            dict(layer="gru"),
+            (1, 8),
+            "mesh.sequence must be 1 for GRU, got 4: a step is",
+        ),
+        (
+            dict(layer="s5", encoder="grid", layer_args={}),
+            (1, 4, 4, 1),
+            "mesh.sequence must be 1 for the grid encoder, got 4: its axes are those",
+        ),
+        (dict(layer="s5"), (1, 6), "mesh.sequence must divide the length .*, 6, got 4"),
+        (
+            dict(layer="s5", encoder="image"),
+            (1, 3, 3, 1),
+            "mesh.sequence must divide the length of the sequences, 9, got 4",
+        ),
+        (
+            dict(layer="s5", head="retrieval"),
+            (1, 2, 6),
+            "mesh.sequence must divide the length of the sequences, 6, got 4",
+        ),
+    ],
+)
+def test_what_sequence_must_divide_is_named(model, shape, message):
+    config = common.base()
+    common.set_layer(config, model["layer"])
+    config.model.update({"features": 12, "depth": 1, "outputs": 2, "length": 16})
+    config.model.update({"encoder": "scalar"} | model)
+    model, inputs = build(config.model), np.zeros(shape, np.float32)
+    sharding.check_sequence(model, inputs, mesh_of(data=4))
+    with pytest.raises(ValueError, match=message):
+        sharding.check_sequence(model, inputs, mesh_of(sequence=4))

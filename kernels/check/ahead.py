@@ -5,6 +5,7 @@ compiler refuses, what does not fit into its fast memory and what spills registe
 fails; what `unsupported` says beforehand is listed.
 """
 
+import hashlib
 import math
 import re
 import time
@@ -45,6 +46,7 @@ class Row:
     Attributes:
         op, backend, dtype, size, case, part: what is compiled; part is one of PASSES.
         source: the hash of the operation's sources.
+        program: the hash of what is given to the compiler; "" where nothing was.
         verdict: "compiled", "failed", "does not fit" (into the device's memory) or "not
             taken" (what `unsupported` says of it).
         reason: of a verdict that is not "compiled".
@@ -63,6 +65,7 @@ class Row:
     case: str
     part: str
     source: str
+    program: str = ""
     verdict: str = ""
     reason: str = ""
     seconds: float | None = None
@@ -79,7 +82,12 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What it is that was compiled, and of which sources."""
-        keys = ("op", "backend", "dtype", "size", "case", "part", "source")
+        return (*self.subject, self.source)
+
+    @property
+    def subject(self) -> tuple[str, ...]:
+        """What it is that was compiled."""
+        keys = ("op", "backend", "dtype", "size", "case", "part")
         return tuple(getattr(self, name) for name in keys)
 
     @property
@@ -163,8 +171,15 @@ def _beyond(operation, case, dtype) -> int:
     return 128 * (LARGE * case.length // most // 128 + 1)
 
 
-def compile_row(target: Target, program: Program) -> Row:
-    """The row of a program, with a verdict."""
+def compile_row(target: Target, program: Program, before: Row | None = None) -> Row:
+    """The row of a program, with a verdict.
+
+    Args:
+        target: of the compiler.
+        program: what it compiles.
+        before: the row of the same made of other sources. Where these give the compiler
+            what the sources of today give it, what that said still holds.
+    """
     operation, case, row = program.operation, program.case, program.row
     wide = row.size != "small"
     sizes = peers.sizes(row.op, case.variant) if row.size == "peer" else {}
@@ -178,7 +193,14 @@ def compile_row(target: Target, program: Program) -> Row:
             with compat.lowering_for(target.platform):
                 # what a model's next layer gives
                 arrays = *arrays, jax.eval_shape(forward, *arrays)
-        compiled, seconds = _compiled(target, function, arrays)
+        lowered = _lowered(target, function, arrays)
+        text = lowered.as_text().encode()
+        row = replace(row, program=hashlib.sha256(text).hexdigest())
+        if before is not None and before.program == row.program:
+            return replace(before, source=row.source)
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - start
     except Exception as problem:
         return _refused(row, problem)
     memory = compiled.memory_analysis()
@@ -195,8 +217,8 @@ def compile_row(target: Target, program: Program) -> Row:
     return _judged(replace(row, **_gpu_figures(function, arrays)))
 
 
-def _compiled(target, function, arrays):
-    """For one device of the target, and the seconds that took."""
+def _lowered(target, function, arrays):
+    """What the compiler of the target is given, for one device."""
     mesh = Mesh([target.device()], ("only",))
     place = NamedSharding(mesh, PartitionSpec())
     arrays = jax.tree.map(
@@ -204,9 +226,7 @@ def _compiled(target, function, arrays):
     )
     with compat.lowering_for(target.platform):
         traced = jax.jit(function, out_shardings=place).trace(*arrays)
-        lowered = traced.lower(lowering_platforms=(target.lowering,))
-        start = time.perf_counter()
-        return lowered.compile(), time.perf_counter() - start
+        return traced.lower(lowering_platforms=(target.lowering,))
 
 
 def _refused(row, problem):

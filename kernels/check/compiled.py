@@ -9,7 +9,8 @@
     rows       a list of `ahead.Row`
 
 A row stays as long as the sources of its operation and the versions are the same, so a
-run that was ended goes on where it was.
+run that was ended goes on where it was. Where the sources have changed, it stays if
+they still give the compiler the same program.
 """
 
 import concurrent.futures
@@ -154,10 +155,12 @@ def run(
         elif row.key not in file.rows:
             waiting.append(program)
     done = len(programs) - len(waiting)
+    before = {row.subject: row for row in file.rows.values()}
 
     def compiled(program):
         file.begin(program.row)
-        return ahead.compile_row(file.target, program)
+        known = before.get(program.row.subject)
+        return ahead.compile_row(file.target, program, known)
 
     with concurrent.futures.ThreadPoolExecutor(
         AT_ONCE[file.target.platform]

@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 import jax
 
 # Of the process: without a TPU there is nothing to ask for its name, and who compiles
-# only may do so beside others, whatever lock an earlier process has left.
+# only may do so beside others, whatever lock an earlier process has left. In a program
+# stands what it computes, and not where in which file that is written.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TRITON_DISABLE_LINE_INFO": "1",
 }
 
 
@@ -141,6 +143,7 @@ def prepare() -> None:
     """Makes this process one that compiles for targets and computes on the CPU."""
     os.environ |= ENVIRONMENT
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 @functools.cache

@@ -45,7 +45,7 @@ def convolve(v, k, k_reverse, state, segment, low):
 
     def window(v, taps, start, count):
         points = windows.least(v.shape[-1], taps.shape[-1], start, count)
-        return circular(v, taps, _sizes(points), start, count, low)
+        return circular(v, taps, sizes_of(points), start, count, low)
 
     return windows.convolve(window, Monarch(low), v, k, k_reverse, state, segment)
 
@@ -60,7 +60,7 @@ class Monarch:
         if compat.platform() == "tpu" and least <= DENSE:
             return (least,)
         if compat.platform() != "gpu":
-            return _sizes(least)
+            return sizes_of(least)
         # XLA for GPUs joins what lies before a step to one axis, which it finds no
         # tiles for unless what it ends in is round.
         order = 2 if least <= 1024 else 3 if least <= BLOCK else 4
@@ -130,7 +130,7 @@ def block_sizes(points, order=None):
     return *sizes, points
 
 
-def _sizes(points):
+def sizes_of(points):
     """The factors of a convolution whose matrices are the DFT's."""
     if compat.platform() != "tpu":
         return block_sizes(points)
@@ -138,7 +138,7 @@ def _sizes(points):
     if points > ROW:
         rows = -(-points // ROW)
         rows += -rows % 8
-        return rows, *_sizes(-(-points // rows))
+        return rows, *sizes_of(-(-points // rows))
     side = -(-points // LANES)
     return side + (-side % 8 if side > 8 else 0), LANES
 

@@ -5,6 +5,7 @@ thrown away. Blocks stream through: beside input and output, turned to put time 
 there are the spectra of a few blocks, whatever the length.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from scipy.fft import next_fast_len
 
 from kernels import compat, varying
-from kernels.fft_conv import windows, xla
+from kernels.fft_conv import monarch, windows, xla
 
 SHORTEST = 2048  # points of a block; below, blocks cost more than they save
 OVERHEAD = 8  # a block has at least this many times the points of the filter
@@ -28,7 +29,27 @@ def convolve(v, k, k_reverse, state, segment, low):
     With resets the blocks are those of `segmented`, which for a short filter has no
     long ones either.
     """
-    return windows.convolve(window, xla.transform(), v, k, k_reverse, state, segment)
+    form = by_matmuls if compat.platform() == "tpu" else window
+    return windows.convolve(form, xla.transform(), v, k, k_reverse, state, segment)
+
+
+def by_matmuls(v, taps, start, count):
+    """`window` with the transforms of `monarch`: XLA's FFT takes a TPU's compiler ten
+    times as long."""
+    shortest = _shortest(taps, count)
+    sizes = monarch.sizes_of(shortest)
+    size, step, group, groups = _split(v, taps, count, math.prod(sizes))
+    padded = _padded(v, taps, start, group * groups * step)
+
+    @jax.checkpoint
+    def some(i):
+        frames = jnp.moveaxis(_frames(padded, i, size, step, group), 2, 1)
+        blocks = frames.reshape(-1, *frames.shape[2:])
+        y = monarch.circular(blocks, taps, sizes, size - step, step, False)
+        y = jnp.moveaxis(y.reshape(-1, group, *y.shape[1:]), 1, 2)
+        return y.reshape(*v.shape[:2], -1)
+
+    return _joined(jax.lax.map(some, jnp.arange(groups)))[..., :count]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -84,8 +105,17 @@ window.defvjp(_forward, _backward)
 
 def _sizes(v, taps, count):
     """Points and new steps of a block, blocks at a time, and how many times."""
-    shortest = max(SHORTEST, OVERHEAD * taps.shape[1])
-    size = next_fast_len(min(shortest, count + taps.shape[1] - 1), real=True)
+    return _split(v, taps, count, next_fast_len(_shortest(taps, count), real=True))
+
+
+def _shortest(taps, count):
+    """Points that a block needs."""
+    least = max(SHORTEST, OVERHEAD * taps.shape[1])
+    return min(least, count + taps.shape[1] - 1)
+
+
+def _split(v, taps, count, size):
+    """`_sizes` for blocks of so many points."""
     step = size - taps.shape[1] + 1
     blocks = -(-count // step)
     limit = windows.CACHED if compat.platform() == "cpu" else windows.MOST

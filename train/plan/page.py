@@ -22,7 +22,7 @@ from train.plan.remedies import said
 from train.plan.workloads import WORKLOADS, get
 
 FORMAT = 1
-MACHINES = ("tpu:v5e:16x16", "gpu:h200:8")
+MACHINES = [*dict.fromkeys(m for work in WORKLOADS.values() for m in work.machines)]
 FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 BEGIN, END = "<!-- plans:begin -->", "<!-- plans:end -->"
@@ -51,7 +51,7 @@ def make(names: Iterable[str] = (), machines: Iterable[str] = ()) -> int:
             print(f"not here: {reason}", flush=True)
             continue
         here += 1
-        for name in names:
+        for name in (name for name in names if machine in get(name).machines):
             plans = _planned(name, machine)
             failed += plans is None
             if plans is not None:
@@ -118,10 +118,17 @@ def written(text: str, folder: Path) -> str:
 
 def _section(content: Mapping) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in content["versions"].items() if v)
-    lines = [HEADER, ["---"] * len(HEADER)]
-    lines += [_line(name, plans[-1]) for name, plans in content["rows"].items()]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"### {content['machine']}\n\n{versions}\n\n{body}\n\n"
+    text = f"### {content['machine']}\n\n{versions}\n\n"
+    by_devices: dict[int, list] = {}
+    for name, plans in content["rows"].items():
+        lines = by_devices.setdefault(get(name).sequence, [])
+        lines.append(_line(name, plans[-1]))
+    for devices, lines in sorted(by_devices.items()):
+        if devices > 1:
+            text += f"Every sequence over {devices} devices (`mesh.sequence`):\n\n"
+        rows = [HEADER, ["---"] * len(HEADER), *lines]
+        text += "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n"
+    return text
 
 
 def _line(name: str, plan: Mapping) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ class Workload:
         rows: of the published global batch.
         fields: of the layer, those that are not its defaults.
         settings: key of the config -> value.
+        machines: those of docs/plan.md that it is planned for.
     """
 
     title: str
@@ -32,15 +33,22 @@ class Workload:
     rows: int
     fields: Mapping[str, Any]
     settings: Mapping[str, Any]
+    machines: tuple[str, ...] = ("tpu:v5e:16x16", "gpu:h200:8")
+
+    @property
+    def sequence(self) -> int:
+        """Over how many devices a sequence is split."""
+        return self.settings.get("mesh.sequence", 1)
 
     def task(self, devices: int) -> Task:
         """The task on so many devices: the published batch, or one row for each device
-        where those are more."""
+        (for all that a sequence is split over) where those are more."""
         config = common.base()
         common.set_layer(config, self.layer)
         config.model.layer_args.update(self.fields)
         config.groups = _groups(self.layer)
-        rows = -(-self.rows // devices) * devices
+        least = devices // self.sequence
+        rows = -(-self.rows // least) * least
         settings = {**self.settings, "train.batch_size": rows}
         return Task(changed(config, settings), self.spec, samples.of_spec(self.spec))
 
@@ -63,6 +71,60 @@ LANGUAGE = {
     "optimizer.b2": 0.95,
     "optimizer.weight_decay": 0.1,
 }
+
+OVER_TIME = ("tpu:v5e:2x4", "gpu:h200:8")
+
+
+def _moving_mnist(
+    frames: int, rows: int, settings: Mapping, **machines: tuple[str, ...]
+) -> Workload:
+    """ConvS5 as its code has it, on videos of so many frames."""
+    return Workload(
+        title=f"ConvS5, Moving MNIST, {frames:,} frames",
+        source="https://arxiv.org/abs/2310.19694, its code's settings",
+        spec=moving_digits.spec(length=frames, side=64),
+        layer="conv_s5",
+        rows=rows,
+        fields=dict(state_size=128),
+        settings={
+            "model.depth": 8,
+            "model.features": 128,
+            "model.head": "token",
+            "model.prenorm": False,
+            "model.gate": "none",
+            "model.remat": True,
+            "model.video.depths": (64, 128, 256),
+            "optimizer.b2": 0.95,
+            "optimizer.weight_decay": 1e-5,
+            **settings,
+        },
+        **machines,
+    )
+
+
+def _bytes(
+    layer: str, title: str, length: int, dtype: str = "float32", **fields: Any
+) -> Workload:
+    """4 blocks of 256 features on one document of so many bytes, over 8 devices."""
+    return Workload(
+        title=f"{title}, {length:,} bytes",
+        source="small models, to see what depends on the length",
+        spec=Spec("token", length, 256, "token", vocab_size=256, causal=True),
+        layer=layer,
+        rows=1,
+        fields=fields,
+        settings={
+            "model.depth": 4,
+            "model.features": 256,
+            "model.head": "token",
+            "model.norm": "rms",
+            "model.dtype": dtype,
+            "model.remat": True,
+            "mesh.sequence": 8,
+        },
+        machines=OVER_TIME,
+    )
+
 
 WORKLOADS = {
     "s5_path_x": Workload(
@@ -118,25 +180,22 @@ WORKLOADS = {
         fields=dict(heads=6),
         settings={**LANGUAGE, "model.depth": 10},
     ),
-    "conv_s5_moving_mnist": Workload(
-        title="ConvS5, Moving MNIST, 600 frames",
-        source="https://arxiv.org/abs/2310.19694, its code's settings",
-        spec=moving_digits.spec(length=600, side=64),
-        layer="conv_s5",
-        rows=8,
-        fields=dict(state_size=128),
-        settings={
-            "model.depth": 8,
-            "model.features": 128,
-            "model.head": "token",
-            "model.prenorm": False,
-            "model.gate": "none",
-            "model.remat": True,
-            "model.video.depths": (64, 128, 256),
-            "optimizer.b2": 0.95,
-            "optimizer.weight_decay": 1e-5,
-        },
+    "conv_s5_moving_mnist": _moving_mnist(600, 8, {}),
+    # One sequence over 8 devices, at two lengths.
+    "s5_64k": _bytes("s5", "S5", 2**16),
+    "s5_1m": _bytes("s5", "S5", 2**20),
+    "mamba_64k": _bytes("mamba", "Mamba", 2**16, "bfloat16"),
+    "mamba_1m": _bytes("mamba", "Mamba", 2**20, "bfloat16"),
+    "gated_delta_net_64k": _bytes(
+        "gated_delta_net", "gated DeltaNet", 2**16, "bfloat16", heads=4
     ),
+    "gated_delta_net_1m": _bytes(
+        "gated_delta_net", "gated DeltaNet", 2**20, "bfloat16", heads=4
+    ),
+    "s4d_64k": _bytes("s4d", "S4D", 2**16),
+    "s4d_1m": _bytes("s4d", "S4D", 2**20),
+    "conv_s5_600": _moving_mnist(600, 1, {"mesh.sequence": 8}, machines=OVER_TIME),
+    "conv_s5_4800": _moving_mnist(4_800, 1, {"mesh.sequence": 8}, machines=OVER_TIME),
 }
 
 
