@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import linear_scan
-from layers import S5, laws
+from kernels import linear_scan, shards
+from layers import S5, facts, laws
 from layers.checks import checked
 from layers.facts import L
 from layers.laws import __main__ as command
@@ -26,11 +26,14 @@ STATES |= {"lax.scan over calls", "elapsed time, gradients"}
 RESETS = {"packing", "packing, gradients", "reset on a masked token"}
 RESETS |= {"reset everywhere", "isolation"}
 TIMES = {"elapsed time", "elapsed time, gradients"}
+OF_DEVICES = ("sharding", "sequence axis")  # of more than one
 
 
 def not_applied(name):
     """The laws that say nothing about a case."""
-    missing = {"sharding"} if jax.local_device_count() == 1 else set()
+    missing = set(OF_DEVICES) if jax.local_device_count() == 1 else set()
+    if facts.why_sequential(examples.CASES[name]()):
+        missing |= {"sequence axis"}
     if "bidirectional" in name or name == "flash_butterfly":
         missing |= STATES
     # What is declared is refused, and nothing else: the law of refusals.
@@ -136,7 +139,8 @@ class Decay(nn.Module):
 
 
 def test_a_sound_layer_of_a_users_own_holds():
-    quick = [law for law in laws.LAWS if law not in ("length", "jit", "sharding")]
+    slow = ("length", "jit", *OF_DEVICES)
+    quick = [law for law in laws.LAWS if law not in slow]
     assert holds(Decay(2), quick) == set()
 
 
@@ -421,7 +425,7 @@ FAULTS = {
 
 
 def test_every_law_has_a_fault_that_it_catches():
-    assert laws.LAWS.keys() - FAULTS.keys() == {"sharding"}  # see below: two devices
+    assert laws.LAWS.keys() - FAULTS.keys() == {*OF_DEVICES}  # see below
 
 
 @pytest.mark.parametrize(
@@ -493,6 +497,13 @@ class Grounded(Decay):
         return super().mixed(x, state, sequence)
 
 
+class Parted(Decay):
+    """Knows of the devices that its sequence is spread over."""
+
+    def mixed(self, x, state, sequence):
+        return super().mixed(x * shards.devices(shards.TIME), state, sequence)
+
+
 TWO_DEVICES = """
 import jax
 from layers import laws
@@ -502,8 +513,9 @@ from tests import test_laws
 assert jax.local_device_count() == 2
 layers = [examples.CASES[name]() for name in {names}] or [test_laws.Decay(2)]
 for layer in layers:
-    assert test_laws.holds(layer, ["sharding", "shard_map"]) == set()
+    assert test_laws.holds(layer, ["shard_map", *test_laws.OF_DEVICES]) == set()
 assert not laws.examine(test_laws.Grounded(2), only=["sharding"])[0].passed
+assert not laws.examine(test_laws.Parted(2), only=["sequence axis"])[0].passed
 """
 
 

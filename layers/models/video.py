@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels import shards
 from layers.checks import check_state
 from layers.frames import images
 from layers.models import residual
@@ -56,26 +57,34 @@ class FrameDecoder(nn.Module):
 def in_pieces(
     module: Callable[[jax.Array], jax.Array], x: jax.Array, size: int
 ) -> jax.Array:
-    """module(x) of frames x [B, L, ...], `size` of them at a time and, where that is
-    less than L, made again for the gradient; the module sees every frame by itself."""
+    """module(x) of frames x [B, L, ...], `size` of them at a time (of each device that
+    a sequence is split over) and, where that is less than L, made again for the
+    gradient; the module sees every frame by itself."""
     B, L = x.shape[:2]
-    if size >= L:
+    parts = shards.devices(shards.TIME)
+    parts = parts if L % parts == 0 else 1
+    length = L // parts
+    if size >= length:
         return module(x)
-    count = -(-L // size)
-    x = jnp.pad(x, [(0, 0), (0, count * size - L)] + [(0, 0)] * (x.ndim - 2))
+    count = -(-length // size)
+    x = x.reshape(B, parts, length, *x.shape[2:])
+    gap = (0, count * size - length)
+    x = jnp.pad(x, [(0, 0), (0, 0), gap] + [(0, 0)] * (x.ndim - 3))
 
     def one(module, carry, x):
-        return carry, module(x)
+        y = module(x.reshape(B, parts * size, *x.shape[3:]))
+        return carry, y.reshape(B, parts, size, *y.shape[2:])
 
     over = nn.scan(
         nn.remat(one, prevent_cse=False),
         variable_broadcast="params",
         split_rngs={"params": False},
-        in_axes=1,
-        out_axes=1,
+        in_axes=2,
+        out_axes=2,
     )
-    _, y = over(module, (), x.reshape(B, count, size, *x.shape[2:]))
-    return y.reshape(B, count * size, *y.shape[3:])[:, :L]
+    _, y = over(module, (), x.reshape(B, parts, count, size, *x.shape[3:]))
+    y = y.reshape(B, parts, count * size, *y.shape[4:])[:, :, :length]
+    return y.reshape(B, L, *y.shape[3:])
 
 
 class Video(nn.Module):
