@@ -302,7 +302,7 @@ def test_block_convolution_of_every_order(sizes, window):
         return monarch.circular(v, k, sizes, start, count, False)
 
     with jax.enable_x64(True):
-        *found, expected = (
+        actual, expected = (
             jax.jit(partial(_with_gradients, f))(v, k)
             for f in (block, partial(xla.window, start=start, count=count))
         )
