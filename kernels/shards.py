@@ -145,6 +145,7 @@ def run(
             of the mesh; without it TIME stays whole.
     """
     mesh, axes = _split.get()
+    both = (*axes[CHANNELS], *axes[TIME])
     arrays, tree = jax.tree.flatten(tuple(arguments))
     named = []
     for spec, argument in zip(specs, arguments, strict=True):
@@ -155,7 +156,6 @@ def run(
     if relayed is None:
         axes = axes | {TIME: ()}
     used = {name: _dividing(mesh, axes[name], name, named, shapes) for name in axes}
-    both = (*axes[CHANNELS], *_split.get().axes[TIME])
     used[SPREAD] = _dividing(mesh, both, SPREAD, named, shapes) or _dividing(
         mesh, axes[CHANNELS], SPREAD, named, shapes
     )
@@ -171,7 +171,7 @@ def run(
 
     if used[TIME]:
         call = partial(relayed, used[TIME])
-    if moved := used[SPREAD] != used[CHANNELS]:
+    if moved := devices(TIME) > 1:
         arrays = [_by_token(*each) for each in zip(arrays, named, strict=True)]
     answer = jax.shard_map(
         lambda *parts: call(*jax.tree.unflatten(tree, parts)),
