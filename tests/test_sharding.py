@@ -348,7 +348,7 @@ def test_what_tensor_must_divide_is_named(model, message):
             "mesh.sequence must be 1 for GRU, got 4: a step is",
         ),
         (
-            dict(layer="s5", encoder="grid", layer_args={}),
+            dict(layer="s5", encoder="grid", grid="cross"),
             (1, 4, 4, 1),
             "mesh.sequence must be 1 for the grid encoder, got 4: its axes are those",
         ),

@@ -192,7 +192,7 @@ def test_xla_splits_no_kernel_needs_devices():
 
     with over(mesh(8, 1, 1)):
         assert shards.active()
-        jax.jit(lambda x: shards.run(call, [x], [shards.BY_TOKEN], shards.BY_TOKEN))(
+        jax.jit(lambda x: shards.run(call, [x], [shards.BY_ROW], shards.BY_ROW))(
             jnp.ones(8)
         )
     assert seen == [False]

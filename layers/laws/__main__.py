@@ -106,7 +106,7 @@ def _print_matrix(results):
     print(f"{'':{width}} {' '.join(letters.values())}  time")
     for name, result in results.items():
         marks = " ".join(map(_mark, result.findings))
-        print(f"{name:{width}} {marks} {result.seconds:3.0f} s")
+        print(f"{name:{width}} {marks} {result.seconds:3.0f}s")
     print("\n. holds   F fails   - does not apply")
     entries = [f"{letter} {law}" for law, letter in letters.items()]
     rows = -(-len(entries) // 3)
