@@ -103,7 +103,7 @@ def _print_matrix(results):
     """One line a case, one letter a law."""
     letters = {law: chr(ord("a") + i) for i, law in enumerate(laws.LAWS)}
     width = max(map(len, results))
-    print(f"{'':{width}} {' '.join(letters.values())}  time")
+    print(f"{'':{width}} {' '.join(letters.values())} time")
     for name, result in results.items():
         marks = " ".join(map(_mark, result.findings))
         print(f"{name:{width}} {marks} {result.seconds:3.0f}s")
