@@ -351,7 +351,8 @@ def _products(matrices, X, low):
     if compat.platform() == "tpu":  # whose compiler takes a second for each of them
         if X[0].shape[-1] == 1:
             x = jnp.concatenate([part[..., 0] for part in X], -1)
-            y = _einsum("...n,kn->...k", x, jnp.block(matrices), low)
+            matrix = jnp.block(matrices)
+            y = _einsum(_of_columns(matrix), x, matrix, low)
             return tuple(part[..., None] for part in jnp.split(y, len(matrices), -1))
         y = matmul(jnp.block(matrices), jnp.concatenate(X, -2), low)
         return tuple(jnp.split(y, len(matrices), -2))
@@ -364,8 +365,7 @@ def _products(matrices, X, low):
 def matmul(matrix, x, low):
     """[n, m] of every [.., n, m], in float32 or wider; per channel if [H, n, n]."""
     if x.shape[-1] == 1:  # a column, which would be a whole tile wide in a TPU's memory
-        equation = "bhpn,hkn->bhpk" if matrix.ndim == 3 else "...n,kn->...k"
-        return _einsum(equation, x[..., 0], matrix, low)[..., None]
+        return _einsum(_of_columns(matrix), x[..., 0], matrix, low)[..., None]
     equation = "hkn,bhpnm->bhpkm" if matrix.ndim == 3 else "kn,...nm->...km"
     if compat.platform() != "gpu":
         return _einsum(equation, matrix, x, low)
@@ -378,6 +378,11 @@ def matmul(matrix, x, low):
         matrix, x = matrix.astype(jnp.bfloat16), x.astype(jnp.bfloat16)
     matrix, x = jax.lax.optimization_barrier((matrix, x))
     return _einsum(equation, matrix, x, low)[..., :columns]
+
+
+def _of_columns(matrix):
+    """The product of single columns [.., n] and a matrix, per channel if [H, n, n]."""
+    return "bhpn,hkn->bhpk" if matrix.ndim == 3 else "...n,kn->...k"
 
 
 def _einsum(equation, a, b, low):
