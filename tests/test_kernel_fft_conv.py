@@ -26,6 +26,7 @@ from kernels import (
     dft_factors,
     fft_conv,
 )
+from kernels.check.cases import OPERATIONS, Case
 from kernels.fft_conv import choice, monarch, overlap_save, segmented, windows, xla
 from kernels.tolerance import assert_close
 
@@ -334,6 +335,15 @@ def test_whole_tiles_on_a_tpu(length, row, monkeypatch):
     with compat.lowering_for("tpu"):
         assert monarch.sizes_of(2 * length)[-1] == monarch.LANES
         check(fft_conv, inputs, "float64", "monarch")
+
+
+@pytest.mark.parametrize("variant", OPERATIONS["butterfly_conv"].variants)
+def test_a_butterfly_on_a_tpu(variant):
+    """Matrices of a DFT, learned, per channel; computed here all the same."""
+    operation = OPERATIONS["butterfly_conv"]
+    inputs = operation.inputs(Case(variant, 37))
+    with compat.lowering_for("tpu"):
+        check(operation.call, inputs, "float64", "monarch")
 
 
 @pytest.mark.parametrize("length_taps", [(1200, 1200), (60, 60), (700, 150)], ids=str)
