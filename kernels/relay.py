@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels import varying
+from kernels import pairs, varying
 
 Axes = tuple[str, ...]
 
@@ -70,8 +70,7 @@ def passed(
         final, transition: of the device's part, the first without a state before it.
         state: before the first part, None for zeros. All else as in `scan`.
     """
-    finals = jax.lax.all_gather(final, axes)
-    transitions = jax.lax.all_gather(transition, axes)
+    finals, transitions = (_gathered(axes, x) for x in (final, transition))
     dtype = final.dtype
     if state is not None:
         dtype = jnp.promote_types(dtype, state.dtype)
@@ -95,19 +94,30 @@ def passed(
     return entering[rank], *_everywhere(axes, rank == first, last, total)
 
 
+def _gathered(axes, x):
+    """x of every device. Of complex numbers in parts: the gradient of a gather is a
+    reduce-scatter, of which a TPU has none for them."""
+    return pairs.join(tuple(jax.lax.all_gather(p, axes) for p in pairs.split(x)))
+
+
 def _everywhere(axes, here, *arrays):
     """What all devices have, as what does not vary over them."""
-    return jax.tree.map(lambda x: jax.lax.psum(jnp.where(here, x, 0), axes), arrays)
+
+    def one(x):
+        parts = (jax.lax.psum(jnp.where(here, p, 0), axes) for p in pairs.split(x))
+        return pairs.join(tuple(parts))
+
+    return jax.tree.map(one, arrays)
 
 
 def neighbour(axes: Axes, x: jax.Array, reverse: bool = False) -> jax.Array:
     """What the device of the part before (with `reverse`, behind) has; zeros at the
     end."""
     count = jax.lax.axis_size(axes)
-    pairs = [(i, i + 1) for i in range(count - 1)]
+    links = [(i, i + 1) for i in range(count - 1)]
     if reverse:
-        pairs = [(b, a) for a, b in pairs]
-    return jax.lax.ppermute(x, axes, pairs)
+        links = [(b, a) for a, b in links]
+    return jax.lax.ppermute(x, axes, links)
 
 
 def window(
