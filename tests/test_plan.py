@@ -446,7 +446,7 @@ def test_what_is_planned_is_on_the_page(tmp_path, monkeypatch, here):
     page.keep("gpu:h200:8", "s5_path_x", plans, {"jax": "1"})
     text = page.written(page.PAGE.read_text(), tmp_path)
     assert "### gpu:h200:8\n\njax 1\n" in text and "### tpu" not in text
-    assert "over 8 devices" not in text
+    assert "over 8 devices (`mesh.sequence`)" not in text
     page.keep("gpu:h200:8", "s5_64k", plans, {"jax": "1"})
     long = page.written(page.PAGE.read_text(), tmp_path)
     assert "over 8 devices (`mesh.sequence`):\n\n| workload |" in long
