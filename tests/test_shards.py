@@ -23,6 +23,8 @@ from kernels.tolerance import assert_close
 
 SIZES = {"B": 4, "D": 20, "H": 4, "G": 4}
 DEVICES = 8
+ALONE = pytest.mark.skipif(len(jax.devices()) > 1, reason="this is that process")
+THERE = pytest.mark.skipif(len(jax.devices()) < DEVICES, reason="for eight devices")
 AXES = ("data", "fsdp", "tensor", "sequence")
 # Of the devices: rows and channels, and rows and time.
 LAYOUTS = {"channels": (2, 2, 2, 1), "time": (2, 1, 1, 4)}
@@ -74,6 +76,7 @@ def holds_on_many_devices(op, variant, options, layout):
     assert_close(found_gradients, gradients, "gradient")
 
 
+@THERE
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS, ids=["none", "all", "reverse"])
@@ -95,10 +98,6 @@ def eight_devices(expression):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return int(re.search(r"(\d+) passed", done.stdout)[1])
-
-
-ALONE = pytest.mark.skipif(len(jax.devices()) > 1, reason="this is that process")
-THERE = pytest.mark.skipif(len(jax.devices()) < DEVICES, reason="for eight devices")
 
 
 @ALONE
