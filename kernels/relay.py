@@ -22,6 +22,41 @@ def decayed(transition: jax.Array, state: jax.Array) -> jax.Array:
     return jnp.expand_dims(transition, behind) * state
 
 
+def of(
+    call: Callable,
+    state: int,
+    *,
+    reverse: bool,
+    return_transition: bool,
+    carry: Callable[[jax.Array, jax.Array], jax.Array] = decayed,
+) -> Callable:
+    """relayed(axes, *arguments) for `kernels.shards.run`: `scan` of an operation.
+
+    Args:
+        call: call(*arguments, return_transition=), of one device.
+        state: which of the arguments is the initial state.
+        reverse, return_transition: as `call` has them.
+        carry: as in `scan`.
+    """
+
+    def relayed(axes, *arguments):
+        before, after = arguments[:state], arguments[state + 1 :]
+
+        def part(entering, **options):
+            return call(*before, entering, *after, **options)
+
+        return scan(
+            axes,
+            part,
+            arguments[state],
+            reverse=reverse,
+            return_transition=return_transition,
+            carry=carry,
+        )
+
+    return relayed
+
+
 def scan(
     axes: Axes,
     call: Callable,

@@ -49,13 +49,20 @@ def joined(
     segment = jnp.zeros(k.shape[:2], jnp.int32)
     if sequence.reset is not None:
         segment = jnp.cumsum(sequence.reset, axis=1)
-    skipped = cache.key.shape[1] - (reach - 1)
-    key, value = (
-        jnp.concatenate([old[:, skipped:].astype(new.dtype), new], axis=1)
-        for old, new in ((cache.key, k), (cache.value, v))
+    before = last_slots(cache, reach)
+    key, value, segments = (
+        jnp.concatenate([old.astype(new.dtype), new], axis=1)
+        for old, new in zip(before, (k, v, segment), strict=True)
     )
-    before = jnp.where(filled(cache)[:, skipped:], 0, -1)
-    return key, value, jnp.concatenate([before, segment], axis=1), segment
+    return key, value, segments, segment
+
+
+def last_slots(cache: KVCache, reach: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys, values and segments [B, R - 1, ...] of the last R - 1 slots of a cache, R =
+    `reach`: 0, or -1 of an empty one."""
+    skipped = cache.key.shape[1] - (reach - 1)
+    segments = jnp.where(filled(cache), 0, -1)
+    return cache.key[:, skipped:], cache.value[:, skipped:], segments[:, skipped:]
 
 
 def attend(
@@ -91,14 +98,9 @@ def attend_isolated(
     """`attend`, where what is not finite reaches the queries that see it and no other:
     a weight of 0 alone would let NaN through, in the products and in their gradients.
     """
-    ill_query = _ill(q)
-    ill_token = _ill(k) | _ill(v)
+    ill_query = seq.not_finite(q)
+    ill_token = seq.not_finite(k) | seq.not_finite(v)
     q = jnp.where(ill_query[..., None, None], 0, q)
     k, v = (jnp.where(ill_token[..., None, None], 0, z) for z in (k, v))
     ill = ill_query | jnp.any(visible & ill_token[:, None], axis=-1)
     return jnp.where(ill[..., None, None], jnp.nan, attend(q, k, v, visible))
-
-
-def _ill(x):
-    """Which tokens of x [B, L, heads, K] are not finite."""
-    return ~jnp.all(jnp.isfinite(x), axis=(-2, -1))

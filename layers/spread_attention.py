@@ -131,9 +131,7 @@ def _cached(layer, q, cache, length):
     reach = layer.reach
     if cache is None:
         cache, reach = layer.init_state(q.shape[0]), min(reach, length)
-    skipped = cache.key.shape[1] - (reach - 1)
-    before = jnp.where(softmax.filled(cache), 0, -1)
-    return *(x[:, skipped:] for x in (cache.key, cache.value, before)), reach
+    return *softmax.last_slots(cache, reach), reach
 
 
 def _keys(layer, axes, q, k, v, cache, sequence):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from kernels import varying
 from kernels.relay import Axes, neighbour, passed, scan, window
+from ssm.sequence import not_finite
 
 __all__ = [
     "neighbour",
@@ -92,14 +93,14 @@ def ring_attention(
     B, L, heads, K = q.shape
     G = k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    ill_query = _ill(q)
+    ill_query = not_finite(q)
     q = jnp.where(ill_query[..., None, None], 0, q).reshape(B, L, G, heads // G, K)
 
     def add(carry, block):
         most, total, o, ill = carry
         k, v, tags = block
         visible = sees(queries, tags)
-        ill_token = _ill(k) | _ill(v)
+        ill_token = not_finite(k) | not_finite(v)
         ill = ill | jnp.any(visible & ill_token[:, None], -1)
         k, v = (jnp.where(ill_token[..., None, None], 0, x) for x in (k, v))
         logits = jnp.einsum("btgnk,bsgk->btgns", q, k, preferred_element_type=dtype)
@@ -133,8 +134,3 @@ def ring_attention(
     o = o / jnp.where(total == 0, 1, total)[..., None]
     o = jnp.where(ill[:, :, None, None, None], jnp.nan, o)
     return o.reshape(B, L, heads, K).astype(q.dtype)
-
-
-def _ill(x):
-    """Which tokens of x [B, L, heads, K] are not finite."""
-    return ~jnp.all(jnp.isfinite(x), axis=(-2, -1))

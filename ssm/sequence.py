@@ -118,6 +118,11 @@ def zero_masked(x: jax.Array, sequence: Sequence) -> jax.Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
+def not_finite(x: jax.Array) -> jax.Array:
+    """Which tokens of x [B, L, ...] have a value that is not finite, [B, L] bool."""
+    return ~jnp.all(jnp.isfinite(x), axis=tuple(range(2, x.ndim)))
+
+
 def lengths(mask: jax.Array) -> jax.Array:
     """Number of existing tokens per row, [B] int32."""
     return jnp.sum(mask, axis=1, dtype=jnp.int32)

@@ -79,12 +79,8 @@ def chunked_scan(
     """
     op = "chunked_scan"
     _check(op, q, k, v, log_decay, beta, initial_state, reset)
-    call = partial(
-        chunked_scan,
-        reverse=reverse,
-        return_transition=return_transition,
-        backend=backend,
-    )
+    how = dict(reverse=reverse, return_transition=return_transition)
+    call = partial(chunked_scan, **how, backend=backend)
     if not v.shape[0]:
         return rows.none(call, q, k, v, log_decay, beta, initial_state, reset)
     if shards.active():
@@ -94,7 +90,8 @@ def chunked_scan(
         specs = *sequences, decay, shards.SEQUENCE, shards.STATE, shards.BY_TOKEN
         arguments = q, k, v, log_decay, beta, initial_state, reset
         results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
-        relayed = partial(_relayed, call)
+        carry = relay.decayed if beta is None else jnp.matmul
+        relayed = relay.of(call, 5, **how, carry=carry)
         return shards.run(call, arguments, specs, results, relayed)
     # which are multiplied with each other: kernels do that in one dtype
     q, k = (x.astype(jnp.promote_types(q.dtype, k.dtype)) for x in (q, k))
@@ -128,17 +125,6 @@ def chunked_scan(
         return o, result, final[..., values:]
     transition = jnp.exp(log_decay.astype(dtype).sum(1))
     return o, result, segments.through(transition, reset)
-
-
-def _relayed(call, axes, q, k, v, log_decay, beta, initial_state, reset):
-    """Each device with its part of the length."""
-
-    def scan(state, **options):
-        return call(q, k, v, log_decay, beta, state, reset, **options)
-
-    carry = relay.decayed if beta is None else jnp.matmul
-    how = {name: call.keywords[name] for name in ("reverse", "return_transition")}
-    return relay.scan(axes, scan, initial_state, **how, carry=carry)
 
 
 def _check(op, q, k, v, log_decay, beta, initial_state, reset):

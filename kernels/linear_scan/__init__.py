@@ -62,19 +62,15 @@ def linear_scan(
     """
     op = "linear_scan"
     _check(op, a, x, initial_state, reset)
-    call = partial(
-        linear_scan,
-        reverse=reverse,
-        return_transition=return_transition,
-        backend=backend,
-    )
+    how = dict(reverse=reverse, return_transition=return_transition)
+    call = partial(linear_scan, **how, backend=backend)
     if not x.shape[0]:
         return rows.none(call, a, x, initial_state, reset)
     if shards.active():
         into, each, state = _specs(a, x)
         specs = into, each, state, shards.BY_TOKEN
         results = (each, state, state)[: 2 + return_transition]
-        relayed = partial(_relayed, call)
+        relayed = relay.of(call, 2, **how)
         return shards.run(call, (a, x, initial_state, reset), specs, results, relayed)
     module = dispatch.pick(op, BACKENDS, backend, a, x)
     a, x, initial_state, reset = varying.together(a, x, initial_state, reset)
@@ -105,16 +101,6 @@ def _specs(a, x):
     each = PartitionSpec(shards.ROWS, shards.TIME, *state)
     into = each if a.ndim == x.ndim else PartitionSpec(*state)
     return into, each, PartitionSpec(shards.ROWS, *state)
-
-
-def _relayed(call, axes, a, x, initial_state, reset):
-    """Each device with its part of the length."""
-
-    def scan(state, **options):
-        return call(a, x, state, reset, **options)
-
-    how = {name: call.keywords[name] for name in ("reverse", "return_transition")}
-    return relay.scan(axes, scan, initial_state, **how)
 
 
 def _transition(a, shape, reset):

@@ -61,12 +61,8 @@ def contracted_scan(
     """
     op = "contracted_scan"
     _check(op, log_a, b, c, u, dt, initial_state, reset)
-    call = partial(
-        contracted_scan,
-        reverse=reverse,
-        return_transition=return_transition,
-        backend=backend,
-    )
+    how = dict(reverse=reverse, return_transition=return_transition)
+    call = partial(contracted_scan, **how, backend=backend)
     if not u.shape[0]:
         return rows.none(call, log_a, b, c, u, dt, initial_state, reset)
     if shards.active():
@@ -74,7 +70,7 @@ def contracted_scan(
         sequences = shards.SEQUENCE, shards.BY_TOKEN, shards.STATE, shards.BY_TOKEN
         arguments = log_a, b, c, u, dt, initial_state, reset
         results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
-        relayed = partial(_relayed, call)
+        relayed = relay.of(call, 5, **how)
         specs = *system, *sequences
         return shards.run(call, arguments, specs, results, relayed)
     module = dispatch.pick(op, BACKENDS, backend, log_a, u)
@@ -97,16 +93,6 @@ def contracted_scan(
         transition = pairs.join(_elapsed_power(pairs.split(log_a), dt))
     transition = jnp.broadcast_to(transition, final.shape).astype(dtype)
     return y, final, segments.through(transition, reset)
-
-
-def _relayed(call, axes, log_a, b, c, u, dt, initial_state, reset):
-    """Each device with its part of the length."""
-
-    def scan(state, **options):
-        return call(log_a, b, c, u, dt, state, reset, **options)
-
-    how = {name: call.keywords[name] for name in ("reverse", "return_transition")}
-    return relay.scan(axes, scan, initial_state, **how)
 
 
 def _elapsed_power(log_a, dt):

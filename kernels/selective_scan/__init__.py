@@ -77,13 +77,14 @@ def selective_scan(
     """
     op = "selective_scan"
     _check(op, u, dt, A, B, C, initial_state, reset, skip)
-    call = partial(_positional, reverse, return_transition, backend)
+    how = dict(reverse=reverse, return_transition=return_transition)
+    call = partial(_positional, **how, backend=backend)
     if not u.shape[0]:
         return rows.none(call, u, dt, A, B, C, initial_state, reset, skip)
     if shards.active():
         arguments = u, dt, A, B, C, initial_state, reset, skip
         results = (shards.SEQUENCE, *[shards.STATE] * (1 + return_transition))
-        relayed = partial(_relayed, reverse, return_transition, backend)
+        relayed = relay.of(call, 5, **how)
         return shards.run(call, arguments, SPECS, results, relayed)
     module = dispatch.pick(op, BACKENDS, backend, u, A)
     dtype = checks.state_dtype(u, dt, A, B, C, initial_state, skip)
@@ -101,32 +102,9 @@ def selective_scan(
     return y, final, segments.through(transition, reset)
 
 
-def _positional(reverse, return_transition, backend, *arguments):
+def _positional(*arguments, **options):
     *arguments, skip = arguments
-    return selective_scan(
-        *arguments,
-        skip=skip,
-        reverse=reverse,
-        return_transition=return_transition,
-        backend=backend,
-    )
-
-
-def _relayed(reverse, return_transition, backend, axes, *arguments):
-    """Each device with its part of the length."""
-    *inputs, initial_state, reset, skip = arguments
-
-    def scan(state, return_transition):
-        arguments = *inputs, state, reset, skip
-        return _positional(reverse, return_transition, backend, *arguments)
-
-    return relay.scan(
-        axes,
-        scan,
-        initial_state,
-        reverse=reverse,
-        return_transition=return_transition,
-    )
+    return selective_scan(*arguments, skip=skip, **options)
 
 
 def _check(op, u, dt, A, B, C, initial_state, reset, skip):
