@@ -4,15 +4,13 @@ On eight emulated devices, in a process of its own (`test_eight_devices`).
 """
 
 import functools
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import ALONE, DEVICES, THERE, passed
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels import (
@@ -31,9 +29,6 @@ from layers.frames.frame_attention import FrameAttention, FullFrameAttention
 from layers.laws.examples import CASES
 from ssm import parallel
 
-DEVICES = 8
-THERE = pytest.mark.skipif(len(jax.devices()) < DEVICES, reason="for eight devices")
-ALONE = pytest.mark.skipif(len(jax.devices()) > 1, reason="this is that process")
 QUICK = ("s5", "mamba", "gated_delta_net", "s4d", "conv_s5")
 AXIS = ("sequence",)
 COLLECTIVE = re.compile(
@@ -41,31 +36,16 @@ COLLECTIVE = re.compile(
 )
 
 
-def eight_devices(expression):
-    """pytest of this file on eight emulated devices; how many passed."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", expression],
-        env=os.environ
-        | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={DEVICES}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return int(re.search(r"(\d+) passed", done.stdout)[1])
-
-
 @ALONE
 def test_eight_devices():
     count = len(QUICK) + len(FORMS) + len(SENT) + len(OWN)
-    assert eight_devices("quick or form_of or is_sent or of_ones_own") == count
+    assert passed(__file__, "quick or form_of or is_sent or of_ones_own") == count
 
 
 @ALONE
 @pytest.mark.slow
 def test_eight_devices_every_layer():
-    assert eight_devices("test_every_layer") == len(CASES)
+    assert passed(__file__, "test_every_layer") == len(CASES)
 
 
 def mesh():

@@ -4,16 +4,14 @@ Values and every gradient on eight emulated devices (in a process of its own, se
 `test_eight_devices`), two parts of the channels and four of the rows.
 """
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 import test_transformations
+from eight_devices import ALONE, DEVICES, THERE, passed
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kernels import compat, dispatch, linear_scan, shards
@@ -22,9 +20,6 @@ from kernels.check.comparison import rounded
 from kernels.tolerance import assert_close
 
 SIZES = {"B": 4, "D": 20, "H": 4, "G": 4}
-DEVICES = 8
-ALONE = pytest.mark.skipif(len(jax.devices()) > 1, reason="this is that process")
-THERE = pytest.mark.skipif(len(jax.devices()) < DEVICES, reason="for eight devices")
 AXES = ("data", "fsdp", "tensor", "sequence")
 # Of the devices: rows and channels, and rows and time.
 LAYOUTS = {"channels": (2, 2, 2, 1), "time": (2, 1, 1, 4)}
@@ -85,33 +80,18 @@ def test_is_what_it_is_on_one_device(op, variant, options, layout):
     holds_on_many_devices(op, variant, options, layout)
 
 
-def eight_devices(expression):
-    """pytest of this file on eight emulated devices; how many passed."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", expression],
-        env=os.environ
-        | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={DEVICES}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return int(re.search(r"(\d+) passed", done.stdout)[1])
-
-
 @ALONE
 def test_eight_devices():
     """One variant of every operation, and what needs several devices to be seen."""
     count = len(FIRST) * len(LAYOUTS)
-    assert eight_devices("test_first or needs_devices") == count + 3
+    assert passed(__file__, "test_first or needs_devices") == count + 3
 
 
 @ALONE
 @pytest.mark.slow
 def test_eight_devices_every_variant():
-    passed = eight_devices("test_is_what_it_is_on_one_device")
-    assert passed == len(EVERY) * len(OPTIONS) * len(LAYOUTS)
+    count = passed(__file__, "test_is_what_it_is_on_one_device")
+    assert count == len(EVERY) * len(OPTIONS) * len(LAYOUTS)
 
 
 @THERE
