@@ -29,7 +29,7 @@ from layers.frames.frame_attention import FrameAttention, FullFrameAttention
 from layers.laws.examples import CASES
 from ssm import parallel
 
-QUICK = ("s5", "mamba", "gated_delta_net", "s4d", "conv_s5")
+QUICK = ("s5", "gated_delta_net", "s4d")
 AXIS = ("sequence",)
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
@@ -38,14 +38,14 @@ COLLECTIVE = re.compile(
 
 @ALONE
 def test_eight_devices():
-    count = len(QUICK) + len(FORMS) + len(SENT) + len(OWN)
-    assert passed(__file__, "quick or form_of or is_sent or of_ones_own") == count
+    count = len(QUICK) + len(QUICK_FORMS) + len(SENT) + len(OWN)
+    assert passed(__file__, "test_quick or is_sent or of_ones_own") == count
 
 
 @ALONE
 @pytest.mark.slow
 def test_eight_devices_every_layer():
-    assert passed(__file__, "test_every_layer") == len(CASES)
+    assert passed(__file__, "test_every") == len(CASES) + len(FORMS)
 
 
 def mesh():
@@ -72,37 +72,40 @@ def test_every_layer(name):
     assert (holds(layer).error is None) == bool(facts.why_sequential(layer))
 
 
+BOTH_WAYS = dict(context=30, bidirectional=True)
 # name -> (form, the tokens from which it is a ring, the layer)
 FORMS = {
     "heads": ("heads", 8192, Attention(16, heads=8, context=30)),
-    "heads, both ways": (
-        "heads",
-        8192,
-        Attention(16, heads=8, context=30, bidirectional=True),
-    ),
+    "heads, both ways": ("heads", 8192, Attention(16, heads=8, **BOTH_WAYS)),
     "keys": ("keys", 8192, Attention(16, heads=8, kv_heads=4, context=30)),
     "keys of a neighbour": ("keys", 1, Attention(6, heads=3, window=3)),
     "keys of a window": ("keys", 8192, Attention(6, heads=3, window=7)),
-    "keys, both ways": (
-        "keys",
-        8192,
-        Attention(6, heads=3, context=30, bidirectional=True),
-    ),
+    "keys, both ways": ("keys", 8192, Attention(6, heads=3, **BOTH_WAYS)),
     "ring": ("ring", 1, Attention(6, heads=3, kv_heads=1, context=30)),
     "ring of a window": ("ring", 1, Attention(6, heads=3, window=7)),
-    "ring, both ways": (
-        "ring",
-        1,
-        Attention(6, heads=3, context=30, bidirectional=True),
-    ),
+    "ring, both ways": ("ring", 1, Attention(6, heads=3, **BOTH_WAYS)),
     "frames": ("keys", 8192, FrameAttention(6, (2, 2), heads=3, context=30)),
     "frames by heads": ("heads", 1, FullFrameAttention(8, (1, 2), 8, context=30)),
 }
 
 
+QUICK_FORMS = ("heads", "keys of a neighbour", "ring")
+
+
 @THERE
+@pytest.mark.parametrize("name", QUICK_FORMS)
+def test_quick_form(name, monkeypatch):
+    holds_in_its_form(name, monkeypatch)
+
+
+@THERE
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
-def test_form_of(name, monkeypatch):
+def test_every_form(name, monkeypatch):
+    holds_in_its_form(name, monkeypatch)
+
+
+def holds_in_its_form(name, monkeypatch):
     form, ring, layer = FORMS[name]
     monkeypatch.setattr(spread_attention, "RING", ring)
     holds(layer)
