@@ -122,7 +122,6 @@ def convolved(
     if state is None:
         dtype = jnp.promote_types(u.dtype, B.dtype)
         state = jnp.zeros((u.shape[0], *u.shape[2:4], B.shape[-1]), dtype)
-    B, C, u = together(B, C, u)
     into = jnp.concatenate([B.real, B.imag], axis=-1)
     out = jnp.concatenate([C.real, -C.imag], axis=-2)
 

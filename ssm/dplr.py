@@ -95,7 +95,6 @@ def varying(
     """
     if state is None:
         state = jnp.zeros((u.shape[0], *C.shape), C.dtype)
-    system, C, state, u = together(system, C, state, u)
     return in_chunks(Partial(_steps, system, C), state, u, elapsed, reset, chunk)
 
 

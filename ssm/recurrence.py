@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from kernels import contracted_scan, fft_conv, linear_scan, vandermonde_transpose
-from kernels.varying import together
 from ssm import filters
 from ssm.chunks import bound, in_chunks
 from ssm.discretize import expm1_ratio
@@ -215,7 +214,6 @@ def mixed(
     if state is None:
         dtype = jnp.promote_types(u.dtype, C.dtype)
         state = jnp.zeros((u.shape[0], C.shape[1]), dtype)
-    B, C, u = together(B, C, u)
     into = jnp.concatenate([B.real, B.imag]).T  # [H, 2P]: one real matmul, not two
     out = jnp.concatenate([C.real.T, -C.imag.T])  # [2P, H]
     maps = Partial(_onto, into), Partial(_onto, out)
