@@ -136,7 +136,8 @@ def on_split(
     """
     count = dataset.num_examples(split)
     size = sharding.evaluation_batch_size(config, mesh, count)
-    batches = signals.stoppable(dataset.evaluation(split, size))
+    rows = sharding.own_rows(mesh, size)
+    batches = signals.stoppable(dataset.evaluation(split, size, rows))
     return step.mean_scores(eval_step, variables, batches, mesh)
 
 

@@ -28,18 +28,11 @@ def apply(path: str | Path | None = None) -> None:
     Raises:
         ValueError: there is no such file, or it is no certificate.
     """
-    decision = {}
-    if jax.process_index() == 0:
-        try:
-            decision = decide(path)
-        except ValueError as error:
-            decision = {"error": str(error)}
+    with processes.agreed():
+        decision = decide(path) if jax.process_index() == 0 else None
     decision = processes.from_the_first(decision)
-    if "error" in decision:
-        raise ValueError(decision["error"])
-    if jax.process_index() == 0:
-        for line in decision["lines"]:
-            print(line, flush=True)
+    for line in decision["lines"]:
+        print(line, flush=True)
     for op, backend, reason in decision["exclude"]:
         exclude(op, backend, reason)
 

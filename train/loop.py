@@ -70,16 +70,20 @@ def run(
 
 
 def _run(config, workdir, profile, model, typed, stop) -> dict:
-    dataset = data.load(config.data)
-    begun_with = records.saved(workdir, "optimizer.warmup")
-    config = resolve.complete(config, dataset.spec, begun_with)
-    config = records.continued(workdir, config, typed)
-    mesh = sharding.make_mesh(config)
-    resolve.check(config, mesh)
-    model = build(config.model) if model is None else model
-    if dataset.spec.causal:
-        resolve.check_causal(model)
-    ENDINGS[dataset.spec.loss].check(config, dataset.spec, model)
+    with processes.agreed():
+        dataset = data.load(config.data)
+        begun_with = records.saved(workdir, "optimizer.warmup")
+        config = resolve.complete(config, dataset.spec, begun_with)
+        config = records.continued(workdir, config, typed)
+        mesh = sharding.make_mesh(config)
+        resolve.check(config, mesh)
+        model = build(config.model) if model is None else model
+        if dataset.spec.causal:
+            resolve.check_causal(model)
+        ENDINGS[dataset.spec.loss].check(config, dataset.spec, model)
+    if jax.process_count() > 1:
+        processes.check_same("config", records.values(config))
+        processes.check_same("code", records.code())
     # A finished run is told of also where nothing can be written.
     if not os.access(workdir, os.W_OK) and (
         finished := records.finished(workdir, config)

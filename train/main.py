@@ -13,6 +13,7 @@ import os
 import re
 import statistics
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import configs
-from train import layer_flags, runs, settings
+from train import hosts, layer_flags, runs, settings
 from train.signals import Stopped, check, stop_signals
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -56,8 +57,19 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "folder where JAX keeps compiled programs for the next start; default none, or "
     "what JAX_COMPILATION_CACHE_DIR says",
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where a run has several processes"
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "how many processes a run has")
+PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0")
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "one of several hosts; SLURM is noticed"
+    "distributed",
+    False,
+    "one of several hosts, found as JAX finds them; SLURM, TPU pods in Kubernetes and "
+    "JAX_COORDINATOR_ADDRESS are noticed without it",
+)
+START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 300.0, "seconds in which all processes must have come"
 )
 flags.DEFINE_bool("debug", False, "show where in the code an error arose")
 
@@ -72,13 +84,20 @@ def main(argv: list[str]) -> int:
     import jax
 
     from kernels import allocator
-    from train import data, evaluate, exclusions, loop
 
     if __name__ == "__main__":  # the process of who imports this is theirs
         allocator.keep_freed_memory()
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if DISTRIBUTED.value or tasks > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+    with hosts.joined(_place(), DISTRIBUTED.value, START_TIMEOUT.value):
+        return _train(jax)
+
+
+def _place() -> hosts.Place | None:
+    return hosts.find(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+
+
+def _train(jax) -> int:
+    from train import data, evaluate, exclusions, loop
+
     if COMPILATION_CACHE.value:
         folder = settings.place("--compilation_cache", COMPILATION_CACHE.value)
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
@@ -107,6 +126,8 @@ def main(argv: list[str]) -> int:
             evaluate.at_lengths(run, workdir, "test", times)
         if REPORT.value and jax.process_count() == 1:
             _write_report(workdir)
+        elif REPORT.value:
+            print(f"report: python -m train.report --workdir {workdir}", flush=True)
         check()
     if len(seeds) > 1:
         _print_seeds(outcomes)
@@ -119,6 +140,11 @@ def check_arguments(argv: list[str]) -> None:
         raise ValueError(f"arguments must be flags, got {argv[1:]}")
     if CONFIG.value is None:
         raise ValueError("--config is missing, such as --config pixels:digits")
+    if not 0 < START_TIMEOUT.value < threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"--start_timeout must be seconds above 0, got {START_TIMEOUT.value}"
+        )
+    _place()
     settings.check_types(CONFIG.value)
     settings.place("--workdir", WORKDIR.value or "")
     cache = settings.place("--compilation_cache", COMPILATION_CACHE.value or "")
@@ -321,12 +347,16 @@ def command(main: Callable[[list[str]], int]) -> None:
         raise
     except Exception as error:
         if any(a.startswith("--debug") for a in sys.argv) or not _ours(error):
+            if hosts.several():
+                traceback.print_exc()
+                hosts.leave(1)
             raise
         # A config file's own error comes with its traceback, which --debug shows.
         last = (
             str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
         )
         print(f"error: {' '.join(str(last).split())}", file=sys.stderr)
+        hosts.leave(2)
         sys.exit(2)
 
 

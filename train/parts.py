@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -168,7 +169,9 @@ def set_up(
     facts = said.facts(dataset) if jax.process_index() == 0 else {}
     if facts:
         print(*said.lines(facts), sep="\n", flush=True)
-    with contextlib.closing(dataset.train(options.batch_size, seed, 0)) as batches:
+    own = sharding.own_rows(mesh, options.batch_size)
+    stream = functools.partial(dataset.train, options.batch_size, seed, rows=own)
+    with contextlib.closing(stream(workers=0)) as batches:
         sample = sharding.place(next(batches), mesh)
     assembled = assemble(config, spec, mesh, model, sample)
     if jax.default_backend() == "cpu":
@@ -193,7 +196,7 @@ def set_up(
         train_step=compiled,
         eval_step=step.make_eval_step(model, losses.make(spec.loss), spec.padded, mesh),
         probe=flight.make_probe(model, losses.make(spec.loss), seed, spec.padded, mesh),
-        batches=dataset.train(options.batch_size, seed, config.data.workers),
+        batches=stream(workers=config.data.workers),
     )
 
 

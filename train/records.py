@@ -10,6 +10,7 @@
 Here is also who may go on in a workdir: what of these files has to be the same.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -39,6 +40,8 @@ RESULTS = "results.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 LATEST = 250_000_000_000  # seconds since 1970 that still are a date
+
+RINGS = ("kernels", "ssm", "layers", "train", "configs")  # where our code is
 
 # What every config has, an object each.
 SECTIONS = ("data", "model", "optimizer", "train", "mesh")
@@ -279,10 +282,30 @@ def write_versions(workdir: Path) -> None:
             "dirty": bool(_git("status", "--porcelain")),
         },
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": _packages(),
+        "processes": jax.process_count(),
         "devices": [device.device_kind for device in jax.devices()],
     }
     write_atomically(workdir / VERSIONS, json.dumps(versions, indent=2) + "\n")
+
+
+def code() -> dict:
+    """What the processes of a run must have in common beside its config: revision,
+    sources, packages."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for ring in RINGS for p in (root / ring).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return {
+        "revision": _git("rev-parse", "HEAD"),
+        "sources": digest.hexdigest()[:12],
+        "python": platform.python_version(),
+        **_packages(),
+    }
+
+
+def _packages() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def read_versions(workdir: str | Path) -> dict:
@@ -389,6 +412,11 @@ def _row(path: Path, number: int, line: str) -> dict:
         f"{path}: line {number} must be a JSON object with step and split, the rest "
         f"numbers, got {files.quoted(line)}"
     )
+
+
+def values(config: ConfigDict) -> dict:
+    """The values of a config by their dotted keys, as JSON knows them."""
+    return flat(_plain(config).to_dict())
 
 
 def _plain(config: ConfigDict) -> ConfigDict:

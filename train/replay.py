@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import flight
+from train import flight, sharding
 from train.checkpoint import Checkpoints
 from train.parts import Parts, start
 from train.signals import Stopped
@@ -16,8 +16,12 @@ def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) ->
     beginning of a sentence; "" if it does not happen again, or a signal ended the
     search: what broke is an error all the same."""
     options = config.train
-    batches = parts.dataset.train(options.batch_size, config.seed, config.data.workers)
-    parts.batches = batches
+    parts.batches = parts.dataset.train(
+        options.batch_size,
+        config.seed,
+        config.data.workers,
+        sharding.own_rows(parts.mesh, options.batch_size),
+    )
     with Checkpoints(workdir, options.keep) as checkpoints:
         progress = start(config, workdir, parts, checkpoints)
     cause = ""

@@ -271,6 +271,36 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def own_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Which rows of a batch of `count` this process has to prepare: those that its
+    devices hold, ascending. Where the mesh spreads something else over processes, several
+    hold the same.
+    """
+    held = rows(mesh).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[at] for (at,) in held]))
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch on the mesh, see `rows`."""
-    return jax.device_put(dict(batch), rows(mesh))
+    """Puts a batch on the mesh, see `rows`.
+
+    Args:
+        batch: the rows of `own_rows` of it, which are all in a run of one process.
+        mesh: the devices, those of other processes among them.
+    """
+    where = rows(mesh)
+    if where.is_fully_addressable:
+        return jax.device_put(dict(batch), where)
+    shares = row_devices(mesh)
+
+    def put(x):
+        count = len(x) * shares // len(own_rows(mesh, shares))
+        held = own_rows(mesh, count)
+
+        def part(at):
+            start, stop, _ = at[0].indices(count)
+            first, last = np.searchsorted(held, (start, stop))
+            return x[first:last]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), where, part)
+
+    return jax.tree.map(put, dict(batch))

@@ -76,7 +76,13 @@ class Dataset:
         sources = {name: First(source, count) for name, source in self.sources.items()}
         return dataclasses.replace(self, sources=sources)
 
-    def train(self, batch_size: int, seed: int, workers: int = 0) -> "TrainIterator":
+    def train(
+        self,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> "TrainIterator":
         """The endless stream of training batches; a function of its arguments only.
 
         Every epoch is a new permutation that holds each example once. Batches are cut
@@ -87,6 +93,8 @@ class Dataset:
             seed: of the permutations and the augmentation.
             workers: processes that prepare batches; 0 prepares them in this one. The
                 stream does not depend on it.
+            rows: of every batch, those that are wanted and no others are read, such as
+                those of one of several hosts; None: all.
 
         Raises:
             ValueError: an argument outside these bounds.
@@ -107,17 +115,24 @@ class Dataset:
             f"a batch of {batch_size} examples",
         )
         return TrainIterator(
-            self._stream(source, batch_size, seed),
+            self._stream(source, batch_size, seed, rows),
             {"seed": seed, "batch_size": batch_size, "num_examples": len(source)},
             workers,
         )
 
-    def evaluation(self, split: str, batch_size: int) -> "Evaluation":
+    def evaluation(
+        self, split: str, batch_size: int, rows: Sequence[int] | None = None
+    ) -> "Evaluation":
         """The batches of `split`, in order, all of one shape.
 
         The last batch is filled up with copies of its last row whose mask is all
         False: they are harmless to a model and have no weight in a loss. So a batch may
         be larger than the split.
+
+        Args:
+            split: a name in `sources`.
+            batch_size: examples in a batch.
+            rows: as in `train`.
 
         Raises:
             ValueError: an unknown split, or a batch_size below 1.
@@ -125,7 +140,7 @@ class Dataset:
         source = self._source(split)
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        return Evaluation(source, self.finish, batch_size)
+        return Evaluation(source, self.finish, batch_size, rows)
 
     def _example_bytes(self) -> int:
         """About how much an example has, before one is made."""
@@ -142,7 +157,7 @@ class Dataset:
             )
         return self.sources[split]
 
-    def _stream(self, source, batch_size: int, seed: int) -> grain.MapDataset:
+    def _stream(self, source, batch_size: int, seed: int, rows) -> grain.MapDataset:
         # Grain's epoch e is shuffled by seed + e: without the hash, the runs of
         # neighbouring seeds would see one another's permutations.
         shuffle_seed, augment_seed = map(
@@ -156,7 +171,29 @@ class Dataset:
             stream = stream.random_map(self.augment, seed=augment_seed)
         if self.finish is not None:
             stream = stream.map(self.finish)
-        return stream.batch(batch_size)
+        if rows is None or len(rows) == batch_size:
+            return stream.batch(batch_size)
+        own = grain.MapDataset.source(_Rows(stream, batch_size, rows))
+        return own.batch(len(rows))
+
+
+class _Rows(Sequence):
+    """Of a stream that is cut into batches, the same rows of each, one after another.
+
+    Behind shuffling and augmentation, whose random numbers are those of the whole
+    stream: what a row is does not depend on who reads it.
+    """
+
+    def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._stream, self._batch_size = stream, batch_size
+        self._rows = [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._stream) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        batch, row = divmod(index, len(self._rows))
+        return self._stream[batch * self._batch_size + self._rows[row]]
 
 
 class TrainIterator(Iterator[Batch]):
@@ -229,29 +266,32 @@ class TrainIterator(Iterator[Batch]):
 class Evaluation:
     """A finite, repeatable sequence of batches; see `Dataset.evaluation`."""
 
-    def __init__(self, source, finish, batch_size: int):
+    def __init__(self, source, finish, batch_size: int, rows=None):
         self._source = source
         self._finish = finish
         self._batch_size = batch_size
+        self._rows = range(batch_size) if rows is None else rows
 
     def __len__(self) -> int:
         return -(-len(self._source) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self._source), self._batch_size):
-            stop = min(start + self._batch_size, len(self._source))
-            examples = [self._source[i] for i in range(start, stop)]
-            if self._finish is not None:
-                examples = [self._finish(example) for example in examples]
-            yield _padded_batch(examples, self._batch_size)
+            count = min(self._batch_size, len(self._source) - start)
+            # Behind the last example, copies of it.
+            numbers = [min(row, count - 1) for row in self._rows]
+            examples = {i: self._example(start + i) for i in {*numbers}}
+            batch = _stacked([examples[i] for i in numbers])
+            batch["mask"][np.asarray(self._rows) >= count] = False
+            yield batch
+
+    def _example(self, number: int) -> Example:
+        example = self._source[number]
+        return example if self._finish is None else self._finish(example)
 
 
-def _padded_batch(examples: list[Example], batch_size: int) -> Batch:
-    missing = batch_size - len(examples)
-    rows = examples + [examples[-1]] * missing
-    batch = _by_array(lambda *arrays: np.stack(arrays), *rows)
-    batch["mask"][len(examples) :] = False
-    return batch
+def _stacked(examples: list[Example]) -> Batch:
+    return _by_array(lambda *arrays: np.stack(arrays), *examples)
 
 
 def _by_array(f: Callable, *examples: Example) -> Example:
