@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -170,6 +171,26 @@ def test_another_host_has_a_minute(tmp_path, away):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_holder_that_is_out_of_sight_is_waited_for(tmp_path, monkeypatch, capsys):
+    """Until it touches its lock, or has not for a minute."""
+    monkeypatch.setattr(lock, "STALE", 2.0)
+    written(tmp_path, place="another", host="lost")
+    with lock.held(tmp_path, patience=10):
+        assert json.loads((tmp_path / lock.NAME).read_text())["process"] == os.getpid()
+    assert "run.lock: waiting whether process" in capsys.readouterr().out
+    written(tmp_path, place="another", host="alive")
+    touch = threading.Timer(0.5, os.utime, [tmp_path / lock.NAME])
+    touch.start()
+    with pytest.raises(ValueError, match=r"in use by .* on host alive since"):
+        lock.held(tmp_path, patience=10).__enter__()
+    touch.join()
+    # One that is seen is not waited for.
+    (tmp_path / lock.NAME).unlink()
+    written(tmp_path)
+    with pytest.raises(ValueError, match="in use by"):
+        lock.held(tmp_path, patience=1000).__enter__()
+
+
 def test_a_lock_is_touched_as_long_as_it_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
     path = tmp_path / lock.NAME
@@ -287,14 +308,19 @@ def test_the_others_of_a_run_learn_what_came_of_it(tmp_path, monkeypatch):
     with processes.held(workdir):
         with pytest.raises(ValueError, match="in use by another run") as refused:
             processes.held(workdir).__enter__()
+        # Of two processes, process 1.
+        first = {"problem": None, "host": "there"}
+        monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
         monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
-        told = {"refusal": None}
-        monkeypatch.setattr(processes, "from_the_first", lambda _: told)
+        monkeypatch.setattr(processes, "of_all", lambda own: [first, own])
         with processes.held(workdir):
             pass
         assert (workdir / lock.NAME).exists()
-        told["refusal"] = str(refused.value)
-        with pytest.raises(ValueError, match="in use by another run"):
+        monkeypatch.setattr(processes, "VISIBLE", 0.0)
+        with pytest.raises(ValueError, match="workdir must be in a file system that "):
+            processes.held(tmp_path / "elsewhere").__enter__()
+        first["problem"] = str(refused.value)
+        with pytest.raises(ValueError, match="process 0 on there: .* in use by another"):
             processes.held(workdir).__enter__()
         monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

@@ -52,10 +52,16 @@ class Lock:
 
 
 @contextlib.contextmanager
-def held(workdir: str | Path) -> Iterator[Lock]:
+def held(workdir: str | Path, patience: float = 0.0) -> Iterator[Lock]:
     """Holds `workdir`, which is made if need be.
 
     What was made here is removed again if nothing was put into it.
+
+    Args:
+        workdir: folder of the run.
+        patience: seconds to wait for a sign of life from a holder that cannot be seen
+            from here, such as one that was lost with its host. STALE show that it is
+            dead.
 
     Raises:
         ValueError: another run has it, or `workdir` cannot be written.
@@ -65,7 +71,7 @@ def held(workdir: str | Path) -> Iterator[Lock]:
     with contextlib.ExitStack() as leaving:
         leaving.callback(_remove_empty, folders)
         _make(workdir, folders)
-        record = _acquire(workdir / NAME)
+        record = _acquire(workdir / NAME, patience)
         leaving.callback(_release, workdir / NAME, record)
         leaving.enter_context(_beating(workdir / NAME, record, lock))
         yield lock
@@ -96,8 +102,9 @@ def _refuse(workdir: Path, error: OSError) -> None:
     ) from error
 
 
-def _acquire(path: Path) -> dict:
+def _acquire(path: Path, patience: float) -> dict:
     """Puts an own lock at `path`; what it says."""
+    deadline, silent = time.monotonic() + patience, None
     record = {
         "id": secrets.token_hex(8),
         "host": socket.gethostname(),
@@ -116,7 +123,16 @@ def _acquire(path: Path) -> dict:
             if holder.get("id") == record["id"]:
                 break  # a network repeated the link that had succeeded
             if not _dead(holder, chain[-1], draft):
-                raise ValueError(_in_use(path.parent, holder))
+                sign = _sign_of_life(holder, chain[-1])
+                if sign is None or time.monotonic() > deadline:
+                    raise ValueError(_in_use(path.parent, holder))
+                if silent is None:
+                    print(f"{path}: waiting whether {_who(holder).strip()} is alive")
+                elif sign != silent:
+                    raise ValueError(_in_use(path.parent, holder))
+                silent = sign
+                time.sleep(0.2)
+                continue
             if _succeed(draft, record, chain, holder):
                 logging.warning(
                     "%s is taken over: %s has ended", path, _who(holder).strip()
@@ -192,13 +208,31 @@ def _read(path: Path) -> dict | None:
         time.sleep(0.05)
 
 
-def _dead(holder: dict, path: Path, draft: Path) -> bool:
-    """Whether a holder has ended; `draft` was just written, by the same clock."""
+def _sign_of_life(holder: dict, path: Path) -> tuple | None:
+    """What changes when a holder touches its lock; None of one that is seen to live, or
+    that cannot be read, which is not waited for."""
+    if not holder or _seen(holder):
+        return None
+    try:
+        return holder["id"], path.stat().st_mtime
+    except FileNotFoundError:  # it went away just now
+        return holder["id"], 0.0
+
+
+def _seen(holder: dict) -> bool | None:
+    """Whether the process of a holder lives; None where that is not seen from here."""
     process, started = holder.get("process"), holder.get("started")
     if holder.get("place") == _place() and type(process) is int and started:
         current = _started(process)
         if current != HIDDEN:
-            return current != started
+            return current == started
+    return None
+
+
+def _dead(holder: dict, path: Path, draft: Path) -> bool:
+    """Whether a holder has ended; `draft` was just written, by the same clock."""
+    if (alive := _seen(holder)) is not None:
+        return not alive
     try:
         draft.touch()
         return draft.stat().st_mtime - path.stat().st_mtime > STALE

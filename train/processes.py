@@ -94,7 +94,7 @@ def held(workdir: str | Path) -> Iterator[lock.Lock]:
         handle = lock.Lock()
         with agreed():
             if jax.process_index() == 0:
-                handle = leaving.enter_context(lock.held(workdir))
+                handle = leaving.enter_context(lock.held(workdir, lock.STALE + 1))
         with agreed():
             _check_shared(Path(workdir))
         yield handle
