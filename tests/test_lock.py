@@ -320,7 +320,9 @@ def test_the_others_of_a_run_learn_what_came_of_it(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="workdir must be in a file system that "):
             processes.held(tmp_path / "elsewhere").__enter__()
         first["problem"] = str(refused.value)
-        with pytest.raises(ValueError, match="process 0 on there: .* in use by another"):
+        with pytest.raises(
+            ValueError, match=r"process 0 on there: .* in use by another"
+        ):
             processes.held(workdir).__enter__()
         monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-# Seconds after which a process that is not heard of is lost, and the others end.
-HEARTBEAT = 30
 # Seconds that those who are done wait for the others at the end.
 PARTING = 60
 # Seconds beyond ours after which JAX itself would give up, and abort without a word.
@@ -155,12 +153,14 @@ def find(
     return place
 
 
-def join(place: Place, timeout: float) -> None:
+def join(place: Place, timeout: float, lost_after: float) -> None:
     """Meets the other processes; `jax.devices()` are those of all from then on.
 
     Args:
         place: of `find`.
         timeout: seconds to wait for all.
+        lost_after: seconds after which a process that is not heard of is lost, and the
+            others end.
 
     Raises:
         ValueError: the coordinator does not answer, or its address is taken.
@@ -185,7 +185,7 @@ def join(place: Place, timeout: float) -> None:
                 local_device_ids=place.devices,
                 cluster_detection_method="deactivate",
                 initialization_timeout=int(left) + SLACK,
-                heartbeat_timeout_seconds=HEARTBEAT,
+                heartbeat_timeout_seconds=int(lost_after),
                 shutdown_timeout_seconds=PARTING,
             )
         except jax.errors.JaxRuntimeError as error:
@@ -195,24 +195,26 @@ def join(place: Place, timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def joined(place: Place | None, as_jax: bool, timeout: float) -> Iterator[None]:
+def joined(
+    place: Place | None, as_jax: bool, timeout: float, lost_after: float
+) -> Iterator[None]:
     """Meets the others, if there are any; what is printed inside comes from process 0
     alone, but for errors.
 
     Args:
         place: of `find`.
-        as_jax: where that is None, lets JAX look for others (a pod of TPU VMs, which ask
-            their machine; Open MPI).
-        timeout: seconds to wait for all.
+        as_jax: where that is None, lets JAX look for others (a pod of TPU VMs, which
+            ask their machine; Open MPI).
+        timeout, lost_after: as in `join`.
 
     Raises:
         ValueError: as `join`, or JAX has found none.
     """
     with contextlib.ExitStack() as leaving:
         if place is not None:
-            join(place, timeout)
+            join(place, timeout, lost_after)
         elif as_jax:
-            _join_as_jax(timeout)
+            _join_as_jax(timeout, lost_after)
         if several():
             leaving.enter_context(_first_alone())
         yield
@@ -242,14 +244,14 @@ def _first_alone() -> Iterator[None]:
         yield
 
 
-def _join_as_jax(timeout: float) -> None:
+def _join_as_jax(timeout: float, lost_after: float) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             initialization_timeout=int(timeout),
-            heartbeat_timeout_seconds=HEARTBEAT,
+            heartbeat_timeout_seconds=int(lost_after),
             shutdown_timeout_seconds=PARTING,
         )
     except (ValueError, RuntimeError) as error:

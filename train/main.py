@@ -13,7 +13,6 @@ import os
 import re
 import statistics
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -71,9 +70,13 @@ DISTRIBUTED = flags.DEFINE_bool(
 START_TIMEOUT = flags.DEFINE_float(
     "start_timeout", 300.0, "seconds in which all processes must have come"
 )
+LOST_AFTER = flags.DEFINE_float(
+    "lost_after", 30.0, "seconds after which a silent process is lost: the others end"
+)
 flags.DEFINE_bool("debug", False, "show where in the code an error arose")
 
 
+WEEK = 7 * 24 * 3600.0
 FULL = (errno.ENOSPC, errno.EDQUOT)
 HELP = re.compile(r"--?(h|\?|help|helpshort|helpfull|helpxml)(=true)?", re.IGNORECASE)
 
@@ -87,7 +90,8 @@ def main(argv: list[str]) -> int:
 
     if __name__ == "__main__":  # the process of who imports this is theirs
         allocator.keep_freed_memory()
-    with hosts.joined(_place(), DISTRIBUTED.value, START_TIMEOUT.value):
+    bounds = START_TIMEOUT.value, LOST_AFTER.value
+    with hosts.joined(_place(), DISTRIBUTED.value, *bounds):
         return _train(jax)
 
 
@@ -140,10 +144,11 @@ def check_arguments(argv: list[str]) -> None:
         raise ValueError(f"arguments must be flags, got {argv[1:]}")
     if CONFIG.value is None:
         raise ValueError("--config is missing, such as --config pixels:digits")
-    if not 0 < START_TIMEOUT.value < threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"--start_timeout must be seconds above 0, got {START_TIMEOUT.value}"
-        )
+    for flag in (START_TIMEOUT, LOST_AFTER):
+        if not 1 <= flag.value <= WEEK:
+            raise ValueError(
+                f"--{flag.name} must be seconds from 1 to a week, got {flag.value}"
+            )
     _place()
     settings.check_types(CONFIG.value)
     settings.place("--workdir", WORKDIR.value or "")

@@ -273,8 +273,8 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 def own_rows(mesh: Mesh, count: int) -> np.ndarray:
     """Which rows of a batch of `count` this process has to prepare: those that its
-    devices hold, ascending. Where the mesh spreads something else over processes, several
-    hold the same.
+    devices hold, ascending. Where the mesh spreads something else over processes,
+    several hold the same.
     """
     held = rows(mesh).addressable_devices_indices_map((count,)).values()
     return np.unique(np.concatenate([np.arange(count)[at] for (at,) in held]))
