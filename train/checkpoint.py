@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from train import digest, stored
+from train import digest, processes, stored
 from train.files import disk_full
 from train.state import TrainState, named_leaves
 
@@ -102,16 +102,18 @@ class _Unusable(Exception):
 
 def _newest(workdir: str | Path, use: Callable[[int], T]) -> T | None:
     """What `use` makes of the newest step that it does not call `_Unusable`; None where
-    no save was ever completed.
+    no save was ever completed. Which are whole is what process 0 finds: file systems
+    show the processes of a run one thing at different times.
 
     Raises:
         CheckpointError: there are complete checkpoints, and all are unusable.
     """
     problems, damaged = [], False
-    for step in reversed(steps(workdir)):
+    for step in reversed(processes.from_the_first(steps(workdir))):
         folder = _folder(workdir, step)
         try:
-            reason = damage(folder)
+            first = jax.process_index() == 0
+            reason = processes.from_the_first(damage(folder) if first else None)
             if reason is None:
                 return use(step)
         except _Unusable as error:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 # Seconds that those who are done wait for the others at the end.
 PARTING = 60
+# Seconds in which all may fail of the same.
+GRACE = 3
 # Seconds beyond ours after which JAX itself would give up, and abort without a word.
 SLACK = 60
 
@@ -266,9 +268,14 @@ def leave(code: int) -> None:
     which an ordinary end would wait for. Returns where there are no others."""
     if not several():
         return
+    import jax
+
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
+    if jax.process_index() == 0:
+        # Without it the runtime ends the others, which may have something to say too.
+        time.sleep(GRACE)
     os._exit(code)
 
 

@@ -97,11 +97,12 @@ def _run(config, workdir, profile, model, typed, stop) -> dict:
 
 def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
     """What `run` does in a workdir that is its own and not finished."""
-    records.check_writable(workdir)
-    records.check_data(workdir, dataset)
     try:
         with Checkpoints(workdir, config.train.keep, lock.check) as checkpoints:
-            parts = set_up(config, dataset, mesh, model, stop)
+            with processes.agreed():
+                records.check_writable(workdir)
+                records.check_data(workdir, dataset)
+                parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
             records.write_config(workdir, config)
             records.write_data(workdir, dataset, parts.facts)
