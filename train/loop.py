@@ -96,7 +96,10 @@ def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
     records.check_writable(workdir)
     records.check_data(workdir, dataset)
     try:
-        with Checkpoints(workdir, config.train.keep, lock.check) as checkpoints:
+        options = config.train
+        with Checkpoints(
+            workdir, options.keep, lock.check, options.save_timeout
+        ) as checkpoints:
             parts = set_up(config, dataset, mesh, model, stop)
             # Only now: what cannot be set up leaves nothing behind.
             records.write_config(workdir, config)

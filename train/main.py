@@ -9,6 +9,7 @@ stopped.
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import statistics
@@ -306,6 +307,21 @@ def _unless_stopped(main: Callable[[list[str]], int], argv: list[str]) -> int:
         return 0
 
 
+def _end_if_a_save_hangs(message: str, code: int) -> None:
+    """Says `message` and ends the process where a save was given up: its threads, which
+    still wait for the files, would have the interpreter wait too. Does nothing
+    elsewhere."""
+    checkpoint = sys.modules.get("train.checkpoint")
+    if checkpoint is None or not checkpoint.hanging():
+        return
+    for child in multiprocessing.active_children():
+        child.kill()
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def command(main: Callable[[list[str]], int]) -> None:
     """Runs `main` on the config flags; an error of the user is one line and exit
     code 2."""
@@ -321,12 +337,15 @@ def command(main: Callable[[list[str]], int]) -> None:
         raise
     except Exception as error:
         if any(a.startswith("--debug") for a in sys.argv) or not _ours(error):
+            _end_if_a_save_hangs(traceback.format_exc(), 1)
             raise
         # A config file's own error comes with its traceback, which --debug shows.
         last = (
             str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
         )
-        print(f"error: {' '.join(str(last).split())}", file=sys.stderr)
+        message = f"error: {' '.join(str(last).split())}"
+        _end_if_a_save_hangs(message, 2)
+        print(message, file=sys.stderr)
         sys.exit(2)
 
 
