@@ -281,6 +281,9 @@ def _ours(error: Exception) -> bool:
     """Whether the message says it all: a mistake in what the user asked for."""
     if isinstance(error, flags.Error):
         return True
+    loop = sys.modules.get("train.loop")
+    if loop is not None and isinstance(error, loop.DataError):
+        return _ours(error.__cause__)
     # Looked up and not imported: an error of the flags comes before JAX has started.
     for module, name in (
         ("train.checkpoint", "CheckpointError"),
