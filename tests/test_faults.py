@@ -252,7 +252,18 @@ def test_too_many_in_a_row_end_the_run_also_where_it_goes_on(
         assert checkpoint.steps(tmp_path / "run") == [5]
     # Who allows more goes on, as if it had been allowed from the start.
     goes_on_as_if_nothing_was(monkeypatch, skipping(skip_nonfinite=4), tmp_path)
-    assert tiny_run.lines(tmp_path / "run")[-1]["skipped"] == 4
+    (*_, last) = (r for r in tiny_run.lines(tmp_path / "run") if r["split"] == "train")
+    assert last["skipped"] == 4
+
+
+@pytest.mark.slow
+def test_what_broke_is_not_looked_for_where_a_save_hangs(
+    tmp_path, monkeypatch, stuck, caplog, cache
+):
+    poison(monkeypatch, (6,))
+    with pytest.raises(FloatingPointError, match=r"is nan at step 6$"):
+        loop.run(skipping(skip_nonfinite=0, save_timeout=3.0), tmp_path)
+    assert "checkpoints/5 was not written within 3 s" in caplog.text
 
 
 @pytest.mark.slow

@@ -126,6 +126,8 @@ def go_on(config, workdir, dataset, mesh, model, profile, stop, lock) -> dict:
             "command again"
         ) from error
     except FloatingPointError as error:
+        if checkpoint.hanging():  # whoever looked for a checkpoint would hang too
+            raise
         stop.ends_after("step of the search for what broke")
         good = checkpoint.last_good(workdir)  # known only now: saves have ended
         broken = replay.first_broken(config, workdir, parts, progress.step)
