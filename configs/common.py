@@ -246,10 +246,14 @@ def base() -> ConfigDict:
                 log_every=50,
                 checkpoint_every=500,
                 keep=2,  # checkpoints, besides the best
+                save_timeout=3600.0,  # seconds a save may take; 0: any time
                 init_from="",  # a workdir whose weights to start from
                 label_smoothing=0.0,
                 ema=0.0,  # decay of the averaged weights; 0: none
                 accumulate=1,  # gradients averaged before one update
+                # Steps in a row whose loss or gradient may be not finite: they change
+                # nothing. 0: the first one ends the run.
+                skip_nonfinite=0,
                 record=False,  # what goes on inside the layers, in every log
             ),
             # Of a video model at the end of the run: clips to roll out; 0 frames: half

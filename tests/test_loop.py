@@ -29,6 +29,7 @@ from train import (
     step,
 )
 from train.data.spec import Spec
+from train.parts import Progress
 
 MESH = sharding.rows_mesh()
 LOSS = losses.make("classification")
@@ -59,7 +60,8 @@ def batch_of(size=8, length=5):
 
 def begin(batch, dropout=0.0, padded=True, **train):
     """The state at step 0 as a function, and the step."""
-    config = {"seed": 3, "train": {"accumulate": 1, "ema": 0.0} | train}
+    defaults = {"accumulate": 1, "ema": 0.0, "skip_nonfinite": 0}
+    config = {"seed": 3, "train": defaults | train}
     model, optimizer = Pool(dropout), optax.sgd(0.1)
     ema = config["train"]["ema"] > 0
     update = step.make_train_step(model, optimizer, LOSS, config, padded)
@@ -85,6 +87,38 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     cut, in_parts = updated(batch, accumulate=4)
     assert_close(cut.params, whole.params)
     assert_close(in_parts, at_once)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("name", ["inputs", "overflow"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate, name):
+    """Also where the loss is finite and the norm of its gradient is not."""
+    batch = batch_of()
+    create, update = begin(
+        batch, skip_nonfinite=1, dropout=0.5, ema=0.9, accumulate=accumulate
+    )
+    current, _ = update(create(), batch)
+    if name == "overflow":
+        kernel = current.params["Dense_1"]["kernel"]
+        current.params["Dense_1"]["kernel"] = kernel * 1e25
+    before = jax.device_get(current)
+    bad = batch | {"inputs": batch["inputs"] * np.nan} if name == "inputs" else batch
+    after, measured = update(current, bad)
+    assert not np.isfinite(measured["grad_norm"])
+    assert np.isfinite(measured["loss"]) == (name == "overflow")
+    assert int(after.step) == 2
+    assert_close(after.replace(step=before.step), before, 0)
+
+
+def test_a_run_that_skips_nothing_has_the_program_it_had():
+    def program(**train):
+        create, update = begin(batch_of(), **train)
+        return str(update.trace(create(), batch_of()).jaxpr)
+
+    plain, one, more = (program(skip_nonfinite=n) for n in (0, 1, 5))
+    # The loss asks too.
+    assert plain.count("is_finite") == one.count("is_finite") - 1
+    assert len(plain) < len(one) and one == more
 
 
 def test_dropout_depends_on_the_step_and_nothing_else():
@@ -386,7 +420,7 @@ def test_a_batch_without_targets_is_named(tmp_path):
     after, measured = update(create(), batch)
     assert measured["weight"] == measured["loss"] == measured["grad_norm"] == 0
     assert_close(after.params, before, 0)
-    progress = SimpleNamespace(step=4, window=[measured])
+    progress = Progress(None, step=4, unchecked=[measured])
     with pytest.raises(ValueError, match="the batch of step 4 must have a target"):
         loop.check_window(progress)
     variables = Pool().init(jax.random.key(0), batch["inputs"])
@@ -562,6 +596,8 @@ def test_a_run_ends_in_x64(tmp_path, layer, target):
         (dict(accumulate=3), "multiple of .* train.accumulate = 3, got 8"),
         (dict(ema=1.0), r"train.ema must lie in \[0, 1\), got 1.0"),
         (dict(keep=0), "train.keep must be 1 or more"),
+        (dict(save_timeout=-1.0), "train.save_timeout must be 0 or more, got -1.0"),
+        (dict(skip_nonfinite=-1), "train.skip_nonfinite must be 0 or more, got -1"),
     ],
 )
 def test_impossible_settings(tmp_path, train, message):

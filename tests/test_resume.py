@@ -141,6 +141,28 @@ def workers_of(process):
 
 
 @pytest.mark.slow
+def test_a_killed_worker_ends_the_run_which_goes_on(tmp_path, cache, uninterrupted):
+    flag = "--config.data.workers=2"
+    process = tiny_run.start(tmp_path, cache, flag, steps=STEPS, checkpoint_every=1000)
+    tiny_run.wait_for(lambda: workers_of(process) == 2, process)
+    children = psutil.Process(process.pid).children()
+    (worker, _) = (c for c in children if "spawn_main" in " ".join(c.cmdline()))
+    tiny_run.wait_for(lambda: rows(tmp_path) >= 2, process)
+    worker.kill()
+    _, err = tiny_run.finish(process, code=2)
+    step = checkpoint.newest_good(tmp_path)
+    assert re.match(
+        rf"error: data worker \d of 2 \(process {worker.pid}\) has died, by SIGKILL; "
+        rf".*; step {step} is saved, from where the same command goes on",
+        err,
+    )
+    assert err.count("\n") == 1
+    out, _ = tiny_run.finish(tiny_run.start(tmp_path, cache, flag, steps=STEPS))
+    assert f"resumed from step {step} in" in out
+    assert_same(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("after", [0.0, 0.2, 0.5, 1.0, 2.0])
 def test_a_signal_to_the_group_while_workers_start(

@@ -348,7 +348,7 @@ def test_a_run_that_broke_has_its_error_also_where_the_search_was_stopped(
     def stopped(*_):
         raise signals.Stopped("stopped by SIGTERM")
 
-    progress = SimpleNamespace(step=5, state=None)
+    progress = SimpleNamespace(step=5, state=None, in_a_row=0)
     monkeypatch.setattr(replay, "start", lambda *_: progress)
     monkeypatch.setattr(replay, "Checkpoints", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(flight, "find", stopped)

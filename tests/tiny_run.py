@@ -36,8 +36,17 @@ def config(**train):
     return result
 
 
-def start(workdir, cache, *flags, devices=1, prefix=(), **train):
-    """The same run as a process, its command after `prefix`: its Popen."""
+def start(
+    workdir,
+    cache,
+    *flags,
+    devices=1,
+    prefix=(),
+    program=("-m", "train.main"),
+    **train,
+):
+    """The same run as a process, its command after `prefix`: its Popen. `program` is
+    what Python runs."""
     overrides = {"config.data.augment": "shift"}
     overrides |= {f"config.model.{k}": v for k, v in MODEL.items() if k != "layer"}
     overrides |= {f"config.train.{k}": v for k, v in {**TRAIN, **train}.items()}
@@ -48,7 +57,7 @@ def start(workdir, cache, *flags, devices=1, prefix=(), **train):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [*prefix, sys.executable, "-m", "train.main"]
+    command = [*prefix, sys.executable, *program]
     command += ["--config", f"configs/pixels.py:digits,layer={MODEL['layer']}"]
     command += [f"--{name}={value}" for name, value in overrides.items()]
     command += ["--workdir", str(workdir), "--noreport", *flags]

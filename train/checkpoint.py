@@ -19,6 +19,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,8 @@ CLOUDS = ("gs", "s3", "az", "hf", "gcs")
 
 T = TypeVar("T")
 
+_abandoned: list[threading.Thread] = []  # of saves that took too long
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message is for the user."""
@@ -67,6 +70,12 @@ def steps(workdir: str | Path) -> list[int]:
         return []
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
+
+
+def hanging() -> bool:
+    """Whether a save that was given up still waits for its files: the threads that do,
+    orbax's among them, then keep the interpreter from ending."""
+    return any(thread.is_alive() for thread in _abandoned)
 
 
 def damage(folder: Path) -> str | None:
@@ -246,6 +255,11 @@ class Checkpoints:
         workdir: folder of the run.
         keep: how many of the newest steps to keep, at least 1.
         check: raises an error once nothing more may be written there.
+        timeout: seconds that a save may take; 0 for any time. A save that takes longer
+            is given up: `poll` and `wait` raise, and no other may follow.
+
+    Raises:
+        ValueError: keep below 1, or a negative timeout.
     """
 
     def __init__(
@@ -253,12 +267,19 @@ class Checkpoints:
         workdir: str | Path,
         keep: int,
         check: Callable[[], None] = lambda: None,
+        timeout: float = 0.0,
     ):
         if keep < 1:
             raise ValueError(f"train.keep must be 1 or more, got {keep}")
+        if timeout < 0:
+            raise ValueError(f"train.save_timeout must be 0 or more, got {timeout}")
         self._workdir = Path(workdir).absolute()
         self._keep = keep
         self._check = check
+        self._timeout = timeout
+        self._began = 0.0  # the save in the background, by the monotonic clock
+        self._given_up: CheckpointError | None = None  # once a save was
+        self._good: int | None = None  # the last step that is known to be whole
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -274,16 +295,18 @@ class Checkpoints:
         failed = kind is not None
         with self._quiet:
             try:
-                self.wait()
+                if self._given_up is None:
+                    self.wait()
             except Exception as error:
                 if not failed:
                     failed = True
                     raise
                 logging.warning("%s", error)  # the error on its way out comes first
             finally:
-                self._writer.close()
-                if failed and self._saving:
-                    gc.collect()  # writes that were left end while this is quiet
+                if self._given_up is None:  # else it would be waited for here
+                    self._writer.close()
+                    if failed and self._saving:
+                        gc.collect()  # writes that were left end while this is quiet
 
     def save(
         self, state: TrainState, data: dict, metadata: dict, best: int | None = None
@@ -296,11 +319,12 @@ class Checkpoints:
             best: a step to keep however old it grows.
 
         Raises:
-            CheckpointError: the disk is full; now or in the save before this one.
+            CheckpointError: the disk is full, or a save takes longer than the timeout;
+                now or in the save before this one.
         """
         self.wait()
         self._check()
-        step = int(state.step)
+        step, self._began = int(state.step), time.monotonic()
         self._saving = step, sum(x.nbytes for x in jax.tree.leaves(state))
         shapes = _shapes(state)
         items = ocp.args.Composite(
@@ -314,24 +338,52 @@ class Checkpoints:
             self._writer.save(_folder(workdir, step), args=items)
         except Exception as error:
             self._fail(error)
-        self._thread = threading.Thread(target=self._finish, args=(step, best, shapes))
+        # What hangs must not keep the interpreter from ending.
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, best, shapes), daemon=True
+        )
         self._thread.start()
 
     def poll(self) -> None:
-        """Raises the error of the save in the background, if it has failed already, or
-        that nothing more may be saved."""
+        """Raises the error of the save in the background, if it has failed already or
+        takes longer than the timeout, or that nothing more may be saved."""
         self._check()
-        if self._error is not None:
+        late = self._thread is not None and self._left() == 0
+        if late or self._error is not None:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is complete; raises the error it ended with."""
+        """Returns when the last save is complete; raises the error it ended with, or a
+        `CheckpointError` once it takes longer than the timeout."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            thread, self._thread = self._thread, None
+            thread.join(self._left())
+            if thread.is_alive():
+                self._give_up(thread)
+        if self._given_up is not None:
+            raise self._given_up
         if self._error is not None:
             error, self._error = self._error, None
             self._fail(error)
+
+    def _left(self) -> float | None:
+        """Seconds that the save in the background may still take; None for any time."""
+        if not self._timeout:
+            return None
+        left = self._began + self._timeout - time.monotonic()
+        return min(max(left, 0.0), threading.TIMEOUT_MAX)
+
+    def _give_up(self, thread: threading.Thread) -> None:
+        """Leaves the save to itself. Nothing of it is removed or looked at: where one
+        thread waits for the files in vain, so would this one."""
+        _abandoned.append(thread)
+        step, _ = self._saving
+        good = "none" if self._good is None else f"step {self._good}"
+        self._given_up = CheckpointError(
+            f"the checkpoint {_folder(self._workdir, step)} was not written within "
+            f"{self._timeout:g} s, which is train.save_timeout; last good checkpoint: "
+            f"{good}; once its file system answers, start the same command again"
+        )
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict, dict] | None:
         """The newest good checkpoint; None in a run that has none yet.
@@ -351,6 +403,7 @@ class Checkpoints:
         newest = _newest(self._workdir, lambda step: (step, self._read(step, target)))
         if jax.process_index() == 0:
             self._tidy(newest and newest[0])
+        self._good = newest and newest[0]
         return newest and newest[1]
 
     def _read(self, step: int, target: TrainState) -> tuple[TrainState, dict, dict]:
@@ -392,6 +445,11 @@ class Checkpoints:
             if jax.process_index() == 0:
                 _read_back(_folder(self._workdir, step), shapes)
                 digest.write(_folder(self._workdir, step))
+            # The workdir of a save that was given up may be another run's by now.
+            if self._given_up is not None:
+                return
+            self._good = step
+            if jax.process_index() == 0:
                 remaining = {*steps(self._workdir)[-self._keep :], best}
                 for old in set(steps(self._workdir)) - remaining:
                     _remove(_folder(self._workdir, old))

@@ -123,18 +123,37 @@ def first_bad(probe: Probe) -> str:
 
 
 def find(
-    probe: Callable, train_step: Callable, state, batches: Iterator, mesh, steps: range
+    probe: Callable,
+    train_step: Callable,
+    state,
+    batches: Iterator,
+    mesh,
+    steps: range,
+    allowed: int = 0,
+    in_a_row: int = 0,
 ) -> str:
     """Runs `steps` again and says what broke first, and in which of them; "" if nothing
     does.
 
+    Args:
+        probe, train_step, state, batches, mesh: of the run, before the first of them.
+        steps: their numbers.
+        allowed: `train.skip_nonfinite`: what broke in that many steps in a row, and not
+            in the next one, is not what ended the run.
+        in_a_row: how many steps before the first were skipped.
+
     Raises:
         Stopped: a signal came.
     """
+    cause = ""
     for number in signals.stoppable(steps):
         batch = sharding.place(next(batches), mesh)
-        cause = first_bad(probe(state, batch))
-        if cause:
-            return f"{cause}, step {number}"
+        broken = first_bad(probe(state, batch))
+        if not broken:
+            cause, in_a_row = "", 0
+        else:
+            cause, in_a_row = cause or f"{broken}, step {number}", in_a_row + 1
+        if in_a_row > allowed:
+            break
         state, _ = train_step(state, batch)
-    return ""
+    return cause

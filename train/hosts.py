@@ -264,16 +264,12 @@ def _join_as_jax(timeout: float, lost_after: float) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends a process of several at once: the others do not come to where all part,
-    which an ordinary end would wait for. Returns where there are no others."""
-    if not several():
-        return
-    import jax
-
+    """Ends this process at once: the others, if there are any, do not come to where all
+    part, which an ordinary end would wait for."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    if jax.process_index() == 0:
+    if several() and sys.modules["jax"].process_index() == 0:
         # Without it the runtime ends the others, which may have something to say too.
         time.sleep(GRACE)
     os._exit(code)

@@ -9,6 +9,7 @@ stopped.
 
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import statistics
@@ -311,6 +312,9 @@ def _ours(error: Exception) -> bool:
     """Whether the message says it all: a mistake in what the user asked for."""
     if isinstance(error, flags.Error):
         return True
+    loop = sys.modules.get("train.loop")
+    if loop is not None and isinstance(error, loop.BatchError):
+        return _ours(error.__cause__)
     # Looked up and not imported: an error of the flags comes before JAX has started.
     for module, name in (
         ("train.checkpoint", "CheckpointError"),
@@ -337,6 +341,20 @@ def _unless_stopped(main: Callable[[list[str]], int], argv: list[str]) -> int:
         return 0
 
 
+def _end_at_once(message: str, code: int) -> None:
+    """Says `message` and ends the process where an ordinary end would wait: for the
+    threads of a save that was given up, which still wait for the files, or for the
+    other processes of the run. Does nothing elsewhere."""
+    checkpoint = sys.modules.get("train.checkpoint")
+    hanging = checkpoint is not None and checkpoint.hanging()
+    if not (hanging or hosts.several()):
+        return
+    for child in multiprocessing.active_children():
+        child.kill()
+    print(message, file=sys.stderr)
+    hosts.leave(code)
+
+
 def command(main: Callable[[list[str]], int]) -> None:
     """Runs `main` on the config flags; an error of the user is one line and exit
     code 2."""
@@ -352,16 +370,15 @@ def command(main: Callable[[list[str]], int]) -> None:
         raise
     except Exception as error:
         if any(a.startswith("--debug") for a in sys.argv) or not _ours(error):
-            if hosts.several():
-                traceback.print_exc()
-                hosts.leave(1)
+            _end_at_once(traceback.format_exc(), 1)
             raise
         # A config file's own error comes with its traceback, which --debug shows.
         last = (
             str(error).strip().splitlines()[-1] if "Traceback" in str(error) else error
         )
-        print(f"error: {' '.join(str(last).split())}", file=sys.stderr)
-        hosts.leave(2)
+        message = f"error: {' '.join(str(last).split())}"
+        _end_at_once(message, 2)
+        print(message, file=sys.stderr)
         sys.exit(2)
 
 

@@ -26,6 +26,8 @@ class Pace:
     is computed is told with the next but one, and two more may have begun by then.
     """
 
+    AHEAD = 2  # steps that several processes begin after one of them has said to stop
+
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
         self._several = jax.process_count() > 1

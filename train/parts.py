@@ -73,8 +73,11 @@ class Progress:
         state: after `step` steps.
         step: steps done.
         best: {"step", "scores"} of the best on validation; None before the first.
-        window: what the steps since the last log measured, on the device.
+        window: what the steps since the last log measured; not those skipped.
         unvalidated: whether a validation of `step` is due, which a signal cut off.
+        skipped: steps so far that changed nothing, see `train.skip_nonfinite`.
+        in_a_row: how many of them were the last ones.
+        unchecked: what the last steps measured, still on the device.
     """
 
     state: TrainState
@@ -82,10 +85,13 @@ class Progress:
     best: dict | None = None
     window: list = dataclasses.field(default_factory=list)
     unvalidated: bool = False
+    skipped: int = 0
+    in_a_row: int = 0
+    unchecked: list = dataclasses.field(default_factory=list)
 
     def memory(self) -> dict:
-        """What is kept beside the state."""
-        keys = ("step", "best", "window", "unvalidated")
+        """What is kept beside the state, of steps that were all checked."""
+        keys = ("step", "best", "window", "unvalidated", "skipped", "in_a_row")
         return {key: getattr(self, key) for key in keys}
 
 
@@ -219,7 +225,7 @@ def start(
         trained, position, memory = restored
         parts.batches.set_state(position)
         print(f"resumed from step {memory['step']} in {workdir}")
-        # "unvalidated" is not known to checkpoints from before it was.
+        # Checkpoints from before there was "unvalidated" or "skipped" lack them.
         return Progress(trained, **memory)
     initial = parts.create()
     if config.train.init_from:

@@ -47,7 +47,8 @@ RINGS = ("kernels", "ssm", "layers", "train", "configs")  # where our code is
 SECTIONS = ("data", "model", "optimizer", "train", "mesh")
 
 # What may change between two starts in one workdir: it does not change what a step
-# computes, but for rounding, or (steps) is what a longer run is for.
+# computes, but for rounding, or (steps) is what a longer run is for. A step that
+# skip_nonfinite skips is one that ended the run before: who allows it then goes on.
 FREE = (
     "data.workers",
     "mesh.data",
@@ -61,6 +62,8 @@ FREE = (
     "train.eval_every",
     "train.keep",
     "train.log_every",
+    "train.save_timeout",
+    "train.skip_nonfinite",
     "train.steps",
 )
 
@@ -74,6 +77,8 @@ ABSENT = {
     "model.patch": (1, 1),
     "model.remat_keeps": ("loops", "loops"),
     "mesh.tensor": (1, 1),
+    "train.save_timeout": (0.0, 3600.0),  # it waited for ever
+    "train.skip_nonfinite": (0, 0),
 }
 # The same of the arguments of a dataset, by its name.
 ABSENT_DATA = {

@@ -132,7 +132,9 @@ def main(argv: list[str]) -> int:
         made = trained(other, dataset, STEPS.value)
         rows.append((text, made.devices, difference(first, made)))
     kind = jax.devices()[0].device_kind
-    table = Table(title=f"{STEPS.value} steps, beside the first {first.devices} x {kind}")
+    table = Table(
+        title=f"{STEPS.value} steps, beside the first {first.devices} x {kind}"
+    )
     for name in ("mesh", "devices", "same bits", "loss", "weights"):
         table.add_column(name)
     for text, devices, found in rows:

@@ -33,5 +33,7 @@ def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) ->
             batches,
             parts.mesh,
             range(progress.step + 1, until + 1),
+            options.skip_nonfinite,
+            progress.in_a_row,
         )
     return f"first non-finite value: {cause}; " if cause else ""

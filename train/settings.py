@@ -30,6 +30,8 @@ LEAST = {
     "rollout.horizon": 0,
     "rollout.clips": 0,
     "train.eval_batch_size": 0,
+    "train.save_timeout": 0,
+    "train.skip_nonfinite": 0,
 }
 # The same for the fields of layers, whichever has them.
 LEAST_FIELD = {"heads": 1, "state_size": 1, "base": 1}

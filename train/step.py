@@ -13,6 +13,9 @@ from train import sharding
 from train.losses import LossFn
 from train.state import TrainState
 
+# What of a step is not finite where `train.skip_nonfinite` has it skipped.
+DECISIVE = ("loss", "grad_norm")
+
 
 def make_train_step(
     model: nn.Module,
@@ -33,6 +36,10 @@ def make_train_step(
     where d grows from 0.1 as (1 + n) / (10 + n) until it is `train.ema`: the first
     weights are soon forgotten.
 
+    With `train.skip_nonfinite` > 0 a step whose loss or gradient norm (DECISIVE) is not
+    finite changes nothing of the state but its step count, bit by bit. The schedule of
+    the learning rate, which counts updates, does not move either.
+
     Args:
         model: obeys the contract of `layers.models.build.build`.
         optimizer: one transformation for all parameters.
@@ -49,6 +56,7 @@ def make_train_step(
     """
     seed, decay = config["seed"], config["train"]["ema"]
     accumulate = config["train"]["accumulate"]
+    skips = config["train"]["skip_nonfinite"] > 0
     mesh = None if places is None else places.step.mesh
     sums = make_sums(model, loss_fn, padded)
 
@@ -92,14 +100,19 @@ def make_train_step(
         if ema is not None:
             d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, ema, 1 - d)
-        state = state.replace(
+        after = state.replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
             ema=ema,
             **collections,
         )
-        return state, metrics | {"grad_norm": optax.tree.norm(grads), "weight": weight}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "weight": weight}
+        if skips:
+            good = jnp.isfinite(jnp.stack([metrics[name] for name in DECISIVE])).all()
+            chosen = jax.tree.map(lambda x, y: jnp.where(good, x, y), after, state)
+            after = chosen.replace(step=after.step)
+        return after, metrics
 
     out_shardings = None if places is None else (places, None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)

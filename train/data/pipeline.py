@@ -5,6 +5,7 @@ token is real) and, where the data have them, "reset" [B, L] and "dt" [B, L]. In
 several parts are themselves such a dict.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -209,11 +210,18 @@ class TrainIterator(Iterator[Batch]):
         self._workers = workers
         self._taken = 0
         self._batches = None
+        self._ahead = collections.deque()
 
     def __next__(self) -> Batch:
-        batch = next(self._started())
+        batch = self._ahead.popleft() if self._ahead else next(self._started())
         self._taken += 1
         return batch
+
+    def look_ahead(self, count: int) -> None:
+        """Prepares the next `count` batches now; raises what keeps one from being made.
+        Those before it can still be taken."""
+        while len(self._ahead) < count:
+            self._ahead.append(next(self._started()))
 
     def ready(self, stopped: Callable[[], object]) -> bool:
         """Waits for the next batch, but no longer once `stopped()` is true: then there
@@ -246,6 +254,7 @@ class TrainIterator(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the worker processes; the next `next` starts them anew."""
+        self._ahead.clear()
         if self._batches is not None:
             self._batches.close()
             self._batches = None

@@ -123,9 +123,14 @@ class Records:
     Args:
         path: of the file.
         parse: record -> example; a function of a module, which worker processes find.
+
+    Raises:
+        ValueError: when an example is asked for: the file, which was whole when the
+            data were loaded, has gone or was altered.
     """
 
     def __init__(self, path: Path, parse: Callable[[bytes], Example]):
+        self._path = path
         self._records = grain.sources.ArrayRecordDataSource(str(path))
         self._parse = parse
 
@@ -133,7 +138,15 @@ class Records:
         return len(self._records)
 
     def __getitem__(self, index) -> Example:
-        return self._parse(self._records[index])
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError, OSError) as error:
+            first, *_ = str(error).splitlines() or [""]
+            raise ValueError(
+                f"{self._path} cannot be read ({first}); it is prepared again when the "
+                "data are loaded"
+            ) from error
+        return self._parse(record)
 
 
 def shown(records: Iterable[bytes], count: int, what: str) -> Iterator[bytes]:
