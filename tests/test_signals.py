@@ -352,9 +352,10 @@ def test_a_run_that_broke_has_its_error_also_where_the_search_was_stopped(
     monkeypatch.setattr(replay, "start", lambda *_: progress)
     monkeypatch.setattr(replay, "Checkpoints", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(flight, "find", stopped)
-    stream = SimpleNamespace(close=lambda: None)
-    dataset = SimpleNamespace(train=lambda *_: stream)
-    parts = SimpleNamespace(dataset=dataset, probe=None, train_step=None, mesh=None)
+    batches = SimpleNamespace(close=lambda: None)
+    parts = SimpleNamespace(
+        stream=lambda: batches, probe=None, train_step=None, mesh=None
+    )
     assert replay.first_broken(tiny_run.config(), tmp_path, parts, 8) == ""
 
 

@@ -49,7 +49,8 @@ class Parts:
         train_step: compiled, (state, batch) -> (state, measured).
         eval_step: (variables, batch) -> sums of loss and metrics.
         probe: (state, batch) -> what the flight recorder shows.
-        batches: the endless stream to train on.
+        stream: () -> the endless stream to train on, from its first batch.
+        batches: that stream, where the run stands.
     """
 
     dataset: data.Dataset
@@ -62,6 +63,7 @@ class Parts:
     train_step: Callable
     eval_step: Callable
     probe: Callable
+    stream: Callable[[], TrainIterator]
     batches: TrainIterator
 
 
@@ -176,8 +178,10 @@ def set_up(
     if facts:
         print(*said.lines(facts), sep="\n", flush=True)
     own = sharding.own_rows(mesh, options.batch_size)
-    stream = functools.partial(dataset.train, options.batch_size, seed, rows=own)
-    with contextlib.closing(stream(workers=0)) as batches:
+    stream = functools.partial(
+        dataset.train, options.batch_size, seed, config.data.workers, own
+    )
+    with contextlib.closing(dataset.train(options.batch_size, seed, 0, own)) as batches:
         sample = sharding.place(next(batches), mesh)
     assembled = assemble(config, spec, mesh, model, sample)
     if jax.default_backend() == "cpu":
@@ -202,7 +206,8 @@ def set_up(
         train_step=compiled,
         eval_step=step.make_eval_step(model, losses.make(spec.loss), spec.padded, mesh),
         probe=flight.make_probe(model, losses.make(spec.loss), seed, spec.padded, mesh),
-        batches=stream(workers=config.data.workers),
+        stream=stream,
+        batches=stream(),
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import flight, sharding
+from train import flight
 from train.checkpoint import Checkpoints
 from train.parts import Parts, start
 from train.signals import Stopped
@@ -16,12 +16,7 @@ def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) ->
     beginning of a sentence; "" if it does not happen again, or a signal ended the
     search: what broke is an error all the same."""
     options = config.train
-    parts.batches = parts.dataset.train(
-        options.batch_size,
-        config.seed,
-        config.data.workers,
-        sharding.own_rows(parts.mesh, options.batch_size),
-    )
+    parts.batches = parts.stream()
     with Checkpoints(workdir, options.keep) as checkpoints:
         progress = start(config, workdir, parts, checkpoints)
     cause = ""
