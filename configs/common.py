@@ -250,6 +250,9 @@ def base() -> ConfigDict:
                 label_smoothing=0.0,
                 ema=0.0,  # decay of the averaged weights; 0: none
                 accumulate=1,  # gradients averaged before one update
+                # Tokens that are read at once, the state of those before cut from the
+                # gradient; 0: all of a sequence.
+                chunk=0,
                 record=False,  # what goes on inside the layers, in every log
             ),
             # Of a video model at the end of the run: clips to roll out; 0 frames: half

@@ -71,6 +71,7 @@ ABSENT = {
     "model.patch": (1, 1),
     "model.remat_keeps": ("loops", "loops"),
     "mesh.tensor": (1, 1),
+    "train.chunk": (0, 0),
 }
 # The same of the arguments of a dataset, by its name.
 ABSENT_DATA = {

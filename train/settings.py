@@ -29,6 +29,7 @@ LEAST = {
     "rollout.context": 0,
     "rollout.horizon": 0,
     "rollout.clips": 0,
+    "train.chunk": 0,
     "train.eval_batch_size": 0,
 }
 # The same for the fields of layers, whichever has them.

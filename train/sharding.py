@@ -6,7 +6,7 @@ its inputs and outputs lie, and in `context` where the residual stream does.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -269,6 +269,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh) -> NamedSharding:
     """Of a batch: its rows spread over the axes ROWS."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def of_state(init_state: Callable, size: int, mesh: Mesh, others: Any = None) -> Any:
+    """The sharding of every array of a model's state: the axis of its `size` sequences
+    over the axes ROWS.
+
+    Args:
+        init_state: of the model.
+        size: sequences.
+        mesh: the devices.
+        others: what is said of all other axes; None: they are whole.
+    """
+    # The axis of the sequences is the one that grows with their number.
+    one, two = (jax.eval_shape(lambda n=n: init_state(n)) for n in (size, 2 * size))
+
+    def spread(x, larger):
+        pairs = zip(x.shape, larger.shape, strict=True)
+        axes = [ROWS if a != b else others for a, b in pairs]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(spread, one, two)
+
+
+def keep_rows(init_state: Callable, mesh: Mesh | None, size: int, state: Any) -> Any:
+    """The state of `size` sequences inside of a step, its rows where those of the batch
+    are; its other axes are the compiler's to place. As it is on one device."""
+    if mesh is None or mesh.size == 1:
+        return state
+    places = of_state(init_state, size, mesh, PartitionSpec.UNCONSTRAINED)
+    return jax.lax.with_sharding_constraint(state, places)
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
