@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 import sharded_steps
+import tiny_run
 from eight_devices import ALONE, THERE, passed
+from flax import linen as nn
 from test_predict import refused
 
 from configs import common
@@ -31,6 +33,7 @@ from train import (
     step,
     stream,
 )
+from train.bench import streams
 
 B, L, WORDS = 4, 12, 8
 TOKEN = losses.make("token")
@@ -143,7 +146,7 @@ def test_what_cannot_be_read_in_pieces(change, message):
 
 def test_a_model_of_another_kind_is_not_read_in_pieces():
     with pytest.raises(ValueError, match="got Dense, of another kind"):
-        stream.check("--chunk", 4, __import__("flax").linen.Dense(3))
+        stream.check("--chunk", 4, nn.Dense(3))
 
 
 # Training.
@@ -417,3 +420,21 @@ def test_what_a_layer_cannot_hold_is_refused(trained):
     longer = dataclasses.replace(run, spec=run.spec.but(length=2 * L))
     with pytest.raises(ValueError, match=r"--chunk: inputs of shape \(1, 24\) cannot"):
         evaluate.scores(longer, "test", 4)
+
+
+def test_the_page_has_the_figures_that_were_measured():
+    path = tiny_run.ROOT / "train" / "bench" / "results" / "streams-cpu.json"
+    rows = [streams.cells(row) for row in json.loads(path.read_text())["streams"]]
+    page = (tiny_run.ROOT / "docs" / "scale.md").read_text()
+    assert len(rows) == 22
+    assert [row for row in rows if f"| {' | '.join(row)} |" not in page] == []
+
+
+@pytest.mark.slow
+def test_the_suite_over_streams_measures(monkeypatch, tmp_path):
+    for name in streams.CASES:
+        row = streams.measured(name, "s5", 256, 64)
+        assert row["seconds"] > 0 and (row["case"], row["chunk"]) == (name, 64)
+    # What is held meanwhile counts, whether or not it is given back.
+    monkeypatch.setitem(streams.CASES, "hold", lambda *_: lambda: np.ones(2**25).sum())
+    assert streams.measured("hold", "s5", 256, 64)["peak_bytes"] > 2**27
