@@ -254,6 +254,9 @@ def base() -> ConfigDict:
                 # Steps in a row whose loss or gradient may be not finite: they change
                 # nothing. 0: the first one ends the run.
                 skip_nonfinite=0,
+                # Tokens that are read at once, the state of those before cut from the
+                # gradient; 0: all of a sequence.
+                chunk=0,
                 record=False,  # what goes on inside the layers, in every log
             ),
             # Of a video model at the end of the run: clips to roll out; 0 frames: half

@@ -60,7 +60,7 @@ def batch_of(size=8, length=5):
 
 def begin(batch, dropout=0.0, padded=True, **train):
     """The state at step 0 as a function, and the step."""
-    defaults = {"accumulate": 1, "ema": 0.0, "skip_nonfinite": 0}
+    defaults = {"accumulate": 1, "chunk": 0, "ema": 0.0, "skip_nonfinite": 0}
     config = {"seed": 3, "train": defaults | train}
     model, optimizer = Pool(dropout), optax.sgd(0.1)
     ema = config["train"]["ema"] > 0
@@ -177,7 +177,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
             batch["mask"][np.arange(start, start + size) > 6] = False
             yield batch
 
-    found = [step.mean_scores(evaluate, variables, batches(n), MESH) for n in (7, 3, 1)]
+    found = [step.mean_scores(evaluate, variables, batches(n)) for n in (7, 3, 1)]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6)
 
@@ -425,7 +425,7 @@ def test_a_batch_without_targets_is_named(tmp_path):
         loop.check_window(progress)
     variables = Pool().init(jax.random.key(0), batch["inputs"])
     with pytest.raises(ValueError, match="the split to evaluate must have a target"):
-        step.mean_scores(step.make_eval_step(Pool(), LOSS), variables, [batch], MESH)
+        step.mean_scores(step.make_eval_step(Pool(), LOSS), variables, [batch])
 
 
 def test_rows_of_an_evaluation_batch():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 import tiny_run
 
-from configs import pixels
+from configs import pixels, synthetic
 from kernels.check import targets
 from layers.models.build import build
 from train import data, resolve, state
@@ -177,6 +177,21 @@ def test_a_plan_adds_up(here):
     assert here.kernels["linear_scan"][0] == "xla"
     assert here.collectives == () and here.seconds > 0
     assert json.loads(json.dumps(here.as_json()))["fits"] is True
+
+
+def test_a_step_in_pieces_needs_the_memory_of_one():
+    config = synthetic.get_config("copying,layer=s5")
+    config.model.update(features=8)
+    config.model.layer_args.state_size = 4
+    config.data.length = 4096
+    config.train.batch_size = 1
+    machine, found = Machine("here", tuple(jax.devices()), 10**12), []
+    for chunk in (0, 128):
+        config.train.chunk = chunk
+        found.append(compiling.plan(Task(config, *samples.of(config)), machine))
+    whole, pieces = found
+    assert pieces.activations < whole.activations / 16
+    assert pieces.temporaries < whole.temporaries / 8
 
 
 def test_what_does_not_fit_gets_a_change_that_was_tried(task, here):

@@ -241,13 +241,22 @@ def test_a_dt_that_does_not_fit_is_refused():
 
 
 @pytest.mark.slow
-def test_long_sequences_go_through_in_chunks(monkeypatch):
+def test_long_sequences_go_through_in_chunks():
     for loss in ("classification", "token"):
         run = untrained("lru", loss=loss)
         whole = predict.predict(run, NEW)
-        monkeypatch.setattr(predict, "CHUNK", 8)
-        assert_close(predict.predict(run, NEW), whole)
-        monkeypatch.undo()
+        assert_close(predict.predict(run, NEW, chunk=8), whole)
+    with pytest.raises(ValueError, match="chunk must be 1 or more, got 0"):
+        predict.predict(run, NEW, chunk=0)
+
+
+def test_a_reset_that_comes_too_late_takes_nothing_from_the_answer():
+    """It stands on a masked token, in a chunk behind which nothing is real."""
+    run = untrained("lru", loss="classification")
+    mask, reset = np.arange(20) < 6, np.arange(20) == 7
+    sequence = Sequence(mask=np.tile(mask, (5, 1)), reset=np.tile(reset, (5, 1)))
+    whole = predict.predict(run, NEW, sequence)
+    assert_close(predict.predict(run, NEW, sequence, chunk=8), whole)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from layers.facts import has_state, why_no_state
-from train import checkpoint, evaluate, records, runs, sharding, signals
+from train import checkpoint, evaluate, records, runs, sharding, signals, stream
 from train.checkpoint import CheckpointError
 from train.data.spec import Spec
 from train.draw.markup import Section
@@ -123,4 +123,6 @@ def compare(config: ConfigDict, parts: Parts, variables: dict) -> float | str:
     count = min(COMPARED, parts.dataset.num_examples(split))
     size = sharding.evaluation_batch_size(config, parts.mesh, count)
     batch = next(iter(parts.dataset.evaluation(split, size)))
+    if config.train.chunk:  # the memory is that of a piece
+        batch = next(stream.pieces(batch, config.train.chunk))
     return float(evaluate.compare_modes(parts.model, variables, batch))

@@ -1,8 +1,11 @@
 """Scores of a trained run, and its recurrent mode beside its parallel one.
 
 python -m train.evaluate --workdir runs/pixels-digits-0 [--split test] [--step 500]
-    [--examples 1000] [--data new.npz]
+    [--examples 1000] [--data new.npz] [--chunk 65536]
 
+--chunk N reads every sequence N tokens at a time, the state carried on, in memory that
+does not grow with the length (of a row of a batch; there are as many rows as without).
+The scores are the same up to rounding; the two modes are not compared.
 --examples N scores only the first N of the split (needed for endless splits).
 --data scores on another file, laid out as that of the run and read as that was: its
 normalisation, its classes, its vocabulary. All of it counts as the split "test", unless
@@ -50,6 +53,7 @@ from train import (
     sharding,
     signals,
     step,
+    stream,
 )
 from train.data import own, unseen
 
@@ -107,18 +111,42 @@ def compare_modes(model, variables, batch) -> float | None:
     return float(difference(variables, batch["inputs"], sequence))
 
 
-def scores(run: runs.Run, split: str) -> dict[str, float]:
-    """Loss and metrics of a run on one split of its dataset. `ValueError` for a split
-    that the dataset does not have, or that it draws without end."""
+def scores(run: runs.Run, split: str, chunk: int | None = None) -> dict[str, float]:
+    """Loss and metrics of a run on one split of its dataset.
+
+    Args:
+        run: a trained run.
+        split: of its dataset.
+        chunk: tokens of a sequence that are read at once, see `train.stream`; None for
+            all.
+
+    Raises:
+        ValueError: a split that the dataset does not have, or that it draws without
+            end; a chunk below 1, or for a model that cannot read in pieces, or
+            sequences that it could not read at once.
+        Stopped: a signal came.
+    """
     spec, mesh = run.spec, sharding.rows_mesh()
-    loss = losses.make(spec.loss)
-    eval_step = step.make_eval_step(run.model, loss, spec.padded, mesh)
-    count = run.dataset.num_examples(split)
+    loss, count = losses.make(spec.loss), run.dataset.num_examples(split)
     if count > MOST:
         raise ValueError(
             f"split {split} has {count:,} examples; --examples N scores the first N"
         )
-    return on_split(eval_step, run.variables, run.dataset, split, run.config, mesh)
+    if chunk is None:
+        eval_step = step.make_eval_step(run.model, loss, spec.padded, mesh)
+        return on_split(eval_step, run.variables, run.dataset, split, run.config, mesh)
+    stream.check("--chunk", chunk, run.model)
+    number = jnp.int32 if spec.encoder == "token" else jnp.float32
+    shape = (1, spec.length, spec.channels)[: 2 if spec.encoder == "token" else 3]
+    whole = jax.ShapeDtypeStruct(shape, number)
+    check_call(run, "--chunk: inputs", run.model.apply, whole, Sequence())
+    batches = -(-count // sharding.evaluation_batch_size(run.config, mesh, count))
+    pieces = batches * -(-spec.length // chunk)
+    with stream.progress("evaluating", pieces) as advance:
+        eval_step = stream.make_eval_step(
+            run.model, loss, spec.padded, mesh, chunk, advance
+        )
+        return on_split(eval_step, run.variables, run.dataset, split, run.config, mesh)
 
 
 def on_split(
@@ -138,7 +166,7 @@ def on_split(
     size = sharding.evaluation_batch_size(config, mesh, count)
     rows = sharding.own_rows(mesh, size)
     batches = signals.stoppable(dataset.evaluation(split, size, rows))
-    return step.mean_scores(eval_step, variables, batches, mesh)
+    return step.mean_scores(eval_step, variables, batches)
 
 
 def at_lengths(
@@ -147,6 +175,7 @@ def at_lengths(
     split: str,
     times: Iterable[int],
     examples: int | None = None,
+    chunk: int | None = None,
 ) -> dict:
     """Scores on sequences of several lengths, printed and kept in workdir/lengths.json.
 
@@ -156,6 +185,7 @@ def at_lengths(
         split: of the dataset.
         times: lengths in training lengths, such as (1, 2, 4, 8).
         examples: N, to score only the first N; None for all.
+        chunk: see `scores`.
 
     Returns:
         {"step", "split", "lengths": [{"times", "length", loss and metrics}, ...]}
@@ -175,7 +205,7 @@ def at_lengths(
         options.eval_batch_size = max(1, size)
         stretched = dataclasses.replace(run.on(dataset), config=config)
         length = {"times": n, "length": dataset.spec.length}
-        rows.append(length | scores(stretched, split))
+        rows.append(length | scores(stretched, split, chunk))
     found = {"step": run.step, "split": split, "lengths": rows}
     if jax.process_index() == 0:
         path = Path(workdir) / LENGTHS
@@ -270,6 +300,7 @@ def main(argv=None):
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
     parser.add_argument("--examples", type=int, help="only the first; default: all")
     parser.add_argument("--lengths", help="multiples of the training length")
+    parser.add_argument("--chunk", type=int, help="tokens at once; default: all")
     parser.add_argument("--data", help="another file, or folder, to score on")
     add_trust(parser)
     options = parser.parse_args(argv)
@@ -280,19 +311,24 @@ def main(argv=None):
         run = runs.load_run(workdir, options.step, options.trust)
         if options.lengths is not None:
             times = parse_times(options.lengths)
-            at_lengths(run, workdir, options.split, times, options.examples)
+            at_lengths(
+                run, workdir, options.split, times, options.examples, options.chunk
+            )
             return 0
         if options.data is not None:
             run = on_file(run, options.data)
         if options.examples is not None:
             run = run.on(run.dataset.shortened(options.examples))
-        found = scores(run, options.split)
-        batch = next(iter(run.dataset.evaluation(options.split, 16)))
-        gap = compare_modes(run.model, run.variables, jax.tree.map(np.asarray, batch))
+        found = scores(run, options.split, options.chunk)
+        if options.chunk is None:
+            batch = next(iter(run.dataset.evaluation(options.split, 16)))
+            batch = jax.tree.map(np.asarray, batch)
+            gap = compare_modes(run.model, run.variables, batch)
+            found["parallel_vs_recurrent"] = gap
     except PROBLEMS as problem:
         parser.error(str(problem))
     found = {"step": run.step, "split": options.split, **found}
-    print(json.dumps(found | {"parallel_vs_recurrent": gap}, indent=2))
+    print(json.dumps(found, indent=2))
     return 0
 
 

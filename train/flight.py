@@ -16,10 +16,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from layers.inside import RECORD
-from train import sharding, signals
+from train import sharding, signals, step
 from train.losses import LossFn
 from train.state import named_leaves
-from train.step import sequence_of
 
 
 class Probe(NamedTuple):
@@ -37,26 +36,19 @@ def make_probe(
     seed: int,
     padded: bool,
     mesh: Mesh | None = None,
+    chunk: int = 0,
 ) -> Callable:
     """The jitted (state, batch) -> `Probe` of the step that would come next, both on
-    `mesh`."""
-
-    def forward(params, collections, batch, key):
-        (outputs, _), recorded = model.apply(
-            {"params": params, **collections},
-            batch["inputs"],
-            sequence=sequence_of(batch, padded),
-            train=True,
-            rngs={"dropout": key},
-            mutable=[*collections, RECORD],
-        )
-        loss, weight, _ = loss_fn(outputs, batch)
-        return loss / jnp.maximum(weight, 1), recorded.get(RECORD, {})
+    `mesh`. With `train.chunk` > 0 its record has, over the pieces, the least of what is
+    called _min and of the rest the largest."""
+    seen = _whole(model, loss_fn, padded)
+    if chunk:
+        seen = _in_pieces(model, loss_fn, padded, mesh, chunk)
 
     def probe(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with sharding.context(mesh):
-            (loss, record), gradients = jax.value_and_grad(forward, has_aux=True)(
+            (loss, record), gradients = seen(
                 state.params, state.collections(), batch, key
             )
         weights = jax.tree.map(lambda p: jnp.max(jnp.abs(p)), state.params)
@@ -64,6 +56,64 @@ def make_probe(
         return Probe(weights, record, loss, norms)
 
     return jax.jit(probe)
+
+
+def _whole(model, loss_fn, padded) -> Callable:
+    """(params, collections, batch, key) -> (mean loss, record), gradients."""
+
+    def forward(params, collections, batch, key):
+        (outputs, _), recorded = model.apply(
+            {"params": params, **collections},
+            batch["inputs"],
+            sequence=step.sequence_of(batch, padded),
+            train=True,
+            rngs={"dropout": key},
+            mutable=[*collections, RECORD],
+        )
+        loss, weight, _ = loss_fn(outputs, batch)
+        return loss / jnp.maximum(weight, 1), recorded.get(RECORD, {})
+
+    return jax.value_and_grad(forward, has_aux=True)
+
+
+def _in_pieces(model, loss_fn, padded, mesh, chunk) -> Callable:
+    """`_whole` of a batch that is read in pieces, with the memory of one."""
+    sums = step.make_piece_sums(model, loss_fn, padded)
+
+    def gradient(params, carried, piece, key):
+        grads, (rows, (collections, state)) = jax.grad(sums, has_aux=True)(
+            params, carried, piece, key
+        )
+        record = jax.tree_util.tree_map_with_path(
+            lambda path, a, b: (jnp.minimum if _least(path) else jnp.maximum)(a, b),
+            carried[0][RECORD],
+            collections.get(RECORD, {}),
+        )
+        return grads, (rows, ({**collections, RECORD: record}, state))
+
+    whole = _whole(model, loss_fn, padded)
+    compute = step.in_pieces(gradient, model, mesh, chunk)
+
+    def seen(params, collections, batch, key):
+        first = jax.tree.map(lambda x: x[:, :chunk], dict(batch))
+        (_, record), _ = jax.eval_shape(whole, params, collections, first, key)
+        nothing = jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.full_like(x, jnp.inf if _least(path) else -jnp.inf),
+            record,
+        )
+        grads, (totals, collections) = compute(
+            params, {**collections, RECORD: nothing}, batch, key
+        )
+        weight = jnp.maximum(totals["weight"], 1)
+        gradients = jax.tree.map(lambda g: g / weight, grads)
+        return (totals["loss"] / weight, collections[RECORD]), gradients
+
+    return seen
+
+
+def _least(path) -> bool:
+    """Whether of two values of a quantity the smaller one tells more."""
+    return path[-1].key.endswith("_min")
 
 
 def quantities(record: Mapping) -> dict[str, float]:

@@ -69,6 +69,30 @@ def make(loss: str, label_smoothing: float = 0.0) -> LossFn:
     return sums
 
 
+def by_row(loss_fn: LossFn) -> LossFn:
+    """The same loss with sums for every row of a batch, [B] each: those of the pieces
+    of a sequence can be added up before they are `joined`."""
+
+    def row(outputs, batch):
+        return loss_fn(outputs[None], {k: x[None] for k, x in batch.items()})
+
+    return jax.vmap(row)
+
+
+def joined(rows: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The sums over a batch of what rows [B] have, each added up over the pieces of its
+    sequence: "loss", "weight" and the metrics.
+
+    A sequence is right where all its pieces are. Counts are exact up to 2^24 tokens of
+    a sequence.
+    """
+    rows = dict(rows)
+    if (right := rows.get("sequence_accuracy")) is not None:
+        # A piece has all its tokens in the sum where they are right, and else none.
+        rows["sequence_accuracy"] = jnp.where(right == rows["weight"], right, 0)
+    return {name: jnp.sum(x) for name, x in rows.items()}
+
+
 def _classification(outputs, batch, label_smoothing):
     _check_shapes(outputs, batch["targets"], 1)
     return _cross_entropy(outputs, batch["targets"], _rows(batch), label_smoothing)

@@ -22,10 +22,12 @@ from train import (
     flight,
     losses,
     optimizers,
+    resolve,
     settings,
     sharding,
     state,
     step,
+    stream,
 )
 from train.checkpoint import Checkpoints
 from train.data import said
@@ -47,7 +49,8 @@ class Parts:
         target: that state's shapes and shardings.
         schedule: step -> learning rate.
         train_step: compiled, (state, batch) -> (state, measured).
-        eval_step: (variables, batch) -> sums of loss and metrics.
+        eval_step: (variables, batch) -> sums of loss and metrics, in pieces of
+            `train.chunk` tokens where training is.
         probe: (state, batch) -> what the flight recorder shows.
         stream: () -> the endless stream to train on, from its first batch.
         batches: that stream, where the run stands.
@@ -140,12 +143,13 @@ def assemble(
     Raises:
         ValueError: a parameter that no group matches, heads or inner features that
             mesh.tensor does not divide, a length or a layer that mesh.sequence does
-            not.
+            not, a train.chunk that cannot be.
     """
     options = config.train
     boxes = state.param_boxes(model, sample)
     sharding.check_tensor(model, boxes, mesh)
     sharding.check_sequence(model, sample["inputs"], mesh)
+    resolve.check_chunk(config, model, sample["inputs"])
     optimizer, groups, schedule = optimizers.make(config, boxes)
     ema = options.ema > 0
     create = state.creator(model, optimizer, sample, config.seed, mesh, ema=ema)
@@ -204,11 +208,22 @@ def set_up(
         target=assembled.target,
         schedule=assembled.schedule,
         train_step=compiled,
-        eval_step=step.make_eval_step(model, losses.make(spec.loss), spec.padded, mesh),
-        probe=flight.make_probe(model, losses.make(spec.loss), seed, spec.padded, mesh),
+        eval_step=_evaluation(config, spec, model, mesh),
+        probe=flight.make_probe(
+            model, losses.make(spec.loss), seed, spec.padded, mesh, options.chunk
+        ),
         stream=stream,
         batches=stream(),
     )
+
+
+def _evaluation(config, spec, model, mesh) -> Callable:
+    """The step of evaluation, whose memory is no more than that of training: in pieces
+    where that is."""
+    chunk, loss = config.train.chunk, losses.make(spec.loss)
+    if chunk:
+        return stream.make_eval_step(model, loss, spec.padded, mesh, chunk)
+    return step.make_eval_step(model, loss, spec.padded, mesh)
 
 
 def _described(config, batch) -> str:

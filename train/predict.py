@@ -55,18 +55,21 @@ from layers import prepare
 from layers.facts import has_state
 from layers.models.model import Model
 from ssm.sequence import Sequence
-from train import files, settings
+from train import files, settings, stream
 from train.data import cast, unseen
 from train.data.targets import LOSSES
 from train.evaluate import PROBLEMS, add_trust, check_call
 from train.runs import Run, load_run
 
 STDIN = "-"
-CHUNK = 2**16  # tokens that are read at once where a state takes them further
 
 
 def predict(
-    run: Run, inputs: np.ndarray, sequence: Sequence | None = None, batch: int = 0
+    run: Run,
+    inputs: np.ndarray,
+    sequence: Sequence | None = None,
+    batch: int = 0,
+    chunk: int = stream.CHUNK,
 ) -> np.ndarray:
     """The answers of a run to sequences.
 
@@ -76,6 +79,7 @@ def predict(
             were normalised, [n, L] tokens, or [n, h, w, C] images.
         sequence: mask, reset and dt, each [n, L]; None for none of them.
         batch: sequences at once; 0: as many tokens as in training.
+        chunk: tokens of a sequence at once, where a state takes them further.
 
     Returns:
         The probabilities of the classes [n, K], or [n, L, K] of a model that answers at
@@ -83,9 +87,11 @@ def predict(
 
     Raises:
         ValueError: inputs that the run cannot read, a dt that float32 cannot hold above
-            0, or a run of frames.
+            0, a chunk below 1, or a run of frames.
     """
     check_run(run)
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, got {chunk}")
     inputs = unseen.encoded("inputs", inputs, run.spec, run.config.data.name)
     companions = {
         name: np.asarray(value)
@@ -96,7 +102,7 @@ def predict(
         dt = companions["dt"]
         real = cast.where_real(companions.get("mask"), dt)
         companions["dt"] = cast.real("sequence.dt", dt, cast.LEAST, real)
-    return np.concatenate([*_in_batches(run, inputs, companions, batch)])
+    return np.concatenate([*_in_batches(run, inputs, companions, batch, chunk)])
 
 
 def check_run(run: Run) -> None:
@@ -203,10 +209,14 @@ def _jitted(model: Model, numbers: bool) -> Callable:
 
 
 def _in_batches(
-    run: Run, inputs: np.ndarray, companions: Mapping, batch: int = 0
+    run: Run,
+    inputs: np.ndarray,
+    companions: Mapping,
+    batch: int = 0,
+    chunk: int = stream.CHUNK,
 ) -> Iterator[np.ndarray]:
-    """The answers to some rows after another, in memory that does not grow with their
-    number nor, where a state goes on, with their length.
+    """The answers to some rows after another, in memory of the device that does not
+    grow with their number nor, where a state goes on, with their length.
 
     Raises:
         ValueError: sequences that are longer than a layer can take, or what
@@ -223,41 +233,39 @@ def _in_batches(
     cure = cure if has_state(run.model) else ""
     answer = _answering(run)
     check_call(run, "inputs", answer, inputs[:rows], sequence, cure)
-    in_chunks = not several and tokens > CHUNK and has_state(run.model)
+    in_pieces = not several and tokens > chunk and has_state(run.model)
     for start in range(0, len(inputs), rows):
         there = np.minimum(np.arange(start, start + rows), len(inputs) - 1)
         part = inputs[there], {k: v[there] for k, v in companions.items()}
         count = min(rows, len(inputs) - start)
-        if in_chunks:
-            yield _chunked(run, answer, *part)[:count]
+        if in_pieces:
+            yield _in_pieces(run, answer, *part, chunk)[:count]
         else:
             y, _ = answer(run.variables, part[0], None, Sequence(**part[1]))
             yield np.asarray(y)[:count]
 
 
-def _chunked(run: Run, answer: Callable, inputs, companions) -> np.ndarray:
-    """The answers to rows that are fed CHUNK tokens at a time."""
-    state, found = run.model.init_state(len(inputs)), []
-    length = inputs.shape[1]
-    short = -length % CHUNK
-    mask = companions.get("mask", np.ones(inputs.shape[:2], bool))
-    companions = {**companions, "mask": mask}
-    # Masked tokens fill the last chunk, so that all have one shape.
-    inputs, companions = jax.tree.map(
-        lambda x: np.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)),
-        (inputs, companions),
-    )
-    if "dt" in companions:
-        companions["dt"] = np.where(companions["mask"], companions["dt"], 1)
-    for at in range(0, length, CHUNK):
-        here = {k: v[:, at : at + CHUNK] for k, v in companions.items()}
-        part = inputs[:, at : at + CHUNK]
-        y, state = answer(run.variables, part, state, Sequence(**here))
-        if run.model.head == "token":
+def _in_pieces(
+    run: Run, answer: Callable, inputs, companions, chunk: int
+) -> np.ndarray:
+    """The answers to rows that are fed `chunk` tokens at a time."""
+    per_token, found = run.model.head == "token", []
+    variables = jax.tree.map(jax.numpy.asarray, run.variables)
+
+    def call(piece, state):
+        sequence = Sequence(**{k: v for k, v in piece.items() if k != "inputs"})
+        return answer(variables, piece["inputs"], state, sequence)
+
+    state = run.model.init_state(len(inputs))
+    arrays = {"inputs": inputs, **companions}
+    with stream.progress("predicting", -(-inputs.shape[1] // chunk)) as advance:
+        for y, _ in stream.over(call, state, arrays, chunk, advance):
+            if not per_token:
+                found.clear()  # only the last is the answer
             found.append(np.asarray(y))
-    if run.model.head == "token":
-        return np.concatenate(found, axis=1)[:, :length]
-    return np.asarray(y)
+    if not per_token:
+        return found[0]
+    return np.concatenate(found, axis=1)[:, : inputs.shape[1]]
 
 
 class Table:
@@ -298,10 +306,16 @@ class Table:
         self._file.flush()
 
 
-def write_answers(run: Run, given: unseen.Unseen, table: Table, batch: int = 0) -> None:
-    """The answers to all sequences in their order."""
+def write_answers(
+    run: Run,
+    given: unseen.Unseen,
+    table: Table,
+    batch: int = 0,
+    chunk: int = stream.CHUNK,
+) -> None:
+    """The answers to all sequences in their order, see `predict` for the sizes."""
     index = 0
-    for answers in _in_batches(run, given.inputs, given.companions, batch):
+    for answers in _in_batches(run, given.inputs, given.companions, batch, chunk):
         for answer in answers:
             if run.model.head != "token":
                 table.write(index, answer)
@@ -315,13 +329,13 @@ def write_answers(run: Run, given: unseen.Unseen, table: Table, batch: int = 0) 
 
 def stream_answers(run: Run, given: unseen.Unseen, table: Table) -> None:
     """The answers so far after every token, one sequence after another."""
-    stream = Stream(run)
+    fed = Stream(run)
     inputs, companions = given.inputs, dict(given.companions)
     if run.spec.encoder == "image":
         inputs = inputs.reshape(len(inputs), -1, 1, inputs.shape[-1])
     mask = companions.pop("mask", None)
     for index, sequence in enumerate(inputs):
-        stream.restart()
+        fed.restart()
         pending = False  # a reset on a masked token is for the next that exists
         for token in range(len(sequence)):
             here = {name: value[index, token] for name, value in companions.items()}
@@ -330,23 +344,23 @@ def stream_answers(run: Run, given: unseen.Unseen, table: Table) -> None:
             if mask is not None and not mask[index, token]:
                 continue
             pending = False
-            answer = stream.feed_encoded(sequence[None, token : token + 1], **here)
+            answer = fed.feed_encoded(sequence[None, token : token + 1], **here)
             table.write(index, answer, token)
             table.flush()
 
 
 def stream_lines(run: Run, lines: Iterable[str], table: Table) -> None:
     """The answers so far to tokens that come as lines, see this module's docstring."""
-    stream, index, token = Stream(run), 0, 0
+    fed, index, token = Stream(run), 0, 0
     for number, line in enumerate(_until_interrupted(lines), 1):
         words = line.replace(",", " ").split()
         if not words:
             if token:
-                stream.restart()
+                fed.restart()
                 index, token = index + 1, 0
             continue
         try:
-            answer = stream.feed(np.array([float(word) for word in words]))
+            answer = fed.feed(np.array([float(word) for word in words]))
         except ValueError as problem:
             raise ValueError(
                 f"--inputs {STDIN}: line {number} must be a token, got "
@@ -408,6 +422,13 @@ def main(argv=None):
         help="sequences at once; default: as many tokens as in training",
     )
     parser.add_argument(
+        "--chunk",
+        type=int,
+        default=stream.CHUNK,
+        help="tokens of a sequence at once, where a state takes them further; default: "
+        f"{stream.CHUNK}",
+    )
+    parser.add_argument(
         "--length",
         type=int,
         help="cut recordings to so many samples; 0: never; default: as in training",
@@ -464,13 +485,13 @@ def _answer(run: Run, options) -> int:
         if options.stream:
             stream_answers(run, given, table)
         else:
-            write_answers(run, given, table, options.batch)
+            write_answers(run, given, table, options.batch, options.chunk)
     return table.count
 
 
 def _check_options(options) -> None:
     """Raises a `ValueError` for what cannot be, before anything is read."""
-    for name, least in (("batch", 0), ("length", 0)):
+    for name, least in (("batch", 0), ("length", 0), ("chunk", 1)):
         value = getattr(options, name)
         if value is not None and not least <= value <= settings.MOST:
             raise ValueError(

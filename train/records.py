@@ -79,6 +79,7 @@ ABSENT = {
     "mesh.tensor": (1, 1),
     "train.save_timeout": (0.0, 3600.0),  # it waited for ever
     "train.skip_nonfinite": (0, 0),
+    "train.chunk": (0, 0),
 }
 # The same of the arguments of a dataset, by its name.
 ABSENT_DATA = {

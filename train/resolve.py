@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from layers.facts import has_state, why_no_state
 from layers.models import grid
-from train import optimizers, sharding
+from train import optimizers, sharding, stream
 from train.data.spec import Spec
 
 
@@ -71,6 +71,30 @@ def check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     if options.eval_batch_size:
         sharding.check_batch_size(
             "train.eval_batch_size", options.eval_batch_size, mesh
+        )
+
+
+def check_chunk(config: ConfigDict, model: nn.Module, inputs: jax.Array) -> None:
+    """Raises a `ValueError` where `train.chunk` cannot cut the `inputs` [B, L, ...] of
+    a batch, or their shape, into pieces that the model learns from."""
+    chunk, devices = config.train.chunk, config.mesh.sequence
+    if not chunk:
+        return
+    stream.check("train.chunk", chunk, model)
+    if model.head != "token":
+        raise ValueError(
+            "train.chunk must be 0 unless model.head is token, got "
+            f"{chunk} and {model.head!r}: only the last piece of a sequence would learn"
+        )
+    length = inputs.shape[1]
+    if length % chunk:
+        raise ValueError(
+            f"train.chunk must divide the length of the sequences, {length}, got "
+            f"{chunk}"
+        )
+    if chunk % devices:
+        raise ValueError(
+            f"train.chunk must be a multiple of mesh.sequence = {devices}, got {chunk}"
         )
 
 

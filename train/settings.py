@@ -29,6 +29,7 @@ LEAST = {
     "rollout.context": 0,
     "rollout.horizon": 0,
     "rollout.clips": 0,
+    "train.chunk": 0,
     "train.eval_batch_size": 0,
     "train.save_timeout": 0,
     "train.skip_nonfinite": 0,

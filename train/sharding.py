@@ -6,7 +6,7 @@ its inputs and outputs lie, and in `context` where the residual stream does.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -280,6 +280,42 @@ def own_rows(mesh: Mesh, count: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(count)[at] for (at,) in held]))
 
 
+def of_state(init_state: Callable, size: int, mesh: Mesh, others: Any = None) -> Any:
+    """The sharding of every array of a model's state: the axis of its `size` sequences
+    over the axes ROWS.
+
+    Args:
+        init_state: of the model.
+        size: sequences.
+        mesh: the devices.
+        others: what is said of all other axes; None: they are whole.
+    """
+    # The axis of the sequences is the one that grows with their number.
+    one, two = (jax.eval_shape(lambda n=n: init_state(n)) for n in (size, 2 * size))
+
+    def spread(x, larger):
+        pairs = zip(x.shape, larger.shape, strict=True)
+        axes = [ROWS if a != b else others for a, b in pairs]
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(spread, one, two)
+
+
+def keep_rows(init_state: Callable, mesh: Mesh | None, size: int, state: Any) -> Any:
+    """The state of `size` sequences inside of a step, its rows where those of the batch
+    are; its other axes are the compiler's to place. As it is on one device."""
+    if mesh is None or mesh.size == 1:
+        return state
+    places = of_state(init_state, size, mesh, PartitionSpec.UNCONSTRAINED)
+    return jax.lax.with_sharding_constraint(state, places)
+
+
+def batch_rows(mesh: Mesh, own: int) -> int:
+    """How many rows a batch has of which this process has prepared `own`."""
+    shares = row_devices(mesh)
+    return own * shares // len(own_rows(mesh, shares))
+
+
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts a batch on the mesh, see `rows`.
 
@@ -290,10 +326,9 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     where = rows(mesh)
     if where.is_fully_addressable:
         return jax.device_put(dict(batch), where)
-    shares = row_devices(mesh)
 
     def put(x):
-        count = len(x) * shares // len(own_rows(mesh, shares))
+        count = batch_rows(mesh, len(x))
         held = own_rows(mesh, count)
 
         def part(at):

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from ssm.sequence import Sequence
-from train import sharding
+from train import losses, sharding
 from train.losses import LossFn
 from train.state import TrainState
 
@@ -31,6 +31,12 @@ def make_train_step(
     `train.accumulate` micro-batches it is the same number, with less memory: only batch
     statistics and dropout see that the batch was cut. The random numbers of step n are
     those of fold_in(key(seed), n).
+
+    With `train.chunk` = n > 0 every sequence is read n tokens at a time, each piece
+    with the state that those before it left. The loss is that of the whole; its
+    gradient is cut at the borders of the pieces, as if the state that enters were a
+    number (truncated backpropagation through time), so that only one piece's
+    activations are in memory. Batch statistics and dropout see the pieces.
 
     With `train.ema` = d > 0 the averaged weights follow as d * ema + (1 - d) * params,
     where d grows from 0.1 as (1 + n) / (10 + n) until it is `train.ema`: the first
@@ -55,38 +61,28 @@ def make_train_step(
         before clipping, and "weight", what the means are over: they are 0 if it is.
     """
     seed, decay = config["seed"], config["train"]["ema"]
-    accumulate = config["train"]["accumulate"]
+    accumulate, chunk = config["train"]["accumulate"], config["train"]["chunk"]
     skips = config["train"]["skip_nonfinite"] > 0
     mesh = None if places is None else places.step.mesh
-    sums = make_sums(model, loss_fn, padded)
+    make = make_piece_sums if chunk else make_sums
+    sums = make(model, loss_fn, padded)
 
-    def gradient(params, collections, batch, key):
-        grads, rest = jax.grad(sums, has_aux=True)(params, collections, batch, key)
+    def gradient(params, carried, batch, key):
+        grads, rest = jax.grad(sums, has_aux=True)(params, carried, batch, key)
         if mesh is not None and mesh.size > 1:
             # Else a sum of them could be whole on every device.
             grads = jax.lax.with_sharding_constraint(grads, places.params)
         return grads, rest
 
-    def accumulated(params, collections, batch, key):
-        def add(carry, part):
-            batch, index = part
-            grads, (totals, collections) = gradient(
-                params, carry[2], batch, jax.random.fold_in(key, index)
-            )
-            grads, totals = jax.tree.map(jnp.add, carry[:2], (grads, totals))
-            return (grads, totals, collections), None
+    whole = in_pieces(gradient, model, mesh, chunk) if chunk else gradient
 
+    def accumulated(params, collections, batch, key):
         parts = jax.tree.map(lambda x: _cut(x, accumulate), dict(batch))
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradient, params, collections, first, key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        carry = (zeros[0], zeros[1][0], collections)
-        carry, _ = jax.lax.scan(add, carry, (parts, jnp.arange(accumulate)))
-        return carry[0], carry[1:]
+        return _in_turn(whole, params, collections, parts, key)
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        compute = gradient if accumulate == 1 else accumulated
+        compute = whole if accumulate == 1 else accumulated
         with sharding.context(mesh):
             grads, (totals, collections) = compute(
                 state.params, state.collections(), batch, key
@@ -137,13 +133,70 @@ def make_sums(model: nn.Module, loss_fn: LossFn, padded: bool = True) -> Callabl
     return sums
 
 
+def in_pieces(
+    gradient: Callable, model: nn.Module, mesh: Mesh | None, chunk: int
+) -> Callable:
+    """The gradient of a batch whose sequences are read in pieces of `chunk` tokens,
+    which must divide their length: (params, collections, batch, key) -> grads, (all
+    sums, the new collections).
+
+    Args:
+        gradient: of the piece sums of `make_piece_sums`, and beside it what they have.
+        model: with a recurrent mode.
+        mesh: the devices; None for one.
+        chunk: tokens.
+    """
+
+    def of_batch(params, collections, batch, key):
+        size = len(batch["mask"])
+
+        def keep(state):
+            return sharding.keep_rows(model.init_state, mesh, size, state)
+
+        def behind(params, carried, piece, key):
+            grads, (rows, (collections, state)) = gradient(params, carried, piece, key)
+            return grads, (rows, (collections, keep(state)))
+
+        pieces = jax.tree.map(lambda x: _pieces(x, chunk), dict(batch))
+        carried = collections, keep(model.init_state(size))
+        grads, (rows, (collections, _)) = _in_turn(behind, params, carried, pieces, key)
+        return grads, (losses.joined(rows), collections)
+
+    return of_batch
+
+
+def make_piece_sums(model: nn.Module, loss_fn: LossFn, padded: bool = True) -> Callable:
+    """`make_sums` of a piece of every sequence, behind those before it: (params,
+    (collections, state), piece, key) -> the sum of the loss, and beside it (all sums of
+    every row [B], see `losses.by_row`, the new collections and state)."""
+    loss_fn = losses.by_row(loss_fn)
+
+    def sums(params, carried, piece, key):
+        collections, state = carried
+        (outputs, after), collections = model.apply(
+            {"params": params, **collections},
+            piece["inputs"],
+            state,
+            sequence_of(piece, padded),
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(collections),
+        )
+        loss, weight, metrics = loss_fn(outputs, piece)
+        rows = {"loss": loss, "weight": weight, **metrics}
+        return jnp.sum(loss), (rows, (collections, after))
+
+    return sums
+
+
 def make_eval_step(
     model: nn.Module, loss_fn: LossFn, padded: bool = True, mesh: Mesh | None = None
 ) -> Callable[[Mapping, Mapping], dict[str, jax.Array]]:
-    """The jitted (variables, batch) -> sums "loss", "weight" and those of `loss_fn`,
-    for batches on `mesh`."""
+    """(variables, batch) -> sums "loss", "weight" and those of `loss_fn`, computed on
+    `mesh`, where the batch is put unless it is there."""
 
-    def eval_step(variables, batch):
+    @jax.jit
+    def sums(variables, batch):
         with sharding.context(mesh):
             outputs, _ = model.apply(
                 variables, batch["inputs"], sequence=sequence_of(batch, padded)
@@ -151,11 +204,14 @@ def make_eval_step(
         loss, weight, metrics = loss_fn(outputs, batch)
         return {"loss": loss, "weight": weight, **metrics}
 
-    return jax.jit(eval_step)
+    def eval_step(variables, batch):
+        return sums(variables, batch if mesh is None else sharding.place(batch, mesh))
+
+    return eval_step
 
 
 def mean_scores(
-    eval_step: Callable, variables: Mapping, batches: Iterable[Mapping], mesh: Mesh
+    eval_step: Callable, variables: Mapping, batches: Iterable[Mapping]
 ) -> dict[str, float]:
     """Means over all examples of `batches`; padding examples do not count.
 
@@ -165,7 +221,7 @@ def mean_scores(
     totals = before = None
     for batch in batches:
         jax.block_until_ready(before)  # two batches are on their way, no more
-        sums = eval_step(variables, sharding.place(batch, mesh))
+        sums = eval_step(variables, batch)
         before = totals
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     if float(jax.device_get(totals["weight"])) == 0:
@@ -186,6 +242,32 @@ def sequence_of(batch: Mapping, padded: bool) -> Sequence:
     """What accompanies the inputs of a batch, without the mask where none is needed."""
     mask = batch["mask"] if padded else None
     return Sequence(mask=mask, reset=batch.get("reset"), dt=batch.get("dt"))
+
+
+def _in_turn(gradient: Callable, params, carried, parts, key):
+    """Gradients and sums of parts of a batch, [n, ...] each, added up one after
+    another, and what each carried on to the next: grads, (totals, carried)."""
+
+    def add(before, part):
+        part, index = part
+        grads, (totals, carried) = gradient(
+            params, before[2], part, jax.random.fold_in(key, index)
+        )
+        grads, totals = jax.tree.map(jnp.add, before[:2], (grads, totals))
+        return (grads, totals, carried), None
+
+    count = len(jax.tree.leaves(parts)[0])
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, params, carried, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    start = (zeros[0], zeros[1][0], carried)
+    (grads, totals, carried), _ = jax.lax.scan(add, start, (parts, jnp.arange(count)))
+    return grads, (totals, carried)
+
+
+def _pieces(x, chunk: int):
+    """[B, L, ...] -> [L / chunk, B, chunk, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def _cut(x, parts: int):

@@ -108,11 +108,15 @@ def memory() -> int:
     if MEMORY.exists():
         lines = MEMORY.read_text().splitlines()
         kilobytes = dict(line.split(":") for line in lines)["MemAvailable"].split()[0]
-        resident = int(RESIDENT.read_text().split()[1])
-        return 1024 * int(kilobytes) + page * resident
+        return 1024 * int(kilobytes) + resident()
     if "SC_PHYS_PAGES" in os.sysconf_names:
         return page * os.sysconf("SC_PHYS_PAGES")
     return 8 * 2**30
+
+
+def resident() -> int:
+    """Bytes of memory that this process has, on Linux."""
+    return os.sysconf("SC_PAGE_SIZE") * int(RESIDENT.read_text().split()[1])
 
 
 def environment() -> dict:

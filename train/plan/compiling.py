@@ -185,27 +185,34 @@ def _full(problem: str, arguments: int) -> tuple[str, int | None]:
 
 def _activations(config: ConfigDict, spec: Spec, assembled: Assembled) -> int:
     """Bytes that JAX keeps from the forward for the backward pass of one device's rows
-    in one micro-batch, as if nothing but the rows were divided: no parameters and
-    nothing of the batch."""
+    in one micro-batch, and in one piece where sequences are read in pieces, as if
+    nothing but the rows were divided: no parameters and nothing of the batch."""
     loss = losses.make(spec.loss, config.train.label_smoothing)
-    sums = step.make_sums(build(config.model), loss, spec.padded)
+    model, chunk = build(config.model), config.train.chunk
+    make = step.make_piece_sums if chunk else step.make_sums
+    sums = make(model, loss, spec.padded)
     rows = max(1, _rows(config, assembled) // config.train.accumulate)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-        dict(assembled.sample),
-    )
+
+    def part(x):
+        shape = (rows, chunk, *x.shape[2:]) if chunk else (rows, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    batch = jax.tree.map(part, dict(assembled.sample))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def kept(params, collections, batch, key):
+    def kept(params, carried, batch, key):
         _, backward, _ = jax.vjp(
-            lambda params: sums(params, collections, batch, key), params, has_aux=True
+            lambda params: sums(params, carried, batch, key), params, has_aux=True
         )
         return jax.tree.leaves(backward)
 
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), assembled.target
     )
-    jaxpr = jax.make_jaxpr(kept)(target.params, target.collections(), batch, key).jaxpr
+    carried = target.collections()
+    if chunk:
+        carried = carried, jax.eval_shape(lambda: model.init_state(rows))
+    jaxpr = jax.make_jaxpr(kept)(target.params, carried, batch, key).jaxpr
     made = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
     made -= {*jaxpr.invars, *jaxpr.constvars}
     return sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in made)
