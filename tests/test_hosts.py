@@ -333,6 +333,45 @@ def test_signals_to_one_of_two_processes(tmp_path, cache, uninterrupted):
     assert_same(tmp_path, uninterrupted)
 
 
+# The rows of the eighth batch and later ones are not to be had.
+WITHOUT_DATA = """
+from train import main
+from train.data import pipeline
+
+read = pipeline._Rows.__getitem__
+
+def fail(rows, index):
+    if index >= 7 * len(rows._rows):
+        raise FileNotFoundError(2, "No such file or directory", "gone.bin")
+    return read(rows, index)
+
+pipeline._Rows.__getitem__ = fail
+main.command(main.main)
+"""
+
+
+def test_data_that_one_of_two_processes_lacks(tmp_path, cache, uninterrupted):
+    """Both save a step, say whose data it was and end with 2: two batches before it is
+    needed, that one is not there, and at step 6, a log, all look whether to stop."""
+    port, options = free_port(), dict(checkpoint_every=1000)
+    processes = [
+        member(tmp_path, cache, port, 0, **options),
+        member(tmp_path, cache, port, 1, program=("-c", WITHOUT_DATA), **options),
+    ]
+    other, own = (
+        next(line for line in err.splitlines() if line.startswith("error: "))
+        for _, err in finish(processes, code=2)
+    )
+    assert checkpoint.newest_good(tmp_path) == 6
+    assert own == (
+        "error: [Errno 2] No such file or directory: 'gone.bin'; step 6 is saved, from "
+        f"where the same command goes on (workdir {tmp_path})"
+    )
+    assert other.startswith("error: process 1 on ") and own[7:] in other
+    finish(pair(tmp_path, cache))
+    assert_same(tmp_path, uninterrupted)
+
+
 @pytest.mark.slow
 def test_processes_are_killed_twenty_times(tmp_path, cache):
     """One of the two, at random moments, and both start again."""
