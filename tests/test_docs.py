@@ -100,7 +100,7 @@ def understand(module, arguments, parsed, monkeypatch):
     if module == "train.plan":
         found.check_arguments(parsed(*arguments))
         return []
-    if module in ("train.baseline", "train.reproduce.baseline"):
+    if module in ("train.baseline", "train.reproduce.baseline", "train.repeat"):
         main.check_arguments(parsed(*arguments))
         return []
 
