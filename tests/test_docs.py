@@ -100,8 +100,13 @@ def understand(module, arguments, parsed, monkeypatch):
     if module == "train.plan":
         found.check_arguments(parsed(*arguments))
         return []
-    if module in ("train.baseline", "train.reproduce.baseline", "train.repeat"):
+    if module in ("train.baseline", "train.reproduce.baseline"):
         main.check_arguments(parsed(*arguments))
+        return []
+    if module == "train.repeat":
+        main.check_arguments(parsed(*arguments))
+        for mesh in found.MESHES.value:
+            found.with_mesh(main.CONFIG.value, mesh)
         return []
 
     read = argparse.ArgumentParser.parse_args

@@ -18,7 +18,18 @@ from eight_devices import ALONE, THERE, passed
 from PIL import Image
 
 from configs import video
-from train import checkpoint, digest, flight, loop, main, metrics, parts, sharding
+from train import (
+    checkpoint,
+    digest,
+    faults,
+    flight,
+    loop,
+    main,
+    metrics,
+    parts,
+    sharding,
+    window,
+)
 from train.checkpoint import CheckpointError, Checkpoints
 from train.data import pipeline, prepared
 from train.data.workers import WorkerError
@@ -289,18 +300,18 @@ def test_a_number_of_a_step_that_was_taken_ends_the_run():
     broken = measured(psnr=np.inf)
     progress = parts.Progress(None, step=2, unchecked=[measured(), broken])
     with pytest.raises(FloatingPointError, match=r"^psnr is inf at step 2$"):
-        loop.check_window(progress, 3)
+        window.check_window(progress, 3)
     assert progress.skipped == 0
 
 
 def test_steps_are_counted_once():
     progress = parts.Progress(None, step=2, unchecked=[measured(), measured(np.nan)])
     for _ in range(3):  # as for a checkpoint, and for the log after it
-        loop.check_window(progress, 1)
+        window.check_window(progress, 1)
     assert (progress.skipped, progress.in_a_row) == (1, 1)
     assert progress.window == [measured()]
     progress.step, progress.unchecked = 3, [measured()]
-    loop.check_window(progress, 1)
+    window.check_window(progress, 1)
     assert (progress.skipped, progress.in_a_row) == (1, 0)
 
 
@@ -383,7 +394,7 @@ def test_what_was_done_is_saved_when_data_are_gone(
     """And whose mistake it was is told from the error itself."""
     with monkeypatch.context() as patch:
         fail_at(patch, 9, error)  # the first is for compiling
-        with pytest.raises(loop.BatchError) as caught:
+        with pytest.raises(faults.BatchError) as caught:
             loop.run(tiny_run.config(), tmp_path / "run")
     rest = (
         rf"; step 7 is saved, from where the same command goes on \(workdir {tmp_path}"
@@ -408,7 +419,7 @@ def goes_on_as_if_nothing_was(monkeypatch, config, place):
 
 def test_data_that_are_gone_before_the_first_step(tmp_path, monkeypatch, cache):
     fail_at(monkeypatch, 2, GONE)
-    with pytest.raises(loop.BatchError, match=r"'my.bin'; no step done, from where"):
+    with pytest.raises(faults.BatchError, match=r"'my.bin'; no step done, from where"):
         loop.run(tiny_run.config(), tmp_path)
     assert checkpoint.steps(tmp_path) == []
 
@@ -474,7 +485,7 @@ def test_frames_that_vanish_or_are_cut_off(
     config = filmed(folder, workers)
     with monkeypatch.context() as patch:
         at_step(patch, 3, harm)
-        with pytest.raises(loop.BatchError) as caught:
+        with pytest.raises(faults.BatchError) as caught:
             loop.run(config, tmp_path / "run")
     said = str(caught.value)
     assert re.match(rf"{folder}/{split}/video\d/\d.png: not a readable image", said)

@@ -27,6 +27,7 @@ from train import (
     sharding,
     state,
     step,
+    window,
 )
 from train.data.spec import Spec
 from train.parts import Progress
@@ -422,7 +423,7 @@ def test_a_batch_without_targets_is_named(tmp_path):
     assert_close(after.params, before, 0)
     progress = Progress(None, step=4, unchecked=[measured])
     with pytest.raises(ValueError, match="the batch of step 4 must have a target"):
-        loop.check_window(progress)
+        window.check_window(progress)
     variables = Pool().init(jax.random.key(0), batch["inputs"])
     with pytest.raises(ValueError, match="the split to evaluate must have a target"):
         step.mean_scores(step.make_eval_step(Pool(), LOSS), variables, [batch])

@@ -354,7 +354,7 @@ def test_a_run_that_broke_has_its_error_also_where_the_search_was_stopped(
     monkeypatch.setattr(flight, "find", stopped)
     batches = SimpleNamespace(close=lambda: None)
     parts = SimpleNamespace(
-        stream=lambda: batches, probe=None, train_step=None, mesh=None
+        examples=lambda: batches, probe=None, train_step=None, mesh=None
     )
     assert replay.first_broken(tiny_run.config(), tmp_path, parts, 8) == ""
 

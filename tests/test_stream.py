@@ -362,7 +362,7 @@ def test_generation_does_not_depend_on_the_pieces(trained):
     key = jax.random.key(5)
     given = run.model, run.variables, prompt, 11, key
     whole = generate.generate(*given)
-    pieces = [*generate.in_pieces(*given, chunk=4)]
+    pieces = [*generate.tokens_in_pieces(*given, chunk=4)]
     assert [piece.shape for piece in pieces] == [(2, 4), (2, 4), (2, 3)]
     assert (np.concatenate(pieces, axis=1) == whole).all()
     # Token by token, with keys that are split all at once.
@@ -407,12 +407,12 @@ def test_a_prompt_from_a_file(trained, tmp_path, capsys):
 
 
 def test_progress_is_shown_on_a_terminal(monkeypatch, capsys):
-    with stream.progress("evaluating", 2) as advance:
+    with stream.bar("evaluating", 2) as advance:
         advance(5)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    with stream.progress("evaluating", 2) as advance:
+    with stream.bar("evaluating", 2) as advance:
         advance(5)
         print("an answer")
     said = capsys.readouterr()

@@ -119,16 +119,19 @@ def _newest(workdir: str | Path, use: Callable[[int], T]) -> T | None:
     """
     problems, damaged = [], False
     for step in reversed(processes.from_the_first(steps(workdir))):
-        folder = _folder(workdir, step)
-        try:
-            first = jax.process_index() == 0
-            reason = processes.from_the_first(damage(folder) if first else None)
-            if reason is None:
-                return use(step)
-        except _Unusable as error:
-            reason = str(error)
+        folder, result = _folder(workdir, step), None
+        reason = _damage_found(folder)
+        if reason is None:
+            try:
+                result = use(step)
+            except _Unusable as error:
+                reason = str(error)
+            # All use it, or none does.
+            reason = next(filter(None, processes.of_all(reason)), None)
+        if reason is None:
+            return result
         problems.append(f"{step}: {reason}")
-        damaged |= not digest.missing(folder)
+        damaged |= not processes.from_the_first(digest.missing(folder))
         logging.warning("checkpoint %d is not used: %s", step, reason)
     if damaged:
         raise CheckpointError(
@@ -136,6 +139,13 @@ def _newest(workdir: str | Path, use: Callable[[int], T]) -> T | None:
             f"afresh, remove {Path(workdir) / FOLDER} or give another --workdir"
         )
     return None
+
+
+def _damage_found(folder: Path) -> str | None:
+    """What process 0 finds `damage` to be: it alone reads all files."""
+    return processes.from_the_first(
+        damage(folder) if jax.process_index() == 0 else None
+    )
 
 
 def newest_good(workdir: str | Path) -> int | None:
@@ -176,11 +186,12 @@ def restore_params(
         if result is None:
             raise CheckpointError(f"there is no checkpoint in {workdir}")
         return result
-    if step not in steps(workdir):
+    there = processes.from_the_first(steps(workdir))
+    if step not in there:
         raise CheckpointError(
-            f"no checkpoint of step {step} in {workdir}, which has {steps(workdir)}"
+            f"no checkpoint of step {step} in {workdir}, which has {there}"
         )
-    if reason := damage(_folder(workdir, step)):
+    if reason := _damage_found(_folder(workdir, step)):
         raise CheckpointError(f"checkpoint {step} in {workdir} is damaged: {reason}")
     try:
         return _read_params(workdir, step), step
@@ -444,8 +455,9 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
                 _read_back(_folder(self._workdir, step), shapes)
-                digest.write(_folder(self._workdir, step))
-            # The workdir of a save that was given up may be another run's by now.
+                # The workdir of a save that was given up may be another run's by now.
+                if self._given_up is None:
+                    digest.write(_folder(self._workdir, step))
             if self._given_up is not None:
                 return
             self._good = step

@@ -9,7 +9,16 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from layers.facts import has_state, why_no_state
-from train import checkpoint, evaluate, records, runs, sharding, signals, stream
+from train import (
+    checkpoint,
+    evaluate,
+    processes,
+    records,
+    runs,
+    sharding,
+    signals,
+    stream,
+)
 from train.checkpoint import CheckpointError
 from train.data.spec import Spec
 from train.draw.markup import Section
@@ -93,15 +102,12 @@ def finish(config: ConfigDict, workdir: Path, parts: Parts, progress: Progress) 
     if progress.best:
         number, validation = progress.best["step"], progress.best["scores"]
         results["best"] = {"step": number, "validation": validation, "test": None}
-        try:
-            best, _ = checkpoint.restore_params(workdir, number)
+        if (best := _restored(workdir, number)) is not None:
             # Not whole on every device, where the last is not.
             best = jax.tree.map(
                 lambda x, like: jax.device_put(x, like.sharding), best, variables
             )
             results["best"]["test"] = test(best)
-        except CheckpointError as error:
-            print(f"the best step is not tested: {error}")
     signals.check()
     results["parallel_vs_recurrent"] = compare(config, parts, variables)
     signals.check()
@@ -113,6 +119,20 @@ def finish(config: ConfigDict, workdir: Path, parts: Parts, progress: Progress) 
     records.write_results(workdir, results)
     print_results(results)
     return results
+
+
+def _restored(workdir: Path, step: int) -> dict | None:
+    """The variables of a checkpoint; None, said why, where a process cannot read it."""
+    found, problem = None, None
+    try:
+        found, _ = checkpoint.restore_params(workdir, step)
+    except CheckpointError as error:
+        problem = str(error)
+    problems = [*filter(None, processes.of_all(problem))]
+    if problems:
+        print(f"the best step is not tested: {problems[0]}")
+        return None
+    return found
 
 
 def compare(config: ConfigDict, parts: Parts, variables: dict) -> float | str:

@@ -118,7 +118,7 @@ def scores(run: runs.Run, split: str, chunk: int | None = None) -> dict[str, flo
         run: a trained run.
         split: of its dataset.
         chunk: tokens of a sequence that are read at once, see `train.stream`; None for
-            all.
+            as many as in training, which is all unless it had `train.chunk`.
 
     Raises:
         ValueError: a split that the dataset does not have, or that it draws without
@@ -133,6 +133,8 @@ def scores(run: runs.Run, split: str, chunk: int | None = None) -> dict[str, flo
             f"split {split} has {count:,} examples; --examples N scores the first N"
         )
     if chunk is None:
+        chunk = run.config.train.chunk or None
+    if chunk is None:
         eval_step = step.make_eval_step(run.model, loss, spec.padded, mesh)
         return on_split(eval_step, run.variables, run.dataset, split, run.config, mesh)
     stream.check("--chunk", chunk, run.model)
@@ -142,7 +144,7 @@ def scores(run: runs.Run, split: str, chunk: int | None = None) -> dict[str, flo
     check_call(run, "--chunk: inputs", run.model.apply, whole, Sequence())
     batches = -(-count // sharding.evaluation_batch_size(run.config, mesh, count))
     pieces = batches * -(-spec.length // chunk)
-    with stream.progress("evaluating", pieces) as advance:
+    with stream.bar("evaluating", pieces) as advance:
         eval_step = stream.make_eval_step(
             run.model, loss, spec.padded, mesh, chunk, advance
         )
@@ -300,7 +302,9 @@ def main(argv=None):
     parser.add_argument("--step", type=int, help="of the checkpoint; default: newest")
     parser.add_argument("--examples", type=int, help="only the first; default: all")
     parser.add_argument("--lengths", help="multiples of the training length")
-    parser.add_argument("--chunk", type=int, help="tokens at once; default: all")
+    parser.add_argument(
+        "--chunk", type=int, help="tokens at once; default: as in training"
+    )
     parser.add_argument("--data", help="another file, or folder, to score on")
     add_trust(parser)
     options = parser.parse_args(argv)
@@ -320,7 +324,7 @@ def main(argv=None):
         if options.examples is not None:
             run = run.on(run.dataset.shortened(options.examples))
         found = scores(run, options.split, options.chunk)
-        if options.chunk is None:
+        if options.chunk is None and not run.config.train.chunk:
             batch = next(iter(run.dataset.evaluation(options.split, 16)))
             batch = jax.tree.map(np.asarray, batch)
             gap = compare_modes(run.model, run.variables, batch)

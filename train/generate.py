@@ -46,11 +46,11 @@ def generate(model, variables, prompt, length, key, temperature=1.0):
         ValueError: an empty prompt, a length below 1, a negative temperature, a model
             of another kind.
     """
-    made = in_pieces(model, variables, prompt, length, key, temperature)
+    made = tokens_in_pieces(model, variables, prompt, length, key, temperature)
     return np.concatenate([*made], axis=1)
 
 
-def in_pieces(
+def tokens_in_pieces(
     model: nn.Module,
     variables: Mapping,
     prompt: np.ndarray,
@@ -199,9 +199,9 @@ def _written(run, prompt, length, options) -> np.ndarray:
     shown = not (alone and sys.stdout.isatty())
     with (
         _saving(options.out, tokens.shape) as save,
-        stream.progress("generating", pieces, shown) as advance,
+        stream.bar("generating", pieces, shown) as advance,
     ):
-        made = in_pieces(
+        made = tokens_in_pieces(
             run.model,
             run.variables,
             prompt,

@@ -1,9 +1,10 @@
 """How a process finds the others of its run: under SLURM, on a TPU pod, in a JobSet of
 Kubernetes, by variables of JAX, or as flags say.
 
-Each place tells what it knows, flags before variables; the first that knows the
-address of the coordinator, the number of processes or that of this one is believed.
-Alone is who finds no others. `jax.distributed` does the rest.
+Each of these tells what it knows. The address of the coordinator, the number of
+processes, that of this one and its devices are each what the first says that knows
+them: flags before variables. Alone is who finds no others. `jax.distributed` does the
+rest.
 """
 
 import contextlib
@@ -285,14 +286,18 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of SLURM's list, such as node[003-010,12],other: node003."""
-    head = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    return "" if head is None else head[1] + (head[2] or "")
+    """The first of SLURM's list, such as rack[0-1]n[003-010,12],other: rack0n003."""
+    (first, *_) = re.split(r",(?![^\[]*\])", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _slurm_devices(env: Mapping[str, str]) -> tuple[int, ...] | None:
     """Of the GPUs that the tasks of one node see, the equal share of this task; all
-    where it is alone on its node, or SLURM has given it its own."""
+    where it is alone on its node, or sees none but its own."""
+    own = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU")
+    bound = not env.get("SLURM_GPU_BIND", "none").startswith("none")
+    if bound or any(name in env for name in own):
+        return None
     tasks = _tasks(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node, local = _number(env, "SLURM_NODEID"), _number(env, "SLURM_LOCALID")
     if node is None or local is None or node >= len(tasks) or tasks[node] == 1:

@@ -31,6 +31,7 @@ from train import files
 NAME = "run.lock"
 BEAT = 10.0  # seconds between two touches
 STALE = 60.0  # seconds after which a lock that nobody touches is dead
+PARTING = 5.0  # seconds that a touch may take at the end
 WRITING = 2.0  # seconds in which a lock that was created is also written
 HIDDEN = "hidden"  # when a process began that runs, but of which no more is shown
 
@@ -39,11 +40,16 @@ class Lock:
     """What tells a running holder whether the workdir is still its own.
 
     Attributes:
+        id: of this lock, None of none.
         lost: who has it instead; None as long as all is well.
+        left: whether it stays behind at the end, as that of a process that was killed
+            does: others of the run may still write, or the file system hangs.
     """
 
     def __init__(self):
+        self.id: str | None = None
         self.lost: str | None = None
+        self.left = False
 
     def check(self) -> None:
         """Raises a `ValueError` if another process has taken the lock."""
@@ -72,9 +78,16 @@ def held(workdir: str | Path, patience: float = 0.0) -> Iterator[Lock]:
         leaving.callback(_remove_empty, folders)
         _make(workdir, folders)
         record = _acquire(workdir / NAME, patience)
-        leaving.callback(_release, workdir / NAME, record)
+        lock.id = record["id"]
+        leaving.callback(_release, workdir / NAME, record, lock)
         leaving.enter_context(_beating(workdir / NAME, record, lock))
         yield lock
+
+
+def holder_id(workdir: str | Path) -> str | None:
+    """The id of the lock that is seen in `workdir`; None where there is none."""
+    chain, holder = _chain(Path(workdir) / NAME)
+    return holder.get("id") if chain and holder else None
 
 
 def _make(workdir: Path, folders: list[Path]) -> None:
@@ -304,7 +317,9 @@ def _beating(path: Path, record: dict, lock: Lock):
         yield
     finally:
         finished.set()
-        thread.join()
+        thread.join(PARTING)
+        if thread.is_alive():  # it waits for the file system
+            lock.left = True
 
 
 def _rewrite(path: Path, record: dict) -> None:
@@ -316,7 +331,9 @@ def _rewrite(path: Path, record: dict) -> None:
         files.remove(draft)
 
 
-def _release(path: Path, record: dict) -> None:
+def _release(path: Path, record: dict, lock: Lock) -> None:
+    if lock.left:
+        return
     current = _read(path)
     if current is not None and current.get("id") == record["id"]:
         files.remove(path)

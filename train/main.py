@@ -71,6 +71,13 @@ DISTRIBUTED = flags.DEFINE_bool(
 START_TIMEOUT = flags.DEFINE_float(
     "start_timeout", 300.0, "seconds in which all processes must have come"
 )
+STOPPED_CODE = flags.DEFINE_integer(
+    "stopped_code",
+    0,
+    "exit code of a run that a signal stopped, for schedulers that take 0 for finished",
+    lower_bound=0,
+    upper_bound=125,
+)
 LOST_AFTER = flags.DEFINE_float(
     "lost_after", 30.0, "seconds after which a silent process is lost: the others end"
 )
@@ -88,20 +95,29 @@ def main(argv: list[str]) -> int:
     import jax
 
     from kernels import allocator
+    from train import processes
 
     if __name__ == "__main__":  # the process of who imports this is theirs
         allocator.keep_freed_memory()
+    with stop_signals() as stop:
+        stop.code = STOPPED_CODE.value
     bounds = START_TIMEOUT.value, LOST_AFTER.value
-    with hosts.joined(_place(), DISTRIBUTED.value, *bounds):
-        return _train(jax)
+    with hosts.joined(place(), DISTRIBUTED.value, *bounds):
+        code = _train(jax)
+        processes.of_all(code)  # none parts while process 0 still writes
+        return code
 
 
-def _place() -> hosts.Place | None:
+def place() -> hosts.Place | None:
+    """Where this process is among those that the flags and variables tell of."""
     return hosts.find(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
 def _train(jax) -> int:
-    from train import data, evaluate, exclusions, loop
+    from train import data, evaluate, exclusions, loop, processes
+
+    said = {flag.name: flag.value for flag in (SEEDS, LENGTHS, PROFILE)}
+    processes.check_same("command line", said)
 
     if COMPILATION_CACHE.value:
         folder = settings.place("--compilation_cache", COMPILATION_CACHE.value)
@@ -124,7 +140,7 @@ def _train(jax) -> int:
         print(f"workdir: {workdir}", flush=True)
         outcomes[seed] = loop.run(config, workdir, PROFILE.value, typed=[*typed])
         if "stopped" in outcomes[seed]:
-            return 0
+            return STOPPED_CODE.value
         if times:
             # Its layer is that of the command line, which has been trained here.
             run = runs.load_run(workdir, trust=True)
@@ -150,7 +166,7 @@ def check_arguments(argv: list[str]) -> None:
             raise ValueError(
                 f"--{flag.name} must be seconds from 1 to a week, got {flag.value}"
             )
-    _place()
+    place()
     settings.check_types(CONFIG.value)
     settings.place("--workdir", WORKDIR.value or "")
     cache = settings.place("--compilation_cache", COMPILATION_CACHE.value or "")
@@ -312,8 +328,8 @@ def _ours(error: Exception) -> bool:
     """Whether the message says it all: a mistake in what the user asked for."""
     if isinstance(error, flags.Error):
         return True
-    loop = sys.modules.get("train.loop")
-    if loop is not None and isinstance(error, loop.BatchError):
+    faults = sys.modules.get("train.faults")
+    if faults is not None and isinstance(error, faults.BatchError):
         return _ours(error.__cause__)
     # Looked up and not imported: an error of the flags comes before JAX has started.
     for module, name in (
@@ -333,12 +349,14 @@ def _ours(error: Exception) -> bool:
 
 
 def _unless_stopped(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `main` returns; 0 where a signal ended it with nothing to save."""
-    try:
-        return main(argv)
-    except Stopped as stopped:
-        print(stopped, flush=True)
-        return 0
+    """What `main` returns, or the code of a stop where a signal ended it with nothing to
+    save."""
+    with stop_signals() as stop:
+        try:
+            return main(argv)
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            return stop.code
 
 
 def _end_at_once(message: str, code: int) -> None:

@@ -22,6 +22,7 @@ from train import (
     flight,
     losses,
     optimizers,
+    processes,
     resolve,
     settings,
     sharding,
@@ -52,7 +53,7 @@ class Parts:
         eval_step: (variables, batch) -> sums of loss and metrics, in pieces of
             `train.chunk` tokens where training is.
         probe: (state, batch) -> what the flight recorder shows.
-        stream: () -> the endless stream to train on, from its first batch.
+        examples: () -> the endless stream to train on, from its first batch.
         batches: that stream, where the run stands.
     """
 
@@ -66,7 +67,7 @@ class Parts:
     train_step: Callable
     eval_step: Callable
     probe: Callable
-    stream: Callable[[], TrainIterator]
+    examples: Callable[[], TrainIterator]
     batches: TrainIterator
 
 
@@ -176,26 +177,29 @@ def set_up(
     """Says what the data are taken for and compiles the step; nothing of the state is
     allocated yet. `ValueError` for a model whose state cannot be made, or declared to
     be none."""
-    contract.check_init_state(model)
     options, spec, seed = config.train, dataset.spec, config.seed
-    facts = said.facts(dataset) if jax.process_index() == 0 else {}
-    if facts:
-        print(*said.lines(facts), sep="\n", flush=True)
     own = sharding.own_rows(mesh, options.batch_size)
-    stream = functools.partial(
+    examples = functools.partial(
         dataset.train, options.batch_size, seed, config.data.workers, own
     )
-    with contextlib.closing(dataset.train(options.batch_size, seed, 0, own)) as batches:
-        sample = sharding.place(next(batches), mesh)
-    assembled = assemble(config, spec, mesh, model, sample)
-    if jax.default_backend() == "cpu":
-        leaves = jax.tree.leaves(assembled.params)
-        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-        settings.check_memory("model", size, "its parameters")
-    stop.nothing_to_save("compiling")
-    print(f"compiling the training step: {_described(config, sample)}", flush=True)
-    before = time.monotonic()
-    compiled = assembled.trace().lower().compile()
+    with processes.agreed():
+        contract.check_init_state(model)
+        facts = said.facts(dataset) if jax.process_index() == 0 else {}
+        if facts:
+            print(*said.lines(facts), sep="\n", flush=True)
+        first = dataset.train(options.batch_size, seed, 0, own)
+        with contextlib.closing(first) as batches:
+            sample = sharding.place(next(batches), mesh)
+        assembled = assemble(config, spec, mesh, model, sample)
+        if jax.default_backend() == "cpu":
+            leaves = jax.tree.leaves(assembled.params)
+            size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+            settings.check_memory("model", size, "its parameters")
+        stop.nothing_to_save("compiling")
+        print(f"compiling the training step: {_described(config, sample)}", flush=True)
+        before = time.monotonic()
+        lowered = assembled.trace().lower()
+    compiled = lowered.compile()  # processes may share what a compiler finds out
     seconds = time.monotonic() - before
     stop.nothing_to_save("starting")
     print_table(config, assembled.groups, assembled.params, mesh, compiled, seconds)
@@ -212,8 +216,8 @@ def set_up(
         probe=flight.make_probe(
             model, losses.make(spec.loss), seed, spec.padded, mesh, options.chunk
         ),
-        stream=stream,
-        batches=stream(),
+        examples=examples,
+        batches=examples(),
     )
 
 

@@ -258,7 +258,7 @@ def _in_pieces(
 
     state = run.model.init_state(len(inputs))
     arrays = {"inputs": inputs, **companions}
-    with stream.progress("predicting", -(-inputs.shape[1] // chunk)) as advance:
+    with stream.bar("predicting", -(-inputs.shape[1] // chunk)) as advance:
         for y, _ in stream.over(call, state, arrays, chunk, advance):
             if not per_token:
                 found.clear()  # only the last is the answer

@@ -77,7 +77,8 @@ def check_same(what: str, values: dict[str, Any]) -> None:
         if differing:
             raise ValueError(
                 f"{_named(number, other['host'])} has another {what} than process 0 "
-                f"({'; '.join(differing[:5])}): all must be started alike"
+                f"({'; '.join(differing[:5])}): all must be started alike, or with "
+                "--processes=1 where each is a run of its own"
             )
 
 
@@ -95,15 +96,16 @@ def held(workdir: str | Path) -> Iterator[lock.Lock]:
         with agreed():
             if jax.process_index() == 0:
                 handle = leaving.enter_context(lock.held(workdir, lock.STALE + 1))
+        first = from_the_first(handle.id)
         with agreed():
-            _check_shared(Path(workdir))
+            _check_shared(Path(workdir), first)
         yield handle
 
 
-def _check_shared(workdir: Path) -> None:
+def _check_shared(workdir: Path, id: str) -> None:
     """Raises a `ValueError` where the lock of process 0 is not seen from here."""
-    path, deadline = workdir / lock.NAME, time.monotonic() + VISIBLE
-    while not path.exists():
+    deadline = time.monotonic() + VISIBLE
+    while lock.holder_id(workdir) != id:
         if time.monotonic() > deadline:
             raise ValueError(
                 f"workdir must be in a file system that all processes share, got "

@@ -8,7 +8,8 @@ The first steps of a config are trained twice on its own mesh, and once on every
 that --mesh names; nothing is written. A table says of each, beside the first, on how
 many devices it was, whether all losses and all weights are the same bits, the largest
 relative difference of a loss, and that of the weights, |a - b| / |a| over all of them.
-The exit code is 1 where the same program on the same mesh gave other bits.
+The exit code is 1 where the same config on the same mesh, compiled anew, gave other
+bits.
 """
 
 from typing import Any, NamedTuple
@@ -114,6 +115,10 @@ def with_mesh(config, text: str):
 
 def main(argv: list[str]) -> int:
     command_line.check_arguments(argv)
+    if command_line.place() is not None:
+        raise ValueError(
+            "--processes must be 1: this is for the devices of one process"
+        )
     import jax
     from rich.console import Console
     from rich.table import Table

@@ -16,7 +16,7 @@ def first_broken(config: ConfigDict, workdir: Path, parts: Parts, until: int) ->
     beginning of a sentence; "" if it does not happen again, or a signal ended the
     search: what broke is an error all the same."""
     options = config.train
-    parts.batches = parts.stream()
+    parts.batches = parts.examples()
     with Checkpoints(workdir, options.keep) as checkpoints:
         progress = start(config, workdir, parts, checkpoints)
     cause = ""

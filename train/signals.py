@@ -38,10 +38,12 @@ class Stop:
 
     Attributes:
         signal: name of the signal that came, else None.
+        code: with which a program ends that a signal stopped.
     """
 
     def __init__(self, program: bool):
         self.signal: str | None = None
+        self.code = 0
         self.program = program
         self._lock = threading.Lock()
         self._activity: str | None = "setting up"
@@ -99,7 +101,7 @@ class Stop:
             if self.program:
                 self._end(f"ended by a second signal, {name}", 128 + number)
         elif activity is not None and self.program:
-            self._end(f"stopped by {name} while {activity}: nothing to save", 0)
+            self._end(f"stopped by {name} while {activity}: nothing to save", self.code)
         elif activity is not None:
             self._say(f"stopping ({name}) after {activity}: nothing to save")
         elif unit is not None:

@@ -210,7 +210,7 @@ def _added(totals, found):
 
 
 @contextlib.contextmanager
-def progress(what: str, pieces: int, shown: bool = True) -> Iterator[Advance]:
+def bar(what: str, pieces: int, shown: bool = True) -> Iterator[Advance]:
     """A bar on standard error, where that is a terminal, with the pieces done and
     tokens a second: (tokens) -> None tells it of another piece.
 
@@ -222,7 +222,7 @@ def progress(what: str, pieces: int, shown: bool = True) -> Iterator[Advance]:
     if not (shown and sys.stderr.isatty()):
         yield unheard
         return
-    bar = Progress(
+    shown_bar = Progress(
         TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
@@ -233,13 +233,17 @@ def progress(what: str, pieces: int, shown: bool = True) -> Iterator[Advance]:
         redirect_stdout=False,  # what is printed there is a command's answer
         redirect_stderr=False,
     )
-    with bar:
-        task, start, done = bar.add_task("", total=pieces, rate=""), time.monotonic(), 0
+    with shown_bar:
+        task, start, done = (
+            shown_bar.add_task("", total=pieces, rate=""),
+            time.monotonic(),
+            0,
+        )
 
         def advance(tokens):
             nonlocal done
             done += tokens
             rate = done / max(time.monotonic() - start, 1e-9)
-            bar.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
+            shown_bar.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
 
         yield advance

@@ -56,7 +56,7 @@ def generate_case(config, length):
     """So many tokens behind a prompt of one."""
     model, prompt = build(config.model), np.zeros((1, 1), np.int32)
     variables, key = _variables(model), jax.random.key(0)
-    made = functools.partial(generate.in_pieces, chunk=config.train.chunk)
+    made = functools.partial(generate.tokens_in_pieces, chunk=config.train.chunk)
     return lambda: [p[:, -1] for p in made(model, variables, prompt, length, key)]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm.sequence import Sequence
-from train import signals
+from train import signals, stream
 from train.draw import figures
 from train.draw.markup import counts, figure, paragraph, table, text
 from train.losses import IGNORED
@@ -45,15 +45,14 @@ class Answers(NamedTuple):
 
 def answer(run: Run) -> Answers:
     """The run's answers on the validation split, else on the first that there is."""
-    sources, spec = run.dataset.sources, run.spec
+    sources = run.dataset.sources
     split = next(s for s in ("validation", "test", "train") if s in sources)
     total, options = run.dataset.num_examples(split), run.config.train
     size = min(options.eval_batch_size or options.batch_size, total)
     dataset = some.of(run.dataset, split, LIMIT, size)
-    compiled = _compiled(run.model, spec)
-    parts = []
+    answering, parts = _answering(run), []
     for batch in signals.stoppable(dataset.evaluation(split, size)):
-        outputs, confidence = jax.device_get(compiled(run.variables, dict(batch)))
+        outputs, confidence = answering(batch)
         fields = {k: batch[k] for k in ("inputs", "targets", "mask")}
         fields |= {"outputs": outputs, "confidence": confidence}
         real = batch["mask"].reshape(size, -1).any(axis=1)
@@ -65,19 +64,37 @@ def answer(run: Run) -> Answers:
     return Answers(split, total, **columns)
 
 
-def _compiled(model, spec):
-    """The jitted (variables, batch) -> outputs, confidence of `Answers`."""
+def _answering(run):
+    """batch -> outputs, confidence of `Answers`, on the host; in pieces where the run
+    was trained so, each with an answer at every token."""
+    spec, chunk = run.spec, run.config.train.chunk
 
     @jax.jit
-    def answered(variables, batch):
+    def answered(variables, batch, state):
         mask = batch["mask"] if spec.padded else None
         sequence = Sequence(mask, batch.get("reset"), batch.get("dt"))
-        y, _ = model.apply(variables, batch["inputs"], sequence=sequence)
+        y, state = run.model.apply(variables, batch["inputs"], state, sequence)
         if spec.loss == "regression":
-            return y, None
-        return jnp.argmax(y, axis=-1), jnp.max(jax.nn.softmax(y), axis=-1)
+            return (y, None), state
+        return (jnp.argmax(y, axis=-1), jnp.max(jax.nn.softmax(y), axis=-1)), state
 
-    return answered
+    def at_once(batch):
+        return jax.device_get(answered(run.variables, dict(batch), None)[0])
+
+    def in_pieces(batch):
+        arrays = {name: batch[name] for name in stream.ALONG if name in batch}
+        found = [
+            jax.device_get(answers)
+            for answers, _ in stream.over(
+                lambda piece, state: answered(run.variables, piece, state),
+                run.model.init_state(len(batch["mask"])),
+                arrays,
+                chunk,
+            )
+        ]
+        return jax.tree.map(lambda *pieces: np.concatenate(pieces, axis=1), *found)
+
+    return in_pieces if chunk else at_once
 
 
 def section(examples: Answers, spec, step: int, chance: float | None = None) -> str:
