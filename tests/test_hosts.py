@@ -368,7 +368,7 @@ def test_meshes_over_two_processes(tmp_path, cache, monkeypatch, sizes):
     assert_close(tmp_path / "run", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("last", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_signal_after_the_last_step(tmp_path, cache, last):
     """All learn of it, or none does: the run ends for all alike."""
     processes = pair(tmp_path, cache)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -312,13 +313,22 @@ def test_the_others_of_a_run_learn_what_came_of_it(tmp_path, monkeypatch):
         first = {"problem": None, "host": "there"}
         monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
         monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
-        monkeypatch.setattr(processes, "of_all", lambda own: [first, own])
+        of_first = lock.holder_id(workdir)
+
+        def of_all(own):
+            return [first if isinstance(own, dict) else of_first, own]
+
+        monkeypatch.setattr(processes, "of_all", of_all)
         with processes.held(workdir):
             pass
         assert (workdir / lock.NAME).exists()
         monkeypatch.setattr(processes, "VISIBLE", 0.0)
+        # One of its own, left there by a process that was killed, is not that of 0.
+        (tmp_path / "elsewhere").mkdir()
+        written(tmp_path / "elsewhere")
         with pytest.raises(ValueError, match="workdir must be in a file system that "):
             processes.held(tmp_path / "elsewhere").__enter__()
+        shutil.rmtree(tmp_path / "elsewhere")
         first["problem"] = str(refused.value)
         with pytest.raises(
             ValueError, match=r"process 0 on there: .* in use by another"

@@ -349,8 +349,8 @@ def _ours(error: Exception) -> bool:
 
 
 def _unless_stopped(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `main` returns, or the code of a stop where a signal ended it with nothing to
-    save."""
+    """What `main` returns, or the code of a stop where a signal ended it and there was
+    nothing to save."""
     with stop_signals() as stop:
         try:
             return main(argv)
