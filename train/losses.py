@@ -69,6 +69,12 @@ def make(loss: str, label_smoothing: float = 0.0) -> LossFn:
     return sums
 
 
+def totals(loss_fn: LossFn, outputs, batch: Mapping) -> dict[str, jax.Array]:
+    """All that `loss_fn` sums, by name: "loss", "weight" and its metrics."""
+    loss, weight, metrics = loss_fn(outputs, batch)
+    return {"loss": loss, "weight": weight, **metrics}
+
+
 def by_row(loss_fn: LossFn) -> LossFn:
     """The same loss with sums for every row of a batch, [B] each: those of the pieces
     of a sequence can be added up before they are `joined`."""

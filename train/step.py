@@ -127,8 +127,8 @@ def make_sums(model: nn.Module, loss_fn: LossFn, padded: bool = True) -> Callabl
             rngs={"dropout": key},
             mutable=list(collections),
         )
-        loss, weight, metrics = loss_fn(outputs, batch)
-        return loss, ({"loss": loss, "weight": weight, **metrics}, collections)
+        totals = losses.totals(loss_fn, outputs, batch)
+        return totals["loss"], (totals, collections)
 
     return sums
 
@@ -182,9 +182,8 @@ def make_piece_sums(model: nn.Module, loss_fn: LossFn, padded: bool = True) -> C
             rngs={"dropout": key},
             mutable=list(collections),
         )
-        loss, weight, metrics = loss_fn(outputs, piece)
-        rows = {"loss": loss, "weight": weight, **metrics}
-        return jnp.sum(loss), (rows, (collections, after))
+        rows = losses.totals(loss_fn, outputs, piece)
+        return jnp.sum(rows["loss"]), (rows, (collections, after))
 
     return sums
 
@@ -201,8 +200,7 @@ def make_eval_step(
             outputs, _ = model.apply(
                 variables, batch["inputs"], sequence=sequence_of(batch, padded)
             )
-        loss, weight, metrics = loss_fn(outputs, batch)
-        return {"loss": loss, "weight": weight, **metrics}
+        return losses.totals(loss_fn, outputs, batch)
 
     def eval_step(variables, batch):
         return sums(variables, batch if mesh is None else sharding.place(batch, mesh))

@@ -156,13 +156,11 @@ def make_eval_step(
             )
         if not per_token:
             return outputs, state
-        loss, weight, metrics = losses.by_row(loss_fn)(outputs, piece)
-        return {"loss": loss, "weight": weight, **metrics}, state
+        return losses.totals(losses.by_row(loss_fn), outputs, piece), state
 
     @jax.jit
     def pooled(outputs, batch):
-        loss, weight, metrics = loss_fn(outputs, batch)
-        return {"loss": loss, "weight": weight, **metrics}
+        return losses.totals(loss_fn, outputs, batch)
 
     compiled = {}
 
