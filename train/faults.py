@@ -1,6 +1,7 @@
 """What may fail while a run goes on, and what it leaves behind then."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,33 @@ class BatchError(RuntimeError):
         return BatchError(
             f"{self}; {done}, from where the same command goes on (workdir {workdir})"
         )
+
+
+class LostError(RuntimeError):
+    """Another process of the run cannot be reached any more. The message says where to
+    go on from."""
+
+
+# Of what connects devices of several processes: Gloo, NCCL, JAX's own server.
+CONNECTION = re.compile("gloo|nccl|connection|heartbeat|coordination", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def of_others(workdir: Path) -> Iterator[None]:
+    """Turns what is raised where another process is lost into a `LostError`. That is
+    noticed here where a connection breaks; where it falls silent, JAX's runtime ends
+    the process."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not CONNECTION.search(str(error)):
+            raise
+        first, *_ = str(error).strip().splitlines()
+        raise LostError(
+            f"another process of the run is lost ({first[:200]}); last good "
+            f"checkpoint: {checkpoint.last_good(workdir)} in {workdir}, from where the "
+            "same command on all hosts goes on"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -63,11 +63,13 @@ def run(
         FloatingPointError: loss, gradient or state are not finite.
         BatchError: examples cannot be read any more, or a process that prepares them
             has died; the last step that was done is saved.
+        LostError: another process of the run is lost.
     """
     settings.check_types(config)
-    with stop_signals() as stop:
+    workdir = Path(workdir).absolute()
+    with stop_signals() as stop, faults.of_others(workdir):
         stop.nothing_to_save("setting up")
-        return _run(config, Path(workdir).absolute(), profile, model, typed, stop)
+        return _run(config, workdir, profile, model, typed, stop)
 
 
 def _run(config, workdir, profile, model, typed, stop) -> dict:

@@ -335,6 +335,7 @@ def _ours(error: Exception) -> bool:
     for module, name in (
         ("train.checkpoint", "CheckpointError"),
         ("train.data.workers", "WorkerError"),
+        ("train.faults", "LostError"),
     ):
         if module in sys.modules and isinstance(
             error, getattr(sys.modules[module], name)
