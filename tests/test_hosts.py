@@ -385,7 +385,8 @@ def test_meshes_over_two_processes(tmp_path, cache, monkeypatch, sizes):
     assert_close(tmp_path / "run", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("last", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [True, False])
 def test_a_signal_after_the_last_step(tmp_path, cache, last):
     """All learn of it, or none does: the run ends for all alike."""
     processes = pair(tmp_path, cache)
@@ -415,6 +416,7 @@ main.command(main.main)
 """
 
 
+@pytest.mark.slow
 def test_data_that_one_of_two_processes_lacks(tmp_path, cache, uninterrupted):
     """Both save a step, say whose data it was and end with 2: two batches before it is
     needed, that one is not there, and at step 6, a log, all look whether to stop."""
