@@ -118,7 +118,6 @@ def _train(jax) -> int:
 
     said = {flag.name: flag.value for flag in (SEEDS, LENGTHS, PROFILE)}
     processes.check_same("command line", said)
-
     if COMPILATION_CACHE.value:
         folder = settings.place("--compilation_cache", COMPILATION_CACHE.value)
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
