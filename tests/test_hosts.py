@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from train import checkpoint, data, hosts
+from train import checkpoint, data, evaluate, hosts, records, runs
 from train.hosts import Place
 
 SLURM = {
@@ -287,12 +287,15 @@ def test_evaluation_on_several_hosts_covers_every_example_once(count):
 
 
 def test_a_run_of_two_processes(tmp_path, cache, uninterrupted):
-    """It trains as one process does on as many devices, and one process goes on with
-    it; a host with another config is refused by name."""
+    """It trains as one process does on as many devices, and one process reads it and
+    goes on with it; a host with another config is refused by name."""
     tiny_run.finish(tiny_run.start(tmp_path / "alone", cache, NORM, devices=8))
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted, workdir)
     assert_close(workdir, tmp_path / "alone")
+    told = records.read_results(workdir)
+    here = evaluate.scores(runs.load_run(workdir), "test")
+    assert here == pytest.approx(told["test"], rel=1e-5)
     (workdir / "results.json").unlink()
     shutil.rmtree(workdir / checkpoint.FOLDER / "12")
     tiny_run.finish(tiny_run.start(workdir, cache, NORM))
