@@ -320,15 +320,10 @@ def assert_close(workdir, other):
                 np.testing.assert_allclose(value, its[key], rtol=1e-4, atol=1e-6)
 
 
-def logged(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def stopped(workdir, cache, lines, number, process, *flags, **train):
     """A pair that a signal was sent to, when it had logged so much."""
     processes = pair(workdir, cache, *flags, **train)
-    tiny_run.wait_for(lambda: logged(workdir) >= lines, processes[0])
+    tiny_run.wait_for(lambda: tiny_run.logged(workdir) >= lines, processes[0])
     os.kill(processes[process].pid, number)
     return processes
 
@@ -346,11 +341,6 @@ def lost(processes, process, seconds=60):
     processes[process].communicate(timeout=seconds)
 
 
-def assert_same(workdir, other):
-    assert tiny_run.lines(workdir) == tiny_run.lines(other)
-    assert tiny_run.weights(workdir) == tiny_run.weights(other)
-
-
 def test_signals_to_one_of_two_processes(tmp_path, cache, uninterrupted):
     """SIGTERM saves and ends both with 0; SIGKILL ends the other too, within a minute;
     either way the same commands go on, bit by bit as if nothing had been."""
@@ -361,10 +351,10 @@ def test_signals_to_one_of_two_processes(tmp_path, cache, uninterrupted):
         re.search(r"stopped by a signal to another process at step (\d+)", out)[1]
     )
     assert checkpoint.newest_good(tmp_path) == step < 12
-    lines = logged(tmp_path) + 1
+    lines = tiny_run.logged(tmp_path) + 1
     lost(stopped(tmp_path, cache, lines, signal.SIGKILL, process=0), process=0)
     finish(pair(tmp_path, cache))
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -439,7 +429,7 @@ def test_data_that_one_of_two_processes_lacks(tmp_path, cache, uninterrupted):
     )
     assert other.startswith("error: process 1 on ") and own[7:] in other
     finish(pair(tmp_path, cache))
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -449,11 +439,11 @@ def test_processes_are_killed_twenty_times(tmp_path, cache):
     finish(pair(tmp_path / "uninterrupted", cache, **options))
     rng, workdir = random.Random(0), tmp_path / "run"
     for _ in range(20):
-        lines = min(logged(workdir) + rng.randrange(1, 4), 55)
+        lines = min(tiny_run.logged(workdir) + rng.randrange(1, 4), 55)
         process, flag = rng.randrange(2), "--lost_after=10"
         lost(
             stopped(workdir, cache, lines, signal.SIGKILL, process, flag, **options),
             process,
         )
     finish(pair(workdir, cache, **options))
-    assert_same(workdir, tmp_path / "uninterrupted")
+    tiny_run.assert_same(workdir, tmp_path / "uninterrupted")

@@ -32,11 +32,6 @@ def uninterrupted(tmp_path_factory, cache):
     return workdir
 
 
-def rows(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def folders(workdir, pattern):
     return list((workdir / checkpoint.FOLDER).glob(pattern))
 
@@ -54,20 +49,15 @@ def kill(process):
     process.communicate(timeout=60)
 
 
-def assert_same(workdir, uninterrupted):
-    assert tiny_run.lines(workdir) == tiny_run.lines(uninterrupted)
-    assert tiny_run.weights(workdir) == tiny_run.weights(uninterrupted)
-
-
 @pytest.mark.slow
 def test_killed_at_a_random_step(tmp_path, cache, uninterrupted):
     rng = random.Random(0)
     for lines in sorted(rng.sample(range(2, 25), 2)):
         process = tiny_run.start(tmp_path, cache, steps=STEPS)
-        tiny_run.wait_for(lambda n=lines: rows(tmp_path) >= n, process)
+        tiny_run.wait_for(lambda n=lines: tiny_run.logged(tmp_path) >= n, process)
         kill(process)  # its lock is succeeded at once
     tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
     assert not (tmp_path / lock.NAME).exists()
 
 
@@ -85,7 +75,7 @@ def test_a_second_start_is_told_who_runs(tmp_path, cache):
 
 def test_sigterm_saves_and_exits_0(tmp_path, cache, uninterrupted):
     process = tiny_run.start(tmp_path, cache, steps=STEPS, checkpoint_every=1000)
-    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+    tiny_run.wait_for(lambda: tiny_run.logged(tmp_path) >= 3, process)
     process.send_signal(signal.SIGTERM)
     out, _ = tiny_run.finish(process)
     step = checkpoint.newest_good(tmp_path)
@@ -93,7 +83,7 @@ def test_sigterm_saves_and_exits_0(tmp_path, cache, uninterrupted):
     assert not (tmp_path / lock.NAME).exists()
     out, _ = tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
     assert f"resumed from step {step} in" in out
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -105,8 +95,8 @@ def test_killed_again_and_again(tmp_path, cache, uninterrupted, workers):
     moments = [
         lambda: folders(tmp_path, f"*{checkpoint.UNFINISHED}"),
         lambda: between_commit_and_digest(tmp_path),
-        lambda: rows(tmp_path) >= 12,
-        lambda: rows(tmp_path) >= 18,
+        lambda: tiny_run.logged(tmp_path) >= 12,
+        lambda: tiny_run.logged(tmp_path) >= 18,
     ]
     for moment in moments:
         process = tiny_run.start(tmp_path, cache, flag, steps=STEPS)
@@ -114,7 +104,7 @@ def test_killed_again_and_again(tmp_path, cache, uninterrupted, workers):
         time.sleep(rng.uniform(0, 0.02))
         kill(process)
     tiny_run.finish(tiny_run.start(tmp_path, cache, flag, steps=STEPS))
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -124,12 +114,12 @@ def test_a_signal_to_the_group_reaches_workers_too(
 ):
     flag = "--config.data.workers=2"
     process = tiny_run.start(tmp_path, cache, flag, steps=STEPS, checkpoint_every=1000)
-    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+    tiny_run.wait_for(lambda: tiny_run.logged(tmp_path) >= 3, process)
     os.killpg(process.pid, number)
     out, err = tiny_run.finish(process)
     assert f"stopped by {number.name}" in out and "Traceback" not in err
     tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 def workers_of(process):
@@ -147,7 +137,7 @@ def test_a_killed_worker_ends_the_run_which_goes_on(tmp_path, cache, uninterrupt
     tiny_run.wait_for(lambda: workers_of(process) == 2, process)
     children = psutil.Process(process.pid).children()
     (worker, _) = (c for c in children if "spawn_main" in " ".join(c.cmdline()))
-    tiny_run.wait_for(lambda: rows(tmp_path) >= 2, process)
+    tiny_run.wait_for(lambda: tiny_run.logged(tmp_path) >= 2, process)
     worker.kill()
     _, err = tiny_run.finish(process, code=2)
     step = checkpoint.newest_good(tmp_path)
@@ -159,7 +149,7 @@ def test_a_killed_worker_ends_the_run_which_goes_on(tmp_path, cache, uninterrupt
     assert err.count("\n") == 1
     out, _ = tiny_run.finish(tiny_run.start(tmp_path, cache, flag, steps=STEPS))
     assert f"resumed from step {step} in" in out
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -177,7 +167,7 @@ def test_a_signal_to_the_group_while_workers_start(
     assert re.search(rf"stopp(ed|ing)\W.*{number.name}", out) or "checkpoint:" in out
     assert "Traceback" not in err and "KeyboardInterrupt" not in err
     tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -198,12 +188,12 @@ def test_a_signal_while_compiling_leaves_nothing(tmp_path):
 def test_sighup_saves_unless_it_is_ignored(tmp_path, cache, uninterrupted, ignored):
     prefix = ("nohup",) if ignored else ()
     process = tiny_run.start(tmp_path, cache, prefix=prefix, steps=STEPS)
-    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+    tiny_run.wait_for(lambda: tiny_run.logged(tmp_path) >= 3, process)
     process.send_signal(signal.SIGHUP)
     out, _ = tiny_run.finish(process)
     assert ("stopped by SIGHUP" in out) != ignored
     tiny_run.finish(tiny_run.start(tmp_path, cache, steps=STEPS))
-    assert_same(tmp_path, uninterrupted)
+    tiny_run.assert_same(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
@@ -211,7 +201,7 @@ def test_sighup_saves_unless_it_is_ignored(tmp_path, cache, uninterrupted, ignor
 def test_workers_end_with_the_run(tmp_path, cache, number):
     flag = "--config.data.workers=2"
     process = tiny_run.start(tmp_path, cache, flag, steps=100_000)
-    tiny_run.wait_for(lambda: rows(tmp_path) >= 3, process)
+    tiny_run.wait_for(lambda: tiny_run.logged(tmp_path) >= 3, process)
 
     def members():
         """Processes of the run's session that still live."""

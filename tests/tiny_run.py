@@ -95,6 +95,18 @@ def lines(workdir):
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
+def logged(workdir):
+    """How many lines metrics.jsonl has so far."""
+    path = Path(workdir) / FILE
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def assert_same(workdir, other):
+    """Two runs are the same, bit by bit."""
+    assert lines(workdir) == lines(other)
+    assert weights(workdir) == weights(other)
+
+
 def weights(workdir):
     """The newest checkpoint's step and variables, as path -> bytes."""
     variables, step = checkpoint.restore_params(workdir)
