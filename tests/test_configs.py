@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import arena
 import jax
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from layers.facts import placement_of
 from layers.models import table
 from layers.parameters import Alike
 from train import data, losses, optimizers
-from train.data import images, original
+from train.data import images, imdb, original
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem[0] != "_")
@@ -47,7 +48,14 @@ LISTOPS = [
     for layer in LAYERS
 ]
 LISTOPS += [f"lra:listops,layer={layer},scale=paper" for layer in ("s4d", "s5")]
-IMAGES = [
+PATHFINDERS = [
+    "lra:pathfinder16,layer=s5",
+    "lra:pathfinder32,layer=attention,scale=paper,variant=lra",
+    "lra:pathx,layer=s4,scale=paper",
+    "lra:pathx,layer=s5,scale=paper",
+]
+IMAGES = ["lra:image,layer=s4d,scale=paper", "lra:image,layer=s5"]
+IMAGES += [
     f"pixels:{task},layer={layer},scale={scale}"
     for task, layer, scale in (
         ("smnist", "s4d", "small"),
@@ -69,6 +77,34 @@ def test_config_fits_its_data_model_optimizer_and_loss(spec):
 def test_listops_config_fits(spec, tmp_path):
     config = flag_values(spec, f"--config.data.folder={tmp_path}")
     config.data.update(train=4, validation=2, test=2)
+    check_fit(config, data.load(config.data))
+
+
+@pytest.mark.parametrize("spec", PATHFINDERS)
+def test_pathfinder_config_fits(spec, tmp_path):
+    config = flag_values(spec, f"--config.data.folder={tmp_path}")
+    config.data.update(train=4, validation=2, test=2)
+    check_fit(config, data.load(config.data))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "lra:text,layer=s4d,scale=paper",
+        "lra:text,layer=mamba,variant=lra",
+        "lra:retrieval,layer=s5,scale=paper",
+        "lra:retrieval,layer=attention",
+    ],
+)
+def test_text_config_fits(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(imdb, "EACH", 2)
+    monkeypatch.setattr(imdb, "LEAST", 1)
+    config = flag_values(spec, f"--config.data.folder={tmp_path}")
+    if config.data.name == "imdb":
+        arena.write_reviews(tmp_path)
+        config.data.validation = config.data.validation and 0.5
+    else:
+        config.data.path = arena.write_pairs(tmp_path / "tsv_data")["path"]
     check_fit(config, data.load(config.data))
 
 
@@ -276,6 +312,18 @@ def group_of(config, path):
         (
             lra.get_config("listops,layer=s4d,scale=small"),
             {"A_im": (1e-3, 0), "log_dt": (4e-3, 0), "kernel": (4e-3, 0.05)},
+        ),
+        (
+            lra.get_config("pathx,layer=s4,scale=paper"),
+            {"A_re": (1e-3, 0), "log_dt": (1e-3, 0), "C": (1e-3, 0.05)},
+        ),
+        (
+            lra.get_config("pathx,layer=s5,scale=paper"),
+            {"B": (6e-4, 0.06), "log_step": (6e-4, 0), "kernel": (1.8e-3, 0.06)},
+        ),
+        (
+            lra.get_config("pathfinder64,layer=s5,scale=paper"),
+            {"B": (9e-4, 0), "Lambda_re": (9e-4, 0), "kernel": (4.5e-3, 0.03)},
         ),
         (
             pixels.get_config("scifar,layer=s5,scale=paper"),

@@ -8,6 +8,7 @@ import statistics
 
 import numpy as np
 import pytest
+from arena import RULES, everything, take, write_listops
 
 from train import data
 from train.data import expressions, listops, prepared
@@ -25,16 +26,6 @@ SMALL = dict(
     max_depth=4,
     max_args=4,
 )
-RULES = Rules(10, 50, 4, 4)
-
-
-def take(rules, count, seed=0, workers=1):
-    return list(itertools.islice(expressions.distinct(rules, seed, workers), count))
-
-
-def everything(dataset, split):
-    (batch,) = dataset.evaluation(split, dataset.num_examples(split))
-    return batch
 
 
 def text(tokens):
@@ -256,12 +247,33 @@ def test_damage_is_noticed_and_mended(tmp_path, capsys, damage, message):
     assert home_of(tmp_path) == home
 
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left")])
+def test_an_interrupted_preparation_goes_on(tmp_path, error):
+    home, found = tmp_path / "home", []
+
+    def write(folder):
+        found.append(sorted(path.name for path in folder.iterdir()))
+        prepared.write_records(folder / f"file_{len(found)}", [b"whole"])
+        (folder / f"{prepared.UNFINISHED}3").write_text("half")
+        if len(found) == 1:
+            raise error
+
+    with pytest.raises(type(error) if isinstance(error, OSError) else error):
+        prepared.prepare(home, {"a": 1}, write, "It")
+    assert not home.exists()
+    prepared.prepare(home, {"a": 1}, write, "It")
+    assert found == [[], [f"{prepared.UNFINISHED}3", "file_1"]]
+    assert home_of(tmp_path) == home
+    files = {path.name for path in home.iterdir()}
+    assert files == {"file_1", "file_2", prepared.MANIFEST}
+
+
+def test_a_preparation_that_fails_leaves_nothing(tmp_path):
     def write(folder):
         (folder / "file").write_text("half")
-        raise KeyboardInterrupt
+        raise ValueError("a file of the user's own")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ValueError, match="of the user's own"):
         prepared.prepare(tmp_path / "home", {}, write, "It")
     assert not list(tmp_path.iterdir())
 
@@ -309,39 +321,8 @@ def test_settings_that_cannot_be_are_named(tmp_path, change, message):
     assert not (tmp_path / "data").exists()
 
 
-def write_lra(folder, **replaced):
-    """Small files as the LRA publishes them, and the expressions in them."""
-    drawn = iter(take(RULES, 60))
-    made = {}
-    folder.mkdir(exist_ok=True)
-    for name, count in (("train", 40), ("val", 10), ("test", 10)):
-        made[name] = list(itertools.islice(drawn, count))
-        lines = [f"{nested(tokens)}\t{value}" for value, tokens in made[name]]
-        content = "\r\n".join(["Source\tTarget", *lines, ""])
-        (folder / f"basic_{name}.tsv").write_bytes(replaced.get(name, content).encode())
-    return made
-
-
-def nested(tokens):
-    """The parentheses around every two neighbours, as in the LRA's files."""
-    stack = [[]]
-    for token in tokens:
-        word = SYMBOLS[token - ZERO]
-        if token >= OPEN and token != CLOSE:
-            stack.append([word])
-        elif token == CLOSE:
-            *rest, last = [*stack.pop(), word]
-            tree = rest[0]
-            for item in [*rest[1:], last]:
-                tree = f"( {tree} {item} )"
-            stack[-1].append(tree)
-        else:
-            stack[-1].append(word)
-    return stack[0][0]
-
-
 def test_the_lra_files_are_converted(tmp_path):
-    made = write_lra(tmp_path / "lra")
+    made = write_listops(tmp_path / "lra")
     config = dict(name="listops", path=str(tmp_path / "lra"), max_length=50)
     config["folder"] = str(tmp_path / "data")
     dataset = data.load(config)
@@ -371,7 +352,7 @@ BAD_TSV = {
 
 @pytest.mark.parametrize(("content", "message"), BAD_TSV.values(), ids=BAD_TSV)
 def test_every_fault_of_the_lra_files_is_named(tmp_path, content, message):
-    write_lra(tmp_path / "lra", val=content)
+    write_listops(tmp_path / "lra", val=content)
     with pytest.raises(ValueError, match=message):
         data.load(
             dict(
@@ -385,7 +366,7 @@ def test_every_fault_of_the_lra_files_is_named(tmp_path, content, message):
 
 
 def test_a_file_of_another_encoding_is_named(tmp_path):
-    write_lra(tmp_path / "lra")
+    write_listops(tmp_path / "lra")
     with (tmp_path / "lra" / "basic_val.tsv").open("ab") as file:
         file.write(b"\xff\t1\n")
     config = dict(name="listops", path=str(tmp_path / "lra"), max_length=50)

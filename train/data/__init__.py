@@ -11,15 +11,18 @@ import numpy as np
 
 from train import settings
 from train.data import (
+    aan,
     arrays,
     cast,
     checks,
     digits,
     frames,
     images,
+    imdb,
     listops,
     moving_digits,
     objectives,
+    pathfinder,
     synthetic,
     video,
 )
@@ -30,7 +33,10 @@ from train.data.spec import Spec
 DATASETS = {
     "digits": digits.load,
     "arrays": arrays.load,
+    "aan": aan.load,
+    "imdb": imdb.load,
     "listops": listops.load,
+    "pathfinder": pathfinder.load,
     "mnist": images.mnist,
     "cifar": images.cifar,
     "mqar": synthetic.mqar,
@@ -45,7 +51,10 @@ DATASETS = {
 
 # What those say of themselves whose files need not be there, or are costly to make.
 SPECS = {
+    "aan": aan.spec,
+    "imdb": imdb.spec,
     "listops": listops.spec,
+    "pathfinder": pathfinder.spec,
     "mnist": images.mnist_spec,
     "cifar": images.cifar_spec,
     "moving_digits": moving_digits.spec,

@@ -68,8 +68,8 @@ def frames(
         for split, videos in _divided(place, validation, test, seed).items()
     }
     every = [paths for videos in sources.values() for paths in videos]
-    own = size or _read(every[0]["frames"][0], channels).shape[:2]
-    read = functools.partial(_read, channels=channels, size=own, scaled=bool(size))
+    own = size or read_image(every[0]["frames"][0], channels).shape[:2]
+    read = functools.partial(read_image, channels=channels, size=own, scaled=bool(size))
     for paths in every:
         read(paths["frames"][0])
     window = functools.partial(window_of, length=length)
@@ -159,7 +159,7 @@ def _natural(path: Path):
     return [int(w) if i % 2 else w for i, w in enumerate(words)], path.name
 
 
-def _read(path: str, channels: int, size=None, scaled: bool = False) -> np.ndarray:
+def read_image(path: str, channels: int, size=None, scaled: bool = False) -> np.ndarray:
     """One frame, uint8 [h, w, C]."""
     from PIL import Image  # only needed here
 

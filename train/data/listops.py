@@ -9,7 +9,6 @@ one another in the draw.
 """
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from train import settings
 from train.data import checks, expressions, pipeline, prepared
 from train.data.expressions import EOS, PAD, TOKENS, Rules
-from train.data.sources import SPLITS, Example
+from train.data.sources import Example
 from train.data.spec import Spec
 
 # To be raised with any change of what given settings make.
@@ -63,25 +62,58 @@ def load(
         ValueError: a setting out of its bounds or without enough expressions; a file
             that is missing or not the LRA's.
     """
+    sizes = {"train": train, "validation": validation, "test": test}
     rules = Rules(min_length, max_length, max_depth, max_args)
+    home = prepare(folder, path, **sizes, **rules._asdict(), seed=seed)
+    sources = {
+        split: prepared.Records(paths, _parse)
+        for split, paths in prepared.files(home).items()
+    }
+    return pipeline.Dataset(
+        spec(max_length), sources, finish=functools.partial(_finish, length=max_length)
+    )
+
+
+def prepare(
+    folder: str = "data/listops",
+    path: str = "",
+    train: int = 96_000,
+    validation: int = 2_000,
+    test: int = 2_000,
+    min_length: int = 500,
+    max_length: int = 2_000,
+    max_depth: int = 10,
+    max_args: int = 10,
+    seed: int = 0,
+    workers: int = 0,
+) -> Path:
+    """Makes the expressions that `load` reads, where they are not there yet, and
+    returns their folder.
+
+    Args:
+        folder, path, train, validation, test, min_length, max_length, max_depth,
+        max_args, seed: see `load`.
+        workers: threads; 0: one for each processor.
+
+    Raises:
+        ValueError: see `load`.
+    """
     if path:
         checks.at_least("max_length", max_length, 2)
         made_from, write = _from_lra(settings.place("data.path", path), max_length)
         name = f"lra-{made_from['source']}-{max_length}"
-        splits = SPLITS
     else:
+        rules = Rules(min_length, max_length, max_depth, max_args)
         sizes = {"train": train, "validation": validation, "test": test}
         _check(sizes, rules, seed)
         made_from = {**rules._asdict(), **sizes, "seed": seed}
-        write = functools.partial(_generate, sizes=sizes, rules=rules, seed=seed)
+        write = functools.partial(
+            _generate, sizes=sizes, rules=rules, seed=seed, workers=workers
+        )
         name = "-".join(map(str, (*rules, *sizes.values(), seed)))
-        splits = [split for split, size in sizes.items() if size]
     home = settings.place("data.folder", folder) / name
     prepared.prepare(home, {"version": VERSION, **made_from}, write, "ListOps")
-    sources = {split: prepared.Records(_file(home, split), _parse) for split in splits}
-    return pipeline.Dataset(
-        spec(max_length), sources, finish=functools.partial(_finish, length=max_length)
-    )
+    return home
 
 
 def spec(max_length: int = 2_000) -> Spec:
@@ -119,8 +151,8 @@ def _finish(example: Example, length: int) -> Example:
     return {"inputs": inputs, "targets": example["target"], "mask": mask}
 
 
-def _generate(home: Path, sizes: Mapping[str, int], rules: Rules, seed: int) -> None:
-    drawn = itertools.starmap(_record, expressions.distinct(rules, seed))
+def _generate(home, sizes: Mapping[str, int], rules: Rules, seed, workers) -> None:
+    drawn = itertools.starmap(_record, expressions.distinct(rules, seed, workers))
     for split, size in sizes.items():
         if size:
             records = itertools.islice(drawn, size)
@@ -156,8 +188,7 @@ def _from_lra(path: Path, max_length: int):
             "https://storage.googleapis.com/long-range-arena/lra_release.gz; with an "
             'empty path, "", the task is generated'
         )
-    stats = [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in files.values())]
-    source = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+    source = prepared.stamp(files.values())
 
     def convert(home: Path) -> None:
         for split, file in files.items():

@@ -2,17 +2,24 @@
 
 A prepared folder holds array_record files and a manifest with the settings they were
 made from and a digest of each. It is filled under another name and renamed when it is
-complete, so that what was interrupted never looks finished.
+complete, so that what was interrupted never looks finished. The files that were whole
+by then stay, and the next attempt goes on from them.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing import connection
 from pathlib import Path
+from typing import NamedTuple
 
 import grain
 from rich.console import Console
@@ -24,9 +31,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from train.data.sources import Example
+from train.data.sources import SPLITS, Example
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished-"
+FEW = 1_000  # records
 
 
 def prepare(
@@ -41,11 +50,13 @@ def prepare(
     Args:
         folder: to be filled, its parents included.
         settings: everything that the files depend on, as JSON knows it.
-        write: fills an empty folder; what it raises passes through and leaves nothing.
+        write: fills a folder, which has what `write_records` finished there in an
+            attempt with these settings that was interrupted, by a signal or a disk that
+            was full. Any other error of it passes through and leaves nothing.
         what: the data's name, for messages.
 
     Raises:
-        ValueError: this system has no array_record.
+        ValueError: this system has no array_record, or a folder cannot be written.
     """
     settings = json.loads(json.dumps(settings))
     fault = _fault(folder, settings)
@@ -65,25 +76,54 @@ def prepare(
             f"data.folder must be a folder that can be written, got {folder.parent} "
             f"({error.strerror})"
         ) from error
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    filled = folder.with_name(f".{folder.name}-{digest[:12]}")
+    try:
+        filled.mkdir(exist_ok=True)
+        write(filled)
+        _complete(filled, settings)
+        _put(filled, folder, settings)
+    except OSError:
+        # Another process may have been faster, which is as good.
+        if _fault(folder, settings) is not None:
+            raise
+    except Exception:  # not what interrupts: that leaves what is whole
+        shutil.rmtree(filled, ignore_errors=True)
+        raise
+
+
+def _complete(filled: Path, settings: Mapping) -> None:
+    """Writes the manifest of a folder, and removes what an interrupted attempt left
+    unfinished."""
+    for path in filled.iterdir():
+        if path.name.startswith(UNFINISHED):
+            path.unlink()
+    paths = sorted(path for path in filled.iterdir() if path.name != MANIFEST)
+    manifest = {"settings": settings, "files": {p.name: _digest(p) for p in paths}}
+    (filled / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _put(filled: Path, folder: Path, settings: Mapping) -> None:
+    """Makes the folder that is `filled` the one that is asked for."""
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=f".{folder.name}-"
     ) as temporary:
-        filled = Path(temporary) / folder.name
-        filled.mkdir()
-        write(filled)
-        files = {path.name: _digest(path) for path in sorted(filled.iterdir())}
-        manifest = {"settings": settings, "files": files}
-        (filled / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if folder.exists() and _fault(folder, settings) is not None:
             # Aside first: a folder that another process puts here meanwhile stays.
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, Path(temporary) / "faulty")
-        try:
-            os.rename(filled, folder)
-        except OSError:
-            # Another process was faster, which is as good.
-            if _fault(folder, settings) is not None:
-                raise
+        os.rename(filled, folder)
+
+
+def stamp(paths: Iterable[Path]) -> str:
+    """What stands for files, or folders, of the user's: their sizes and times."""
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+
+
+def digest(folder: Path) -> str:
+    """Of a prepared folder: of its settings, and of what its files hold."""
+    return _digest(folder / MANIFEST)
 
 
 def _fault(folder: Path, settings: Mapping) -> str | None:
@@ -108,20 +148,112 @@ def _digest(path: Path) -> str:
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> None:
-    """Writes an array_record file whose records can be read in any order."""
+    """Writes an array_record file whose records can be read in any order; it is there
+    whole or not at all."""
     from array_record.python import array_record_module  # not on every system
 
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    aside = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    writer = array_record_module.ArrayRecordWriter(str(aside), "group_size:1")
     for record in records:
         writer.write(record)
     writer.close()
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+def files(folder: Path) -> dict[str, list[Path]]:
+    """The array_record files of a prepared folder, by what their names begin with: a
+    split, in the order of SPLITS, or what is not divided yet."""
+    found = {}
+    for path in sorted(folder.glob("*.array_record")):
+        found.setdefault(path.name.split("-")[0].split(".")[0], []).append(path)
+    order = {split: number for number, split in enumerate(SPLITS)}
+    names = sorted(found, key=lambda name: order.get(name, len(SPLITS)))
+    return {name: found[name] for name in names}
+
+
+class Shard(NamedTuple):
+    """A file of a split: its records are those of the examples `numbers`."""
+
+    split: str
+    name: str
+    numbers: range
+
+
+def shards(sizes: Mapping[str, int], most: int) -> list[Shard]:
+    """The files that splits of these sizes are kept in, `most` records in each."""
+    made = []
+    for split, size in sizes.items():
+        starts = range(0, size, most)
+        for i, start in enumerate(starts):
+            name = f"{split}-{i:05}-of-{len(starts):05}.array_record"
+            made.append(Shard(split, name, range(start, min(start + most, size))))
+    return made
+
+
+def write_shards(
+    folder: Path,
+    shards: Sequence[Shard],
+    records: Callable[[Shard], Iterable[bytes]],
+    what: str,
+    workers: int = 0,
+) -> None:
+    """Writes those of `shards` that `folder` does not have yet, in several processes.
+
+    Args:
+        folder: of the files.
+        shards: to be written; what is in one depends on nothing but itself.
+        records: makes those of a shard, in order; a partial of a module's function,
+            which other processes find.
+        what: they are, for the progress bar.
+        workers: processes; 0: one for each processor, or this one alone where there
+            are so few records that others would not have started by then.
+    """
+    left = [shard for shard in shards if not (folder / shard.name).exists()]
+    few = sum(len(shard.numbers) for shard in left) < FEW
+    workers = min(workers or (1 if few else os.cpu_count() or 1), len(left))
+    if workers <= 1:
+        made = (_write_shard(folder, shard, records) for shard in left)
+        _show(made, shards, left, what)
+        return
+    # Not forked: threads that this process may have, such as JAX's, would be missing.
+    with concurrent.futures.ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+    ) as pool:
+        waiting = [pool.submit(_write_shard, folder, one, records) for one in left]
+        try:
+            made = concurrent.futures.as_completed(waiting)
+            _show((future.result() for future in made), shards, left, what)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _write_shard(folder: Path, shard: Shard, records: Callable) -> int:
+    """Writes one; returns how many records it has."""
+    write_records(folder / shard.name, records(shard))
+    return len(shard.numbers)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, by whatever signal."""
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Records:
-    """Random access to the examples of an array_record file.
+    """Random access to the examples of array_record files, one after another.
 
     Args:
-        path: of the file.
+        paths: of the files.
         parse: record -> example; a function of a module, which worker processes find.
 
     Raises:
@@ -129,9 +261,9 @@ class Records:
             data were loaded, has gone or was altered.
     """
 
-    def __init__(self, path: Path, parse: Callable[[bytes], Example]):
-        self._path = path
-        self._records = grain.sources.ArrayRecordDataSource(str(path))
+    def __init__(self, paths: Sequence[Path], parse: Callable[[bytes], Example]):
+        self._folder = paths[0].parent
+        self._records = grain.sources.ArrayRecordDataSource(list(map(str, paths)))
         self._parse = parse
 
     def __len__(self) -> int:
@@ -143,16 +275,30 @@ class Records:
         except (RuntimeError, ValueError, OSError) as error:
             first, *_ = str(error).splitlines() or [""]
             raise ValueError(
-                f"{self._path} cannot be read ({first}); it is prepared again when the "
-                "data are loaded"
+                f"{self._folder}: its records cannot be read ({first}); they are "
+                "prepared again when the data are loaded"
             ) from error
         return self._parse(record)
 
 
 def shown(records: Iterable[bytes], count: int, what: str) -> Iterator[bytes]:
     """`records` with a progress bar; silent where the output is no terminal."""
+    with _bar() as bar:
+        yield from bar.track(records, total=count, description=what)
+
+
+def _show(made: Iterable[int], shards, left, what: str) -> None:
+    """Waits for shards with a progress bar that counts their records."""
+    total, missing = (sum(len(one.numbers) for one in some) for some in (shards, left))
+    with _bar() as bar:
+        task = bar.add_task(what, total=total, completed=total - missing)
+        for count in made:
+            bar.advance(task, count)
+
+
+def _bar() -> Progress:
     console = Console()
-    bar = Progress(
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
@@ -160,5 +306,3 @@ def shown(records: Iterable[bytes], count: int, what: str) -> Iterator[bytes]:
         console=console,
         disable=not console.is_terminal,
     )
-    with bar:
-        yield from bar.track(records, total=count, description=what)

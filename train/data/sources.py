@@ -73,6 +73,20 @@ class First:
         return self._source[index]
 
 
+class Picked:
+    """Random access to some examples of a source, those of the `indices`."""
+
+    def __init__(self, source: Sequence[Example], indices: np.ndarray):
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index) -> Example:
+        return self._source[int(self._indices[index])]
+
+
 def drawn_splits(
     draws: Mapping[str, Callable], sizes: Sequence[int], seed: int
 ) -> dict[str, Drawn]:
