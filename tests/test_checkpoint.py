@@ -68,9 +68,9 @@ def folder(workdir, step):
 
 
 def largest(path):
-    return max(
-        (p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
+    """The largest file of those that the digest is of."""
+    files = [p for p in path.rglob("*") if p.is_file() and p.name != digest.FILE]
+    return max(files, key=lambda p: p.stat().st_size)
 
 
 def flip(path):

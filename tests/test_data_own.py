@@ -1032,7 +1032,7 @@ def test_a_run_of_the_example_is_asked_by_who_trusts_it(example, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nodots", "data.name must be one of arrays, .*dotted path of a function"),
+        ("nodots", "data.name must be one of aan, .*dotted path of a function"),
         ("my data.x", "data.name must be one of"),
         (
             "nowhere_at_all.load",

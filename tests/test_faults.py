@@ -506,7 +506,7 @@ def test_records_that_were_altered_are_named(tmp_path):
     path = tmp_path / "train.array_record"
     rng = np.random.default_rng(0)
     prepared.write_records(path, (rng.bytes(2000) for _ in range(2000)))
-    records = prepared.Records(path, _example)
+    records = prepared.Records([path], _example)
     assert records[0]["inputs"].shape == (2000,)
     content = bytearray(path.read_bytes())
     content[len(content) // 3 : -len(content) // 3] = bytes(len(content) // 3)

@@ -262,7 +262,7 @@ class Records:
     """
 
     def __init__(self, paths: Sequence[Path], parse: Callable[[bytes], Example]):
-        self._folder = paths[0].parent
+        self._where = paths[0] if len(paths) == 1 else paths[0].parent
         self._records = grain.sources.ArrayRecordDataSource(list(map(str, paths)))
         self._parse = parse
 
@@ -275,8 +275,8 @@ class Records:
         except (RuntimeError, ValueError, OSError) as error:
             first, *_ = str(error).splitlines() or [""]
             raise ValueError(
-                f"{self._folder}: its records cannot be read ({first}); they are "
-                "prepared again when the data are loaded"
+                f"{self._where} cannot be read ({first}); it is prepared again when "
+                "the data are loaded"
             ) from error
         return self._parse(record)
 
