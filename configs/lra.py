@@ -28,7 +28,7 @@ Score: paper, test accuracy, ListOps, Text, Retrieval, Image, Pathfinder, Path-X
     train.reproduce.baseline` with the same config gives the score of counting tokens.
 
     python -m train.main --config lra:listops,layer=s4d,scale=small
-    python -m train.main --config lra:pathx,layer=s5
+    python -m train.main --config lra:pathx,layer=s5,scale=paper
 """
 
 from configs import common

@@ -214,7 +214,10 @@ def test_the_arena_s_archive_is_read(tmp_path, archive, capsys, task, counts):
     said, digest, command = capsys.readouterr().out.splitlines()
     assert f"{task}, {counts} examples" in said
     part = tmp_path / "data/lra_release" / lra_release.PARTS[task][0]
-    assert f"--config lra:{task}" in command and f"--config.data.path={part}" in command
+    assert (
+        f"--config lra:{task},scale=paper" in command
+        and f"--config.data.path={part}" in command
+    )
     assert not (part / "curv_baseline").exists() and not (part / "evil").exists()
     archive.unlink()  # what is there is not read again
     archive.write_bytes(b"")
@@ -297,4 +300,6 @@ def test_the_command_converts_reviews(reviews, capsys):
     (home,) = reviews.glob("reviews-*")
     assert digest == f"sha256 {prepared.digest(home)}"
     assert json.loads((home / imdb.CHARACTERS).read_text())["t"] == 5
-    assert command.endswith(f"--config lra:text --config.data.folder={reviews}")
+    assert command.endswith(
+        f"--config lra:text,scale=paper --config.data.folder={reviews}"
+    )

@@ -285,7 +285,7 @@ def test_the_command_says_what_it_made_and_how_to_train_on_it(tmp_path, capsys):
     first = capsys.readouterr().out.splitlines()
     assert "pathfinder16, 7 train, 7 validation, 7 test examples" in first[0]
     assert first[2] == (
-        "python -m train.main --config lra:pathfinder16 "
+        "python -m train.main --config lra:pathfinder16,scale=paper "
         f"--config.data.folder={tmp_path} "
         "--config.data.train=7 --config.data.validation=7 --config.data.test=7"
     )

@@ -71,7 +71,8 @@ def main(argv=None):
     print(f"sha256 {prepared.digest(home)}")
     for_run = {k: v for k, v in asked.items() if k not in ("workers", "download")}
     flags = [f"--config.data.{key}={value}" for key, value in for_run.items()]
-    print(" ".join(["python -m train.main --config", f"lra:{options.dataset}", *flags]))
+    task = f"lra:{options.dataset},scale=paper"  # whose data these are
+    print(" ".join(["python -m train.main --config", task, *flags]))
     return 0
 
 
