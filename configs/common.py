@@ -259,6 +259,20 @@ def base() -> ConfigDict:
                 chunk=0,
                 record=False,  # what goes on inside the layers, in every log
             ),
+            # Self-pretraining: steps before those of train, on the task's own inputs.
+            pretrain=dict(
+                steps=0,  # 0: none
+                objective="masked",  # next
+                ratio=0.5,  # of the tokens that masked hides
+                # Numbers are asked for by distance; or, where this is not 0, as one of
+                # so many classes, equal steps from low to high.
+                levels=0,
+                low=0.0,
+                high=1.0,
+                lr=0.0,  # 0: optimizer.lr
+                batch_size=0,  # 0: train.batch_size
+                scratch=False,  # train the task from scratch too, to compare
+            ),
             # Of a video model at the end of the run: clips to roll out; 0 frames: half
             # of a clip.
             rollout=dict(context=0, horizon=0, clips=64),

@@ -62,6 +62,7 @@ ENDINGS = {
     "classification": ANSWERS,
     "token": ANSWERS,
     "regression": ANSWERS,
+    "absolute": ANSWERS,
     "frames": ROLLOUTS,
     "codes": ROLLOUTS,
     "autoencoder": ANSWERS,

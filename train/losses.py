@@ -34,6 +34,9 @@ def make(loss: str, label_smoothing: float = 0.0) -> LossFn:
     - "regression": mean over the K outputs of (outputs - targets)^2. Per sequence,
       outputs [B, K], targets [B, K] or [B]; or per real token, outputs [B, L, K],
       targets [B, L, K] or [B, L]. Metric: absolute_error.
+    - "absolute": per real token, outputs [B, L, K], targets [B, L, K]: the mean over K
+      of |outputs - targets|; a token whose targets are not finite has no weight.
+      Metric: absolute_error, the same.
     - "frames": per real frame, outputs [B, L, h, w, C], targets uint8 p as
       x = p / 127.5 - 1: the mean over the frame of (outputs - x)^2 / 2 +
       |outputs - x| / 2. Metrics: mse, the first mean alone.
@@ -158,6 +161,20 @@ def _regression(outputs, batch):
     return _sums(squared, real, {"absolute_error": absolute})
 
 
+def _absolute(outputs, batch):
+    targets = batch["targets"]
+    if outputs.ndim != 3 or outputs.shape != targets.shape:
+        raise ValueError(
+            "outputs must be [B, L, K] like the targets (model.head token), got "
+            f"outputs {outputs.shape} and targets {targets.shape}"
+        )
+    real = batch["mask"] & jnp.isfinite(targets).all(axis=-1)
+    outputs = _where(real, outputs.astype(jnp.float32))
+    targets = _where(real, targets.astype(jnp.float32))
+    error = jnp.abs(outputs - targets).mean(axis=-1)
+    return _sums(error, real, {"absolute_error": error})
+
+
 def _frames(outputs, batch):
     targets = batch["targets"]
     if outputs.shape != targets.shape:
@@ -238,6 +255,7 @@ class Loss(NamedTuple):
         title: of that metric, at the end of a run.
         more_is_better: whether it should be large.
         smooths: whether it knows label smoothing.
+        numbers: whether the outputs are answers themselves, and not scores of classes.
     """
 
     sums: Callable
@@ -245,6 +263,7 @@ class Loss(NamedTuple):
     title: str
     more_is_better: bool
     smooths: bool
+    numbers: bool = False
 
     def better(self, scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
         """Whether `scores` are better than the best so far."""
@@ -256,7 +275,8 @@ class Loss(NamedTuple):
 LOSSES = {
     "classification": Loss(_classification, "accuracy", "accuracy", True, True),
     "token": Loss(_token, "accuracy", "accuracy", True, True),
-    "regression": Loss(_regression, "loss", "error", False, False),
+    "regression": Loss(_regression, "loss", "error", False, False, numbers=True),
+    "absolute": Loss(_absolute, "loss", "error", False, False, numbers=True),
     "frames": Loss(_frames, "mse", "mse", False, False),
     "codes": Loss(_codes, "accuracy", "accuracy", True, True),
     "autoencoder": Loss(_autoencoder, "mse", "mse", False, False),

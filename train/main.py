@@ -114,7 +114,7 @@ def place() -> hosts.Place | None:
 
 
 def _train(jax) -> int:
-    from train import data, evaluate, exclusions, loop, processes
+    from train import data, evaluate, exclusions, pretrain, processes
 
     said = {flag.name: flag.value for flag in (SEEDS, LENGTHS, PROFILE)}
     processes.check_same("command line", said)
@@ -137,7 +137,7 @@ def _train(jax) -> int:
             if os.path.exists(path) and not os.path.isdir(path):
                 raise ValueError(f"--workdir must be a folder, got the file {path}")
         print(f"workdir: {workdir}", flush=True)
-        outcomes[seed] = loop.run(config, workdir, PROFILE.value, typed=[*typed])
+        outcomes[seed] = pretrain.run(config, workdir, PROFILE.value, typed=[*typed])
         if "stopped" in outcomes[seed]:
             return STOPPED_CODE.value
         if times:

@@ -80,6 +80,16 @@ ABSENT = {
     "train.save_timeout": (0.0, 3600.0),  # it waited for ever
     "train.skip_nonfinite": (0, 0),
     "train.chunk": (0, 0),
+    # Their section was not there: what they are does not matter where steps is 0.
+    "pretrain.steps": (0, 0),
+    "pretrain.objective": ("masked", "masked"),
+    "pretrain.ratio": (0.5, 0.5),
+    "pretrain.levels": (0, 0),
+    "pretrain.low": (0.0, 0.0),
+    "pretrain.high": (1.0, 1.0),
+    "pretrain.lr": (0.0, 0.0),
+    "pretrain.batch_size": (0, 0),
+    "pretrain.scratch": (False, False),
 }
 # The same of the arguments of a dataset, by its name.
 ABSENT_DATA = {
@@ -272,6 +282,9 @@ def _set(config: ConfigDict, key: str, value) -> None:
     """Gives a dotted key its value, there already or not."""
     *sections, name = key.split(".")
     for section in sections:
+        if section not in config:  # of an older run
+            with config.unlocked():
+                config[section] = ConfigDict()
         config = config[section]
     with config.unlocked(), config.ignore_type():
         config[name] = value

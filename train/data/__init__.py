@@ -62,7 +62,7 @@ SPECS = {
 }
 
 # Read by `load` or the training loop, not by a dataset.
-LOOP_KEYS = ("name", "workers", "reconstruct")
+LOOP_KEYS = ("name", "workers", "reconstruct", "objective")
 
 EMPTY = inspect.Parameter.empty
 
@@ -75,7 +75,8 @@ def load(config: Mapping) -> Dataset:
             own ("package.module.function") that returns a `Dataset`, which is imported
             and so executed, and that dataset's own arguments ("workers" is left to the
             caller); "reconstruct", True where the inputs of a dataset of frames are to
-            be reconstructed and its targets not read.
+            be reconstructed and its targets not read; "objective", what else the
+            inputs are to be asked for, see `objectives.asked`.
 
     Raises:
         ValueError: an unknown name, an argument that the dataset does not have or one
@@ -100,6 +101,8 @@ def load(config: Mapping) -> Dataset:
         dataset = _narrow(name, dataset)
     if config.get("reconstruct"):
         dataset = objectives.reconstruction(dataset, name)
+    if config.get("objective"):
+        dataset = objectives.asked(dataset, config["objective"])
     return dataset
 
 
@@ -120,6 +123,8 @@ def known(config: Mapping) -> Spec | None:
     spec = SPECS[name](**{key: x for key, x in arguments.items() if key in read})
     if spec is not None and config.get("reconstruct"):
         spec = objectives.reconstructed(spec, name)
+    if spec is not None and config.get("objective"):
+        spec = objectives.asked_spec(spec, config["objective"])
     return spec
 
 

@@ -50,6 +50,7 @@ def of_spec(spec: Spec) -> Shapes:
         "classification": ((), np.int32),
         "token": ((length,), np.int32),
         "regression": ((spec.outputs,), np.float32),
+        "absolute": ((length, spec.outputs), np.float32),
     }.get(spec.loss, inputs)
     batch = {
         "inputs": _one(*inputs),

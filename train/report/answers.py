@@ -12,7 +12,7 @@ from ssm.sequence import Sequence
 from train import signals, stream
 from train.draw import figures
 from train.draw.markup import counts, figure, paragraph, table, text
-from train.losses import IGNORED
+from train.losses import IGNORED, LOSSES
 from train.report import some
 from train.runs import Run
 
@@ -74,7 +74,7 @@ def _answering(run):
         mask = batch["mask"] if spec.padded else None
         sequence = Sequence(mask, batch.get("reset"), batch.get("dt"))
         y, state = run.model.apply(variables, batch["inputs"], state, sequence)
-        if spec.loss == "regression":
+        if LOSSES[spec.loss].numbers:
             return (y, None), state
         return (jnp.argmax(y, axis=-1), jnp.max(jax.nn.softmax(y), axis=-1)), state
 
@@ -100,13 +100,14 @@ def _answering(run):
 def section(examples: Answers, spec, step: int, chance: float | None = None) -> str:
     """HTML: how right the answers are, and examples, right and wrong ones of every
     kind. `chance` is the accuracy without reading the inputs, where it is known."""
-    sections = {"classification": _classes, "token": _tokens, "regression": _values}
+    sections = {"classification": _classes, "token": _tokens}
+    show = sections.get(spec.loss, _values)
     note = f"The {examples.split} split, checkpoint of step {step:,}"
     if len(examples.outputs) < examples.total:
         note += (
             f"; {len(examples.outputs):,} of {examples.total:,} examples, evenly spaced"
         )
-    return paragraph(note + ".", "soft") + sections[spec.loss](examples, spec, chance)
+    return paragraph(note + ".", "soft") + show(examples, spec, chance)
 
 
 def _classes(examples, spec, chance):
@@ -231,12 +232,13 @@ def _values(examples, spec, chance):
         targets = targets[..., None]
     per_token = outputs.ndim == 3
     real = examples.mask if per_token else np.ones(len(outputs), bool)
+    real = real & np.isfinite(targets).all(axis=-1)  # what was not asked is NaN
     caption = "Predictions over targets, with the diagonal"
     caption += "; a colour per output." if targets.shape[-1] > 1 else "."
     parts = [figure(figures.truth(outputs[real], targets[real]), caption)]
-    error = np.abs(outputs - targets).mean(axis=-1)
+    error = np.where(real, np.abs(outputs - targets).mean(axis=-1), 0)
     if per_token:
-        error = (error * real).sum(axis=1) / np.maximum(real.sum(axis=1), 1)
+        error = error.sum(axis=1) / np.maximum(real.sum(axis=1), 1)
     order = np.argsort(error, kind="stable")
     chosen = figures.spread(order, SHOWN // 2 if per_token else SHOWN)
     title = "from the smallest error to the largest, evenly spaced between them"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from train import checkpoint, files, records, runs, settings, signals
+from train import checkpoint, files, pretrain, records, runs, settings, signals
 from train.data import examined
 from train.draw import figures
 from train.draw.markup import (
@@ -61,6 +61,8 @@ def _sections(workdir: Workdir, run, data_facts: dict) -> Iterator[Section]:
     reached = {} if level is None else {level.metric: level.value}
     yield "verdict", "Verdict", _verdict(workdir, run, data_facts, level)
     yield "curves", "Curves", _curves({workdir.name: workdir}, reached)
+    if workdir.config.pretrain.steps:
+        yield "pretraining", "Self-pretraining", _pretraining(workdir, reached)
     yield from ENDINGS[run.spec.loss].sections(workdir, run, reached)
     yield "reproduce", "To reproduce", _reproduce(workdir)
     yield "environment", "Environment", _environment(workdir)
@@ -216,6 +218,34 @@ def _curves(runs: dict[str, Workdir], reached: dict[str, float]) -> str:
         caption += " Dotted: what is reached without reading the inputs."
     lines = figures.key(list(rows)) if several else ()
     return figure(figures.curves(rows, panels, reached), caption, columns=2, key=lines)
+
+
+def _pretraining(workdir, reached: dict[str, float]) -> str:
+    """The task after self-pretraining, beside the same from scratch where that is."""
+    options = workdir.config.pretrain
+    asked = f"hid {options.ratio:.0%} of the tokens and asked for them"
+    if options.objective == "next":
+        asked = "asked at every token for the one after it"
+    said = f"Before its own steps the model had {options.steps:,}, which {asked}."
+    (_, label), runs_of = workdir.score, {"after self-pretraining": workdir}
+    if (workdir.path / pretrain.SCRATCH / records.CONFIG).exists():
+        runs_of["from scratch"] = runs.read(workdir.path / pretrain.SCRATCH)
+    header = ("", "step", f"validation {label}", f"test {label}")
+    rows = [
+        (f"{name}, {which}", f"{step:,}", *(_number(s.get(label_of)) for s in scores))
+        for name, one in runs_of.items()
+        for label_of in [one.score[0]]
+        for which, step, *scores in _scored(one)
+    ]
+    parts = [paragraph(said), table(header, rows)]
+    if len(runs_of) > 1:
+        parts.append(_curves(runs_of, reached))
+    first = workdir.path / pretrain.FOLDER
+    note = (
+        "A run of its own, with a report of its own: python -m train.report --workdir"
+    )
+    parts.append(paragraph(f"{note} {first}", "soft"))
+    return "".join(parts)
 
 
 def _reproduce(workdir) -> str:

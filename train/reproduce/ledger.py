@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from train import files, loop
+from train import files, pretrain
 
 SECONDS = "seconds.json"
 
@@ -23,7 +23,7 @@ def machine() -> str:
 def trained(config: ConfigDict, workdir: Path) -> dict:
     """One finished run: its results, and the seconds it took, compilation included."""
     start = time.monotonic()
-    results = loop.run(config, workdir)
+    results = pretrain.run(config, workdir)
     if "stopped" in results:  # by SIGTERM or Ctrl-C; the next start goes on from here
         raise SystemExit(0)
     path = workdir / SECONDS
