@@ -69,6 +69,18 @@ LISTOPS = {
 LENGTHS = {"text": 4096, "retrieval": 4000}
 SHORT = 512  # of a small run
 
+# Self-pretraining, where config.pretrain.steps asks for it
+# (https://arxiv.org/abs/2310.02980): the share of tokens that are hidden, and whether a
+# pixel is one of 256 classes or a number.
+PRETRAIN = {
+    "listops": dict(ratio=0.1),
+    "text": dict(ratio=0.15),
+    "retrieval": dict(ratio=0.15),
+    "image": dict(ratio=0.5),
+    "pathfinder": dict(ratio=0.5, levels=256),
+    "pathx": dict(ratio=0.5, levels=256),
+}
+
 S4_LIKE = ("s4", "s4d", "dss")  # a state for every feature
 
 # Published settings by task. layer_args: those fields that the layer has. ssm_lr: of
@@ -215,6 +227,9 @@ def get_config(arg="listops"):
         names, rate, decay = recipe["apart"]
         own = dict(lr=rate, wd=decay, optional=True)
         config.groups.insert(0, (rf".*/({names})", own))
+    config.pretrain.update(PRETRAIN[_published(arg.task)])
+    if config.data.get("variant") == "s5":
+        config.pretrain.low = -1.0
     steps = config.train.steps
     config.train.update(
         eval_every=steps // 20, log_every=steps // 200, checkpoint_every=steps // 20

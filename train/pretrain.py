@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import loop
+from train import loop, settings
 from train.losses import LOSSES
 
 FOLDER, SCRATCH = "pretrain", "scratch"
@@ -36,6 +36,7 @@ def run(
         ValueError: a section `pretrain` that does not fit the config; what `loop.run`
             raises.
     """
+    settings.check_types(config)
     if not config.pretrain.steps:
         return loop.run(config, workdir, profile, typed=typed)
     check(config)

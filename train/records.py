@@ -57,6 +57,7 @@ FREE = (
     "mesh.tensor",
     "model.remat",
     "model.remat_keeps",
+    "pretrain.scratch",
     "train.checkpoint_every",
     "train.eval_batch_size",
     "train.eval_every",
@@ -113,9 +114,12 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """
     if checkpoint.steps(workdir) and (workdir / CONFIG).exists():
         old, now = (flat(c.to_dict()) for c in (read_config(workdir), _plain(config)))
+        free = {*FREE}
+        if now.get("pretrain.steps"):  # where its weights are follows from the workdir
+            free.add("train.init_from")
         differing = [
             f"{key} was {old.get(key)!r}, is {now.get(key)!r}"
-            for key in sorted({*old, *now} - {*FREE})
+            for key in sorted({*old, *now} - free)
             if old.get(key) != now.get(key)
         ]
         if differing:
