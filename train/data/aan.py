@@ -65,7 +65,10 @@ def load(
         split: prepared.Records([_file(home, split)], _parse) for split in SPLITS
     }
     finish = functools.partial(_finish, alphabet=alphabet)
-    return pipeline.Dataset(alphabet.spec(CLASSES), sources, finish=finish)
+    digest = prepared.digest(home)
+    return pipeline.Dataset(
+        alphabet.spec(CLASSES), sources, finish=finish, digest=digest
+    )
 
 
 def prepare(path: str = "", folder: str = "data/aan") -> Path:

@@ -77,7 +77,10 @@ def load(
         for split in ("train", "validation"):
             sources[split] = Picked(train, parts[split])
     finish = functools.partial(_finish, alphabet=alphabet)
-    return pipeline.Dataset(alphabet.spec(LABELS), sources, finish=finish)
+    digest = prepared.digest(home)
+    return pipeline.Dataset(
+        alphabet.spec(LABELS), sources, finish=finish, digest=digest
+    )
 
 
 def prepare(folder: str = "data/imdb", download: bool = False) -> Path:

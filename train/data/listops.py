@@ -70,7 +70,10 @@ def load(
         for split, paths in prepared.files(home).items()
     }
     return pipeline.Dataset(
-        spec(max_length), sources, finish=functools.partial(_finish, length=max_length)
+        spec(max_length),
+        sources,
+        finish=functools.partial(_finish, length=max_length),
+        digest=prepared.digest(home),
     )
 
 

@@ -113,7 +113,10 @@ def load(
         parts = _parts(len(every), variant)
         sources = {split: Picked(every, rows) for split, rows in parts}
     finish = functools.partial(_finish, variant=variant)
-    dataset = pipeline.Dataset(spec(side, variant), sources, finish=finish)
+    digest = prepared.digest(home)
+    dataset = pipeline.Dataset(
+        spec(side, variant), sources, finish=finish, digest=digest
+    )
     return pipeline.laid_out(dataset, layout, (side, side))
 
 

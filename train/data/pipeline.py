@@ -58,6 +58,7 @@ class Dataset:
         augment: (example, numpy Generator) -> example, on training examples only.
         finish: example -> {"inputs", "targets", "mask", ...}, on every example.
         reading: how the file that it is from was read; None where it is from none.
+        digest: of what it is made of; "" where nobody has computed one.
     """
 
     spec: Spec
@@ -65,6 +66,7 @@ class Dataset:
     augment: Callable[[Example, np.random.Generator], Example] | None = None
     finish: Callable[[Example], Example] | None = None
     reading: Reading | None = None
+    digest: str = ""
 
     def num_examples(self, split: str) -> int:
         """How many examples `split` has."""

@@ -1,8 +1,14 @@
 """The tables of docs/results.md: every layer, several seeds, one command.
 
+    python -m train.reproduce run NAME [--seeds 0,1,2] [--layers s5,s4d]
+    python -m train.reproduce table [--page docs/results.md]
     python -m train.reproduce [--task digits|listops|selective_copying|induction|mqar
                                |moving_digits] [--layers s4d,s5] [--seeds 0,1,2]
                               [--workdir runs/reproduce] [--page docs/results.md]
+
+`run` trains an entry of the ledger, `train.reproduce.entries`, and keeps its rows;
+`table` writes the ledger's table from all rows that are kept. `--task` trains and writes
+one of the older tables.
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
 the test split selects nothing. `train.reproduce.contest` has the three tasks of recall,
@@ -25,6 +31,7 @@ from layers.models.build import foreign
 from train import checkpoint, data, files
 from train.reproduce import baseline, contest, ledger
 from train.reproduce import video as video_contest
+from train.reproduce.entries import ENTRIES
 
 PAGE = Path("docs/results.md")
 
@@ -98,7 +105,58 @@ def rewrite(page: Path, task: str, text: str) -> None:
     files.write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
+def run_entry(argv: Sequence[str]) -> int:
+    """`python -m train.reproduce run`."""
+    parser = argparse.ArgumentParser(prog="python -m train.reproduce run")
+    parser.add_argument("name", metavar="NAME", help=", ".join(ENTRIES))
+    parser.add_argument("--seeds", default="", help="default: the entry's")
+    parser.add_argument("--layers", default="", help="default: the entry's")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument(
+        "--results", type=Path, default=ledger.RESULTS, help="folder of the rows"
+    )
+    options = parser.parse_args(argv)
+    try:
+        seeds = _numbers(options.seeds)
+        layers = [x for x in options.layers.split(",") if x]
+        ledger.run(options.name, seeds, layers, options.workdir, options.results)
+        entry = {options.name: ENTRIES[options.name]}
+        print(ledger.table(entry, options.results))
+    except (ValueError, checkpoint.CheckpointError) as problem:
+        parser.error(str(problem))
+    return 0
+
+
+def write_table(argv: Sequence[str]) -> int:
+    """`python -m train.reproduce table`."""
+    parser = argparse.ArgumentParser(prog="python -m train.reproduce table")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(argv)
+    try:
+        text = ledger.table()
+        rewrite(options.page, ledger.MARK, text)
+    except (ValueError, OSError) as problem:
+        parser.error(str(problem))
+    print(text)
+    return 0
+
+
+COMMANDS = {"run": run_entry, "table": write_table}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",") if seed]
+    except ValueError:
+        raise ValueError(
+            f"--seeds must be whole numbers such as 0,1,2, got {text}"
+        ) from None
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(prog="python -m train.reproduce")
     tables = {task: table for task in TASKS}
     tables |= {task: contest.table for task in contest.CONTESTS}
@@ -115,11 +173,9 @@ def main(argv=None):
     )
     options = parser.parse_args(argv)
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        parser.error(
-            f"--seeds must be whole numbers such as 0,1,2, got {options.seeds}"
-        )
+        seeds = _numbers(options.seeds)
+    except ValueError as problem:
+        parser.error(str(problem))
     task, layers = options.task, [x for x in options.layers.split(",") if x]
     try:
         text = tables[task](task, layers, seeds, options.workdir)
