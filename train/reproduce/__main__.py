@@ -7,8 +7,8 @@
                               [--workdir runs/reproduce] [--page docs/results.md]
 
 `run` trains an entry of the ledger, `train.reproduce.entries`, and keeps its rows;
-`table` writes the ledger's table from all rows that are kept. `--task` trains and writes
-one of the older tables.
+`table` writes the ledger's table from all rows that are kept. `--task` trains and
+writes one of the older tables.
 
 A second start goes on where the first stopped. Scores are those of the last checkpoint;
 the test split selects nothing. `train.reproduce.contest` has the three tasks of recall,

@@ -88,9 +88,10 @@ ENTRIES = {
         published={"s5": Published(0.8800, S5), "s4d": Published(0.8819, DFT)},
     ),
     "lra_pathfinder": Entry(
-        "Pathfinder of the Long Range Arena, 1,024 tokens",
+        "Pathfinder of the Long Range Arena, 1,024 tokens, its own pictures",
         "lra:pathfinder32,scale=paper",
         ("s5", "s4d"),
+        overrides={"data.path": "data/lra_release/pathfinder32"},
         machine=GPU,
         published={"s5": Published(0.9533, S5), "s4d": Published(0.9306, DFT)},
     ),
@@ -102,9 +103,10 @@ ENTRIES = {
         published={"s4": Published(0.9180, DFT)},
     ),
     "pathx": Entry(
-        "Path-X of the Long Range Arena, 16,384 tokens",
+        "Path-X of the Long Range Arena, 16,384 tokens, its own pictures",
         "lra:pathx,scale=paper",
         ("s5", "s4d"),
+        overrides={"data.path": "data/lra_release/pathfinder128"},
         machine=GPU,
         published={"s5": Published(0.9858, S5), "s4d": Published(0.9195, DFT)},
     ),

@@ -1,4 +1,4 @@
-"""The ledger of reproductions: runs trained once, what they scored, on what and how long.
+"""The ledger of reproductions: runs trained once, their scores, machine and seconds.
 
 A row is one run: an entry of `entries.ENTRIES`, a layer, a variant and a seed. Rows are
 kept as JSON in `results/`, a file per entry, each written when its run ends; the table
@@ -134,7 +134,8 @@ def run(
     unknown = sorted(set(layers) - set(entry.layers))
     if unknown:
         raise ValueError(
-            f"--layers must be of {', '.join(entry.layers)} for {name}, got {unknown[0]}"
+            f"--layers must be of {', '.join(entry.layers)} for {name}, got "
+            f"{unknown[0]}"
         )
     for seed in seeds or entry.seeds:
         for layer, variant in runs_of(entry, layers):
@@ -206,8 +207,8 @@ def table(entries: Mapping[str, Entry] = ENTRIES, results: Path = RESULTS) -> st
     """Markdown: a row for each layer and variant of each entry, with the median and
     range of its seeds; those that nobody has run are visibly empty."""
     lines = [
-        "| entry | layer | test accuracy, last step | best step on validation | published "
-        "| seeds | minutes | on |",
+        "| entry | layer | test accuracy, last step | best step on validation "
+        "| published | seeds | minutes | on |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in entries.items():
