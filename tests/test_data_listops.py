@@ -1,3 +1,5 @@
+import concurrent.futures
+import errno
 import hashlib
 import importlib.util
 import itertools
@@ -5,6 +7,8 @@ import os
 import pickle
 import random
 import statistics
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -262,7 +266,8 @@ def test_an_interrupted_preparation_goes_on(tmp_path, error):
         prepared.prepare(home, {"a": 1}, write, "It")
     assert not home.exists()
     prepared.prepare(home, {"a": 1}, write, "It")
-    assert found == [[], [f"{prepared.UNFINISHED}3", "file_1"]]
+    left = [prepared.LOCK, f"{prepared.UNFINISHED}3", "file_1"]
+    assert found == [[prepared.LOCK], left]
     assert home_of(tmp_path) == home
     files = {path.name for path in home.iterdir()}
     assert files == {"file_1", "file_2", prepared.MANIFEST}
@@ -278,8 +283,29 @@ def test_a_preparation_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_may_prepare_at_once(tmp_path):
+def test_one_prepares_where_two_ask(tmp_path, capsys):
+    home, begun, written = tmp_path / "home", threading.Event(), []
+
+    def write(folder):
+        written.append(folder)
+        begun.set()
+        time.sleep(0.5)
+        prepared.write_records(folder / "file", [b"content"])
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        first = threads.submit(prepared.prepare, home, {"a": (1, 2)}, write, "It")
+        begun.wait()
+        prepared.prepare(home, {"a": (1, 2)}, write, "It")
+    first.result()
+    assert len(written) == 1
+    assert "It: another process prepares it" in capsys.readouterr().out
+    assert home_of(tmp_path) == home
+    assert {path.name for path in home.iterdir()} == {"file", prepared.MANIFEST}
+
+
+def test_two_may_prepare_at_once_where_files_cannot_be_locked(tmp_path, monkeypatch):
     home = tmp_path / "home"
+    monkeypatch.setattr(prepared.fcntl, "flock", no_locks)
 
     def write(folder):
         (folder / "file").write_text("content")
@@ -290,6 +316,29 @@ def test_two_may_prepare_at_once(tmp_path):
 
     prepared.prepare(home, {"a": (1, 2)}, write_slowly, "It")
     assert home_of(tmp_path) == home and (home / "file").read_text() == "content"
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_who_waits_goes_on_where_the_first_failed(tmp_path):
+    home, begun = tmp_path / "home", threading.Event()
+
+    def fail(folder):
+        begun.set()
+        time.sleep(0.5)
+        raise ValueError("a file of the user's own")
+
+    def write(folder):
+        prepared.write_records(folder / "file", [b"content"])
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        first = threads.submit(prepared.prepare, home, {}, fail, "It")
+        begun.wait()
+        prepared.prepare(home, {}, write, "It")
+    assert isinstance(first.exception(), ValueError)
+    assert home_of(tmp_path) == home
 
 
 def test_without_array_record_it_says_so(tmp_path, monkeypatch):

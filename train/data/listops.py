@@ -67,7 +67,7 @@ def load(
     home = prepare(folder, path, **sizes, **rules._asdict(), seed=seed)
     sources = {
         split: prepared.Records(paths, _parse)
-        for split, paths in prepared.files(home).items()
+        for split, paths in prepared.by_split(home).items()
     }
     return pipeline.Dataset(
         spec(max_length),

@@ -106,7 +106,7 @@ def load(
     home = prepare(folder, path, side, contour, **sizes, seed=seed)
     sources = {
         name: prepared.Records(paths, _parse)
-        for name, paths in prepared.files(home).items()
+        for name, paths in prepared.by_split(home).items()
     }
     if path:
         every = sources[EVERY]

@@ -65,7 +65,7 @@ def main(argv=None):
     seconds = time.perf_counter() - start
     counts = ", ".join(
         f"{len(prepared.Records(paths, bytes)):,} {split}"
-        for split, paths in prepared.files(home).items()
+        for split, paths in prepared.by_split(home).items()
     )
     print(f"{home}: {options.dataset}, {counts} examples, in {seconds:.1f} s")
     print(f"sha256 {prepared.digest(home)}")

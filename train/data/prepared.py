@@ -8,6 +8,7 @@ by then stay, and the next attempt goes on from them.
 
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import grain
 from rich.console import Console
@@ -31,10 +32,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from train import files
 from train.data.sources import SPLITS, Example
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished-"
+LOCK = ".lock"
 FEW = 1_000  # records
 
 
@@ -45,7 +48,7 @@ def prepare(
 
     Nothing happens where it holds that already. A folder that is incomplete, whose
     files were altered or that other settings made is made anew. Several processes may
-    do this at once.
+    ask for this at once: one does it, the others wait for it.
 
     Args:
         folder: to be filled, its parents included.
@@ -76,30 +79,69 @@ def prepare(
             f"data.folder must be a folder that can be written, got {folder.parent} "
             f"({error.strerror})"
         ) from error
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    filled = folder.with_name(f".{folder.name}-{digest[:12]}")
-    try:
-        filled.mkdir(exist_ok=True)
-        write(filled)
-        _complete(filled, settings)
-        _put(filled, folder, settings)
-    except OSError:
-        # Another process may have been faster, which is as good.
-        if _fault(folder, settings) is not None:
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    filled = folder.with_name(f".{folder.name}-{name[:12]}")
+    with _alone(filled, what):
+        if _fault(folder, settings) is None:  # another process was faster
+            shutil.rmtree(filled, ignore_errors=True)
+            return
+        try:
+            write(filled)
+            _complete(filled, settings)
+            _put(filled, folder, settings)
+        except OSError:
+            # Where files cannot be locked, another process may still be faster.
+            if _fault(folder, settings) is not None:
+                raise
+            shutil.rmtree(filled, ignore_errors=True)
+        except Exception:  # not what interrupts: that leaves what is whole
+            shutil.rmtree(filled, ignore_errors=True)
             raise
-    except Exception:  # not what interrupts: that leaves what is whole
-        shutil.rmtree(filled, ignore_errors=True)
-        raise
+
+
+@contextlib.contextmanager
+def _alone(filled: Path, what: str) -> Iterator[None]:
+    """While no other process fills this folder, which is made where it is not there."""
+    while (lock := _lock(filled, what)) is None:
+        pass
+    with lock:
+        yield
+
+
+def _lock(filled: Path, what: str) -> IO | None:
+    """The lock on a folder, once nobody else has it; None where the folder was renamed
+    or removed meanwhile, its lock with it.
+
+    It ends with the process that holds it, by whatever signal. A file system without
+    locks has none.
+    """
+    filled.mkdir(exist_ok=True)
+    try:
+        file = (filled / LOCK).open("a")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{what}: another process prepares it, which is waited for", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(filled / LOCK)):
+            return file
+    file.close()
+    return None
 
 
 def _complete(filled: Path, settings: Mapping) -> None:
     """Writes the manifest of a folder, and removes what an interrupted attempt left
     unfinished."""
-    for path in filled.iterdir():
-        if path.name.startswith(UNFINISHED):
-            path.unlink()
-    paths = sorted(path for path in filled.iterdir() if path.name != MANIFEST)
-    manifest = {"settings": settings, "files": {p.name: _digest(p) for p in paths}}
+    for path in filled.glob(f"{UNFINISHED}*"):
+        path.unlink()
+    paths = sorted(x for x in filled.iterdir() if x.name not in (MANIFEST, LOCK))
+    digests = {path.name: files.sha256(path) for path in paths}
+    manifest = {"settings": settings, "files": digests}
     (filled / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -113,6 +155,7 @@ def _put(filled: Path, folder: Path, settings: Mapping) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(folder, Path(temporary) / "faulty")
         os.rename(filled, folder)
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def stamp(paths: Iterable[Path]) -> str:
@@ -123,7 +166,7 @@ def stamp(paths: Iterable[Path]) -> str:
 
 def digest(folder: Path) -> str:
     """Of a prepared folder: of its settings, and of what its files hold."""
-    return _digest(folder / MANIFEST)
+    return files.sha256(folder / MANIFEST)
 
 
 def _fault(folder: Path, settings: Mapping) -> str | None:
@@ -133,18 +176,13 @@ def _fault(folder: Path, settings: Mapping) -> str | None:
         if manifest["settings"] != settings:
             return "made with other settings"
         for name, digest in manifest["files"].items():
-            if _digest(folder / name) != digest:
+            if files.sha256(folder / name) != digest:
                 return f"{name} was altered"
     except OSError as error:
         return f"{Path(error.filename).name} is missing or cannot be read"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> None:
@@ -162,7 +200,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
     aside.rename(path)
 
 
-def files(folder: Path) -> dict[str, list[Path]]:
+def by_split(folder: Path) -> dict[str, list[Path]]:
     """The array_record files of a prepared folder, by what their names begin with: a
     split, in the order of SPLITS, or what is not divided yet."""
     found = {}
