@@ -223,6 +223,16 @@ def base() -> ConfigDict:
             data=dict(
                 name="digits",
                 workers=0,  # processes that prepare batches; 0: the main process
+                # Batches of sequences of one length, another in each, of as many tokens
+                # as batch_size of the longest (train.data.buckets).
+                buckets=dict(
+                    shortest=0,  # tokens, the longest halved some times; 0: one length
+                    longest=0,  # 0: an example's
+                    cut=False,  # documents into pieces, or each whole
+                    # natural, uniform, grow_linear, grow_p2, shrink_linear, shrink_p2
+                    curriculum="natural",
+                    cycles=1,  # of the curriculum in an epoch
+                ),
             ),
             optimizer=dict(
                 lr=1e-3,

@@ -1,11 +1,10 @@
 """What a run consists of: the parts that stay, and the progress that a step changes."""
 
-import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,8 @@ class Parts:
         create: () -> the state before the first step.
         target: that state's shapes and shardings.
         schedule: step -> learning rate.
-        train_step: compiled, (state, batch) -> (state, measured).
+        train_step: compiled for every shape of a batch, (state, batch) -> (state,
+            measured).
         eval_step: (variables, batch) -> sums of loss and metrics, in pieces of
             `train.chunk` tokens where training is.
         probe: (state, batch) -> what the flight recorder shows.
@@ -124,9 +124,12 @@ class Assembled:
     schedule: optax.Schedule
     train_step: Callable
 
-    def trace(self) -> jax.stages.Traced:
-        """The step as JAX reads it, for the devices of the mesh."""
-        return self.train_step.trace(self.target, self.sample)
+    def trace(self, sample: Mapping | None = None) -> jax.stages.Traced:
+        """The step as JAX reads it, for the devices of the mesh, and for another
+        sample where one is given."""
+        return self.train_step.trace(
+            self.target, self.sample if sample is None else sample
+        )
 
 
 def assemble(
@@ -149,8 +152,7 @@ def assemble(
     options = config.train
     boxes = state.param_boxes(model, sample)
     sharding.check_tensor(model, boxes, mesh)
-    sharding.check_sequence(model, sample["inputs"], mesh)
-    resolve.check_chunk(config, model, sample["inputs"])
+    check_inputs(config, mesh, model, sample["inputs"])
     optimizer, groups, schedule = optimizers.make(config, boxes)
     ema = options.ema > 0
     create = state.creator(model, optimizer, sample, config.seed, mesh, ema=ema)
@@ -167,6 +169,22 @@ def assemble(
     return Assembled(mesh, sample, params, groups, create, target, schedule, train_step)
 
 
+def check_inputs(config: ConfigDict, mesh: Mesh, model: nn.Module, inputs) -> None:
+    """`ValueError` where the inputs' length cannot be divided as is asked for."""
+    sharding.check_sequence(model, inputs, mesh)
+    resolve.check_chunk(config, model, inputs)
+
+
+def by_shape(compiled: Sequence[Callable], samples: Sequence[Mapping]) -> Callable:
+    """The step that takes batches of the shape of any sample: (state, batch) -> (state,
+    measured)."""
+    if len(compiled) == 1:
+        return compiled[0]
+    shapes = [sample["mask"].shape for sample in samples]
+    steps = dict(zip(shapes, compiled, strict=True))
+    return lambda state, batch: steps[batch["mask"].shape](state, batch)
+
+
 def set_up(
     config: ConfigDict,
     dataset: data.Dataset,
@@ -178,7 +196,7 @@ def set_up(
     allocated yet. `ValueError` for a model whose state cannot be made, or declared to
     be none."""
     options, spec, seed = config.train, dataset.spec, config.seed
-    own = sharding.own_rows(mesh, options.batch_size)
+    own = functools.partial(sharding.own_rows, mesh)
     examples = functools.partial(
         dataset.train, options.batch_size, seed, config.data.workers, own
     )
@@ -187,22 +205,27 @@ def set_up(
         facts = said.facts(dataset) if jax.process_index() == 0 else {}
         if facts:
             print(*said.lines(facts), sep="\n", flush=True)
-        first = dataset.train(options.batch_size, seed, 0, own)
-        with contextlib.closing(first) as batches:
-            sample = sharding.place(next(batches), mesh)
-        assembled = assemble(config, spec, mesh, model, sample)
+        samples = dataset.samples(options.batch_size, seed, own)
+        samples = [sharding.place(sample, mesh) for sample in samples]
+        if facts and dataset.buckets:
+            print(dataset.describe_buckets(options.batch_size), flush=True)
+        assembled = assemble(config, spec, mesh, model, samples[0])
+        for sample in samples[1:]:
+            check_inputs(config, mesh, model, sample["inputs"])
         if jax.default_backend() == "cpu":
             leaves = jax.tree.leaves(assembled.params)
             size = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
             settings.check_memory("model", size, "its parameters")
         stop.nothing_to_save("compiling")
-        print(f"compiling the training step: {_described(config, sample)}", flush=True)
+        shapes = _described(config, samples)
+        print(f"compiling the training step: {shapes}", flush=True)
         before = time.monotonic()
-        lowered = assembled.trace().lower()
-    compiled = lowered.compile()  # processes may share what a compiler finds out
+        lowered = [assembled.trace(sample).lower() for sample in samples]
+    # Processes may share what a compiler finds out.
+    compiled = [one.compile() for one in lowered]
     seconds = time.monotonic() - before
     stop.nothing_to_save("starting")
-    print_table(config, assembled.groups, assembled.params, mesh, compiled, seconds)
+    print_table(config, assembled.groups, assembled.params, mesh, compiled[0], seconds)
     return Parts(
         dataset=dataset,
         facts=facts,
@@ -211,7 +234,7 @@ def set_up(
         create=assembled.create,
         target=assembled.target,
         schedule=assembled.schedule,
-        train_step=compiled,
+        train_step=by_shape(compiled, samples),
         eval_step=_evaluation(config, spec, model, mesh),
         probe=flight.make_probe(
             model, losses.make(spec.loss), seed, spec.padded, mesh, options.chunk
@@ -230,13 +253,15 @@ def _evaluation(config, spec, model, mesh) -> Callable:
     return step.make_eval_step(model, loss, spec.padded, mesh)
 
 
-def _described(config, batch) -> str:
-    """What is compiled: the model, and the largest input of a batch."""
-    inputs = max(jax.tree.leaves(batch["inputs"]), key=lambda x: x.size)
-    shape = " x ".join(map(str, inputs.shape))
+def _described(config, samples) -> str:
+    """What is compiled: the model, and the largest input of a batch of each shape."""
+    shapes = []
+    for sample in samples:
+        inputs = max(jax.tree.leaves(sample["inputs"]), key=lambda x: x.size)
+        shapes.append(" x ".join(map(str, inputs.shape)))
     return (
         f"{config.model.depth} blocks of {config.model.features} features "
-        f"({config.model.layer}), a batch of {shape}"
+        f"({config.model.layer}), a batch of {' or '.join(shapes)}"
     )
 
 

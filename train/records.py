@@ -81,6 +81,11 @@ ABSENT = {
     "train.save_timeout": (0.0, 3600.0),  # it waited for ever
     "train.skip_nonfinite": (0, 0),
     "train.chunk": (0, 0),
+    "data.buckets.shortest": (0, 0),  # batches of one length
+    "data.buckets.longest": (0, 0),
+    "data.buckets.cut": (False, False),
+    "data.buckets.curriculum": ("natural", "natural"),
+    "data.buckets.cycles": (1, 1),
     # Their section was not there: what they are does not matter where steps is 0.
     "pretrain.steps": (0, 0),
     "pretrain.objective": ("masked", "masked"),

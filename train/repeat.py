@@ -55,6 +55,7 @@ class Difference(NamedTuple):
 def trained(config, dataset, steps: int) -> Trained:
     """The first steps of a run of `config`, which is complete."""
     import contextlib
+    import functools
 
     import jax
     import numpy as np
@@ -62,20 +63,19 @@ def trained(config, dataset, steps: int) -> Trained:
     from layers.models.build import build
     from train import parts, resolve, sharding, state
 
-    mesh = sharding.make_mesh(config)
+    mesh, size = sharding.make_mesh(config), config.train.batch_size
     resolve.check(config, mesh)
-    rows = sharding.own_rows(mesh, config.train.batch_size)
-    stream = dataset.train(config.train.batch_size, config.seed, rows=rows)
-    losses, current = [], None
+    rows = functools.partial(sharding.own_rows, mesh)
+    samples = dataset.samples(size, config.seed, rows)
+    samples = [sharding.place(sample, mesh) for sample in samples]
+    model = build(config.model)
+    made = parts.assemble(config, dataset.spec, mesh, model, samples[0])
+    compiled = [made.trace(sample).lower().compile() for sample in samples]
+    step, current, losses = parts.by_shape(compiled, samples), made.create(), []
+    stream = dataset.train(size, config.seed, rows=rows)
     with contextlib.closing(stream) as batches:
         for _ in range(steps):
-            batch = sharding.place(next(batches), mesh)
-            if current is None:
-                made = parts.assemble(
-                    config, dataset.spec, mesh, build(config.model), batch
-                )
-                step, current = made.trace().lower().compile(), made.create()
-            current, measures = step(current, batch)
+            current, measures = step(current, sharding.place(next(batches), mesh))
             losses.append(float(measures["loss"]))
     weights = jax.device_get(current.params)
     return Trained(mesh.size, np.array(losses), dict(state.named_leaves(weights)))

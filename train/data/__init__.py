@@ -13,6 +13,7 @@ from train import settings
 from train.data import (
     aan,
     arrays,
+    buckets,
     cast,
     checks,
     digits,
@@ -62,7 +63,7 @@ SPECS = {
 }
 
 # Read by `load` or the training loop, not by a dataset.
-LOOP_KEYS = ("name", "workers", "reconstruct", "objective")
+LOOP_KEYS = ("name", "workers", "reconstruct", "objective", "buckets")
 
 EMPTY = inspect.Parameter.empty
 
@@ -76,7 +77,8 @@ def load(config: Mapping) -> Dataset:
             and so executed, and that dataset's own arguments ("workers" is left to the
             caller); "reconstruct", True where the inputs of a dataset of frames are to
             be reconstructed and its targets not read; "objective", what else the
-            inputs are to be asked for, see `objectives.asked`.
+            inputs are to be asked for, see `objectives.asked`; "buckets", of what
+            lengths the batches to train on are, see `buckets.Options`.
 
     Raises:
         ValueError: an unknown name, an argument that the dataset does not have or one
@@ -103,6 +105,11 @@ def load(config: Mapping) -> Dataset:
         dataset = objectives.reconstruction(dataset, name)
     if config.get("objective"):
         dataset = objectives.asked(dataset, config["objective"])
+    options = buckets.read(config.get("buckets", {}))
+    if options:
+        buckets.lengths(options, dataset.spec)
+        spec = dataset.spec.but(padded=True)
+        dataset = dataclasses.replace(dataset, spec=spec, buckets=options)
     return dataset
 
 
@@ -125,6 +132,8 @@ def known(config: Mapping) -> Spec | None:
         spec = objectives.reconstructed(spec, name)
     if spec is not None and config.get("objective"):
         spec = objectives.asked_spec(spec, config["objective"])
+    if spec is not None and buckets.read(config.get("buckets", {})):
+        spec = spec.but(padded=True)
     return spec
 
 
@@ -293,4 +302,4 @@ def stretched(config: Mapping, times: int) -> Dataset:
             "data.length must be a number of frames, or of samples of a recording, to "
             f"be multiplied, got {length}"
         )
-    return load({**config, "length": times * length})
+    return load({**config, "length": times * length, "buckets": {}})

@@ -6,6 +6,7 @@ several parts are themselves such a dict.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,14 +16,13 @@ import grain
 import numpy as np
 
 from train import settings
+from train.data.buckets import ENDLESS, Batches, Options, Pieces, divided, line
 from train.data.reading import Reading
 from train.data.sources import Example, First
 from train.data.spec import Spec
 from train.data.workers import Workers
 
 LAYOUTS = ("sequence", "image")
-
-ENDLESS = 2**52  # examples of a training stream
 
 Batch = dict[str, np.ndarray | dict[str, np.ndarray]]
 
@@ -59,6 +59,7 @@ class Dataset:
         finish: example -> {"inputs", "targets", "mask", ...}, on every example.
         reading: how the file that it is from was read; None where it is from none.
         digest: of what it is made of; "" where nobody has computed one.
+        buckets: of what lengths the training batches are; None: of one.
     """
 
     spec: Spec
@@ -67,6 +68,12 @@ class Dataset:
     finish: Callable[[Example], Example] | None = None
     reading: Reading | None = None
     digest: str = ""
+    buckets: Options | None = None
+
+    @functools.cached_property
+    def pieces(self) -> list[Pieces]:
+        """The sequences to train on by their lengths, for which each is read once."""
+        return divided(self._source("train"), self.finish, self.spec, self.buckets)
 
     def num_examples(self, split: str) -> int:
         """How many examples `split` has."""
@@ -84,7 +91,7 @@ class Dataset:
         batch_size: int,
         seed: int,
         workers: int = 0,
-        rows: Sequence[int] | None = None,
+        rows: Callable[[int], Sequence[int]] | None = None,
     ) -> "TrainIterator":
         """The endless stream of training batches; a function of its arguments only.
 
@@ -92,12 +99,13 @@ class Dataset:
         from the endless stream, so that one may span two epochs and nothing is dropped.
 
         Args:
-            batch_size: examples in a batch, at most those of the training split.
+            batch_size: examples in a batch, at most those of the training split; with
+                buckets, in a batch of the longest.
             seed: of the permutations and the augmentation.
             workers: processes that prepare batches; 0 prepares them in this one. The
                 stream does not depend on it.
-            rows: of every batch, those that are wanted and no others are read, such as
-                those of one of several hosts; None: all.
+            rows: of a batch of so many, those that are wanted and no others are read,
+                such as those of one of several hosts; None: all.
 
         Raises:
             ValueError: an argument outside these bounds.
@@ -117,10 +125,46 @@ class Dataset:
             batch_size * self._example_bytes(),
             f"a batch of {batch_size} examples",
         )
-        return TrainIterator(
-            self._stream(source, batch_size, seed, rows),
-            {"seed": seed, "batch_size": batch_size, "num_examples": len(source)},
-            workers,
+        identity = {"seed": seed, "batch_size": batch_size, "num_examples": len(source)}
+        if self.buckets:
+            batches = self._batches(batch_size, seed, rows)
+            stream = grain.MapDataset.source(batches)
+            identity["sequences"] = [*batches.plan.counts]
+        else:
+            own = None if rows is None else rows(batch_size)
+            stream = self._stream(source, batch_size, seed, own)
+        return TrainIterator(stream, identity, workers)
+
+    def samples(
+        self,
+        batch_size: int,
+        seed: int,
+        rows: Callable[[int], Sequence[int]] | None = None,
+    ) -> list[Batch]:
+        """A batch of every shape that `train` has, the longest sequences first; its
+        arguments and errors are those of `train`."""
+        with contextlib.closing(self.train(batch_size, seed, 0, rows)) as batches:
+            if not self.buckets:
+                return [next(batches)]
+        return self._batches(batch_size, seed, rows).samples()
+
+    def describe_buckets(self, batch_size: int) -> str:
+        """A line that says what `train` draws batches from, where there are buckets."""
+        plan = self._batches(batch_size, 0, None).plan
+        return line(plan, self.pieces)
+
+    def _batches(self, batch_size, seed, rows) -> Batches:
+        longest = self.buckets.longest or self.spec.length
+        return Batches(
+            self._source("train"),
+            self.augment,
+            self.finish,
+            self.spec,
+            self.pieces,
+            self.buckets,
+            batch_size * longest,
+            seed,
+            rows,
         )
 
     def evaluation(
