@@ -159,7 +159,9 @@ def test_a_run_goes_on_where_it_was(tmp_path, instant):
     assert len(json.loads(place.read_text())["rows"]) == len(wanted)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize(
+    "platform", ["tpu", pytest.param("gpu", marks=pytest.mark.slow)]
+)
 def test_every_variant_can_be_traced_for_another_platform(platform):
     """By every backend in XLA, which may do there what it does not do here."""
     jax.clear_caches()  # what was traced for this machine would be taken again

@@ -346,7 +346,11 @@ def test_a_butterfly_on_a_tpu(variant):
         check(operation.call, inputs, "float64", "monarch")
 
 
-@pytest.mark.parametrize("length_taps", [(1200, 1200), (60, 60), (700, 150)], ids=str)
+@pytest.mark.parametrize(
+    "length_taps",
+    [pytest.param((1200, 1200), marks=pytest.mark.slow), (60, 60), (700, 150)],
+    ids=str,
+)
 def test_resets_on_a_tpu(length_taps):
     """Blocks of whole tiles, all halves in one loop, transforms of several at once;
     computed here all the same."""

@@ -167,6 +167,7 @@ def operations(jaxpr):
                 yield from operations(inner)
 
 
+@pytest.mark.slow
 def test_what_remat_keeps_is_not_computed_again():
     def products(**changes):
         model, variables, x = made(layer="mamba", depth=1, mlp=1.0, **changes)

@@ -179,6 +179,7 @@ def test_a_plan_adds_up(here):
     assert json.loads(json.dumps(here.as_json()))["fits"] is True
 
 
+@pytest.mark.slow
 def test_a_step_in_pieces_needs_the_memory_of_one():
     config = synthetic.get_config("copying,layer=s5")
     config.model.update(features=8)
@@ -441,6 +442,7 @@ def parameters(name):
     return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
+@pytest.mark.slow
 def test_workloads_are_what_they_say():
     sizes = {name: parameters(name) for name in WORKLOADS}
     mamba, delta = sizes["mamba_130m"], sizes["gated_delta_net_130m"]

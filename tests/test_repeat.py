@@ -42,6 +42,7 @@ def test_a_mesh_that_is_none(text):
         repeat.with_mesh(tiny_run.config(), text)
 
 
+@pytest.mark.slow
 @ALONE
 def test_a_mesh():
     assert passed(__file__, "meshes_differ and tensor") == 1

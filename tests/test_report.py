@@ -746,6 +746,7 @@ def test_a_layer_that_selects_shows_how_it_mixes_one_example():
     assert_close(M @ values, mixed, "gradient")
 
 
+@pytest.mark.slow
 def test_a_gated_layer_of_ones_own_has_no_filters_and_the_page_says_why(
     waves, tmp_path
 ):
@@ -777,6 +778,7 @@ def test_a_layer_that_is_bent_has_filters_and_the_page_says_that_they_are_not_al
     )
 
 
+@pytest.mark.slow
 def test_a_linear_layer_that_tells_other_tokens_nothing_has_flat_filters(
     waves, tmp_path
 ):

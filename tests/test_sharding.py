@@ -200,6 +200,7 @@ SAME = dict(log_every=1, accumulate=2, batch_size=16)
 FLAGS = ("--config.optimizer.schedule=constant", "--config.model.norm=layer")
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_is_read_and_goes_on_with_one(tmp_path):
     many, one = tmp_path / "many", tmp_path / "one"
     on_eight_devices("run", str(many), "4", "data=2,fsdp=2,tensor=2")

@@ -219,6 +219,7 @@ def test_a_gradient_in_pieces_is_cut_nowhere_else(layer):
         assert_alike(cut, gradient)
 
 
+@pytest.mark.slow
 def test_a_piece_has_the_statistics_of_those_before_and_its_own_dropout():
     config, batch = config_of("gru", chunk=4), batch_of()
     config.model.update(norm="batch", dropout=0.5)
