@@ -10,9 +10,11 @@ Trains: listops, the value of nested lists of digits; text, whether a film revie
     what a pixel or a text is to the model: lra, one of 256 tokens, bytes; s4, a number
     in [0, 1], characters; s5, a number in [-1, 1]; "" takes that of the layer's
     settings.
-    scale=paper: the arena's task, with the published settings of the layer; layers that
-    have none start from S4's; pathfinder64 takes those of pathfinder32, path256 and
-    path512 those of pathx, which no paper says of them.
+    scale=paper: the arena's task, with the published settings of the layer; attention
+    takes those of the Transformer that is trained with self-pretraining and without
+    (https://arxiv.org/abs/2310.02980); layers that have none start from S4's;
+    pathfinder64 takes those of pathfinder32, path256 and path512 those of pathx, which
+    no paper says of them.
     scale=small: 20,000 examples and a model of 4 x 64; expressions of 20 to 100 tokens,
     texts of 512.
 Hardware: small: a laptop's CPU (2 cores); paper: one GPU of 16 GB or more.
@@ -189,6 +191,33 @@ S5 = {
     ),
 }
 
+# The Transformer of "Never Train from Scratch", https://arxiv.org/abs/2310.02980,
+# appendix C, and its repository's defaults, configs/experiment/lra: rotary positions,
+# both directions, a constant rate after its warmup. Its MLPs are not gated: ours have
+# two thirds of their width, and so as many parameters. On Path-X it has blocks of
+# 4,096 tokens, and here all tokens see one another. Steps are those of S4.
+TRANSFORMER = {
+    task: dict(
+        model=dict(depth=depth, features=features, norm="layer", mlp=2 / 3 * mlp),
+        layer_args=dict(heads=heads),
+        optimizer=dict(lr=lr, weight_decay=decay, warmup=-2_000, schedule="constant"),
+        ssm_lr=lr,
+        pretrain=dict(lr=pretrain_lr),
+        variant="s4",
+        train=S4[task]["train"],
+    )
+    for task, depth, features, heads, mlp, lr, decay, pretrain_lr in (
+        ("listops", 6, 512, 8, 4, 1e-4, 0.0, 1e-3),
+        ("text", 6, 512, 8, 4, 5e-4, 0.1, 5e-4),
+        ("retrieval", 4, 128, 4, 4, 5e-4, 0.0, 5e-3),
+        ("image", 3, 64, 4, 2, 1e-3, 0.0, 1e-3),
+        ("pathfinder", 4, 128, 8, 1, 5e-4, 0.0, 1e-3),
+        ("pathx", 4, 128, 4, 1, 5e-4, 0.0, 1e-3),
+    )
+}
+
+RECIPES = {"s5": S5, "attention": TRANSFORMER}  # of other layers S4's
+
 # What a small run changes of these.
 SMALL = {
     "listops": dict(
@@ -203,6 +232,8 @@ SMALL = {
         train=dict(steps=2_000, batch_size=32),
     ),
 }
+# And of a layer whose rate is another.
+SMALL_LAYERS = {"attention": dict(optimizer=dict(lr=1e-3))}
 
 
 def get_config(arg="listops"):
@@ -210,7 +241,7 @@ def get_config(arg="listops"):
     another key of LAYER_ARGS or the dotted path of a class."""
     arg = common.parse_arg(arg, task=TASKS, layer="s4d", scale=SCALES, variant=VARIANTS)
     config = common.base()
-    recipe = (S5 if arg.layer == "s5" else S4)[_published(arg.task)]
+    recipe = RECIPES.get(arg.layer, S4)[_published(arg.task)]
     config.data.update(_data(arg, recipe))
     config.model.norm = "batch"
     config.model.head = "retrieval" if arg.task == "retrieval" else "mean"
@@ -218,16 +249,21 @@ def get_config(arg="listops"):
     config.optimizer.clip = 0.0
     common.apply(config, dict(layer_args=dict(spectrum="legs", bidirectional=True)))
     common.apply(config, recipe)
-    if arg.layer not in (*S4_LIKE, "s5"):  # another kind of state, so its own size
+    if arg.layer not in (*S4_LIKE, *RECIPES):  # another kind of state, so its own size
         common.set_layer(config, arg.layer)
+        common.apply(config, dict(layer_args=dict(bidirectional=True)))
     if arg.scale == "small":
         common.apply(config, SMALL.get(arg.task, SMALL["other"]))
+        common.apply(config, SMALL_LAYERS.get(arg.layer, {}))
+        config.optimizer.schedule = "cosine"
     config.groups = common.groups(recipe["ssm_lr"] / config.optimizer.lr)
     if "apart" in recipe:
         names, rate, decay = recipe["apart"]
         own = dict(lr=rate, wd=decay, optional=True)
         config.groups.insert(0, (rf".*/({names})", own))
     config.pretrain.update(PRETRAIN[_published(arg.task)])
+    if arg.scale == "paper":
+        config.pretrain.update(recipe.get("pretrain", {}))
     if config.data.get("variant") == "s5":
         config.pretrain.low = -1.0
     steps = config.train.steps

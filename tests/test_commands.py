@@ -155,6 +155,21 @@ def test_the_suite_over_frames_runs_at_small_sizes(tmp_path, capsys):
     assert "--case is of the suite tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_suite_over_pictures_runs_at_small_sizes(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    arguments = ["--suite", "pictures", "--small", "--repeats", "2", "--out", str(out)]
+    assert bench.main(arguments) == 0
+    rows = json.loads(out.read_text())["pictures"]
+    assert [(row["side"], row["what"]) for row in rows] == [
+        (16, "drawn"),
+        (32, "drawn"),
+        (16, "prepared"),
+    ]
+    assert all(row["median"] > 0 for row in rows)
+    assert "a second and core" in capsys.readouterr().out
+
+
 def test_a_slow_form_is_timed_once():
     calls = []
 

@@ -365,3 +365,23 @@ def test_every_call_of_base_is_independent():
     second = common.base()
     assert second.model.depth != 99 and len(second.groups) == len(first.groups) - 1
     assert second.groups[0][1]["lr"] != 9.0
+
+
+def test_the_transformer_of_self_pretraining():
+    """Of the arena's size, with rotary positions, in both directions."""
+    config = lra.get_config("text,layer=attention,scale=paper")
+    model, optimizer = config.model, config.optimizer
+    assert (model.depth, model.features, model.norm) == (6, 512, "layer")
+    assert model.mlp * 3 == 4 * 2  # as many parameters as four times the width, ungated
+    assert model.layer_args.heads == 8 and model.layer_args.rotary == 1.0
+    assert model.layer_args.bidirectional
+    assert (optimizer.lr, optimizer.weight_decay) == (5e-4, 0.1)
+    assert (optimizer.schedule, optimizer.warmup) == ("constant", -2000)
+    assert (config.pretrain.lr, config.pretrain.ratio) == (5e-4, 0.15)
+    assert config.train.steps == 50_000
+
+
+def test_layers_without_settings_of_their_own_read_in_both_directions_too():
+    config = lra.get_config("pathfinder32,layer=long_conv,scale=paper")
+    assert config.model.layer_args.bidirectional
+    assert "bidirectional" not in lra.get_config("text,layer=mamba").model.layer_args

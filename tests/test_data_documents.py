@@ -102,6 +102,10 @@ def test_unpacked_reviews_are_the_same(reviews, tmp_path_factory):
         for f in (reviews, other)
     )
     np.testing.assert_array_equal(packed["inputs"], unpacked["inputs"])
+    name = next(name for name in REVIEWS if "/test/" in f"/{name}")
+    (other / name).write_text("edited since", encoding="utf-8")
+    edited = data.load(dict(name="imdb", folder=str(other), length=30))
+    assert (everything(edited, "test")["inputs"] != unpacked["inputs"]).any()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
 """Speed of layers, training steps and decoding beside textbook forms, on this device.
 
-    python -m train.bench [--suite tokens|video|streams] [--case mixer|step|step_s4
-                          |step_mamba|long_conv|hyena|decode|compile] [--repeats 7]
-                          [--small] [--out FILE.json]
+    python -m train.bench [--suite tokens|video|streams|pictures]
+                          [--case mixer|step|step_s4|step_mamba|long_conv|hyena
+                          |decode|compile] [--repeats 7] [--small] [--out FILE.json]
 
 Subject and baseline are compiled, then called in turn, so that a busy machine slows
 both alike; figures are medians with quartiles, ratios are baseline over subject.
 Temporary memory is the compiler's own count; the suite streams has instead how far the
 resident set of a process grew that makes one call, and its seconds with the
-compilation. Freed memory stays with the process; see `kernels.allocator`.
+compilation; the suite pictures counts those of Pathfinder that are drawn in a second.
+Freed memory stays with the process; see `kernels.allocator`.
 """
 
 import argparse
@@ -20,9 +21,14 @@ from rich.console import Console
 
 from kernels import allocator
 from kernels.bench import timing
-from train.bench import streams, tokens, video
+from train.bench import pictures, streams, tokens, video
 
-SUITES = {"tokens": tokens.suite, "video": video.suite, "streams": streams.suite}
+SUITES = {
+    "tokens": tokens.suite,
+    "video": video.suite,
+    "streams": streams.suite,
+    "pictures": pictures.suite,
+}
 
 
 def main(argv=None):

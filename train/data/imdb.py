@@ -88,8 +88,7 @@ def prepare(folder: str = "data/imdb", download: bool = False) -> Path:
     folder. Arguments and errors are those of `load`."""
     place = settings.place("data.folder", folder)
     (path,) = original.locate("IMDB", place, (REVIEWS,), download)
-    there = [path / part / label for part in PARTS for label in LABELS]
-    source = prepared.stamp([path, *(folder for folder in there if folder.is_dir())])
+    source = prepared.stamp(_reviews(path) if path.is_dir() else [path])
     made_from = {"version": VERSION, "each": EACH, "source": source}
     home = place / f"reviews-{source}"
     prepared.prepare(home, made_from, lambda to: _convert(path, to), "IMDB")
@@ -139,11 +138,16 @@ def _convert(path: Path, home: Path) -> None:
 
 
 def _in_folder(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
-    for part in PARTS:
-        for label in LABELS:
-            for file in (path / part / label).glob("*.txt"):
-                with file.open("rb") as review:
-                    yield part, label, file.name, review.read(LONGEST)
+    for file in _reviews(path):
+        with file.open("rb") as review:
+            part, label, name = file.parts[-3:]
+            yield part, label, name, review.read(LONGEST)
+
+
+def _reviews(path: Path) -> list[Path]:
+    """The files of the unpacked folder."""
+    folders = (path / part / label for part in PARTS for label in LABELS)
+    return [file for folder in folders for file in sorted(folder.glob("*.txt"))]
 
 
 def _in_tar(path: Path) -> Iterator[tuple[str, str, str, bytes]]:

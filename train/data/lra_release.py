@@ -4,23 +4,15 @@ https://storage.googleapis.com/long-range-arena/lra_release.gz, a tar file of 8 
 a task needs of it is copied out as plain files; nothing else of it is, and no links.
 """
 
-import contextlib
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import DownloadColumn
 
-from train.data import original
+from train.data import original, prepared
 
 # The folder of each task in it, and what of the folder is needed.
 PARTS = {
@@ -89,7 +81,10 @@ def _members(archive: Path, part: str) -> Iterator:
     last = "its beginning"
     try:
         with (
-            _shown(archive, part) as compressed,
+            prepared.bar(DownloadColumn()) as bar,
+            bar.open(
+                archive, "rb", description=f"reading {part} of {archive}"
+            ) as compressed,
             tarfile.open(fileobj=compressed, mode="r|gz") as members,
         ):
             for member in members:
@@ -109,22 +104,3 @@ def _members(archive: Path, part: str) -> Iterator:
         if error.filename is None:
             raise
         raise ValueError(f"{archive}: cannot be read ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def _shown(archive: Path, part: str):
-    """The archive's bytes, with a progress bar where the output is a terminal."""
-    console = Console()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with (
-        bar,
-        bar.open(archive, "rb", description=f"reading {part} of {archive}") as file,
-    ):
-        yield file

@@ -42,17 +42,6 @@ RULES = {
 # fmt: on
 CLASSES = ("apart", "joined")
 
-# The side of each task.
-TASKS = {
-    "pathfinder16": 16,
-    "pathfinder24": 24,
-    "pathfinder32": 32,
-    "pathfinder64": 64,
-    "pathx": 128,
-    "path256": 256,
-    "path512": 512,
-}
-
 # What a pixel is to the model, as different publications have it.
 VARIANTS = {
     "lra": "token",  # a number of 0 to 255 as one of so many tokens

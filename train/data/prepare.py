@@ -15,6 +15,7 @@ import inspect
 import sys
 import time
 
+from configs.lra import SIDES
 from train import settings
 from train.data import aan, imdb, listops, lra_release, pathfinder, prepared
 from train.data.sources import SPLITS
@@ -24,10 +25,7 @@ DATASETS = {
     "listops": (listops.prepare, {}),
     "text": (imdb.prepare, {}),
     "retrieval": (aan.prepare, {}),
-    **{
-        task: (pathfinder.prepare, dict(side=side))
-        for task, side in pathfinder.TASKS.items()
-    },
+    **{task: (pathfinder.prepare, dict(side=side)) for task, side in SIDES.items()},
 }
 
 

@@ -28,6 +28,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -320,26 +321,28 @@ class Records:
 
 
 def shown(records: Iterable[bytes], count: int, what: str) -> Iterator[bytes]:
-    """`records` with a progress bar; silent where the output is no terminal."""
-    with _bar() as bar:
-        yield from bar.track(records, total=count, description=what)
+    """`records` with a progress bar."""
+    with bar() as progress:
+        yield from progress.track(records, total=count, description=what)
 
 
 def _show(made: Iterable[int], shards, left, what: str) -> None:
     """Waits for shards with a progress bar that counts their records."""
     total, missing = (sum(len(one.numbers) for one in some) for some in (shards, left))
-    with _bar() as bar:
-        task = bar.add_task(what, total=total, completed=total - missing)
+    with bar() as progress:
+        task = progress.add_task(what, total=total, completed=total - missing)
         for count in made:
-            bar.advance(task, count)
+            progress.advance(task, count)
 
 
-def _bar() -> Progress:
+def bar(count: ProgressColumn | None = None) -> Progress:
+    """A progress bar that counts as `count` does, in numbers where it is None; silent
+    where the output is no terminal."""
     console = Console()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        MofNCompleteColumn(),
+        count or MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
