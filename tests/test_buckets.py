@@ -380,6 +380,7 @@ def test_a_mesh_trains_as_another_does(config):
     config = config.copy_and_resolve_references()
     config.model.update(dropout=0.0, norm="layer")  # see FLAGS of test_sharding
     dataset = data.load(config.data)
+    config.optimizer.lr = 1e-4  # Adam makes steps of rounding errors
     complete = resolve.complete(config, dataset.spec)
     found = []
     for mesh in (dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)):
