@@ -110,6 +110,18 @@ def test_mnist_from_plain_and_packed_files(tmp_path):
     )
 
 
+def test_a_digest_is_of_what_the_files_hold(tmp_path):
+    write_mnist(tmp_path)
+    first = load_mnist(tmp_path).digest
+    path = tmp_path / "t10k-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+    path.unlink()
+    assert load_mnist(tmp_path).digest == first and len(first) == 64
+    path.write_bytes(content[:-1] + b"\x05")
+    assert load_mnist(tmp_path).digest != first
+
+
 def test_permutations_order_the_pixels_of_all_images_alike(tmp_path):
     write_mnist(tmp_path)
     plain = everything(load_mnist(tmp_path), "test")["inputs"]

@@ -6,6 +6,7 @@ A tenth of the training images, drawn with a fixed seed, is for validation.
 """
 
 import functools
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,10 @@ def _dataset(splits, spec: Spec, finish, layout: str) -> pipeline.Dataset:
     sources = split_rows({"image": images, "label": labels}, parts)
     test_images, test_labels = splits["test"]
     sources["test"] = Rows({"image": test_images, "label": test_labels})
-    dataset = pipeline.Dataset(spec, sources, finish=finish)
+    digest = hashlib.sha256()  # of the pixels and labels, packed or not
+    for array in (images, labels, test_images, test_labels):
+        digest.update(np.ascontiguousarray(array))
+    dataset = pipeline.Dataset(spec, sources, finish=finish, digest=digest.hexdigest())
     return pipeline.laid_out(dataset, layout, images.shape[1:3])
 
 

@@ -71,16 +71,17 @@ def machine() -> str:
 
 
 def trained(config: ConfigDict, workdir: Path) -> dict:
-    """One finished run: its results, and the seconds it took, compilation included."""
+    """One finished run: its results, and the seconds it took, compilation included, of
+    all starts that ended by themselves or by a signal that asked for it."""
+    path, done = workdir / SECONDS, records.read_results(workdir) is not None
+    before = files.read_json(path, float) or 0.0
     start = time.monotonic()
     results = pretrain.run(config, workdir)
+    seconds = before if done else before + time.monotonic() - start
+    files.write_atomically(path, json.dumps(seconds))
     if "stopped" in results:  # by SIGTERM or Ctrl-C; the next start goes on from here
         raise SystemExit(0)
-    path = workdir / SECONDS
-    if not path.exists():
-        seconds = time.monotonic() - start
-        files.write_atomically(path, json.dumps(seconds))
-    return results | {"seconds": files.read_json(path, float)}
+    return results | {"seconds": seconds}
 
 
 def config_of(entry: Entry, layer: str, variant: str, seed: int) -> ConfigDict:
@@ -160,7 +161,7 @@ def _row(entry: Entry, layer, variant, seed, workdir: Path) -> Row:
         for logged in records.read_metrics(workdir)
         if logged["split"] == "validation"
     ]
-    versions = files.read_json(workdir / records.VERSIONS) or {}
+    versions = records.read_versions(workdir)
     return Row(
         layer=layer,
         variant=variant,
@@ -171,12 +172,17 @@ def _row(entry: Entry, layer, variant, seed, workdir: Path) -> Row:
         best=round(best["test"][metric], 5) if best.get("test") else None,
         seconds=round(found["seconds"], 1),
         machine=machine(),
-        versions={k: v for k, v in versions.items() if isinstance(v, str)},
-        revision=(versions.get("git") or {}).get("revision", ""),
+        versions={"python": versions["python"], **versions["packages"]},
+        revision=_revision(**versions["git"]),
         data=f"{config.data.name} {data.load(config.data).digest}".strip(),
         changes=changes(entry, variant),
         curve=curve,
     )
+
+
+def _revision(revision: str | None, dirty: bool) -> str:
+    """Of the code; + where files differ from it."""
+    return f"{revision or ''}{'+' if dirty else ''}"
 
 
 def kept(name: str, results: Path = RESULTS) -> list[Row]:
