@@ -13,6 +13,7 @@ import pytest
 import tiny_run
 from scipy.io import wavfile
 
+from configs import common
 from configs import own as own_config
 from kernels import tolerance
 from train import data, loop, predict, records, runs
@@ -990,6 +991,7 @@ def test_the_example_of_the_page_is_a_dataset(example):
     assert config.data.to_dict() == {
         "name": "my_data.tones",
         "workers": 0,
+        "buckets": common.base().data.buckets.to_dict(),
         "count": 20,
         "length": 16,
     }

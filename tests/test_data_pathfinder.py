@@ -134,7 +134,7 @@ def test_too_long_snakes_are_refused(monkeypatch):
 
 
 def test_the_tasks_of_the_configs_are_those_that_can_be_prepared():
-    assert lra.SIDES == pathfinder.TASKS
+    assert {*lra.SIDES.values()} == {*pathfinder.RULES}
     assert set(lra.TASKS) - {"image"} == set(prepare.DATASETS)
     assert set(lra.VARIANTS) - {""} == set(pathfinder.VARIANTS)
 

@@ -49,6 +49,7 @@ def test_layers_of_entries_are_known():
         assert set(entry.layers) <= set(common.LAYER_ARGS)
 
 
+@pytest.mark.slow
 def test_an_entry_is_trained_once_and_its_table_written(tmp_path, monkeypatch, capsys):
     entry = Entry(
         "digits",

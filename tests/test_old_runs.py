@@ -89,6 +89,7 @@ def test_another_value_is_another_run(workdir):
         loop.run(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_changed_leaves_what_began_before(tmp_path, parsed, capsys):
     """`own:` had another learning rate, and the same command must go on."""
     rng = np.random.default_rng(0)

@@ -237,6 +237,7 @@ def test_the_task_begins_with_the_weights_of_the_pretraining_bit_for_bit(
             np.testing.assert_array_equal(value, was[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_scratch_is_the_task_without_it(run, tmp_path):
     config, workdir, _ = run
     alone = config.copy_and_resolve_references()
@@ -260,7 +261,7 @@ def test_a_second_start_trains_nothing(run, monkeypatch):
     assert pretrain.run(config, workdir) == results
 
 
-@pytest.mark.parametrize("part", ["pretrain", ""])
+@pytest.mark.parametrize("part", ["pretrain", pytest.param("", marks=pytest.mark.slow)])
 def test_what_was_stopped_goes_on(run, tmp_path, monkeypatch, part):
     """In the part that a signal ended, to the same weights."""
     config, workdir, _ = run
@@ -286,6 +287,7 @@ def test_what_was_stopped_goes_on(run, tmp_path, monkeypatch, part):
         tiny_run.assert_same(workdir / folder, tmp_path / folder)
 
 
+@pytest.mark.slow
 def test_the_report_compares_with_scratch(run):
     _, workdir, results = run
     page = pages.write(workdir).read_text()
@@ -336,6 +338,7 @@ def test_a_section_that_does_not_fit_is_named(tmp_path, change, message):
     assert not list(tmp_path.rglob("checkpoints"))
 
 
+@pytest.mark.slow
 def test_pairs_are_pretrained_on_each_document(tmp_path):
     config = lra.get_config("retrieval,layer=s5")
     arena.write_pairs(tmp_path / "tsv_data")

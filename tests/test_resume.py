@@ -73,6 +73,7 @@ def test_a_second_start_is_told_who_runs(tmp_path, cache):
     kill(process)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_0(tmp_path, cache, uninterrupted):
     process = tiny_run.start(tmp_path, cache, steps=STEPS, checkpoint_every=1000)
     tiny_run.wait_for(lambda: tiny_run.logged(tmp_path) >= 3, process)

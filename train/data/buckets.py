@@ -65,6 +65,7 @@ def read(given: Mapping) -> Options | None:
     Raises:
         ValueError: a key that there is not, or a value out of its bounds.
     """
+    settings.check("data.buckets", given, {})
     for key, value in given.items():
         if key not in Options._fields:
             raise ValueError(

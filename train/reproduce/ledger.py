@@ -7,6 +7,7 @@ of the page is made of them and of nothing else.
 
 import importlib
 import json
+import os
 import platform
 import statistics
 import time
@@ -66,8 +67,12 @@ class Row(NamedTuple):
 def machine() -> str:
     """What the seconds of a table were measured on."""
     device = jax.devices()[0].device_kind
-    place = f"{device} ({platform.machine()}, {len(jax.devices())} device)"
-    return f"{place}, jax {jax.__version__}"
+    what = [platform.machine(), f"{len(jax.devices())} device"]
+    if device == "cpu":
+        # Those that this process may use, where the system says so.
+        own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        what.append(f"{len(own(0))} cores")
+    return f"{device} ({', '.join(what)}), jax {jax.__version__}"
 
 
 def trained(config: ConfigDict, workdir: Path) -> dict:
