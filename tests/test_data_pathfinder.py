@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -7,12 +8,14 @@ import time
 import numpy as np
 import psutil
 import pytest
+import tiny_run
 from arena import everything, write_pathfinder
 from PIL import Image
 from scipy import ndimage
 
 from configs import lra
 from train import data
+from train.bench import pictures as timed
 from train.data import pathfinder, prepare, prepared, snakes
 from train.data.spec import Spec
 
@@ -378,3 +381,11 @@ def test_every_fault_of_the_arena_s_pictures_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"sample_13\.png: not a readable image"):
         data.load(settings | dict(path=str(tmp_path / "two_sizes")))
     assert not list(tmp_path.glob("d/*"))
+
+
+def test_the_page_has_the_pictures_that_were_timed():
+    path = tiny_run.ROOT / "train" / "bench" / "results" / "pictures-cpu.json"
+    rows = [timed.cells(row) for row in json.loads(path.read_text())["pictures"]]
+    page = (tiny_run.ROOT / "docs" / "data.md").read_text()
+    assert [row[0] for row in rows] == ["32", "64", "128", "256", "512", "128"]
+    assert [row for row in rows if f"| {' | '.join(row)} |" not in page] == []

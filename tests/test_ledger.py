@@ -86,6 +86,24 @@ def test_an_entry_is_trained_once_and_its_table_written(tmp_path, monkeypatch, c
     assert "[0.9000](https://example.org)" in line
 
 
+def a_row(seed):
+    texts = dict.fromkeys(("machine", "revision", "data"), "x")
+    scores = dict(step=1, last=0.5, best_step=None, best=None, seconds=1.0)
+    kinds = dict(versions={}, changes={}, curve=[])
+    return ledger.Row("lstm", "", seed, **scores, **texts, **kinds)
+
+
+def test_rows_that_another_process_keeps_meanwhile_stay(tmp_path, monkeypatch):
+    def trained(entry, layer, variant, seed, workdir):
+        if seed == 0:  # while it trains, the other one ends
+            ledger.run("smnist", [1], ["lstm"], tmp_path, tmp_path)
+        return a_row(seed)
+
+    monkeypatch.setattr(ledger, "_row", trained)
+    rows = ledger.run("smnist", [0], ["lstm"], tmp_path, tmp_path)
+    assert [row.seed for row in rows] == [0, 1]
+
+
 def test_what_is_not_run_is_visibly_empty(tmp_path):
     lines = ledger.table(results=tmp_path).splitlines()
     rows = [line for line in lines if line.startswith("| `")]

@@ -145,14 +145,13 @@ def run(
         )
     for seed in seeds or entry.seeds:
         for layer, variant in runs_of(entry, layers):
-            rows = {row.key: row for row in kept(name, results)}
-            if (layer, variant, seed) in rows:
+            if any(row.key == (layer, variant, seed) for row in kept(name, results)):
                 continue
             folder = "-".join(filter(None, (name, layer, variant, str(seed))))
             folder = folder.replace(" ", "_")
             row = _row(entry, layer, variant, seed, workdir / folder)
-            rows[row.key] = row
-            _keep(name, list(rows.values()), results)
+            # Read only now: others may have been kept while this one trained.
+            _keep(name, [*kept(name, results), row], results)
     return kept(name, results)
 
 
