@@ -338,6 +338,15 @@ def test_a_section_that_does_not_fit_is_named(tmp_path, change, message):
     assert not list(tmp_path.rglob("checkpoints"))
 
 
+def test_documents_are_cut_for_the_pretraining_alone(tmp_path):
+    config = tiny()
+    config.data.buckets.update(shortest=8, longest=32, cut=True)
+    assert pretrain.pretraining(config).data.buckets.cut
+    task = pretrain.fine_tuning(config, tmp_path).data.buckets
+    assert (task.shortest, task.longest, task.cut) == (8, 0, False)
+    assert config.data.buckets.cut
+
+
 @pytest.mark.slow
 def test_pairs_are_pretrained_on_each_document(tmp_path):
     config = lra.get_config("retrieval,layer=s5")

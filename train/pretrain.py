@@ -48,7 +48,8 @@ def run(
         return results
     if config.pretrain.scratch:
         print(f"from scratch in {workdir / SCRATCH}", flush=True)
-        results = loop.run(from_scratch(config), workdir / SCRATCH, typed=typed)
+        alone = whole(from_scratch(config))
+        results = loop.run(alone, workdir / SCRATCH, typed=typed)
         if "stopped" in results:
             return results
     print(f"the task itself in {workdir}", flush=True)
@@ -118,10 +119,18 @@ def pretraining(config: ConfigDict) -> ConfigDict:
 
 def fine_tuning(config: ConfigDict, pretrained: Path) -> ConfigDict:
     """The config of the task itself, from what was `pretrained`."""
-    config = config.copy_and_resolve_references()
+    config = whole(config.copy_and_resolve_references())
     if config.pretrain.objective == "masked":
         config.data.objective = {"name": "marked"}
     config.train.init_from = str(pretrained)
+    return config
+
+
+def whole(config: ConfigDict) -> ConfigDict:
+    """`config`, changed: the task has a target for a whole example, which
+    `data.buckets.cut` cuts for the self-pretraining alone."""
+    if (buckets := config.data.get("buckets")) and buckets.get("cut"):
+        buckets.update(cut=False, longest=0)
     return config
 
 
