@@ -340,11 +340,12 @@ def test_a_section_that_does_not_fit_is_named(tmp_path, change, message):
 
 def test_documents_are_cut_for_the_pretraining_alone(tmp_path):
     config = tiny()
-    config.data.buckets.update(shortest=8, longest=32, cut=True)
-    assert pretrain.pretraining(config).data.buckets.cut
-    task = pretrain.fine_tuning(config, tmp_path).data.buckets
-    assert (task.shortest, task.longest, task.cut) == (8, 0, False)
-    assert config.data.buckets.cut
+    for longest, shortest in ((0, 8), (48, 0)):
+        config.data.buckets.update(shortest=8, longest=longest, cut=True)
+        assert pretrain.pretraining(config).data.buckets.cut
+        task = pretrain.fine_tuning(config, tmp_path).data.buckets
+        assert (task.shortest, task.longest, task.cut) == (shortest, 0, False)
+        assert config.data.buckets.cut
 
 
 @pytest.mark.slow

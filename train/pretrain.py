@@ -128,9 +128,11 @@ def fine_tuning(config: ConfigDict, pretrained: Path) -> ConfigDict:
 
 def whole(config: ConfigDict) -> ConfigDict:
     """`config`, changed: the task has a target for a whole example, which
-    `data.buckets.cut` cuts for the self-pretraining alone."""
+    `data.buckets.cut` cuts for the self-pretraining alone; and no buckets where their
+    lengths are halves of another than an example's."""
     if (buckets := config.data.get("buckets")) and buckets.get("cut"):
-        buckets.update(cut=False, longest=0)
+        shortest = 0 if buckets.get("longest") else buckets.shortest
+        buckets.update(cut=False, longest=0, shortest=shortest)
     return config
 
 
