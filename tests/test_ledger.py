@@ -88,6 +88,7 @@ def test_an_entry_is_trained_once_and_its_table_written(tmp_path, monkeypatch, c
 
 def a_row(seed):
     texts = dict.fromkeys(("machine", "revision", "data"), "x")
+    texts["config"] = ENTRIES["smnist"].config
     scores = dict(step=1, last=0.5, best_step=None, best=None, seconds=1.0)
     kinds = dict(versions={}, changes={}, curve=[])
     return ledger.Row("lstm", "", seed, **scores, **texts, **kinds)
@@ -102,6 +103,16 @@ def test_rows_that_another_process_keeps_meanwhile_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "_row", trained)
     rows = ledger.run("smnist", [0], ["lstm"], tmp_path, tmp_path)
     assert [row.seed for row in rows] == [0, 1]
+
+
+def test_a_row_of_what_the_entry_was_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_row", lambda *arguments: a_row(arguments[3]))
+    ledger.run("smnist", [0], ["lstm"], tmp_path, tmp_path)
+    entry = ENTRIES["smnist"]
+    changed = entry._replace(overrides={"train.steps": 7})
+    other = entry._replace(config="pixels:smnist")
+    shown = [ledger.table({"smnist": x}, tmp_path) for x in (entry, changed, other)]
+    assert ["0.5000" in table for table in shown] == [True, False, False]
 
 
 def test_what_is_not_run_is_visibly_empty(tmp_path):

@@ -255,6 +255,31 @@ def test_each_part_keeps_its_own_config(run):
     assert [p.pretrain.steps for p in parts] == [4, 0]
 
 
+def test_another_config_is_refused_before_anything_is_trained(run, monkeypatch):
+    config, workdir, _ = run
+    other = config.copy_and_resolve_references()
+    other.pretrain.steps = 6
+    monkeypatch.setattr(loop, "run", None)
+    with pytest.raises(ValueError, match=r"pretrain\.steps was 4, is 6"):
+        pretrain.run(other, workdir)
+
+
+def test_pieces_of_tokens_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    config = tiny()
+    config.train.chunk = 8
+    monkeypatch.setattr(loop, "run", None)
+    with pytest.raises(ValueError, match=r"train\.chunk must be 0 with pretrain\.ste"):
+        pretrain.run(config, tmp_path)
+
+
+def test_a_config_without_the_section_has_none(tmp_path, monkeypatch):
+    config = tiny()
+    with config.unlocked():
+        del config.pretrain
+    monkeypatch.setattr(loop, "run", lambda config, *_, **__: {"step": 0})
+    assert pretrain.run(config, tmp_path) == {"step": 0}
+
+
 def test_a_second_start_trains_nothing(run, monkeypatch):
     config, workdir, results = run
     monkeypatch.setattr(loop, "train", None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from train import loop, settings
+from train import data, loop, processes, records, resolve, settings, sharding
 from train.losses import LOSSES
 
 FOLDER, SCRATCH = "pretrain", "scratch"
@@ -37,11 +37,13 @@ def run(
             raises.
     """
     settings.check_types(config)
-    if not config.pretrain.steps:
+    if not config.get("pretrain", {}).get("steps"):
         return loop.run(config, workdir, profile, typed=typed)
     check(config)
     workdir = Path(workdir)
     first = workdir / FOLDER
+    with processes.agreed():  # before the hours that come first
+        check_task(fine_tuning(config, first), workdir, typed)
     print(f"self-pretraining in {first}", flush=True)
     results = loop.run(pretraining(config), first, profile, typed=typed)
     if "stopped" in results:
@@ -83,6 +85,11 @@ def check(config: ConfigDict) -> None:
             f"pretrain.steps must be 0 with model.grid, got {options.steps}: it is of "
             "sequences"
         )
+    if config.train.chunk:
+        raise ValueError(
+            f"train.chunk must be 0 with pretrain.steps, got {config.train.chunk}: the "
+            f"task has a head {config.model.head!r}, which learns from whole sequences"
+        )
     if config.train.init_from:
         raise ValueError(
             "train.init_from must be empty with pretrain.steps, whose weights the task "
@@ -92,6 +99,17 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"pretrain.objective must be masked or next, got {options.objective!r}"
         )
+
+
+def check_task(config: ConfigDict, workdir: Path, typed: Collection[str]) -> None:
+    """Raises a `ValueError` for a config of the task, and for a workdir of another, as
+    the run of the task itself would."""
+    spec = data.load(config.data).spec
+    begun_with = records.saved(workdir, "optimizer.warmup")
+    config = resolve.complete(config, spec, begun_with)
+    config = records.continued(workdir, config, typed)
+    resolve.check(config, sharding.make_mesh(config))
+    records.check_workdir(workdir, config)
 
 
 def pretraining(config: ConfigDict) -> ConfigDict:

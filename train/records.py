@@ -119,6 +119,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     """
     if checkpoint.steps(workdir) and (workdir / CONFIG).exists():
         old, now = (flat(c.to_dict()) for c in (read_config(workdir), _plain(config)))
+        # A config of the user's own may lack what an older run's does.
+        now = {key: today for key, (_, today) in _absent(config).items()} | now
         free = {*FREE}
         if now.get("pretrain.steps"):  # where its weights are follows from the workdir
             free.add("train.init_from")

@@ -28,9 +28,10 @@ def drawn(side: int, count: int, repeats: int) -> dict:
 
 
 def prepared(side: int, count: int, repeats: int) -> dict:
-    """Pictures a second and process of a whole preparation, one process for each core,
-    their starts included."""
-    processes, rates = os.cpu_count() or 1, []
+    """Pictures a second and process of a whole preparation, one process for each core
+    where there are as many files, their starts included."""
+    shards = -(-count // (pathfinder.IN_A_SHARD // side**2))
+    processes, rates = min(os.cpu_count() or 1, shards), []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()

@@ -105,7 +105,7 @@ def lengths(options: Options, spec: Spec) -> tuple[int, ...]:
             f"{longest}"
         )
     halved = [longest]
-    while halved[-1] % 2 == 0:
+    while halved[-1] > 1 and halved[-1] % 2 == 0:
         halved.append(halved[-1] // 2)
     if options.shortest not in halved:
         raise ValueError(

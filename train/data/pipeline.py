@@ -290,10 +290,10 @@ class TrainIterator(Iterator[Batch]):
             ValueError: the state of another stream (seed, batch size or data differ).
         """
         for name, value in self._identity.items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise ValueError(
                     f"this data stream has {name} {value}, the saved one had "
-                    f"{state[name]}: resume with the settings the run began with"
+                    f"{state.get(name)}: resume with the settings the run began with"
                 )
         self.close()
         self._taken = int(state["batches"])

@@ -14,7 +14,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -84,7 +83,7 @@ def prepare(
     filled = folder.with_name(f".{folder.name}-{name[:12]}")
     with _alone(filled, what):
         if _fault(folder, settings) is None:  # another process was faster
-            shutil.rmtree(filled, ignore_errors=True)
+            _discard(filled)
             return
         try:
             write(filled)
@@ -94,9 +93,9 @@ def prepare(
             # Where files cannot be locked, another process may still be faster.
             if _fault(folder, settings) is not None:
                 raise
-            shutil.rmtree(filled, ignore_errors=True)
+            _discard(filled)
         except Exception:  # not what interrupts: that leaves what is whole
-            shutil.rmtree(filled, ignore_errors=True)
+            _discard(filled)
             raise
 
 
@@ -133,6 +132,16 @@ def _lock(filled: Path, what: str) -> IO | None:
             return file
     file.close()
     return None
+
+
+def _discard(filled: Path) -> None:
+    """Removes a folder and, at once, its name: who comes meanwhile finds no part of
+    it."""
+    with (
+        tempfile.TemporaryDirectory(dir=filled.parent, prefix=filled.name) as temporary,
+        contextlib.suppress(OSError),
+    ):
+        os.rename(filled, Path(temporary) / "discarded")
 
 
 def _complete(filled: Path, settings: Mapping) -> None:

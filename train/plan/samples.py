@@ -1,6 +1,5 @@
 """The arrays of a batch, by their shapes: of data that need not be here."""
 
-import contextlib
 from collections.abc import Mapping
 
 import jax
@@ -25,8 +24,7 @@ def of(config: ConfigDict) -> tuple[Spec, Shapes]:
     if spec is not None:
         return spec, of_spec(spec)
     dataset = data.load(config.data)
-    with contextlib.closing(dataset.train(1, config.seed)) as batches:
-        batch = next(batches)
+    batch = dataset.samples(1, config.seed)[0]
     return dataset.spec, jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
     )

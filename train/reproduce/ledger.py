@@ -32,6 +32,7 @@ class Row(NamedTuple):
 
     Attributes:
         layer, variant, seed: which run of its entry.
+        config: `FILE:ARGUMENT` that it was made of.
         step, last: the last step, and its score on the test.
         best_step, best: of the best step on validation; None without a validation.
         seconds: wall-clock, compilation included, of all its parts.
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     layer: str
     variant: str
     seed: int
+    config: str
     step: int
     last: float
     best_step: int | None
@@ -71,7 +73,8 @@ def machine() -> str:
     if device == "cpu":
         # Those that this process may use, where the system says so.
         own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-        what.append(f"{len(own(0))} cores")
+        count = len(own(0))
+        what.append(f"{count} core{'s' if count > 1 else ''}")
     return f"{device} ({', '.join(what)}), jax {jax.__version__}"
 
 
@@ -145,13 +148,15 @@ def run(
         )
     for seed in seeds or entry.seeds:
         for layer, variant in runs_of(entry, layers):
-            if any(row.key == (layer, variant, seed) for row in kept(name, results)):
+            done = of_entry(entry, kept(name, results))
+            if any(row.key == (layer, variant, seed) for row in done):
                 continue
             folder = "-".join(filter(None, (name, layer, variant, str(seed))))
             folder = folder.replace(" ", "_")
             row = _row(entry, layer, variant, seed, workdir / folder)
             # Read only now: others may have been kept while this one trained.
-            _keep(name, [*kept(name, results), row], results)
+            rows = [r for r in kept(name, results) if r.key != row.key]
+            _keep(name, [*rows, row], results)
     return kept(name, results)
 
 
@@ -170,6 +175,7 @@ def _row(entry: Entry, layer, variant, seed, workdir: Path) -> Row:
         layer=layer,
         variant=variant,
         seed=seed,
+        config=entry.config,
         step=found["step"],
         last=round(found["test"][metric], 5),
         best_step=best.get("step"),
@@ -203,6 +209,18 @@ def kept(name: str, results: Path = RESULTS) -> list[Row]:
         raise ValueError(f"{path} must have rows of the ledger: {error}") from None
 
 
+def of_entry(entry: Entry, rows: Sequence[Row]) -> list[Row]:
+    """Those that the entry, as it is now, would make: a row of another config or of
+    other changes is none of its."""
+    return [
+        row
+        for row in rows
+        if row.config == entry.config
+        and row.variant in entry.variants
+        and row.changes == changes(entry, row.variant)
+    ]
+
+
 def _keep(name: str, rows: list[Row], results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row._asdict()) for row in sorted(rows, key=_order))
@@ -222,7 +240,7 @@ def table(entries: Mapping[str, Entry] = ENTRIES, results: Path = RESULTS) -> st
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in entries.items():
-        rows = kept(name, results)
+        rows = of_entry(entry, kept(name, results))
         for layer, variant in runs_of(entry):
             own = [r for r in rows if (r.layer, r.variant) == (layer, variant)]
             lines.append(_line(name, entry, layer, variant, own))
