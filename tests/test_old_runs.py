@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 import test_main
 
-from configs import common, own, pixels
+from configs import common, lra, own, pixels
 from layers.models.build import GELUS, NORMS, VQ, get
-from train import evaluate, loop, main, records, runs
+from train import checkpoint, evaluate, loop, main, records, runs
 from train.data import DATASETS
 from train.report import pages
 
@@ -170,3 +170,20 @@ def test_every_key_of_old_runs_is_one_today():
         assert set(fields) <= own_fields(get(name) if name != "vq" else VQ), name
     for name, arguments in old["data"].items():
         assert {*arguments} <= inspect.signature(DATASETS[name]).parameters.keys()
+
+
+@pytest.mark.parametrize("layer", ["attention", "long_conv"])
+def test_a_run_of_the_arena_that_read_one_way_goes_on_with_its_own(
+    layer, tmp_path, monkeypatch
+):
+    """Today's recipe is refused, by the names and values of what it began with."""
+    then = lra.get_config(f"pathfinder16,layer={layer}")
+    then.model.layer_args.bidirectional = False
+    records.write_config(tmp_path, then)
+    monkeypatch.setattr(checkpoint, "steps", lambda workdir: [1])
+    now = lra.get_config(f"pathfinder16,layer={layer}")
+    named = r"model\.layer_args\.bidirectional was False, is True"
+    with pytest.raises(ValueError, match=named):
+        records.check_workdir(tmp_path, now)
+    now.model.layer_args.bidirectional = False
+    records.check_workdir(tmp_path, now)

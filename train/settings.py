@@ -112,6 +112,16 @@ def _check_tree(path: str, values: Mapping, defaults: Mapping) -> None:
             _check_tree(f"{path}{key}.", values[key], default)
 
 
+def check_options(key: str, given: Mapping, defaults: Mapping) -> None:
+    """Raises a `ValueError` for a key of `given`, which `key` names, that is none of
+    `defaults`, or whose value is of another type than there."""
+    check(key, given, {})
+    for name, value in given.items():
+        if name not in defaults:
+            raise ValueError(f"{key} has no {name!r}; it has {', '.join(defaults)}")
+        check(f"{key}.{name}", value, defaults[name])
+
+
 def check(key: str, value, default) -> None:
     """Raises a `ValueError` unless `value`, that of `key`, is of the type of `default`.
 

@@ -65,13 +65,7 @@ def read(given: Mapping) -> Options | None:
     Raises:
         ValueError: a key that there is not, or a value out of its bounds.
     """
-    settings.check("data.buckets", given, {})
-    for key, value in given.items():
-        if key not in Options._fields:
-            raise ValueError(
-                f"data.buckets has no {key!r}; it has {', '.join(Options._fields)}"
-            )
-        settings.check(f"data.buckets.{key}", value, Options._field_defaults[key])
+    settings.check_options("data.buckets", given, Options._field_defaults)
     options = Options(**given)
     for key, least in dict(shortest=0, longest=0, cycles=1).items():
         value = getattr(options, key)

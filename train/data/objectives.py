@@ -129,12 +129,7 @@ def _read(objective: Mapping) -> tuple[Objective, Options]:
         raise ValueError(
             f"data.objective.name must be one of {', '.join(OBJECTIVES)}, got {name!r}"
         )
-    for key, value in given.items():
-        if key not in Options._fields:
-            raise ValueError(
-                f"data.objective has no {key!r}; it has {', '.join(Options._fields)}"
-            )
-        settings.check(f"data.objective.{key}", value, Options._field_defaults[key])
+    settings.check_options("data.objective", given, Options._field_defaults)
     options = Options(**given)
     if not 0 < options.ratio <= 1:
         raise ValueError(f"data.objective.ratio must be in (0, 1], got {options.ratio}")
